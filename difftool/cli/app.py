@@ -1,0 +1,102 @@
+"""The `difftool` command: its subcommands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from difftool import __version__
+from difftool.cli import console
+from difftool.cli.convert import convert
+from difftool.cli.noise import noise
+from difftool.cli.sample import sample
+from difftool.cli.train import train
+from difftool.errors import DifftoolError, ResourceError, UsageError
+
+app = typer.Typer(
+    name="difftool",
+    help="Train, sample, inspect and convert diffusion models.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.emit(f"difftool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("train")(train)
+app.command("sample")(sample)
+app.command("noise")(noise)
+app.command("convert")(convert)
+
+
+def main() -> None:
+    """Run the command line; every failure ends in the exit code that the contract names."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except DifftoolError as error:
+        code = _report(error)
+    except typer.TyperException as error:
+        code = _report_usage(error)
+    except (typer.Abort, KeyboardInterrupt):
+        console.say("interrupted")
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing more can be said on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except (MemoryError, OSError, RuntimeError) as error:
+        resource = _resource(error)
+        if resource is None:
+            raise
+        code = _report(resource)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: DifftoolError) -> int:
+    if console.mode.debug:
+        import traceback
+
+        traceback.print_exc()
+    console.fail(error)
+    return error.code
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    """Typer's own complaints (unknown option, missing argument) in the shape of ours."""
+    message = getattr(error, "format_message", lambda: str(error))()
+    if "--json" in sys.argv:
+        console.mode.json = True  # parsing stopped before the flag's callback ran
+    context = getattr(error, "ctx", None)
+    hint = f"see {context.command_path} --help" if context else None
+    return _report(UsageError(message.rstrip("."), hint=hint))
+
+
+def _resource(error: BaseException) -> ResourceError | None:
+    """The user-facing form of memory and disk giving out; None for anything else."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", str(error), "free some space and run again")
+    out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    if out_of_memory or "can't allocate memory" in str(error).lower():
+        hint = "use a smaller --batch-size or --size"
+        return ResourceError("out of memory", str(error).split("\n")[0] or None, hint)
+    return None

@@ -1,0 +1,67 @@
+"""Closed tables of named components. Torch-free.
+
+A component is added by one registration; the command line's help, the presets' validation and
+the tests read the tables, so nothing else has to be told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from difftool.errors import UsageError, suggestion
+
+T = TypeVar("T")
+
+
+def canonical(name: str) -> str:
+    """The form in which names are compared: lower case, "+" spelled "p", no separators."""
+    return re.sub(r"[\s_\-./()]+", "", name.lower().replace("+", "p"))
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Names (and other tools' spellings of them) to components.
+
+    Lookups ignore case, spaces, "_", "-" and read "+" as "p", so "DPM++ 2M" finds "dpmpp_2m".
+    An unknown name raises UsageError with the nearest known one.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._names: dict[str, str] = {}
+
+    def add(self, name: str, component: T, *aliases: str) -> T:
+        """Register a component under its name and further spellings; each must be new."""
+        for spelling in (name, *aliases):
+            key = canonical(spelling)
+            if self._names.get(key, name) != name or (spelling == name and name in self._entries):
+                raise ValueError(f"{self.kind} {spelling!r} is registered twice")
+            self._names[key] = name
+        self._entries[name] = component
+        return component
+
+    def register(self, name: str, *aliases: str) -> Callable[[T], T]:
+        """Decorator form of `add`."""
+        return lambda component: self.add(name, component, *aliases)
+
+    def resolve(self, name: str) -> str:
+        """The registered name behind any spelling of it."""
+        try:
+            return self._names[canonical(name)]
+        except KeyError:
+            what = f'there is no {self.kind} "{name}"'
+            raise UsageError(what, hint=suggestion(name, self._entries)) from None
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[self.resolve(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and canonical(name) in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
