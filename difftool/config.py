@@ -7,25 +7,19 @@ defaults, training defaults. The resolved preset is what run folders, model file
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 
-from difftool.errors import DifftoolError, InputError, UsageError, suggestion
-from difftool.models.configs import (
-    CodecConfig,
-    IdentityConfig,
-    SpaceToDepthConfig,
-    TextConfig,
-    UNetConfig,
-    VaeConfig,
-)
+from difftool.errors import InputError, UsageError, suggestion
+from difftool.models.configs import CodecConfig, IdentityConfig, TextConfig, UNetConfig
 
 Options = dict[str, Any]
 
@@ -85,6 +79,8 @@ class TrainConfig:
     ema: float = 0.9995
     """Decay of the moving average of the weights; 0 = none. Early steps use a shorter one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    """Seed of everything random in a run, the first weights included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +123,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):  # type: ignore[override]
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed", problem_mark=self.peek_event().start_mark
+            )
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}")
@@ -140,9 +138,13 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not text", problem_mark=key_node.start_mark
+                )
             if key in keys:
-                raise yaml.MarkedYAMLError(problem=f'duplicate key "{key}"', problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f'duplicate key "{key}"', problem_mark=key_node.start_mark
+                )
             keys.add(key)
         return super().construct_mapping(node, deep)
 
@@ -152,9 +154,15 @@ for tag, pattern, first in (
     ("bool", r"true|false", "tf"),
     ("null", r"null|~|", ["n", "~", ""]),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first)
+    )
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -173,34 +181,41 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"cannot read {source}{where}", getattr(error, "problem", str(error))) from None
+        raise InputError(
+            f"cannot read {source}{where}", getattr(error, "problem", str(error))
+        ) from None
 
 
 # --- finding and resolving presets -----------------------------------------------------------
 
 
+class Layer(NamedTuple):
+    """Plain values and where they come from; later layers are laid over earlier ones."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
 def preset_folder() -> Path:
     """Where presets lie: inside the installed package, else (editable installs) in the checkout."""
-    installed = Path(str(resources.files("difftool"))) / "presets"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "presets"
+    package = Path(__file__).parent
+    installed = package / "presets"
+    return installed if installed.is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:
+    """The presets that ship, sorted."""
     return sorted(path.stem for path in preset_folder().glob("*.yaml"))
 
 
-def load_preset(name: str, overrides: Sequence[str] = ()) -> Preset:
-    """The preset of that name, or in that .yaml file, with `key.path=value` overrides applied."""
-    return build_preset(_read(name), overrides, source=f"preset {name}")
-
-
-def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+def preset_layers(name: str, seen: tuple[str, ...] = ()) -> list[Layer]:
+    """The preset of that name, or in that .yaml file, below it those that it extends, base first."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
-        path, label = Path(name), Path(name).stem
+        path = Path(name)
         if not path.is_file():
             raise UsageError(f"preset file {name} does not exist")
     else:
-        path, label = preset_folder() / f"{name}.yaml", name
+        path = preset_folder() / f"{name}.yaml"
         if not path.is_file():
             raise UsageError(f'there is no preset "{name}"', hint=suggestion(name, preset_names()))
     if name in seen:
@@ -209,8 +224,24 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"preset {name} is not a mapping of keys to values")
     parent = values.pop("extends", None)
-    values.setdefault("name", label)
-    return merge(_read(parent, (*seen, name)), values) if parent else values
+    values.setdefault("name", path.stem)
+    below = preset_layers(parent, (*seen, name)) if parent else []
+    return [*below, Layer(f"preset {path.stem}", values)]
+
+
+def override_layers(overrides: Sequence[str]) -> list[Layer]:
+    """`key.path=value` texts, values in YAML, as layers."""
+    return [Layer(f"--set {text.partition('=')[0]}", _override(text)) for text in overrides]
+
+
+def _override(text: str) -> dict[str, Any]:
+    path, sign, value_text = text.partition("=")
+    if not sign or not all(path.split(".")):
+        raise UsageError(f'--set "{text}" is not of the form key.path=value')
+    value = parse_yaml(value_text, f"--set {text}")
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,54 +249,145 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and not ("kind" in value and value["kind"] != old.get("kind")):
-            value = merge(old, value)
-        merged[key] = value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            replaces = "kind" in value and value["kind"] != old.get("kind")
+            merged[key] = dict(value) if replaces else merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def build_preset(values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "preset") -> Preset:
-    """Validated Preset from plain values (YAML, JSON) and `key.path=value` overrides.
-
-    UsageError names the wrong key or value with its path and the nearest known key.
-    """
-    values = dict(values)
-    for override in overrides:
-        values = _override(values, override)
-    return _validate(Preset, values, source)
-
-
-def _override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
-    path, sign, text = override.partition("=")
-    if not sign or not path:
-        raise UsageError(f'--set "{override}" is not of the form key.path=value')
-    value = parse_yaml(text, f"--set {override}")
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return merge(values, value)
+def resolve(layers: Sequence[Layer]) -> Preset:
+    """The Preset that the layers make together; UsageError names a wrong key or value by its path."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer.values)
+    preset = validate(Preset, values, layers[-1].origin if layers else "preset")
+    _check_names(preset)
+    return preset
 
 
-def _validate(cls: type, values: Mapping[str, Any], source: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-    from pydantic.dataclasses import dataclass as checked
+def load_preset(name: str, overrides: Sequence[str] = ()) -> Preset:
+    """The preset of that name with `key.path=value` overrides applied."""
+    return resolve([*preset_layers(name), *override_layers(overrides)])
+
+
+def build_preset(values: Mapping[str, Any], source: str = "preset") -> Preset:
+    """The Preset of plain values, as `to_values` gives them."""
+    return resolve([Layer(source, values)])
+
+
+def origins(preset: Preset, layers: Sequence[Layer]) -> Iterator[tuple[str, Any, str]]:
+    """(key path, value, origin) of every value of a preset that the layers make."""
+    for path, value in _leaves(to_values(preset)):
+        setters = [layer.origin for layer in layers if _has(layer.values, path)]
+        yield ".".join(path), value, setters[-1] if setters else "default"
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def _has(values: Any, path: tuple[str, ...]) -> bool:
+    for key in path:
+        if not isinstance(values, Mapping) or key not in values:
+            return False
+        values = values[key]
+    return True
+
+
+# --- validation ------------------------------------------------------------------------------
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    for part in _dataclasses(cls):
+        part.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    return TypeAdapter(cls)
+
+
+def _dataclasses(annotation: Any) -> set[Any]:
+    """The dataclasses that a type is made of."""
+    if not dataclasses.is_dataclass(annotation):
+        return set().union(*map(_dataclasses, get_args(annotation)))
+    hints = get_type_hints(annotation).values()
+    return {annotation}.union(*map(_dataclasses, hints))
+
+
+def validate(cls: type, values: Mapping[str, Any], source: str) -> Any:
+    """An instance of a configuration dataclass from plain values, checked key by key."""
+    from pydantic import ValidationError
 
     try:
-        return _adapter(cls).validate_python(values)
+        # Through JSON, where strict typing still reads a list as a tuple.
+        return _adapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise UsageError(f"{source} is not valid", *_explain(cls, error.errors()[0])) from None
+        raise UsageError(*_explain(cls, values, error.errors(), source)) from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source} is not valid", str(error)) from None
 
 
-def to_values(preset: Any) -> dict[str, Any]:
-    """Plain values (JSON, YAML) of a configuration; `build_preset` gives the same preset back."""
-    return dataclasses.asdict(preset)
+def _explain(
+    cls: type, values: Mapping[str, Any], errors: Sequence[Any], source: str
+) -> tuple[str, str | None, str | None]:
+    """What is wrong with the values, why, and the nearest right key."""
+
+    def chosen(error: Any) -> bool:
+        """Whether the error is about the member of a union that the values' `kind` names."""
+        name = next((str(p) for p in error["loc"] if str(p).endswith("Config")), None)
+        codec = values.get("codec")
+        kind = codec.get("kind", "identity") if isinstance(codec, Mapping) else None
+        kinds = {c.__name__: c.kind for c in get_args(CodecConfig)}
+        return name is None or kinds.get(name) == kind
+
+    error = next(filter(chosen, errors), errors[0])
+    path = [str(part) for part in error["loc"] if not str(part).endswith(("Config", "]"))]
+    where = ".".join(path) or source
+    if error["type"] == "unexpected_keyword_argument":
+        known = _fields_at(cls, error["loc"][:-1])
+        return f'{source}: there is no key "{where}"', None, suggestion(path[-1], known)
+    if error["type"].startswith("missing"):
+        return f'{source}: the key "{where}" is missing', None, None
+    got = json.dumps(error["input"], default=str)[:60]
+    return f"{source}: {where} is not valid", f"{error['msg']}, got {got}", None
 
 
-def to_yaml(preset: Any) -> str:
-    return yaml.safe_dump(_plain(to_values(preset)), sort_keys=False, allow_unicode=True)
+def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
+    """Names of the fields of the dataclass that an error's location leads to."""
+    for part in loc:
+        parts = {c.__name__: c for c in _dataclasses(cls)}
+        if part in parts:
+            cls = parts[part]
+        elif dataclasses.is_dataclass(cls) and part in get_type_hints(cls):
+            inner = _dataclasses(get_type_hints(cls)[part])
+            cls = next(iter(inner)) if len(inner) == 1 else get_type_hints(cls)[part]
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _check_names(preset: Preset) -> None:
+    """Names and options that live in registries: paths, targets, samplers, grids."""
+    from difftool.diffusion import GRIDS, SAMPLERS, TARGETS
+    from difftool.diffusion.path import build_path
+
+    TARGETS.resolve(preset.target)
+    GRIDS.resolve(preset.sample.schedule)
+    SAMPLERS[preset.sample.sampler](build_path(preset.path), **preset.sample.sampler_options)
+
+
+# --- plain values ----------------------------------------------------------------------------
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """Plain values (JSON, YAML) of a configuration; `build_preset` gives the same one back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """The same as YAML text."""
+    return yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)

@@ -52,7 +52,9 @@ def choice(names: list[str]) -> Callable[[str | None], str | None]:
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in names:
-            raise UsageError(f'"{plain(value)}" is not a choice here', hint=suggestion(value, names))
+            raise UsageError(
+                f'"{plain(value)}" is not a choice here', hint=suggestion(value, names)
+            )
         return value
 
     return check

@@ -1,0 +1,192 @@
+"""`difftool train`: from a dataset folder to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from difftool.cli import console
+from difftool.cli.console import Debug, Device, Json, PrintConfig, Quiet, Set, choice, choices
+from difftool.config import Layer, preset_names
+from difftool.errors import UsageError
+
+PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
+
+
+def train(
+    data: Annotated[str, typer.Argument(metavar="DATA", help='A folder of pictures, or "shapes".')],
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help=choices("Model and recipe", preset_names()) + " Or a .yaml."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder.  [runs/DATA-NNN]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Pictures a batch.")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", help="Batches an optimiser step.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Side of the pictures.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of everything random.  [0]")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision", callback=choice(PRECISIONS), help=choices("Arithmetic", PRECISIONS)
+        ),
+    ] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="Moving average of the weights.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume-from", help="Continue from this checkpoint.")
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option("--save-every", help="Steps between checkpoints.")
+    ] = 500,
+    keep: Annotated[int, typer.Option("--keep", help="Checkpoints kept.")] = 2,
+    sample_every: Annotated[
+        int, typer.Option("--sample-every", help="Steps between sample sheets.")
+    ] = 500,
+    sample_prompt: Annotated[
+        list[str] | None,
+        typer.Option("--sample-prompt", help="Prompt of the sample sheets; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the audit, the plan and the estimates.")
+    ] = False,
+    device: Device = "auto",
+    settings: Set = None,
+    print_config: PrintConfig = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a diffusion model on a folder of pictures.
+
+    Captions (metadata.jsonl, .txt beside each picture) make a text-to-image model, class folders a
+    class-conditional one, neither an unconditional one. What is not given is chosen from the data
+    and the device, and said. Prints the path of the model.
+
+    [bold]Examples[/bold]
+
+      difftool train shapes --steps 300
+      difftool train ./photos --out runs/photos --steps 20000 --batch-size 64
+      difftool train ./photos --out runs/photos --resume
+    """
+    resuming = resume or resume_from is not None
+    flags: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "lr": lr,
+        "size": size,
+        "precision": precision,
+        "seed": seed,
+    }
+    for name in ("steps", "batch_size", "accumulate", "lr", "size"):
+        value = flags[name]
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number")
+    for name, value in (("save-every", save_every), ("keep", keep), ("sample-every", sample_every)):
+        if value < 1:
+            raise UsageError(f"--{name} {value} is not a positive number")
+    if resuming and out is None:
+        raise UsageError("--resume needs the run to continue", hint="name it with --out")
+
+    from difftool.config import load_preset, origins, override_layers
+    from difftool.data import open_dataset
+    from difftool.formats import open_model
+    from difftool.model import Model, pick_device
+    from difftool.training.plan import plan
+    from difftool.training.run import Run, estimate, is_used, new_folder, open_run
+
+    if out is not None and not resuming and is_used(out):
+        hint = "give --resume to continue it, or another --out"
+        raise UsageError(f"the run folder {out} is not empty", hint=hint)
+    checkpoint, notes = open_run(out, resume_from) if resuming and out else (None, [])
+    for note in notes:
+        console.warn(note)
+
+    dataset = open_dataset(data)
+    for line in dataset.audit.lines():
+        console.say(line)
+    where = pick_device(device)
+    given = [
+        Layer(f"--{name.replace('_', '-')}", {"train": {name: value}})
+        for name, value in flags.items()
+        if value is not None
+    ]
+    if ema is not None:
+        default = load_preset(preset).train.ema if preset else 0.999
+        given.append(
+            Layer("--ema/--no-ema", {"train": {"ema": (default or 0.999) if ema else 0.0}})
+        )
+    given += override_layers(settings or [])
+    if checkpoint is not None and out is not None and preset is None:
+        preset = _preset_of_run(out)
+    vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
+    resolved, tokenizer_json, layers = plan(dataset, where.type, preset, given, vocabulary)
+    rows = list(origins(resolved, layers))
+    if print_config:
+        console.print_config(iter(rows))
+        return
+    for key, value, origin in rows:
+        if origin.startswith(("chosen", "data")) or (", chosen" in origin and key == "name"):
+            label = "preset" if key == "name" else key
+            console.say(f"{label} = {_short(value)}  ({origin.removeprefix('chosen: ')})")
+    for line in estimate(resolved, Model(resolved, tokenizer_json)):
+        console.say(line)
+    if dry_run:
+        return
+
+    folder = out or new_folder(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(
+        folder,
+        resolved,
+        dataset,
+        device=where,
+        tokenizer_json=tokenizer_json,
+        resume=checkpoint,
+        save_every=save_every,
+        keep=keep,
+        sample_every=sample_every,
+        prompts=sample_prompt or (),
+    )
+    for note in run.notes:
+        console.warn(note)
+    if checkpoint is not None:
+        console.say(f"resumed from {checkpoint}")
+    console.say(f"run folder: {folder}")
+    loss = "-"
+    with console.progress("training", resolved.train.steps) as display:
+        for step in run.steps():
+            if step.loss is not None:
+                loss = f"{step.loss:.4f}"
+            speed = f"{step.images_per_second:.1f}/s"
+            display.update(step.step, loss=loss, images=speed, lr=f"{step.lr:.1e}")
+    path = run.finish()
+    result = {"schema": console.SCHEMA, "model": str(path), "steps": resolved.train.steps}
+    console.emit(result if json else str(path))
+
+
+def _preset_of_run(folder: Path) -> str | None:
+    """The configuration that a run folder was made with, as a preset file to resume with."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"the run folder {folder} has no config.yaml", hint="give --preset")
+    return str(path)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

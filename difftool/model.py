@@ -1,0 +1,359 @@
+"""A whole model on a device: preset, networks, tokenizers. The one place where all parts meet.
+
+Training, sampling and previews share `Model.generate`; nothing else assembles a denoiser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from difftool import __version__
+from difftool.config import Preset, SampleConfig, build_preset, preset_folder, to_values, validate
+from difftool.diffusion.denoiser import Cond, Denoiser
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.guidance import guided
+from difftool.diffusion.noise import BrownianNoise, ImageNoise
+from difftool.diffusion.path import build_path
+from difftool.diffusion.samplers import SAMPLERS, Step
+from difftool.errors import InputError, UsageError, suggestion
+from difftool.formats import open_model
+from difftool.formats.native import write_native
+from difftool.models.clip import ClipText
+from difftool.models.codecs import build_codec
+from difftool.models.layers import sinusoids
+from difftool.models.tokenizer import Tokenizer
+from difftool.models.unet import UNet
+
+DEFAULT_MODEL = "shapes"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Item(NamedTuple):
+    """One picture to make."""
+
+    prompt: str = ""
+    negative: str = ""
+    label: int | None = None
+    seed: int = 0
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device of that name; "auto" is the first of cuda, mps, cpu that is there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f'device "{name}" cannot be used', why, "try --device cpu") from None
+    return device
+
+
+def find_model(where: str | None) -> Path:
+    """The file or folder behind a MODEL argument: a path, or a preset that ships weights.
+
+    None is DIFFTOOL_MODEL, else the bundled default model.
+    """
+    where = where or os.environ.get("DIFFTOOL_MODEL") or DEFAULT_MODEL
+    bundled = {p.parent.name: p for p in preset_folder().glob("*/model.safetensors")}
+    path = Path(where)
+    if path.exists():
+        return path
+    if where in bundled:
+        return bundled[where]
+    hint = "give a model file, a run folder, a diffusers folder, or a bundled model: "
+    raise UsageError(f'there is no model "{where}"', hint=hint + suggestion(where, bundled))
+
+
+class Model:
+    """A diffusion model: `denoiser` (U-Net, path, target), `codec`, text encoders, tokenizers."""
+
+    def __init__(self, preset: Preset, tokenizer_json: str | None = None, device: str = "cpu"):
+        """Networks on `device` with undefined weights; see `fresh` and `load`."""
+        self.preset = preset
+        self.name = preset.name
+        self.hash = ""
+        self.notes: list[str] = []
+        self.tokenizer_json = tokenizer_json
+        self.device = torch.device(device)
+        with torch.device("meta"):
+            self.codec = build_codec(preset.codec)
+            network = UNet(preset.unet)
+            self.text = nn.ModuleList(ClipText(config) for config in preset.text)
+        self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
+        self.tokenizers = [self._tokenizer(config) for config in preset.text]
+
+    def _tokenizer(self, config: Any) -> Tokenizer:
+        if config.tokenizer == "clip":
+            return Tokenizer.clip(pad_id=config.pad_id)
+        if self.tokenizer_json is None:
+            raise InputError(f"the model {self.name} lacks the vocabulary that it was trained with")
+        return Tokenizer.from_json(self.tokenizer_json)
+
+    # --- weights -----------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that have weights, by the prefix of their tensors in a model file."""
+        parts: dict[str, nn.Module] = {"unet": self.denoiser.network}
+        if vae := getattr(self.codec, "vae", None):
+            parts["vae"] = vae
+        return parts | {f"text.{i}": encoder for i, encoder in enumerate(self.text)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight under its name in a model file."""
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, part in self.parts().items()
+            for name, tensor in part.state_dict().items()
+        }
+
+    def modules(self) -> nn.ModuleDict:
+        """The same networks as one module, for moving and counting."""
+        return nn.ModuleDict({name.replace(".", "_"): part for name, part in self.parts().items()})
+
+    @classmethod
+    def fresh(
+        cls, preset: Preset, *, seed: int, tokenizer_json: str | None = None, device: str = "cpu"
+    ) -> Model:
+        """A model to be trained from nothing; its weights are a function of the seed."""
+        model = cls(preset, tokenizer_json)
+        for index, part in enumerate(model.parts().values()):
+            part.to_empty(device="cpu")
+            part.init_weights(torch.Generator().manual_seed(seed * 1000 + index))  # type: ignore[operator]
+        model.modules().to(device)
+        model.device = torch.device(device)
+        return model
+
+    @classmethod
+    def load(cls, where: str | None = None, *, device: str = "auto", dtype: str = "auto") -> Model:
+        """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
+
+        UsageError if nothing is there, InputError if it is malformed or not supported.
+        """
+        path = find_model(where)
+        source = open_model(path)
+        target = pick_device(device)
+        if dtype == "auto":
+            dtype = "fp32" if target.type != "cuda" else "fp16"
+        model = cls(build_preset(source.values, str(path)), source.tokenizer_json)
+        model.device = target
+        for prefix, part in model.parts().items():
+            model._fill(part, source.load(f"{prefix}.", device), prefix, DTYPES[dtype], str(path))
+        model.hash = file_hash(source.file)[:10]
+        model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
+        return model
+
+    def _fill(
+        self, part: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: Any, source: str
+    ) -> None:
+        """Weights into a network, strictly: InputError for missing, unknown or misshapen ones."""
+        wanted = part.state_dict()
+        missing = [name for name in wanted if name not in tensors]
+        unknown = [name for name in tensors if name not in wanted]
+        misshapen = [n for n in wanted if n in tensors and wanted[n].shape != tensors[n].shape]
+        for problem, names in (
+            ("lacks", missing),
+            ("has an unknown", unknown),
+            ("has a misshapen", misshapen),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise InputError(f"{source} {problem} tensor {prefix}.{names[0]}{more}")
+        moved = {name: t.to(self.device, dtype) for name, t in tensors.items()}
+        part.load_state_dict(moved, assign=True)
+        part.eval().requires_grad_(False)
+
+    def save(
+        self,
+        path: Path,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        dtype: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a self-describing model file; `weights` (the EMA, say) replace the live ones."""
+        tensors = self.tensors() | dict(weights or {})
+        if dtype is not None:
+            tensors = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
+        write_native(
+            path,
+            to_values(self.preset),
+            {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
+            tokenizer_json=self.tokenizer_json,
+            extra_metadata={"difftool.version": __version__} | dict(metadata or {}),
+            overwrite=overwrite,
+        )
+
+    # --- conditioning ------------------------------------------------------------------------
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "none", where the model was trained with one."""
+        table = self.preset.unet.num_classes
+        return table - 1 if table and len(self.preset.classes) == table - 1 else None
+
+    def label(self, name: str) -> int:
+        """The label of a class given by name or index; UsageError if there is none."""
+        classes, count = self.preset.classes, self.preset.unet.num_classes
+        if not count:
+            raise UsageError(f"the model {self.name} has no classes", hint="leave --label out")
+        if name in classes:
+            return classes.index(name)
+        if name.isdecimal() and int(name) < (len(classes) or count):
+            return int(name)
+        listed = list(classes) or [f"0..{count - 1}"]
+        raise UsageError(f'there is no class "{name}"', hint=suggestion(name, listed))
+
+    def tokens(self, prompt: str) -> tuple[int, int]:
+        """How many tokens a prompt has and how many are read, start and end marks left out."""
+        pairs = zip(self.tokenizers, self.preset.text, strict=True)
+        return max(((t.count(prompt), c.length - 2) for t, c in pairs), default=(0, 0))
+
+    def embed(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Context [B,L,D] and pooled [B,P] of prompts; None where the model has none."""
+        if not self.text:
+            return None, None
+        contexts, pooled = [], None
+        for encoder, tokenizer, config in zip(
+            self.text, self.tokenizers, self.preset.text, strict=True
+        ):
+            ids = torch.tensor(tokenizer.encode(list(prompts), config.length), device=self.device)
+            context, pool = encoder(ids)
+            contexts.append(context)
+            pooled = pool if config.pooled else pooled
+        return torch.cat(contexts, dim=-1), pooled
+
+    def cond(
+        self, prompts: Sequence[str], labels: Sequence[int | None], size: tuple[int, int],
+        guidance: float = 1.0,
+    ) -> Cond:  # fmt: skip
+        """What conditions the U-Net for a batch; size (width, height) in pixels."""
+        context, pooled = self.embed(prompts)
+        unet, count = self.preset.unet, len(prompts)
+        vector = label = scale = None
+        if unet.vector_dim and pooled is not None:
+            width, height = size
+            # SDXL: original size, crop, target size. The refiner: its aesthetic score comes last.
+            numbers = [height, width, 0, 0, height, width][: self.preset.size_numbers]
+            if self.preset.size_numbers == 5:
+                numbers[4] = 6
+            values = torch.tensor(numbers, device=self.device, dtype=torch.float32)
+            sizes = sinusoids(values, 256).flatten().expand(count, -1)
+            vector = torch.cat([pooled, sizes.to(pooled.dtype)], dim=1)
+        if unet.num_classes:
+            null = self.null_label
+            filled = [null if value is None else value for value in labels]
+            if None in filled:
+                raise UsageError(f"the model {self.name} needs a class", hint="give --label")
+            label = torch.tensor(filled, device=self.device)
+        if unet.guidance_dim:
+            scale = torch.full((count,), guidance - 1.0, device=self.device)
+        return Cond(context=context, vector=vector, label=label, guidance=scale)
+
+    # --- sampling ----------------------------------------------------------------------------
+
+    def settings(self, **given: Any) -> SampleConfig:
+        """The preset's sampling settings with the values given (None = not given), checked."""
+        base = self.preset.sample
+        given = {name: value for name, value in given.items() if value is not None}
+        if SAMPLERS.resolve(given.get("sampler", base.sampler)) != SAMPLERS.resolve(base.sampler):
+            given = {"sampler_options": {}} | given  # another sampler's options do not carry over
+        if GRIDS.resolve(given.get("schedule", base.schedule)) != GRIDS.resolve(base.schedule):
+            given = {"schedule_options": {}} | given
+        values = to_values(base) | given
+        settings = validate(SampleConfig, values, "the sampling settings")
+        self.check(settings)
+        return settings
+
+    def check(self, settings: SampleConfig) -> None:
+        """UsageError for settings that this model cannot be sampled with."""
+        factor = self.codec.factor
+        if settings.steps < 1:
+            raise UsageError(f"--steps {settings.steps} is too few", hint="give at least 1")
+        if any(side < factor or side % factor for side in settings.size):
+            size = "x".join(map(str, settings.size))
+            nearest = "x".join(str(max(factor, round(s / factor) * factor)) for s in settings.size)
+            why = f"sides must be multiples of {factor}"
+            raise UsageError(f"size {size} does not fit this model", why, f"try {nearest}")
+        if 0 < settings.guidance < 1 or settings.guidance < 0:
+            hint = "1 is off; 2 to 8 are usual"
+            raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
+        if settings.guidance > 1 and not self.preset.unet.guidance_dim and not self.guidable:
+            why = "it was trained without an empty caption or label to guide from"
+            raise UsageError(f"the model {self.name} cannot be guided", why, "use --guidance 1")
+        path = self.denoiser.path
+        SAMPLERS[settings.sampler](path, **settings.sampler_options)
+        GRIDS[settings.schedule](path, settings.steps, **settings.schedule_options)
+
+    @property
+    def guidable(self) -> bool:
+        """Whether there is something to guide away from: an empty prompt, or a null label."""
+        return bool(self.text) or self.null_label is not None
+
+    @torch.no_grad()
+    def generate(self, items: Sequence[Item], settings: SampleConfig) -> Iterator[Step]:
+        """Pictures from pure noise, step by step; the last step's `.x` is x0 [B,C,H,W].
+
+        Everything random about a picture comes from its own seed, so it is the same alone and in
+        any batch.
+        """
+        self.check(settings)
+        path, size = self.denoiser.path, settings.size
+        levels = GRIDS[settings.schedule](path, settings.steps, **settings.schedule_options)
+        sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
+        shape = (self.codec.channels, *(side // self.codec.factor for side in reversed(size)))
+        seeds = [item.seed for item in items]
+        source = ImageNoise(seeds, shape, device=self.device)
+        amplitude = {
+            "unit": 1.0,
+            "sigma": levels[0].sigma,
+            "hypot": (levels[0].alpha ** 2 + levels[0].sigma ** 2) ** 0.5,
+        }[settings.start_noise]
+        x = amplitude * source.start()
+        noise = (
+            BrownianNoise(seeds, shape, levels, device=self.device) if sampler.brownian else source
+        )
+        terms: list[tuple[Cond, float]] = []
+        guide = 1.0 if self.preset.unet.guidance_dim else max(settings.guidance, 1.0)
+        labels = [item.label for item in items]
+        cond = self.cond([item.prompt for item in items], labels, size, settings.guidance)
+        terms.append((cond, guide))
+        if guide > 1:
+            none: list[int | None] = [None] * len(items)
+            negative = self.cond([item.negative for item in items], none, size)
+            terms.append((negative, 1 - guide))
+        denoise = guided(
+            self.denoiser,
+            terms,
+            rescale=settings.guidance_rescale,
+            clip=None if settings.clip == "none" else settings.clip,
+            interval=settings.guidance_interval,
+        )
+        yield from sampler(denoise, x, levels, noise)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images [B,3,H,W], fp32 in [-1, 1], of x0 [B,C,h,w]."""
+        return self.codec.decode(x0).float().clamp(-1, 1)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace(preset: Preset, **changes: Any) -> Preset:
+    """A preset with some of its values changed."""
+    return dataclasses.replace(preset, **changes)

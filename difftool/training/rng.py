@@ -1,0 +1,95 @@
+"""Random numbers by coordinates: each is a pure function of (seed, stream, step, slot, position).
+
+Nothing is carried from one draw to the next, so what a training step draws does not depend on how
+many steps, workers or processes came before it, and a resumed run draws the same numbers.
+Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), vectorised in
+torch integers: a whole batch in one go, the same integers on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class Stream(IntEnum):
+    """What a number is for; numbers of different streams are independent."""
+
+    ORDER = 1
+    SAMPLE = 2
+    DROP = 3
+    FLIP = 4
+    TIME = 5
+    NOISE = 6
+    LATENT = 7
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four int64 tensors holding 32-bit words to four of the same shape."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The product wraps to 64 bits; its bits are right, which is all that is used.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK) ^ c1 ^ k0,
+            p1 & MASK,
+            ((p0 >> 32) & MASK) ^ c3 ^ k1,
+            p0 & MASK,
+        )
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def words(seed: int, stream: Stream, step: int, slots: Tensor, count: int) -> Tensor:
+    """Random 32-bit words [B, count] as int64, for each slot [B] of a step."""
+    blocks = -(-count // 4)
+    position = torch.arange(blocks, device=slots.device)
+    shape = (len(slots), blocks)
+    counter = (
+        position.expand(shape),
+        slots.to(torch.int64)[:, None].expand(shape),
+        torch.full((1, 1), step & MASK, device=slots.device).expand(shape),
+        torch.full((1, 1), int(stream), device=slots.device).expand(shape),
+    )
+    drawn = philox(counter, (seed & MASK, (seed >> 32) & MASK))
+    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(seed: int, stream: Stream, step: int, slots: Tensor) -> Tensor:
+    """Uniform numbers [B] in the open interval (0, 1), fp32, for each slot [B] of a step."""
+    drawn = words(seed, stream, step, slots, 1)[:, 0]
+    return ((drawn >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def normal(seed: int, stream: Stream, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers [B, *shape], fp32, by Box and Muller."""
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    drawn = words(seed, stream, step, slots, 2 * pairs)
+    unit = (drawn.to(torch.float32) + 0.5) * 2.0**-32  # never 0; may round to 1, where log is 0
+    radius = (-2.0 * unit[:, :pairs].clamp(max=1.0).log()).sqrt()
+    angle = (2.0 * math.pi) * unit[:, pairs:]
+    drawn_normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return drawn_normal[:, :count].reshape(len(slots), *shape)
+
+
+def permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """The order [count] in which an epoch visits the samples."""
+    slots = torch.arange(count)
+    low, high = words(seed, Stream.ORDER, epoch, slots, 2).unbind(1)
+    return ((high << 31) ^ low).argsort(stable=True)
+
+
+def keys(seed: int, epochs: Tensor, indices: Tensor) -> list[int]:
+    """One integer a sample for everything random about it; a function of (seed, epoch, index)."""
+    counter = (indices, epochs, torch.zeros_like(indices), torch.full_like(indices, Stream.SAMPLE))
+    low, high, _, _ = philox(counter, (seed & MASK, (seed >> 32) & MASK))
+    return ((high << 31) ^ low).tolist()
