@@ -1,7 +1,8 @@
 """Presets: strict YAML read into frozen, typed configuration. Torch-free.
 
 One preset is a whole model and its recipes: networks, noise path, prediction target, sampling
-defaults, training defaults. The resolved preset is what run folders, model files and pictures carry.
+defaults, training defaults. The resolved preset is what run folders, model files and pictures
+carry.
 """
 
 from __future__ import annotations
@@ -92,13 +93,13 @@ class Preset:
     """One line for lists and help."""
     family: str = "difftool"
     """The family id that `convert --inspect` prints."""
-    codec: CodecConfig = IdentityConfig()
+    codec: CodecConfig = field(default_factory=IdentityConfig)
     """Between pictures and x0."""
     unet: UNetConfig
     text: tuple[TextConfig, ...] = ()
     """Text encoders; their contexts are concatenated along the width."""
     size_numbers: int = 0
-    """How many size numbers join the conditioning vector, 256 sinusoids each (SDXL 6, refiner 5)."""
+    """Size numbers that join the conditioning vector, 256 sinusoids each (SDXL 6, refiner 5)."""
     path: Options
     """The noise path: {kind: NAME, option: value, ...}, NAME from diffusion.PATHS."""
     target: str
@@ -173,7 +174,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML document; InputError, naming the source and the line, if it is not sound."""
+    """The value of a YAML document; InputError, naming source and line, if it is not sound."""
     if len(text) > MAX_BYTES:
         raise InputError(f"{source} is too large", f"{len(text)} bytes, the limit is {MAX_BYTES}")
     try:
@@ -209,7 +210,7 @@ def preset_names() -> list[str]:
 
 
 def preset_layers(name: str, seen: tuple[str, ...] = ()) -> list[Layer]:
-    """The preset of that name, or in that .yaml file, below it those that it extends, base first."""
+    """The preset of that name or .yaml file, and below it those that it extends, base first."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         path = Path(name)
         if not path.is_file():
@@ -258,7 +259,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(layers: Sequence[Layer]) -> Preset:
-    """The Preset that the layers make together; UsageError names a wrong key or value by its path."""
+    """The Preset that the layers make together; UsageError names a wrong key or value."""
     values: dict[str, Any] = {}
     for layer in layers:
         values = merge(values, layer.values)

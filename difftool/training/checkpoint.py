@@ -69,7 +69,7 @@ def verify_checkpoint(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
             if _digest(file) != entry["sha256"]:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its manifest or a file is missing or unreadable ({error})"
     return None
 

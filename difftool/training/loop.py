@@ -291,7 +291,7 @@ def _channels_last_wins() -> bool:
 
 @contextmanager
 def graceful_stop() -> Iterator[list[int]]:
-    """Within the block the first SIGINT or SIGTERM is noted in the list, a second one stops at once."""
+    """In the block a first SIGINT or SIGTERM is noted in the list; a second stops at once."""
     received: list[int] = []
 
     def note(signum: int, _frame: Any) -> None:

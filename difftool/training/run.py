@@ -148,11 +148,8 @@ def sample(model: Model, items: Sequence[Item]) -> torch.Tensor:
     for part in model.parts().values():
         part.eval()
     try:
-        step = None
-        for step in model.generate(items, model.settings()):
-            pass
-        assert step is not None
-        return model.decode(step.x)
+        *_, last = model.generate(items, model.settings())
+        return model.decode(last.x)
     finally:
         for name, part in model.parts().items():
             part.train(training[name])

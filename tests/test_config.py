@@ -1,0 +1,118 @@
+"""Presets: strict reading, inheritance, overrides with their origins, errors that help."""
+
+from __future__ import annotations
+
+import pytest
+
+from difftool import config
+from difftool.config import Layer, build_preset, load_preset, parse_yaml, to_values, to_yaml
+from difftool.errors import InputError, UsageError
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_survives_its_own_values(name):
+    preset = load_preset(name)
+    assert preset.name == name
+    assert preset.about
+    assert build_preset(to_values(preset)) == preset
+    assert build_preset(parse_yaml(to_yaml(preset), "copy")) == preset
+
+
+def test_yaml_reads_numbers_as_people_write_them():
+    text = "a: 1e-4\nb: 010\nc: no\nd: 2026-11-22\ne: .5\nf: 1_000\ng: ~"
+    values = parse_yaml(text, "test")
+    assert values == {
+        "a": 1e-4, "b": 10, "c": "no", "d": "2026-11-22", "e": 0.5, "f": "1_000", "g": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\na: 2", "duplicate key"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("1: a", "not text"),
+        ("[" * 5000, "deeper"),
+        ("a: [1", "expected"),
+        ("a: !!python/object:os.system x", "constructor"),
+        ("a: 1" + " " * (1 << 20), "limit"),
+    ],
+)
+def test_unsound_yaml_is_refused(text, says):
+    with pytest.raises(InputError, match=says):
+        parse_yaml(text, "test")
+
+
+def test_an_override_reaches_one_value_and_is_its_origin():
+    layers = [*config.preset_layers("pixel-edm"), *config.override_layers(["train.lr=3e-4"])]
+    preset = config.resolve(layers)
+    assert preset.train.lr == 3e-4
+    origins = {key: origin for key, _, origin in config.origins(preset, layers)}
+    assert origins["train.lr"] == "--set train.lr"
+    assert origins["train.weight"] == "preset pixel-edm"
+    assert origins["unet.channels"] == "preset pixel-small"
+    assert origins["unet.groups"] == "default"
+
+
+def test_another_kind_replaces_what_it_is_laid_over():
+    preset = load_preset("pixel-small", ["path={kind: edm, sigma_max: 40}"])
+    assert preset.path == {"kind": "edm", "sigma_max": 40}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("unet.chanels=[32]", "channels"),
+        ("trian.lr=1", "train"),
+        ("train.lr=fast", "number"),
+        ("unet.channels=64", "tuple|array|list"),
+        ("codec={kind: space_to_depth, blok: 2}", "block"),
+        ("codec.kind=zip", "codec"),
+        ("target=epsillon", "eps"),
+        ("sample.sampler=eulr", "euler"),
+        ("sample.schedule=caras", "karras"),
+        ("path={kind: flwo}", "flow"),
+        ("path={kind: flow, shfit: 3}", "shift"),
+        ("sample.sampler_options={etta: 1}", "eta"),
+        ("train.lr", "key.path=value"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_near(override, says):
+    with pytest.raises(UsageError, match=says):
+        load_preset("pixel-small", [override])
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UsageError, match='did you mean "pixel-small"'):
+        load_preset("pixel-smal")
+
+
+def test_a_preset_file_may_extend_a_shipped_one(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: pixel-small\nabout: mine\ntrain: {lr: 0.5}\n")
+    preset = load_preset(str(path))
+    assert (preset.name, preset.train.lr) == ("mine", 0.5)
+    assert preset.unet == load_preset("pixel-small").unet
+
+
+def test_presets_that_extend_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {tmp_path}/b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"extends: {tmp_path}/a.yaml\n")
+    with pytest.raises(InputError, match="extends itself"):
+        load_preset(str(tmp_path / "a.yaml"))
+
+
+def test_presets_are_found_in_the_package_or_in_the_checkout(monkeypatch, tmp_path):
+    checkout = config.preset_folder()
+    package = tmp_path / "difftool"
+    (package / "presets").mkdir(parents=True)
+    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    assert config.preset_folder() == package / "presets"
+    (package / "presets").rmdir()
+    assert config.preset_folder() == tmp_path / "presets"
+    assert checkout.is_dir()
+
+
+def test_layers_name_the_missing_key():
+    with pytest.raises(UsageError, match="unet"):
+        config.resolve([Layer("test", {"name": "x", "about": "x"})])
