@@ -1,0 +1,1 @@
+"""From prompts to pictures: requests, batches, names, and what a picture says about itself."""

@@ -1,0 +1,251 @@
+"""Where pictures go: names from templates, files that replace none unasked. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from difftool.errors import UsageError, suggestion
+
+ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+FORMATS = ("png", "jpg", "webp")
+FIELDS = (
+    "seed", "index", "prompt", "negative", "label", "steps", "guidance", "sampler", "schedule",
+    "width", "height", "model", "model_hash", "date",
+)  # fmt: skip
+NUMBERS = ("seed", "index", "steps", "width", "height")
+ALIASES = {"cfg": "guidance", "model_name": "model"}
+Fields = Mapping[str, str | int | float | None]
+"""The values of FIELDS for one picture."""
+
+_FIELD = re.compile(r"\[([A-Za-z_]+)(?::([0-9]{1,2}))?\]")
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(1, 10)}
+
+
+def slug(value: object, empty: str = "none") -> str:
+    """A value as part of a file name: [A-Za-z0-9._-], at most 100, no leading dot or dash."""
+    plain = unicodedata.normalize("NFKD", str(value)).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain)[:100].strip(".-_") or empty
+
+
+def expand(template: str, fields: Fields) -> str:
+    """The template with each [field] and [field:05] replaced by its value's slug."""
+
+    def value(match: re.Match[str]) -> str:
+        name = ALIASES.get(match[1].lower(), match[1].lower())
+        value = fields[name]
+        if isinstance(value, int):
+            return f"{value:0{int(match[2] or 1)}d}"
+        return slug(f"{value:g}" if isinstance(value, float) else value or "", name)
+
+    return _FIELD.sub(value, template)
+
+
+def check_template(template: str) -> None:
+    """UsageError for a field that there is not, or that has no digits to pad."""
+    for name, digits in _FIELD.findall(template):
+        if name.lower() not in (*FIELDS, *ALIASES):
+            what = f'there is no field "[{name}]" for names of pictures'
+            raise UsageError(what, hint=suggestion(name, FIELDS))
+        if digits and name.lower() not in NUMBERS:
+            raise UsageError(f"[{name}:{digits}] pads what is not a whole number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the pictures of a run go, and in which format.
+
+    `template` is relative to `root`, below which everything stays; "" numbers the pictures:
+    NNNNN-SEED. With `stdout` there is one picture, and it goes there.
+    """
+
+    root: Path = Path("outputs")
+    template: str = ""
+    format: str = "png"
+    stdout: bool = False
+    overwrite: bool = False
+    skip_existing: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        where: str | None,
+        *,
+        format: str | None = None,
+        many: bool = False,
+        overwrite: bool = False,
+        skip_existing: bool = False,
+    ) -> Output:
+        """The meaning of -o: a folder (existing, or with a trailing /), a file, a template, or -.
+
+        A file that is to hold `many` pictures becomes STEM-0000.png and so on.
+        """
+        switches = {"overwrite": overwrite, "skip_existing": skip_existing}
+        if where == "-":
+            if overwrite or skip_existing:
+                raise UsageError("-o - writes no file that could be there already")
+            return cls(stdout=True, format=format or "png")
+        if where is None or where.endswith(("/", os.sep)) or Path(where).is_dir():
+            return cls(root=Path(where or "outputs"), format=format or "png", **switches)
+        check_template(where)
+        ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
+        if format is not None and ENDINGS[ending.lower()] != format:
+            raise UsageError(f"{where} is not a name for --format {format}", hint="leave one out")
+        if many and not _FIELD.search(where):
+            where = f"{where.removesuffix(ending)}-[index:04]{ending}"
+        parts = PurePath(where).parts
+        first = next((i for i, part in enumerate(parts) if _FIELD.search(part)), len(parts) - 1)
+        root, template = Path(*parts[:first]), str(PurePath(*parts[first:]))
+        output = cls(root=root, template=template, format=ENDINGS[ending.lower()], **switches)
+        if not _FIELD.search(template):
+            output.path({})  # fails now if it is taken, not after all the work
+        return output
+
+    def path(self, fields: Fields, out: str | None = None) -> Path | None:
+        """Where a picture of these fields goes; None if its number is given when it is written.
+
+        `out` is a name below the folder, asked for with the picture. UsageError for a name that
+        would leave the folder or that some system would misread, and for one that is taken.
+        """
+        if self.stdout:
+            return None
+        if not (self.template or out):
+            if self.skip_existing:
+                hint = f"name them, such as -o {self.root}/[index:05].png"
+                raise UsageError("--skip-existing has no meaning for numbered pictures", hint=hint)
+            return None
+        name = expand(_checked_name(out, self.format) if out else self.template, fields)
+        for part in PurePath(name).parts:
+            if part.split(".")[0].lower() in _RESERVED or len(os.fsencode(part)) > 200:
+                raise UsageError(f"{name} is not usable as the name of a picture")
+        path = self.root / name
+        if os.path.lexists(path) and not (self.overwrite or self.skip_existing):
+            raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+        return path
+
+    def sheet_path(self) -> Path | None:
+        """Where a sheet of all pictures goes; None where it gets a number. UsageError if taken."""
+        if self.stdout or not self.template:
+            return None
+        name = PurePath(self.template).name
+        ending = PurePath(name).suffix
+        stem = _FIELD.sub("", name.removesuffix(ending)).strip("-_. ")
+        path = self.root / f"{stem}{'-' if stem else ''}grid{ending}"
+        if os.path.lexists(path) and not self.overwrite:
+            raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+        return path
+
+    def write(self, data: bytes, path: Path | None, tail: int | str) -> Path | None:
+        """Write a picture's bytes whole or not at all; returns its path, None for stdout.
+
+        Without a path it is the next free number in the folder, with a tail (its seed).
+        """
+        if self.stdout:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            return None
+        folder = self._folder(path.parent if path else self.root)
+        if path:
+            publish(data, path, self.overwrite)
+            return path
+        with _locked(folder):
+            pattern = re.compile(r"([0-9]{5,9})-")
+            taken = [int(m[1]) for name in os.listdir(folder) if (m := pattern.match(name))]
+            path = folder / f"{max(taken, default=-1) + 1:05d}-{tail}.{self.format}"
+            publish(data, path)
+        return path
+
+    def _folder(self, folder: Path) -> Path:
+        """The folder, made if need be, and found to lie below the root."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            root = self.root.resolve()
+            # Once before anything is made through a link, once for what is there in the end.
+            inside = folder.resolve().is_relative_to(root)
+            if inside:
+                folder.mkdir(parents=True, exist_ok=True)
+                inside = folder.resolve().is_relative_to(root)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}", error.strerror) from None
+        if not inside:
+            raise UsageError(f"{folder} leads out of {self.root}", f"to {folder.resolve()}")
+        return folder
+
+
+def _ending(name: str, hint: str) -> str:
+    ending = PurePath(name).suffix
+    if ending.lower() not in ENDINGS:
+        raise UsageError(f"{name} is not the name of a png, jpg or webp picture", hint=hint)
+    return ending
+
+
+def _checked_name(out: str, format: str) -> str:
+    """A name that came with a request, and may come from anywhere."""
+    check_template(out)
+    for part in _FIELD.sub("x", out).split("/"):
+        if not part or part[0] in ".-" or part[-1] in ". " or re.search(r'[\\:*?"<>|]', part):
+            raise UsageError(f'"{out}" is not usable as the name of a picture')
+    if not out.isprintable():
+        raise UsageError("the name of a picture has control characters")
+    ending = _ending(out, f'"{out}.{format}" is one')
+    if ENDINGS[ending.lower()] != format:
+        raise UsageError(f"{out} is not the name of a {format} picture", hint="see --format")
+    return out
+
+
+def publish(data: bytes, path: Path, overwrite: bool = False) -> None:
+    """Write a file whole or not at all, over another one only with `overwrite`; through no link."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        _create(data, temporary)
+        if overwrite:
+            os.replace(temporary, path)
+            return
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            _create(data, path)
+    except (FileExistsError, IsADirectoryError):
+        raise UsageError(f"{path} is there already", hint="--overwrite replaces it") from None
+    except PermissionError as error:
+        raise UsageError(f"cannot write {path}", error.strerror) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create(data: bytes, path: Path) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Numbers are taken by one process at a time where folders can be locked; elsewhere the
+    exclusive creation of the picture still keeps any two from being one file."""
+    descriptor = None
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -1,0 +1,231 @@
+"""Seeds, sizes and prompt lines, and streams that are read as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+
+import pytest
+
+from difftool.errors import DifftoolError, UsageError
+from difftool.sampling.requests import (
+    MAX_SEED,
+    KEYS,
+    Request,
+    parse_interval,
+    parse_line,
+    parse_seeds,
+    parse_size,
+    read_requests,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("7", (7,)),
+        ("0", (0,)),
+        ("1,2,5-10", (1, 2, 5, 6, 7, 8, 9, 10)),
+        (" 3 , 1 - 2 ", (3, 1, 2)),
+        ("-1", ()),
+        (str(MAX_SEED), (MAX_SEED,)),
+    ],
+)
+def test_seed_grammar(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1,", "1..3", "10-5", "-2", "1.5", "1e3", "--1", str(MAX_SEED + 1), "0-2000000"]
+)
+def test_bad_seeds_are_usage_errors(text):
+    with pytest.raises(UsageError):
+        parse_seeds(text)
+
+
+def test_image_k_has_seed_plus_k():
+    assert list(Request(seeds=(7,), num=3).images()) == [7, 8, 9]
+    assert list(Request(seeds=(5, 1, 9)).images()) == [5, 1, 9]
+    assert list(Request(seeds=(5, 1), num=2).images()) == [5, 1]
+
+
+def test_drawn_seeds_differ_and_are_consecutive():
+    first, second = Request(num=2).images(), Request(seeds=(), num=2).images()
+    assert first[1] == first[0] + 1 and second[1] == second[0] + 1
+    assert first[0] != second[0]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Request(seeds=(1, 2), num=3), Request(num=0), Request(seeds=(MAX_SEED,), num=2)],
+    ids=["count", "zero", "overflow"],
+)
+def test_impossible_counts(request_):
+    with pytest.raises(UsageError):
+        request_.images()
+
+
+def test_sizes():
+    assert parse_size("512x768") == (512, 768)
+    assert parse_size("64") == (64, 64)
+    assert parse_size("64X32") == (64, 32)
+    for text in ("", "x", "0x64", "64x", "-64x64", "64x64x64", "100000x64", "6.4x64"):
+        with pytest.raises(UsageError):
+            parse_size(text)
+
+
+def test_intervals():
+    assert parse_interval("-2,4") == (-2.0, 4.0)
+    assert parse_interval("-inf,0") == (float("-inf"), 0.0)
+    for text in ("", "1", "4,-2", "1,2,3", "nan,1", "a,b"):
+        with pytest.raises(UsageError):
+            parse_interval(text)
+
+
+def test_text_lines():
+    assert parse_line("  a fox \r") == Request(prompt="a fox")
+    assert parse_line("# a comment") is None
+    assert parse_line("   ") is None
+    assert parse_line("{red|blue} # fox") == Request(prompt="{red|blue} # fox")
+
+
+def test_every_key_of_a_json_line():
+    values = {
+        "prompt": "a fox",
+        "negative_prompt": "blurry",
+        "label": 3,
+        "seed": 7,
+        "out": "fox.png",
+        "steps": 5,
+        "cfg_scale": 4,
+        "width": 64,
+        "height": 32,
+        "sampler_name": "Euler a",
+        "scheduler": "karras",
+    }
+    assert set(values) == set(KEYS)
+    assert parse_line(json.dumps(values)) == Request(
+        prompt="a fox",
+        negative="blurry",
+        label="3",
+        seeds=(7,),
+        out="fox.png",
+        settings={
+            "steps": 5,
+            "guidance": 4.0,
+            "width": 64,
+            "height": 32,
+            "sampler": "Euler a",
+            "schedule": "karras",
+        },
+    )
+    assert parse_line('{"prompt": "x", "seed": "1,3-4", "steps": null}') == Request(
+        prompt="x", seeds=(1, 3, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "x"',
+        '{"prompt": "x", "prompt": "y"}',
+        '{"prompt": ["x"]}',
+        '{"steps": 0}',
+        '{"steps": 2.5}',
+        '{"steps": true}',
+        '{"steps": "20"}',
+        '{"cfg_scale": NaN}',
+        '{"cfg_scale": 1e400}',
+        '{"seed": -2}',
+        '{"seed": [1]}',
+        '{"seed": ' + "9" * 5000 + "}",
+        '{"width": 99999999}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "a\\u0000b"}',
+        '{"prompt": "' + "x" * 20_000 + '"}',
+        '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "a\x1b[31mb",
+    ],
+)
+def test_bad_lines_are_usage_errors(line):
+    with pytest.raises(UsageError):
+        parse_line(line)
+
+
+def test_unknown_keys_name_the_nearest():
+    with pytest.raises(UsageError, match='no key "promt"') as caught:
+        parse_line('{"promt": "a fox"}')
+    assert 'did you mean "prompt"' in (caught.value.hint or "")
+
+
+def test_lines_over_a_base():
+    base = Request(
+        prompt="base",
+        negative="blurry",
+        seeds=(1,),
+        num=2,
+        settings={"sampler": "ddim", "sampler_options": {"eta": 1.0}, "size": (64, 64), "steps": 9},
+    )
+    line = Request(prompt="a fox", seeds=(), settings={"sampler": "euler", "size": (32, 32)})
+    assert line.over(base) == Request(
+        prompt="a fox",
+        negative="blurry",
+        seeds=(),
+        num=2,
+        settings={"sampler": "euler", "size": (32, 32), "steps": 9},
+    )
+    assert Request().over(base) == base
+
+
+def read(path, base=None):
+    """Prompts of a file; the messages of its errors."""
+    items = read_requests(str(path), base or Request())
+    return [str(i) if isinstance(i, DifftoolError) else i.prompt if i else None for i in items]
+
+
+def test_files_of_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(
+        "\ufeffa fox\r\n# no\n\n".encode()
+        + b'{"prompt": "a dog"}\n\xff\xfe\n{"propmt": "x"}\n'
+        + "ein Bär".encode()
+    )
+    prompts = read(path)
+    assert prompts[:2] == ["a fox", "a dog"] and prompts[4:] == ["ein Bär"]
+    assert "line 5: not UTF-8" in prompts[2] and 'line 6: there is no key "propmt"' in prompts[3]
+
+
+def test_a_line_without_end_is_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a fox\n" + b"x" * 3_000_000)
+    assert [p[:15] for p in read(path)] == ["a fox", "prompts.txt lin"]
+
+
+def test_missing_files_and_folders(tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UsageError):
+            read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_streams_do_not_wait_for_their_end(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    go_on, seen = threading.Event(), []
+
+    def write():
+        with open(path, "wb", buffering=0) as pipe:
+            pipe.write(b"one\ntwo\nthr")
+            assert go_on.wait(10)
+            pipe.write(b"ee\nfour")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for request in read_requests(str(path), Request()):
+        seen.append(request and getattr(request, "prompt", None))
+        if seen[-1] == "two":
+            go_on.set()  # a reader that waited for more than the line would wait for ever
+    writer.join()
+    assert [p for p in seen if p] == ["one", "two", "three", "four"]
+    assert None in seen
