@@ -10,8 +10,8 @@ import pytest
 
 from difftool.errors import DifftoolError, UsageError
 from difftool.sampling.requests import (
-    MAX_SEED,
     KEYS,
+    MAX_SEED,
     Request,
     parse_interval,
     parse_line,
@@ -37,7 +37,8 @@ def test_seed_grammar(text, seeds):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "1,", "1..3", "10-5", "-2", "1.5", "1e3", "--1", str(MAX_SEED + 1), "0-2000000"]
+    "text",
+    ["", "x", "1,", "1..3", "10-5", "-2", "1.5", "1e3", "--1", str(MAX_SEED + 1), "0-2000000"],
 )
 def test_bad_seeds_are_usage_errors(text):
     with pytest.raises(UsageError):

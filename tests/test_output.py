@@ -1,0 +1,288 @@
+"""Names of pictures, hostile ones too, and files that are never replaced or left half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from difftool.errors import UsageError
+from difftool.sampling import output as module
+from difftool.sampling.output import FIELDS, Output, expand, publish, slug
+
+VALUES: dict[str, Any] = {
+    "seed": 7,
+    "index": 0,
+    "prompt": "a red fox, smiling",
+    "negative": "",
+    "label": None,
+    "steps": 20,
+    "guidance": 7.5,
+    "sampler": "dpmpp_2m",
+    "schedule": "karras",
+    "width": 64,
+    "height": 32,
+    "model": "shapes",
+    "model_hash": "0123456789",
+    "date": "2026-01-31",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_values_are_those_of_the_fields():
+    assert set(VALUES) == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("[seed].png", "7.png"),
+        ("[seed:06].png", "000007.png"),
+        ("[index:03]-[SEED].png", "000-7.png"),
+        ("[prompt].png", "a-red-fox-smiling.png"),
+        ("[negative]-[label].png", "negative-label.png"),
+        ("[width]x[height]-[cfg]-[sampler].png", "64x32-7.5-dpmpp_2m.png"),
+        ("[model]/[model_hash]/[date].png", "shapes/0123456789/2026-01-31.png"),
+        ("plain [1].png", "plain [1].png"),
+    ],
+)
+def test_templates(template, name):
+    assert expand(template, VALUES) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("../../etc/passwd", "etc-passwd"),
+        ("/etc/passwd", "etc-passwd"),
+        ("..", "none"),
+        ("", "none"),
+        ("-rf *", "rf"),
+        (".bashrc", "bashrc"),
+        ("a\\b:c\x00d\ne", "a-b-c-d-e"),
+        ("ﬁancé", "fiance"),
+        ("狐", "none"),
+        ("$(reboot); `x` {0.__class__}", "reboot-x-0.__class"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_slugs(value, expected):
+    assert slug(value) == expected
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", slug(value))
+
+
+@pytest.mark.parametrize("where", ["[sed].png", "[seed.__class__].png[x].png", "[prompt:05].png"])
+def test_unknown_fields_are_usage_errors(where):
+    with pytest.raises(UsageError):
+        Output.parse(where)
+
+
+def test_the_nearest_field_is_named():
+    with pytest.raises(UsageError) as caught:
+        Output.parse("[sed].png")
+    assert 'did you mean "seed"' in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("where", "many", "path"),
+    [
+        ("fox.png", False, "fox.png"),
+        ("fox.png", True, "fox-0003.png"),
+        ("a/b/fox.JPG", False, "a/b/fox.JPG"),
+        ("out/[prompt]/[seed].webp", True, "out/a-red-fox-smiling/7.webp"),
+        ("[1].png", True, "[1]-0003.png"),
+    ],
+)
+def test_files_and_templates(where, many, path):
+    assert Output.parse(where, many=many).path({**VALUES, "index": 3}) == Path(path)
+
+
+@pytest.mark.parametrize("where", [None, "out/", "there"])
+def test_folders_number_their_pictures(where):
+    Path("there").mkdir()
+    output = Output.parse(where)
+    assert output.path(VALUES) is None
+    folder = where.rstrip("/") if where else "outputs"
+    assert output.write(b"1", None, 7) == Path(folder, "00000-7.png")
+    assert output.write(b"2", None, 7) == Path(folder, "00001-7.png")
+    Path(folder, "00041-grid.png").touch()
+    Path(folder, "junk-99999-1.png").touch()
+    assert output.write(b"3", None, 8) == Path(folder, "00042-8.png")
+
+
+@pytest.mark.parametrize("where", ["out", "fox.gif", "fox.png.bak", ".png"])
+def test_what_is_no_picture_name_is_refused(where):
+    with pytest.raises(UsageError):
+        Output.parse(where)
+
+
+def test_format_and_ending_must_agree():
+    assert Output.parse("out/", format="webp").format == "webp"
+    assert Output.parse("x.jpeg").format == "jpg"
+    with pytest.raises(UsageError):
+        Output.parse("x.png", format="jpg")
+
+
+def test_parallel_writers_never_share_a_number():
+    def write(seed: int) -> Path | None:
+        return Output.parse("out/").write(str(seed).encode(), None, seed)
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = [path for path in pool.map(write, range(64)) if path]
+    assert sorted(path.name[:5] for path in paths) == [f"{n:05d}" for n in range(64)]
+    assert {p.read_text() for p in paths} == {str(n) for n in range(64)}
+    assert len(os.listdir("out")) == 64
+
+
+def test_nothing_is_replaced_unasked():
+    Path("fox.png").write_text("old")
+    with pytest.raises(UsageError, match="there already"):
+        Output.parse("fox.png")
+    with pytest.raises(UsageError, match="there already"):
+        publish(b"new", Path("fox.png"))
+    assert Path("fox.png").read_text() == "old"
+    output = Output.parse("fox.png", overwrite=True)
+    output.write(b"new", output.path(VALUES), 7)
+    assert Path("fox.png").read_text() == "new"
+    skipping = Output.parse("fox.png", skip_existing=True)
+    assert skipping.path(VALUES) == Path("fox.png")
+    assert os.listdir() == ["fox.png"]
+
+
+def test_a_picture_that_appears_meanwhile_is_kept():
+    output = Output.parse("[seed].png")
+    path = output.path(VALUES)
+    Path("7.png").write_text("theirs")
+    with pytest.raises(UsageError, match="there already"):
+        output.write(b"ours", path, 7)
+    assert Path("7.png").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_are_not_followed(overwrite):
+    Path("target").write_text("precious")
+    os.symlink("target", "fox.png")
+    os.symlink("nowhere", "dog.png")
+    for name in ("fox.png", "dog.png"):
+        if overwrite:
+            publish(b"new", Path(name), overwrite=True)
+            assert not Path(name).is_symlink()
+        else:
+            with pytest.raises(UsageError):
+                publish(b"new", Path(name))
+    assert Path("target").read_text() == "precious" and not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        "../fox.png", "a/../../fox.png", "/tmp/fox.png", "a//fox.png", "./fox.png", ".fox.png",
+        "-fox.png", "c:fox.png", "a\\fox.png", "fox\n.png", "con.png", "a/nul.x/fox.png", "fox",
+        "fox.gif", "fox.jpg", "a./fox.png", "fox.png ", "fox.png/", "[nope].png", "x" * 250 + ".png",
+    ],
+)  # fmt: skip
+def test_hostile_names_of_requests(out):
+    output = Output.parse("out/")
+    with pytest.raises(UsageError):
+        output.path(VALUES, out)
+    assert os.listdir() == []
+
+
+def test_names_of_requests_lie_below_the_folder():
+    output = Output.parse("out/")
+    assert output.path(VALUES, "ä b/[seed:04].png") == Path("out/ä b/0007.png")
+    path = output.path(VALUES, "a/fox.png")
+    assert output.write(b"1", path, 7) == Path("out/a/fox.png")
+    assert Path("out/a/fox.png").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("name", ["link/fox.png", "link/new/fox.png"])
+def test_links_out_of_the_folder_are_refused(name):
+    Path("outside").mkdir()
+    Path("out").mkdir()
+    os.symlink("../outside", "out/link")
+    output = Output.parse("out/")
+    with pytest.raises(UsageError, match="leads out of"):
+        output.write(b"1", output.path(VALUES, name), 7)
+    assert os.listdir("outside") == []
+
+
+def test_a_template_cannot_climb():
+    output = Output.parse("out/[prompt]/../../[seed].png")
+    with pytest.raises(UsageError, match="leads out of"):
+        output.write(b"1", output.path(VALUES), 7)
+
+
+def test_a_folder_that_is_a_file_is_a_usage_error():
+    Path("out").touch()
+    output = Output.parse("out/[seed].png")
+    with pytest.raises(UsageError, match="cannot make the folder"):
+        output.write(b"1", output.path(VALUES), 7)
+
+
+def full(*_args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing_behind(monkeypatch):
+    class Full:
+        def __init__(self, descriptor, mode):
+            self.descriptor = descriptor
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            os.close(self.descriptor)
+
+        write = full
+
+    monkeypatch.setattr(module, "open", Full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        publish(b"1", Path("fox.png"))
+    assert os.listdir() == []
+
+
+def test_without_hard_links_creation_is_still_exclusive(monkeypatch):
+    def link(*_args):
+        raise OSError(errno.EPERM, "not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    publish(b"1", Path("fox.png"))
+    with pytest.raises(UsageError, match="there already"):
+        publish(b"2", Path("fox.png"))
+    assert os.listdir() == ["fox.png"] and Path("fox.png").read_bytes() == b"1"
+
+
+def test_numbered_pictures_cannot_be_skipped():
+    with pytest.raises(UsageError, match="skip-existing"):
+        Output.parse("out/", skip_existing=True).path(VALUES)
+    assert Output.parse("out/", skip_existing=True).path(VALUES, "fox.png") == Path("out/fox.png")
+
+
+@pytest.mark.parametrize(
+    ("where", "many", "path"),
+    [
+        ("castle.png", True, "castle-grid.png"),
+        ("out/[seed:06].webp", True, "out/grid.webp"),
+        ("out/fox_[seed]_[index].png", True, "out/fox-grid.png"),
+        ("out/", True, None),
+        (None, True, None),
+    ],
+)
+def test_sheets(where, many, path):
+    assert Output.parse(where, many=many).sheet_path() == (Path(path) if path else None)
+    if path:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+        with pytest.raises(UsageError, match="there already"):
+            Output.parse(where, many=many).sheet_path()
