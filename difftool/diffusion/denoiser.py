@@ -27,6 +27,9 @@ class Cond(NamedTuple):
     """[B], the guidance scale of a guidance-distilled network."""
 
 
+UNCONDITIONAL = Cond()
+
+
 class Denoiser(nn.Module):
     """network + path + target: x_t, level, conditions -> the raw output F, or x0 and eps."""
 
@@ -46,7 +49,7 @@ class Denoiser(nn.Module):
         parameters = self.network.parameters()
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
-    def forward(self, x_t: Tensor, level: Level, cond: Cond = Cond()) -> Tensor:  # noqa: B008
+    def forward(self, x_t: Tensor, level: Level, cond: Cond = UNCONDITIONAL) -> Tensor:
         """F [B,C,H,W], fp32; x_t [B,C,H,W]; level of floats, or of tensors [B] or [B,1,1,1]."""
         dtype = self.dtype
         _, _, sigma = _columns(level)
@@ -63,7 +66,7 @@ class Denoiser(nn.Module):
         )
         return split_variance(output.float(), x_t.shape[1])[0]
 
-    def predict(self, x_t: Tensor, level: Level, cond: Cond = Cond()) -> Prediction:  # noqa: B008
+    def predict(self, x_t: Tensor, level: Level, cond: Cond = UNCONDITIONAL) -> Prediction:
         """x0 and eps, fp32."""
         output = self(x_t, level, cond)
         return recover(x_t.float(), output, _columns(level), self.target)
@@ -71,8 +74,8 @@ class Denoiser(nn.Module):
 
 def _columns(level: Level) -> Level:
     """A level whose tensors are [B,1,1,1]; floats stay floats."""
-    column: Any = lambda v: v.float().view(-1, 1, 1, 1) if isinstance(v, Tensor) else v  # noqa: E731
-    return Level(*map(column, level))
+    values: Any = (v.float().view(-1, 1, 1, 1) if isinstance(v, Tensor) else v for v in level)
+    return Level(*values)
 
 
 def _times(t: Any, x_t: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ SCHEDULES: dict[str, Callable[[int, float, float], list[float]]] = {
 
 @dataclass(frozen=True)
 class Discrete(Path):
-    """A variance-preserving table: alpha_i^2 = prod_{j <= i} (1 - beta_j), sigma^2 = 1 - alpha^2."""
+    """A table: alpha_i^2 = prod_{j <= i} (1 - beta_j), sigma_i^2 = 1 - alpha_i^2."""
 
     schedule: str = "scaled_linear"
     """Name of the beta schedule, from SCHEDULES."""
@@ -155,7 +155,7 @@ class Discrete(Path):
     terminal_alpha_bar: float = 0.0
     """Lower bound of alpha_bar at the last entry; 2^-24 in some published samplers."""
     lookup: Literal["log", "linear"] = "log"
-    """How rho = sigma / alpha runs between entries: log-linear (k-diffusion), linear (diffusers)."""
+    """How rho = sigma / alpha runs between entries: log-linear (k-diffusion) or linear."""
     time: Literal["exact", "nearest", "floor"] = "exact"
     """How a fractional t is told to the network."""
     continuous: ClassVar[bool] = False
