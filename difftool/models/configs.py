@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Depth = int | tuple[int, ...]
 """Transformer depth of a level: one number for all its blocks, or one a block; 0 = no attention."""
+
+Depths = tuple[tuple[int, ...], ...]
+"""Transformer depths by level and block."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """The U-Net of DDPM, ADM, Stable Diffusion 1/2/XL and their small relatives.
 
-    Levels are listed from full resolution down; every list below has one entry a level.
+    Levels are listed from full resolution down; every list by level has one entry a level.
+    ValueError if the values do not fit together.
     """
 
     in_channels: int
@@ -28,13 +34,17 @@ class UNetConfig:
     """"plain": one self-attention layer (DDPM, ADM). "transformer": self-attention, cross-attention
     to the context and a GEGLU feed-forward, `depth` times (Stable Diffusion)."""
     depth: tuple[Depth, ...] = ()
-    """Attention layers after each block, by level."""
+    """Attention layers after each block, by level; () = none."""
     up_depth: tuple[Depth, ...] | None = None
-    """The same for the way up, also listed from full resolution down; None mirrors `depth`."""
-    mid_depth: int | None = 1
-    """Attention layers in the middle block; 0 = residual blocks only, None = no middle block."""
+    """The same for the way up, also listed from full resolution down; None = as `depth`."""
+    mid_blocks: int = 2
+    """Residual blocks in the middle, attention between them; 1 in SSD-1B, 0 = no middle block."""
+    mid_depth: int = 1
+    """Attention layers between the middle's residual blocks."""
     context_dim: int | None = None
     """Width of the text context; None = no cross-attention."""
+    only_cross: tuple[int, ...] = ()
+    """Levels whose self-attention looks at the context instead (x4 upscaler)."""
     heads: int | tuple[int, ...] | None = None
     """Attention heads of each level; exactly one of heads and head_dim is given."""
     head_dim: int | None = None
@@ -45,6 +55,8 @@ class UNetConfig:
     """Size of the label table; for classifier-free guidance the last entry means "no label"."""
     vector_dim: int | None = None
     """Width of the conditioning vector (SDXL's pooled text and sizes; SD2 unCLIP's image)."""
+    vector_name: Literal["add_embedding", "class_embedding"] = "add_embedding"
+    """Name of the vector's layers in the state dict: SDXL's, or SD2 unCLIP's."""
     guidance_dim: int | None = None
     """Width of the embedded guidance scale (LCM)."""
     scale_shift: bool = False
@@ -54,6 +66,7 @@ class UNetConfig:
     groups: int = 32
     """Groups of every group norm."""
     norm_eps: float = 1e-5
+    """Of every group norm but the transformers', whose eps is 1e-6."""
     dropout: float = 0.0
     flip_sin_to_cos: bool = True
     """Order of the time embedding: cosines first (SD) or sines first (DDPM)."""
@@ -61,6 +74,65 @@ class UNetConfig:
     """1 in DDPM's published time embedding, else 0."""
     downsample_padding: int = 1
     """1: symmetric; 0: one row and column at the far end (DDPM)."""
+
+    def __post_init__(self) -> None:
+        levels, attends = len(self.channels), self.mid_blocks > 1 and self.mid_depth > 0
+        for depths in (*self.down_depths, *self.up_depths):
+            attends = attends or any(depths)
+            if any(depths) and not all(depths):
+                raise ValueError(f"depth {list(depths)}: all blocks of a level attend, or none")
+            if self.attention == "plain" and max(depths) > 1:
+                raise ValueError(f"depth {max(depths)}: plain attention is one layer deep")
+        if attends and (self.heads is None) == (self.head_dim is None):
+            raise ValueError("exactly one of heads and head_dim must be given")
+        for width, heads in zip(self.channels, self.level_heads, strict=True):
+            if width % self.groups:
+                raise ValueError(f"width {width} is not a multiple of the {self.groups} groups")
+            if attends and (heads < 1 or width % heads or width % (self.head_dim or 1)):
+                raise ValueError(f"width {width} cannot be split into equal heads")
+        if self.attention == "plain" and self.context_dim is not None:
+            raise ValueError("context_dim needs attention: transformer")
+        if self.only_cross and (self.context_dim is None or max(self.only_cross) >= levels):
+            raise ValueError("only_cross lists levels, and needs context_dim")
+        if self.num_classes and self.vector_dim and self.vector_name == "class_embedding":
+            raise ValueError("class_embedding cannot name both a label table and a vector's layers")
+
+    @property
+    def down_depths(self) -> Depths:
+        """Attention layers after each block on the way down, by level and block."""
+        return self._depths("depth", self.depth, 0)
+
+    @property
+    def up_depths(self) -> Depths:
+        """The same on the way up; levels from full resolution down, blocks as they are run."""
+        given = self.depth if self.up_depth is None else self.up_depth
+        return self._depths("up_depth", given, 1)
+
+    @property
+    def level_heads(self) -> tuple[int, ...]:
+        """Attention heads of each level; 1 where nothing attends."""
+        if self.head_dim is not None:
+            return tuple(width // self.head_dim for width in self.channels)
+        return self._by_level("heads", self.heads or 1)
+
+    def _depths(self, name: str, given: tuple[Depth, ...], more: int) -> Depths:
+        depths = self._by_level(name, given or 0)
+        counts = [blocks + more for blocks in self._by_level("blocks", self.blocks)]
+        full = tuple(
+            (depth,) * count if isinstance(depth, int) else depth
+            for depth, count in zip(depths, counts, strict=True)
+        )
+        for depth, count in zip(full, counts, strict=True):
+            if len(depth) != count or count < 1 or min(depth) < 0:
+                raise ValueError(f"{name} {list(depth)} does not fit {count} blocks")
+        return full
+
+    def _by_level(self, name: str, given: T | tuple[T, ...]) -> tuple[T, ...]:
+        if not isinstance(given, tuple):
+            return (given,) * len(self.channels)
+        if len(given) != len(self.channels):
+            raise ValueError(f"{name} has {len(given)} entries for {len(self.channels)} levels")
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +152,10 @@ class SpaceToDepthConfig:
     """Image channels."""
     block: int = 2
 
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block {self.block} is less than 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig:
@@ -97,11 +173,25 @@ class VaeConfig:
     """x0 = (latent - shift) * scale."""
     shift: float = 0.0
     latents_mean: tuple[float, ...] | None = None
+    """A shift for each latent channel, in place of `shift`."""
     latents_std: tuple[float, ...] | None = None
+    """Each latent channel is also divided by its own deviation."""
     quant_conv: bool = True
+    """1x1 convolutions between the networks and the latent; absent in 16-channel VAEs."""
     mid_attention: bool = True
     force_upcast: bool = False
-    """Decode in fp32 whatever the model's dtype (SDXL's published VAE overflows fp16)."""
+    """Run in fp32 whatever the model's dtype (SDXL's published VAE overflows fp16)."""
+
+    def __post_init__(self) -> None:
+        for width in self.widths:
+            if width % self.groups:
+                raise ValueError(f"width {width} is not a multiple of the {self.groups} groups")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{name} has {len(values)} values, not {self.latent_channels}")
+        if not self.scale or not all(self.latents_std or (1,)):
+            raise ValueError("a scale or deviation is zero")
 
 
 CodecConfig = IdentityConfig | SpaceToDepthConfig | VaeConfig
@@ -135,6 +225,12 @@ class TextConfig:
     """Token that fills short prompts; None = the end mark (a learned vocabulary has its own)."""
     tokenizer: Literal["clip", "learned"] = "clip"
     """CLIP's byte-pair vocabulary, or one learned from the captions and stored in the model."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
+        if not -self.layers - 1 <= self.hidden <= -1:
+            raise ValueError(f"hidden {self.hidden} is not between {-self.layers - 1} and -1")
 
     @property
     def end_id(self) -> int:
