@@ -21,7 +21,8 @@ floats when sampling and [B,1,1,1] tensors when training; all of it is fp32, wha
 dtype.
 """
 
+from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, Level, Path, build_path
 from difftool.diffusion.prediction import TARGETS, Prediction, recover
 
-__all__ = ["PATHS", "TARGETS", "Level", "Path", "Prediction", "build_path", "recover"]
+__all__ = ["GRIDS", "PATHS", "TARGETS", "Level", "Path", "Prediction", "build_path", "recover"]

@@ -223,13 +223,14 @@ class Discrete(Path):
         return self.level(float(index))
 
     def at_half_log_snr(self, value: float) -> Level:
-        """alpha and sigma are exact at any value; t, linear in log rho, is clamped to the table."""
+        """alpha and sigma are exact at any value; t, linear in log rho, is clamped to the table,
+        and rounded so that the entries of the table are found again."""
         log_rho, table = -value, self._log_rho
         below = min(max(bisect_right(table, log_rho) - 1, 0), self.steps - 2)
         lo, hi = table[below], table[below + 1]
         share = 1.0 if log_rho == hi else (log_rho - lo) / (hi - lo)
         alpha, sigma = 1 / math.hypot(1, math.exp(log_rho)), 1 / math.hypot(1, math.exp(value))
-        return Level(below + min(max(share, 0.0), 1.0), alpha, sigma)
+        return Level(round(below + min(max(share, 0.0), 1.0), 9), alpha, sigma)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alphas, sigmas, _ = _tensors(self, t.device)
@@ -386,13 +387,13 @@ def build_path(options: Mapping[str, Any]) -> Path:
 
 def call(what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
     """function(*args, **options), where a wrong option is the user's error and names `what`."""
-    named = inspect.signature(function).parameters.values()
-    known = [p.name for p in named if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
+    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     for name in options:
-        if name not in known[len(args) :]:
-            hint = suggestion(name, known[len(args) :]) if known[len(args) :] else None
+        if name not in known and len(known) == len(parameters):
+            hint = suggestion(name, known) if known else None
             raise UsageError(f'{what} has no option "{name}"', hint=hint)
     try:
         return function(*args, **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} has a wrong option", str(error)) from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{what} has a wrong option", str(error)) from error

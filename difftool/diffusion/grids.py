@@ -1,0 +1,344 @@
+"""Grids: which n levels of a path a sampler visits, noisy to clean. Torch-free.
+
+GRIDS[name](path, n, **options) gives n levels, and the level where the last step ends:
+
+    end                  "clean" (no noise left), "first" (entry 0 of the table), "none" (no end
+                         level: the last step ends at the last of the n)
+    terminal_alpha_bar   lower bound of alpha_bar at the noisiest entry (2^-24 in diffusers)
+
+Index grids divide the table's indices, 0 .. T-1, and fit every path through `path.at_index`. Scale
+grids divide the noise scale `path.k_sigma`; their options are the ends of the range,
+
+    range                "table" (all of the path) or the index grid whose ends bound this one: its
+                         name, or {kind: NAME, option: value, ...}
+    sigma_min, sigma_max ends given as such
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
+from itertools import pairwise
+from typing import Any
+
+from difftool.diffusion.path import Discrete, Flow, Level, Path, call
+from difftool.errors import UsageError, suggestion
+from difftool.registry import Registry
+
+Grid = Callable[..., list[Level]]
+"""(path, n, **options) -> n levels and the end, noisy to clean."""
+
+GRIDS: Registry[Grid] = Registry("schedule")
+
+
+def _register(name: str, *aliases: str) -> Callable[[Callable[..., list[Level]]], Grid]:
+    """Adds a grid from the function that gives its n levels; the rest is the same for all."""
+
+    def add(levels: Callable[..., list[Level]]) -> Grid:
+        what = f'schedule "{name}"'
+
+        @wraps(levels)
+        def grid(
+            path: Path,
+            n: int,
+            *,
+            end: str = "clean",
+            terminal_alpha_bar: float | None = None,
+            **options: Any,
+        ) -> list[Level]:
+            if not 1 <= n <= path.steps:
+                why = f"steps = {n}, the noise path has {path.steps}"
+                raise UsageError("the number of steps does not fit", why)
+            if terminal_alpha_bar is not None:
+                if not isinstance(path, Discrete):
+                    raise UsageError("terminal_alpha_bar belongs to discrete noise paths")
+                path = replace(path, terminal_alpha_bar=terminal_alpha_bar)
+            return _checked(what, _ended(call(what, levels, path, n, **options), path, end), n)
+
+        return GRIDS.add(name, grid, *aliases)
+
+    return add
+
+
+def _ended(levels: list[Level], path: Path, end: str) -> list[Level]:
+    if end not in ("clean", "first", "none"):
+        raise UsageError(f'a schedule cannot end at "{end}"', hint="choose clean, first or none")
+    last = {"clean": path.clean, "first": path.at_index(0), "none": levels[-1]}[end]
+    return levels if last == levels[-1] else [*levels, last]  # a step of length 0 is no step
+
+
+def _checked(what: str, levels: list[Level], n: int) -> list[Level]:
+    if len(levels) < 2:
+        raise UsageError(f"{what} has no step to take", f"steps = {n}", "take more steps")
+    for here, there in pairwise(levels):
+        if not here.half_log_snr < there.half_log_snr:
+            why = f"steps = {n}: from t = {here.t:g} to t = {there.t:g}"
+            raise UsageError(f"{what} does not go from noisy to clean", why, "take fewer steps")
+    return levels
+
+
+def _ramp(n: int) -> list[float]:
+    """n even shares from 0 to 1; a single one is 0, the noisy end."""
+    return [i / (n - 1) for i in range(n)] if n > 1 else [0.0]
+
+
+# --- index grids: T = path.steps entries, i the step ------------------------------------------
+
+
+def _index_grid(name: str, *aliases: str) -> Callable[[Callable[..., Sequence[float]]], Grid]:
+    """Adds a grid from a function (T, n, whole, **options) -> indices.
+
+    whole rounds half to even on a table, and does nothing on a continuous path.
+    """
+
+    def add(indices: Callable[..., Sequence[float]]) -> Grid:
+        def levels(path: Path, n: int, **options: Any) -> list[Level]:
+            whole = (lambda index: index) if path.continuous else round
+            found = call(f'schedule "{name}"', indices, path.steps, n, whole, **options)
+            return [path.at_index(index) for index in found]
+
+        return _register(name, *aliases)(levels)
+
+    return add
+
+
+Whole = Callable[[float], float]
+
+
+@_index_grid("leading")
+def _leading(T: int, n: int, whole: Whole, offset: int = 0) -> Sequence[float]:
+    """DDIM, DDPM, PNDM and the Euler family of diffusers; Stable Diffusion 1 has offset 1."""
+    return [i * (T // n) + offset for i in reversed(range(n))]
+
+
+@_index_grid("leading_open")
+def _leading_open(T: int, n: int, whole: Whole, offset: int = 0) -> Sequence[float]:
+    """The "leading" of diffusers' DPM-Solver, UniPC and DEIS."""
+    return [i * (T // (n + 1)) + offset for i in range(n, 0, -1)]
+
+
+@_index_grid("trailing", "uniform")
+def _trailing(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """From the noisiest entry on (2305.08891, section 3.3); 1 - i/n on a flow."""
+    return [whole(T - i * T / n) - 1 for i in range(n)]
+
+
+@_index_grid("linspace")
+def _linspace(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """Both ends of the table: DDIM, DDPM, PNDM."""
+    return [whole((T - 1) * (1 - share)) for share in _ramp(n)]
+
+
+@_index_grid("linspace_open")
+def _linspace_open(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """linspace of n + 1, without index 0: diffusers' DPM-Solver, UniPC and DEIS."""
+    return [whole((T - 1) * (n - i) / n) for i in range(n)]
+
+
+@_index_grid("normal")
+def _normal(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """linspace, never rounded: k-diffusion, ComfyUI, the Euler family of diffusers."""
+    return [(T - 1) * (1 - share) for share in _ramp(n)]
+
+
+@_index_grid("sgm_uniform")
+def _sgm_uniform(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """linspace_open, never rounded: sgm, ComfyUI; on a flow, diffusers' UniPC."""
+    return [(T - 1) * (n - i) / n for i in range(n)]
+
+
+@_index_grid("simple")
+def _simple(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """ComfyUI."""
+    return [T - 1 - i * T // n for i in range(n)]
+
+
+@_index_grid("ddim_uniform")
+def _ddim_uniform(T: int, n: int, whole: Whole) -> Sequence[float]:
+    """ComfyUI; as published it takes more than n steps where n does not divide T."""
+    return list(range(1, T, T // n))[::-1]
+
+
+@_index_grid("lcm")
+def _lcm(T: int, n: int, whole: Whole, original_steps: int = 50) -> Sequence[float]:
+    """Every so many of the steps that an LCM was distilled on (2310.04378)."""
+    stride = T // original_steps
+    return [stride * (original_steps - original_steps * i // n) - 1 for i in range(n)]
+
+
+@_index_grid("beta")
+def _beta(T: int, n: int, whole: Whole, alpha: float = 0.6, beta: float = 0.6) -> Sequence[float]:
+    """Quantiles of a beta distribution over the index (2407.12173, ComfyUI); repeats dropped."""
+    shares = (beta_quantile(1 - i / n, alpha, beta) for i in range(n))
+    return list(dict.fromkeys(round(share * (T - 1)) for share in shares))
+
+
+# --- scale grids: from noise scale hi to lo ---------------------------------------------------
+
+
+def _scale_grid(name: str, *aliases: str) -> Callable[[Callable[..., Sequence[float]]], Grid]:
+    """Adds a grid from a function (hi, lo, n, **options) -> noise scales."""
+
+    def add(scales: Callable[..., Sequence[float]]) -> Grid:
+        what = f'schedule "{name}"'
+
+        def levels(
+            path: Path,
+            n: int,
+            *,
+            range: str | Mapping[str, Any] = "table",
+            sigma_min: float | None = None,
+            sigma_max: float | None = None,
+            **options: Any,
+        ) -> list[Level]:
+            noisy, clean = _range(path, n, range)
+            hi = path.k_sigma(noisy) if sigma_max is None else sigma_max
+            lo = path.k_sigma(clean) if sigma_min is None else sigma_min
+            if not 0 < lo < hi < math.inf:
+                hint = "set terminal_alpha_bar or sigma_max, or choose another schedule"
+                raise UsageError(f"{what} needs a finite range", f"{lo:g} to {hi:g}", hint)
+            return [path.at_k_sigma(s) for s in call(what, scales, hi, lo, n, **options)]
+
+        return _register(name, *aliases)(levels)
+
+    return add
+
+
+def _range(path: Path, n: int, within: str | Mapping[str, Any]) -> tuple[Level, Level]:
+    """The noisiest and the cleanest level of a scale grid."""
+    if within == "table":
+        return path.level(path.t_max), path.level(path.t_min)
+    options = {"kind": within} if isinstance(within, str) else dict(within)
+    levels = GRIDS[str(options.pop("kind", ""))](path, n, **options)
+    return levels[0], levels[-2]
+
+
+@_scale_grid("karras")
+def _karras(hi: float, lo: float, n: int, rho: float = 7.0) -> Sequence[float]:
+    """EDM (2206.00364, eq. 5)."""
+    a, b = hi ** (1 / rho), lo ** (1 / rho)
+    return [(a + share * (b - a)) ** rho for share in _ramp(n)]
+
+
+@_scale_grid("polyexponential")
+def _polyexponential(hi: float, lo: float, n: int, rho: float = 1.0) -> Sequence[float]:
+    """k-diffusion."""
+    return [lo * (hi / lo) ** ((1 - share) ** rho) for share in _ramp(n)]
+
+
+@_scale_grid("exponential", "lu")
+def _exponential(hi: float, lo: float, n: int) -> Sequence[float]:
+    """Even in log noise scale: k-diffusion, DPM-Solver; diffusers' Lu rounds its t."""
+    return [hi * (lo / hi) ** share for share in _ramp(n)]
+
+
+@_scale_grid("beta_sigma")
+def _beta_sigma(
+    hi: float, lo: float, n: int, alpha: float = 0.6, beta: float = 0.6
+) -> Sequence[float]:
+    """Quantiles of a beta distribution over the noise scale: diffusers' use_beta_sigmas."""
+    return [lo + (hi - lo) * beta_quantile(1 - share, alpha, beta) for share in _ramp(n)]
+
+
+# --- grids of their own kind ------------------------------------------------------------------
+
+# Align Your Steps (2404.14507): rho of 10 steps.
+AYS = {
+    "sd1": (
+        *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
+        *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),
+    ),
+    "sdxl": (
+        *(14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141),
+        *(0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582),
+    ),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+@_register("ays", "align_your_steps")
+def _ays(path: Path, n: int, table: str = "sd1") -> list[Level]:
+    """Optimised for one model; other numbers of steps interpolate log rho."""
+    if table not in AYS:
+        raise UsageError(f'there is no table "{table}"', hint=suggestion(table, AYS))
+    logs = [math.log(rho) for rho in AYS[table]]
+    places = [divmod(i * (len(logs) - 1) / n, 1) for i in range(n)]
+    values = [logs[int(k)] + share * (logs[int(k) + 1] - logs[int(k)]) for k, share in places]
+    return [path.at_half_log_snr(-value) for value in values]
+
+
+@_register("sd3", "flow_match")
+def _sd3(
+    path: Path, n: int, twice: bool = True, shift_terminal: float | None = None
+) -> list[Level]:
+    """diffusers' FlowMatch schedulers. As published, the end of the range is shifted twice.
+
+    shift_terminal: t of the last level, to which all are stretched. diffusers' dynamic shifting is
+    twice = False on a path of shift e^mu.
+    """
+    flow = _flow(path)
+    last = flow.shifted(1 / flow.steps) if twice else 1 / flow.steps
+    times = [flow.shifted(1 + share * (last - 1)) for share in _ramp(n)]
+    if shift_terminal is not None:
+        stretch = (1 - shift_terminal) / (1 - times[-1])
+        times = [1 - (1 - t) * stretch for t in times]
+    return [flow.level(t) for t in times]
+
+
+@_register("flow_dpm")
+def _flow_dpm(path: Path, n: int) -> list[Level]:
+    """diffusers' DPM-Solver and DEIS on a flow: starts below t = 1."""
+    flow = _flow(path)
+    return [flow.level(flow.shifted((1 - 1 / flow.steps) * (1 - i / n))) for i in range(n)]
+
+
+def _flow(path: Path) -> Flow:
+    if isinstance(path, Flow):
+        return path
+    raise UsageError("this schedule belongs to flow models", hint="choose trailing or karras")
+
+
+@_register("explicit")
+def _explicit(
+    path: Path,
+    n: int,
+    times: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> list[Level]:
+    """A list of times in the path's unit, or of noise scales; n of them, noisy to clean."""
+    if (times is None) == (sigmas is None):
+        raise UsageError('schedule "explicit" needs either times or sigmas')
+    levels = [path.level(t) for t in times or ()] or [path.at_k_sigma(s) for s in sigmas or ()]
+    if len(levels) != n:
+        raise UsageError("the list of levels does not fit", f"{len(levels)} levels, {n} steps")
+    return levels
+
+
+# --- the beta distribution --------------------------------------------------------------------
+
+
+def beta_quantile(share: float, a: float, b: float) -> float:
+    """x with I_x(a, b) = share, by bisection: 60 halvings leave nothing of a double."""
+    lo, hi = 0.0, 1.0
+    if share <= lo or share >= hi:
+        return min(max(share, lo), hi)
+    for _ in range(60):
+        x = (lo + hi) / 2
+        lo, hi = (x, hi) if _beta_cdf(x, a, b) < share else (lo, x)
+    return (lo + hi) / 2
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function, as a continued fraction (DLMF 8.17.22)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta_cdf(1 - x, b, a)
+    fraction = 1.0
+    for m in range(40, 0, -1):  # converges geometrically on this side; backwards it cannot overflow
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        fraction = 1 + even / (1 + odd / fraction)
+    fraction = 1 - (a + b) * x / (a + 1) / fraction
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / (a * fraction)
