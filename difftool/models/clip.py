@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.errors import UsageError
 from difftool.models.configs import TextConfig
 
 
@@ -27,12 +26,6 @@ class ClipText(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        if config.width % config.heads:
-            what = f"text width {config.width} is not a multiple of its {config.heads} heads"
-            raise UsageError(what)
-        if not -config.layers - 1 <= config.hidden <= -1:
-            why = f"with {config.layers} layers it is between {-config.layers - 1} and -1"
-            raise UsageError(f"text hidden state {config.hidden} does not exist", why)
         self.config = config
         self.text_model = _TextModel(config)
         if config.projection is not None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.errors import UsageError
 from difftool.models.configs import CodecConfig, IdentityConfig, SpaceToDepthConfig, VaeConfig
 from difftool.models.vae import Vae
 from difftool.registry import Registry
@@ -64,8 +63,6 @@ class SpaceToDepth(nn.Module):
 
     def __init__(self, config: SpaceToDepthConfig):
         super().__init__()
-        if config.block < 1:
-            raise UsageError(f"codec.block {config.block} is too small", hint="give at least 1")
         self.factor = config.block
         self.channels = config.channels * config.block**2
 
@@ -90,11 +87,6 @@ class VaeCodec(nn.Module):
         self.vae = Vae(config)
         self.channels = config.latent_channels
         self.factor = self.vae.factor
-        for name in ("latents_mean", "latents_std"):
-            values = getattr(config, name)
-            if values is not None and len(values) != self.channels:
-                why = f"it has {len(values)} values for {self.channels} latent channels"
-                raise UsageError(f"codec.{name} is not valid", why)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         _check_size(images, self.factor)

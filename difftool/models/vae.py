@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.errors import UsageError
 from difftool.models.configs import VaeConfig
 
 NORM_EPS = 1e-6
@@ -23,8 +22,6 @@ class Vae(nn.Module):
 
     def __init__(self, config: VaeConfig):
         super().__init__()
-        if bad := [width for width in config.widths if width % config.groups]:
-            raise UsageError(f"VAE width {bad[0]} is not a multiple of its {config.groups} groups")
         latent = config.latent_channels
         self.config = config
         self.factor = 2 ** (len(config.widths) - 1)
