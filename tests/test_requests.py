@@ -182,7 +182,7 @@ def test_lines_over_a_base():
 def read(path, base=None):
     """Prompts of a file; the messages of its errors."""
     items = read_requests(str(path), base or Request())
-    return [str(i) if isinstance(i, DifftoolError) else i.prompt if i else None for i in items]
+    return [str(i) if isinstance(i, DifftoolError) else (i and i.prompt) or "" for i in items]
 
 
 def test_files_of_prompts(tmp_path):

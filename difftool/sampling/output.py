@@ -87,13 +87,17 @@ class Output:
 
         A file that is to hold `many` pictures becomes STEM-0000.png and so on.
         """
-        switches = {"overwrite": overwrite, "skip_existing": skip_existing}
         if where == "-":
             if overwrite or skip_existing:
                 raise UsageError("-o - writes no file that could be there already")
             return cls(stdout=True, format=format or "png")
         if where is None or where.endswith(("/", os.sep)) or Path(where).is_dir():
-            return cls(root=Path(where or "outputs"), format=format or "png", **switches)
+            return cls(
+                root=Path(where or "outputs"),
+                format=format or "png",
+                overwrite=overwrite,
+                skip_existing=skip_existing,
+            )
         check_template(where)
         ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
         if format is not None and ENDINGS[ending.lower()] != format:
@@ -103,7 +107,13 @@ class Output:
         parts = PurePath(where).parts
         first = next((i for i, part in enumerate(parts) if _FIELD.search(part)), len(parts) - 1)
         root, template = Path(*parts[:first]), str(PurePath(*parts[first:]))
-        output = cls(root=root, template=template, format=ENDINGS[ending.lower()], **switches)
+        output = cls(
+            root=root,
+            template=template,
+            format=ENDINGS[ending.lower()],
+            overwrite=overwrite,
+            skip_existing=skip_existing,
+        )
         if not _FIELD.search(template):
             output.path({})  # fails now if it is taken, not after all the work
         return output

@@ -1,0 +1,248 @@
+"""What a picture says about itself: A1111's `parameters` text, and a `difftool` JSON chunk from
+which it can be made again. Torch-free.
+
+The text is what other tools read; the chunk is exact. JPEG and WebP carry the text only, as an EXIF
+user comment.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from difftool import __version__
+from difftool.config import SampleConfig, to_values
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.samplers import SAMPLERS, split_spelling
+from difftool.errors import InputError, UsageError
+from difftool.sampling.requests import Request
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from difftool.model import Model
+
+SCHEMA = 1
+MAX_BYTES = 1 << 20
+
+# A1111's spellings; any other name is written as it is.
+SAMPLER_NAMES = {
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_2s_a": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+SCHEDULE_NAMES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "normal": "Normal",
+    "beta": "Beta",
+    "kl_optimal": "KL Optimal",
+    "ays": "Align Your Steps",
+}
+
+
+class Recipe(NamedTuple):
+    """All that one picture was made from."""
+
+    prompt: str
+    negative: str
+    label: str | None
+    seed: int | None
+    settings: SampleConfig
+
+
+def parameters(recipe: Recipe, model: Model) -> str:
+    """A1111's text: the prompt, the negative prompt, and one line of settings."""
+    settings = recipe.settings
+    sampler, schedule = SAMPLERS.resolve(settings.sampler), GRIDS.resolve(settings.schedule)
+    values = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLER_NAMES.get(sampler, sampler),
+        "Schedule type": SCHEDULE_NAMES.get(schedule, schedule),
+        "CFG scale": settings.guidance,
+        "Seed": recipe.seed,
+        "Size": "x".join(map(str, settings.size)),
+        "Model hash": model.hash or None,
+        "Model": model.name,
+        "RNG": "CPU",
+        "Class": recipe.label,
+        "Version": f"difftool-{__version__}",
+    }
+    line = ", ".join(f"{key}: {_quoted(v)}" for key, v in values.items() if v is not None)
+    negative = f"Negative prompt: {recipe.negative}" if recipe.negative else ""
+    return "\n".join(part for part in (recipe.prompt, negative, line) if part)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+# The expression by which A1111 reads the line back.
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """A1111's text as values by name; "Prompt" and "Negative prompt" are among them."""
+    *lines, last = text.strip().split("\n")
+    found = _PARAMETER.findall(last)
+    if len(found) < 3:
+        lines, found = [*lines, last], []
+    cut = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), None)
+    prompt, negative = (lines, []) if cut is None else (lines[:cut], lines[cut:])
+    values = {
+        "Prompt": "\n".join(prompt).strip(),
+        "Negative prompt": "\n".join(negative).removeprefix("Negative prompt:").strip(),
+    }
+    for key, value in found:
+        values[key] = _unquoted(value.strip())
+    return values
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        return value
+
+
+def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
+    """Plain values for JSON: the request, and the whole preset with the settings as resolved."""
+    request = {name: getattr(recipe, name) for name in ("prompt", "negative", "label", "seed")}
+    preset = to_values(model.preset) | {"sample": to_values(recipe.settings)}
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": model.name,
+        "model_hash": model.hash,
+        "request": request,
+        "preset": preset,
+    }
+
+
+# --- into and out of files -------------------------------------------------------------------
+
+_USER_COMMENT = (0x8769, 0x9286)  # EXIF: the sub-directory and the tag
+
+
+def encode(image: Image.Image, format: str, text: str | None = None, values: Any = None) -> bytes:
+    """The bytes of a picture file, with the text and the JSON values that it carries."""
+    from PIL.Image import Exif
+    from PIL.PngImagePlugin import PngInfo
+
+    options: dict[str, Any] = {"quality": 95}
+    if format == "png":
+        info = PngInfo()
+        if text is not None:
+            info.add_text("parameters", text)
+        if values is not None:
+            info.add_text("difftool", json.dumps(values))
+        options = {"pnginfo": info}
+    elif text is not None:
+        exif = Exif()
+        exif.get_ifd(_USER_COMMENT[0])[_USER_COMMENT[1]] = b"UNICODE\0" + text.encode("utf-16-be")
+        options["exif"] = exif
+    if format == "jpg":
+        options["subsampling"] = 0
+    file = io.BytesIO()
+    try:
+        image.save(file, "jpeg" if format == "jpg" else format, **options)
+    except ValueError as error:
+        hint = "--format png has room for the metadata, --no-metadata leaves it out"
+        raise UsageError(f"cannot write a {format} picture", str(error), hint) from None
+    return file.getvalue()
+
+
+def read(path: Path) -> Request:
+    """The request that makes a picture again, from its `difftool` chunk or its A1111 text.
+
+    UsageError if there is no such file, InputError if it is no picture or says nothing.
+    """
+    from PIL import Image
+
+    if not path.is_file():
+        raise UsageError(f"there is no picture {path}")
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            info: dict[Any, Any] = dict(image.info)
+            comment = image.getexif().get_ifd(_USER_COMMENT[0]).get(_USER_COMMENT[1])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {path}", str(error)) from None
+    if isinstance(values := info.get("difftool"), str):
+        return from_chunk(values, str(path))
+    text = info.get("parameters")
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        text = comment[8:].decode("utf-16-be", "replace")
+    if isinstance(text, str):
+        return from_parameters(text, str(path))
+    raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")
+
+
+def from_chunk(text: str, source: str) -> Request:
+    """The request that a `difftool` chunk holds; InputError if it is not sound."""
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"{len(text)} characters")
+        values = json.loads(text)
+        request, settings = values["request"], values["preset"]["sample"]
+        own = {
+            "prompt": request["prompt"],
+            "negative": request["negative"],
+            "label": request["label"],
+        }
+        for name, value in own.items():
+            if not isinstance(value, str) and not (name == "label" and value is None):
+                raise ValueError(f"{name} is {type(value).__name__}")
+        seed = request["seed"]
+        if type(seed) not in (int, type(None)) or not isinstance(settings, dict):
+            raise ValueError("seed or settings of the wrong type")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
+    return Request(**own, seeds=None if seed is None else (seed,), settings=settings)
+
+
+def from_parameters(text: str, source: str) -> Request:
+    """The request in A1111's text, as far as it is understood here."""
+    values = parse_parameters(text)
+    try:
+        settings: dict[str, Any] = {}
+        if "Steps" in values:
+            settings["steps"] = int(values["Steps"])
+        if "CFG scale" in values:
+            settings["guidance"] = float(values["CFG scale"])
+        if "Size" in values:
+            width, height = values["Size"].split("x")
+            settings["size"] = (int(width), int(height))
+        seed = int(values["Seed"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the parameters of {source} cannot be read", repr(error)) from None
+    if "Sampler" in values:
+        settings["sampler"], schedule = split_spelling(values["Sampler"])
+        schedule = values.get("Schedule type", schedule)
+        if schedule in GRIDS:
+            settings["schedule"] = schedule
+    return Request(
+        prompt=values["Prompt"],
+        negative=values["Negative prompt"],
+        label=values.get("Class"),
+        seeds=(seed,),
+        settings=settings,
+    )

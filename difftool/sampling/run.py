@@ -1,0 +1,412 @@
+"""From requests to pictures on disk: batches of like settings, in order, one event at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from difftool.config import SampleConfig
+from difftool.diffusion.samplers import split_spelling
+from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
+from difftool.formats.safetensors import load_tensors, read_header, save_tensors
+from difftool.model import Item, Model
+from difftool.sampling import metadata
+from difftool.sampling.metadata import Recipe
+from difftool.sampling.output import Output
+from difftool.sampling.requests import Request, located
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+MAX_BATCH = 16
+BATCH_PIXELS = 1 << 20
+MAX_SHEET_PIXELS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Working:
+    """A step of the sampler is done for a batch of images."""
+
+    images: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A picture that was made; `path` is None where it went to stdout."""
+
+    index: int
+    path: Path | None
+    recipe: Recipe
+    seconds: float
+    latents: Path | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sheet of all the run's pictures."""
+
+    path: Path | None
+    images: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image, or a whole request, that was not made."""
+
+    index: int
+    error: DifftoolError
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is there already."""
+
+    index: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about a request; a warning where it was not followed to the letter."""
+
+    text: str
+    warning: bool = True
+
+
+Event = Working | Result | Grid | Failure | Skipped | Note
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    index: int
+    recipe: Recipe
+    item: Item
+    path: Path | None
+
+
+Entry = Job | Failure | Skipped | Note
+
+
+def resolve_settings(model: Model, asked: Mapping[str, Any]) -> SampleConfig:
+    """The model's sampling settings with those of a Request; UsageError if they are not usable."""
+    asked = dict(asked)
+    if "sampler" in asked:
+        asked["sampler"], schedule = split_spelling(asked["sampler"])
+        if schedule and "schedule" not in asked:
+            asked["schedule"] = schedule
+    width, height = asked.get("size", model.preset.sample.size)
+    asked["size"] = (asked.pop("width", width), asked.pop("height", height))
+    options = {n: asked.pop(n) for n in ("sampler_options", "schedule_options") if n in asked}
+    if "eta" in asked:
+        options["sampler_options"] = options.get("sampler_options", {}) | {"eta": asked.pop("eta")}
+    settings = model.settings(**asked)
+    if not options:
+        return settings
+    merged = {name: getattr(settings, name) | given for name, given in options.items()}
+    return model.settings(**asked, **merged)
+
+
+def default_batch(settings: SampleConfig) -> int:
+    """How many images of that size are made together when nothing is asked for."""
+    width, height = settings.size
+    return max(1, min(MAX_BATCH, BATCH_PIXELS // (width * height)))
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Makes the pictures of requests; iterate over `events`.
+
+    A request that cannot be done is a Failure and the others are still made. In the stream of
+    requests None says that the next one has to be waited for, so what there is gets made.
+    """
+
+    model: Model
+    output: Output
+    batch_size: int | None = None
+    """Images made together; 1 makes each one's arithmetic independent of the others."""
+    metadata: bool = True
+    latents: bool = False
+    """Save each picture's x0 beside it."""
+    strict: bool = False
+    """Refuse a prompt that the model cannot read to its end."""
+    grid: bool = False
+    """One sheet of all the pictures at the end; on stdout it stands for them."""
+    limit: int = field(default=1 << 30, init=False)
+    """Images that fit in memory, as far as is known."""
+    noted: set[str] = field(default_factory=set, init=False)
+
+    def events(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Event]:
+        """What happens, as it happens; results are in the order of the requests."""
+        if self.grid:
+            self.output.sheet_path()  # fails now if it is taken, not after all the work
+        sheet: list[Image.Image] = []
+        first: Recipe | None = None
+        for batch in self._batches(self._plan(requests)):
+            jobs = [entry for entry in batch if isinstance(entry, Job)]
+            started = time.perf_counter()
+            made = (yield from self._make(jobs)) if jobs else []
+            seconds = (time.perf_counter() - started) / max(1, len(jobs))
+            pictures = iter(made)
+            for entry in batch:
+                if not isinstance(entry, Job):
+                    yield entry
+                    continue
+                x0, image = next(pictures)
+                if not (x0.isfinite().all() and image.isfinite().all()):
+                    what = f"image {entry.index} (seed {entry.item.seed}) has non-finite values"
+                    error = ResourceError(what, hint="--dtype fp32 may help")
+                    yield Failure(entry.index, error)
+                    continue
+                if self.grid and (len(sheet) + 1) * image[0].numel() <= MAX_SHEET_PIXELS:
+                    first = first or entry.recipe
+                    sheet.append(to_picture(image))
+                if not (self.grid and self.output.stdout):
+                    yield self._written(entry, x0, image, seconds)
+        if first and sheet:
+            yield self._sheet(sheet, first)
+
+    # --- what to do --------------------------------------------------------------------------
+
+    def _plan(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
+        index = 0
+        for request in requests:
+            if request is None:
+                yield None
+                continue
+            if isinstance(request, DifftoolError):
+                yield Failure(index, request)
+                index += 1
+                continue
+            try:
+                settings, label = self._checked(request)
+                seeds = request.images()
+                yield from self._notes(request, settings)
+                if not request.seeds:
+                    yield Note(f"seed {seeds[0]}", warning=False)
+            except DifftoolError as error:
+                yield Failure(index, located(error, request.source))
+                index += 1
+                continue
+            for seed in seeds:
+                yield self._job(index, request, settings, label, seed)
+                index += 1
+
+    def _checked(self, request: Request) -> tuple[SampleConfig, int | None]:
+        """The settings and the label of a request; UsageError if the model cannot do it."""
+        model = self.model
+        settings = resolve_settings(model, request.settings)
+        if model.preset.text and request.prompt is None:
+            raise UsageError(f"the model {model.name} needs a prompt", hint="give a PROMPT")
+        if not model.preset.text and (request.prompt or request.negative):
+            hint = "give --label" if model.preset.unet.num_classes else "leave the prompt out"
+            raise UsageError(f"the model {model.name} reads no prompts", hint=hint)
+        label = None if request.label is None else model.label(request.label)
+        if label is None and model.preset.unet.num_classes and model.null_label is None:
+            hint = f"give --label, one of {', '.join(model.preset.classes)}"
+            raise UsageError(f"the model {model.name} needs a class", hint=hint)
+        return settings, label
+
+    def _notes(self, request: Request, settings: SampleConfig) -> Iterator[Note]:
+        """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
+        texts = []
+        if settings.guidance == 0:
+            texts.append("guidance 0 is read as 1, which is off")
+        for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
+            if not prompt:
+                continue
+            count, limit = self.model.tokens(prompt)
+            if count > limit:
+                what = (
+                    f'the {name} "{prompt[:40]}..." has {count} tokens, of which {limit} are read'
+                )
+                if self.strict:
+                    raise UsageError(what, hint=f"leave out the last {count - limit}")
+                texts.append(f"{what}: the last {count - limit} are cut")
+        yield from (Note(text) for text in texts if text not in self.noted)
+        self.noted.update(texts)
+
+    def _job(
+        self, index: int, request: Request, settings: SampleConfig, label: int | None, seed: int
+    ) -> Entry:
+        recipe = Recipe(request.prompt or "", request.negative or "", request.label, seed, settings)
+        item = Item(recipe.prompt, recipe.negative, label, seed)
+        try:
+            path = self.output.path(self._fields(index, recipe), request.out)
+        except DifftoolError as error:
+            return Failure(index, located(error, request.source))
+        if path and self.output.skip_existing and path.exists():
+            return Skipped(index, path)
+        return Job(index, recipe, item, path)
+
+    def _fields(self, index: int, recipe: Recipe) -> dict[str, str | int | float | None]:
+        settings = recipe.settings
+        width, height = settings.size
+        return {
+            **{name: getattr(recipe, name) for name in ("prompt", "negative", "label", "seed")},
+            **{n: getattr(settings, n) for n in ("steps", "guidance", "sampler", "schedule")},
+            "index": index,
+            "width": width,
+            "height": height,
+            "model": self.model.name,
+            "model_hash": self.model.hash,
+            "date": date.today().isoformat(),
+        }
+
+    def _batches(self, entries: Iterable[Entry | None]) -> Iterator[list[Entry]]:
+        """Entries in order, cut so that the jobs of each batch have like settings and fit."""
+        batch: list[Entry] = []
+        settings: SampleConfig | None = None
+        count = 0
+        for entry in entries:
+            if isinstance(entry, Job):
+                if count and entry.recipe.settings != settings:
+                    yield batch
+                    batch, count = [], 0
+                settings = entry.recipe.settings
+                count += 1
+            if entry is not None:
+                batch.append(entry)
+            full = settings and count >= min(self.batch_size or default_batch(settings), self.limit)
+            if batch and (full or not count or entry is None):
+                yield batch
+                batch, count = [], 0
+        if batch:
+            yield batch
+
+    # --- doing it ----------------------------------------------------------------------------
+
+    def _make(self, jobs: list[Job]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
+        """x0 [C,h,w] and image [3,H,W] of each job; batches too large for memory are halved."""
+        size = min(len(jobs), self.limit)
+        made: list[tuple[Tensor, Tensor]] = []
+        while len(made) < len(jobs):
+            part = jobs[len(made) : len(made) + size]
+            try:
+                made += yield from self._generate(part)
+            except RuntimeError as error:
+                if len(part) == 1 or not _out_of_memory(error):
+                    raise
+                self.limit = size = len(part) // 2
+            else:
+                continue
+            # Here, and not in the handler, where the error still holds the failed batch's tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return made
+
+    def _generate(self, jobs: list[Job]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
+        settings = jobs[0].recipe.settings
+        x0 = torch.empty(0)
+        for step in self.model.generate([job.item for job in jobs], settings):
+            x0 = step.x
+            yield Working(len(jobs), step.index + 1, settings.steps)
+        images = self.model.decode(x0)
+        return list(zip(x0.float().cpu(), images.cpu(), strict=True))
+
+    # --- writing it --------------------------------------------------------------------------
+
+    def _written(self, job: Job, x0: Tensor, image: Tensor, seconds: float) -> Result | Failure:
+        recipe, latents = job.recipe, None
+        chunk = metadata.chunk(recipe, self.model) if self.metadata else None
+        text = metadata.parameters(recipe, self.model) if self.metadata else None
+        try:
+            data = metadata.encode(to_picture(image), self.output.format, text, chunk)
+            tail = "latents" if recipe.seed is None else recipe.seed
+            path = self.output.write(data, job.path, tail)
+            if self.latents and path:
+                latents = path.with_suffix(".latents.safetensors")
+                header = {"difftool": json.dumps(chunk)} if chunk else {}
+                overwrite = self.output.overwrite
+                save_tensors(latents, {"latents": x0.contiguous()}, header, overwrite=overwrite)
+        except DifftoolError as error:
+            return Failure(job.index, error)
+        return Result(index=job.index, path=path, recipe=recipe, seconds=seconds, latents=latents)
+
+    def _sheet(self, pictures: list[Image.Image], first: Recipe) -> Grid | Failure | Skipped:
+        """Write one sheet of all pictures; it says what the first one says."""
+        text = metadata.parameters(first, self.model) if self.metadata else None
+        try:
+            data = metadata.encode(tile(pictures), self.output.format, text)
+            path = self.output.sheet_path()
+            return Grid(self.output.write(data, path, "grid"), len(pictures))
+        except DifftoolError as error:
+            return Failure(len(pictures), error)
+
+    # --- from saved latents ------------------------------------------------------------------
+
+    def decode(self, files: Iterable[Path]) -> Iterator[Event]:
+        """The pictures of files that `latents` wrote; what they say of themselves goes along."""
+        for index, file in enumerate(files):
+            started = time.perf_counter()
+            try:
+                x0, recipe = self._read_latents(file)
+                path = self.output.path(self._fields(index, recipe))
+                image = self.model.decode(x0[None].to(self.model.device))[0].cpu()
+            except DifftoolError as error:
+                yield Failure(index, error)
+                continue
+            if path and self.output.skip_existing and path.exists():
+                yield Skipped(index, path)
+                continue
+            job = Job(index, recipe, Item(), path)
+            yield self._written(job, x0, image, time.perf_counter() - started)
+
+    def _read_latents(self, file: Path) -> tuple[Tensor, Recipe]:
+        if not file.is_file():
+            raise UsageError(f"there are no latents {file}")
+        header = read_header(file)
+        if "latents" not in header.tensors:
+            listed = ", ".join(list(header.tensors)[:5])
+            raise InputError(f"{file} holds no latents", f"its tensors are {listed or 'none'}")
+        x0 = load_tensors(file, ["latents"])["latents"].float()
+        codec = self.model.codec
+        if x0.ndim != 3 or x0.shape[0] != codec.channels:
+            why = f"shape {list(x0.shape)}, the model {self.model.name} has [{codec.channels},H,W]"
+            raise InputError(f"the latents {file} do not fit", why)
+        size = (x0.shape[2] * codec.factor, x0.shape[1] * codec.factor)
+        if text := header.metadata.get("difftool"):
+            made = metadata.from_chunk(text, str(file))
+            prompt, negative, label = made.prompt or "", made.negative or "", made.label
+            settings = resolve_settings(self.model, {**made.settings, "size": size})
+            seed = made.seeds[0] if made.seeds else None
+            return x0, Recipe(prompt, negative, label, seed, settings)
+        return x0, Recipe("", "", None, None, resolve_settings(self.model, {"size": size}))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """An RGB picture of an image [3,H,W] (or [1,H,W]) in [-1, 1]; rounded, not truncated."""
+    from PIL import Image
+
+    pixels = image.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+def tile(pictures: list[Image.Image]) -> Image.Image:
+    """The pictures in rows on one sheet, about as many across as down."""
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = (max(p.size[axis] for p in pictures) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet

@@ -1,0 +1,373 @@
+"""`difftool sample` from end to end, with tiny models of random weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from difftool.cli.app import main
+from difftool.config import build_preset
+from difftool.diffusion.noise import start_noise
+from difftool.formats.safetensors import load_tensors
+from difftool.model import Model
+from difftool.models.tokenizer import Tokenizer
+from difftool.sampling.metadata import parse_parameters, read
+
+KEYS = (
+    "schema path index prompt negative seed sampler schedule steps guidance width height model"
+    " model_hash seconds"
+).split()
+UNET = {"in_channels": 12, "out_channels": 12, "channels": [32], "blocks": 1, "head_dim": 32}
+CODEC = {"kind": "space_to_depth", "block": 2}
+SAMPLE = {"size": [16, 16], "steps": 2, "sampler": "euler", "schedule": "linspace"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Files of a text-to-image, a class-conditional and an unconditional model."""
+    folder = tmp_path_factory.mktemp("models")
+    captions = ["a red fox", "a blue dog on a green hill"] * 9
+    tokenizer = Tokenizer.learn(captions, 300)
+    text = {"width": 32, "layers": 1, "heads": 2, "mlp": 64, "length": 8, "tokenizer": "learned"}
+    kinds = {
+        "text": {
+            "unet": UNET | {"attention": "transformer", "depth": [1], "context_dim": 32},
+            "text": [text | {"vocab_size": tokenizer.vocab_size}],
+            "sample": SAMPLE | {"guidance": 2.0},
+        },
+        "classes": {"unet": UNET | {"depth": [0], "num_classes": 3}, "classes": ["fox", "dog"]},
+        "plain": {"unet": UNET | {"depth": [0]}},
+    }
+    files = {}
+    for name, values in kinds.items():
+        common = {"name": name, "about": "for tests", "codec": CODEC, "sample": SAMPLE}
+        path = {"kind": "flow"}
+        preset = build_preset(common | {"path": path, "target": "flow"} | values)
+        vocabulary = tokenizer.to_json() if name == "text" else None
+        files[name] = str(folder / f"{name}.safetensors")
+        Model.fresh(preset, seed=1, tokenizer_json=vocabulary).save(Path(files[name]))
+    return files
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def objects(self) -> list[dict]:
+        return [json.loads(line) for line in self.lines]
+
+
+@pytest.fixture
+def sample(models, tmp_path, monkeypatch, capsys):
+    """Run `difftool sample` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
+
+    def run(*args: object, model: str | None = "text") -> Ran:
+        where = ["--model", models.get(model, model)] if model else []
+        argv = ["difftool", "sample", *map(str, args), *where, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Ran(stopped.value.code, captured.out, captured.err)
+
+    return run
+
+
+def test_a_picture_and_its_path(sample):
+    ran = sample("a red fox", "--seed", 7)
+    assert (ran.code, ran.lines) == (0, ["outputs/00000-7.png"])
+    with Image.open("outputs/00000-7.png") as image:
+        assert image.size == (16, 16)
+        values = parse_parameters(image.info["parameters"])
+    assert values["Prompt"] == "a red fox" and values["Seed"] == "7" and values["Size"] == "16x16"
+    assert sample("a red fox", "--seed", 7).lines == ["outputs/00001-7.png"]
+    assert Path("outputs/00000-7.png").read_bytes() == Path("outputs/00001-7.png").read_bytes()
+
+
+def test_the_default_model_can_be_named_by_the_environment(sample, models, monkeypatch):
+    monkeypatch.setenv("DIFFTOOL_MODEL", models["plain"])
+    assert sample("--seed", 1, model=None).code == 0
+
+
+def test_json_objects(sample, models):
+    ran = sample(
+        "a fox", "--negative", "bad", "-n", 2, "--seed", 5, "--size", "32x16", "--steps", 3,
+        "--sampler", "DPM++ 2M", "--schedule", "Karras", "--guidance", 3, "--json",
+    )  # fmt: skip
+    assert ran.code == 0
+    for index, item in enumerate(ran.objects):
+        assert set(KEYS) <= set(item) and Path(item["path"]).is_file()
+        expected = {
+            "schema": 1,
+            "index": index,
+            "seed": 5 + index,
+            "prompt": "a fox",
+            "negative": "bad",
+            "steps": 3,
+            "sampler": "dpmpp_2m",
+            "schedule": "karras",
+            "guidance": 3.0,
+            "width": 32,
+            "height": 16,
+            "model": "text",
+        }
+        assert {key: item[key] for key in expected} == expected
+        assert len(item["model_hash"]) == 10 and item["seconds"] >= 0
+        with Image.open(item["path"]) as image:
+            assert image.size == (32, 16)
+
+
+def test_seeds_that_are_drawn_are_printed(sample):
+    ran = sample("a fox", "--json")
+    assert f"seed {ran.objects[0]['seed']}" in ran.err
+
+
+def test_many_prompts_seeds_and_names(sample):
+    ran = sample("a fox", "a dog", "--seed", "3,8-9", "-o", "out/[prompt]/[seed:03].png")
+    expected = [f"out/{p}/{s}.png" for p in ("a-fox", "a-dog") for s in ("003", "008", "009")]
+    assert ran.lines == expected and all(Path(path).is_file() for path in expected)
+    ran = sample("a fox", "-n", 2, "--seed", 1, "-o", "fox.png", "--grid")
+    assert ran.lines == ["fox-0000.png", "fox-0001.png", "fox-grid.png"]
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_other_formats(sample, format):
+    ran = sample("a fox", "--seed", 1, "--format", format)
+    assert ran.lines == [f"outputs/00000-1.{format}"]
+    assert read(Path(ran.lines[0])).prompt == "a fox"
+
+
+def test_models_without_text_need_no_prompt(sample):
+    assert sample("--seed", 1, model="plain").code == 0
+    ran = sample("--seed", 1, "--label", "dog,0", "--json", model="classes")
+    assert ran.code == 0 and [item["label"] for item in ran.objects] == ["dog", "0"]
+    pictures = [Path(item["path"]).read_bytes() for item in ran.objects]
+    assert pictures[0] != pictures[1]
+    assert sample("--seed", 1, model="classes").code == 0
+
+
+def test_the_picture_goes_to_stdout_and_nothing_else(models, tmp_path):
+    argv = [sys.executable, "-m", "difftool", "sample", "a fox", "-m", models["text"], "-o", "-"]
+    done = subprocess.run([*argv, "--seed", "1"], cwd=tmp_path, capture_output=True, check=True)
+    with Image.open(io.BytesIO(done.stdout)) as image:
+        assert image.format == "PNG" and image.size == (16, 16)
+    assert done.stdout.endswith(b"IEND\xaeB`\x82") and os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_no_picture_goes_to_a_terminal(models, tmp_path):
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "difftool", "sample", "a fox", "-m", models["text"], "-o", "-"]
+    done = subprocess.run(argv, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 2 and b"terminal" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_results_reach_a_pipe_while_progress_shows_on_a_terminal(models, tmp_path):
+    ours, theirs = os.openpty()
+    argv = [sys.executable, "-m", "difftool", "sample", "a fox", "-m", models["text"]]
+    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"TERM": "xterm"}
+    done = subprocess.run(
+        [*argv, "--seed", "1"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert (done.returncode, done.stdout) == (0, b"outputs/00000-1.png\n")
+
+
+def test_the_first_picture_is_made_before_the_last_prompt_is_read(models, tmp_path):
+    argv = [sys.executable, "-m", "difftool", "sample", "--prompts", "-", "-m", models["text"]]
+    process = subprocess.Popen(
+        [*argv, "-o", "out/[index].png", "--seed", "1", "--json"],
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    process.stdin.write(b"a fox\n")
+    process.stdin.flush()
+    first = json.loads(process.stdout.readline())
+    assert first["prompt"] == "a fox" and (tmp_path / "out/0.png").is_file()
+    process.stdin.write(b'{"prompt": "a dog", "steps": 1}\n{"promt": 1}\na hill')
+    process.stdin.close()
+    second, wrong, third = map(json.loads, process.stdout.read().splitlines())
+    process.stdout.close()
+    assert (second["prompt"], second["steps"], third["prompt"]) == ("a dog", 1, "a hill")
+    assert wrong["error"]["code"] == 2 and "line 3" in wrong["error"]["message"]
+    assert wrong["error"]["hint"].startswith('did you mean "prompt"')
+    assert process.wait() == 1
+
+
+def test_files_of_prompts(sample, tmp_path):
+    lines = ["# foxes", "a red fox", '{"prompt": "a dog", "seed": 9, "out": "x/dog.png"}', ""]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    ran = sample("--prompts", "prompts.txt", "--seed", 4, "-o", "new/")
+    assert (ran.code, ran.lines) == (0, ["new/00000-4.png", "new/x/dog.png"])
+
+
+def test_restarts_skip_what_is_there(sample):
+    args = ("a fox", "-n", 3, "--seed", 1, "-o", "out/[index].png")
+    sample(*args)
+    Path("out/1.png").unlink()
+    before = Path("out/0.png").stat().st_mtime_ns
+    ran = sample(*args, "--skip-existing")
+    assert (ran.code, ran.lines) == (0, ["out/1.png"])
+    assert "1 made, 2 there already" in ran.err
+    assert sample(*args).code == 2 and Path("out/0.png").stat().st_mtime_ns == before
+    assert sample(*args, "--overwrite").code == 0
+    assert Path("out/0.png").stat().st_mtime_ns > before
+
+
+MISUSE = {
+    "no prompt": (),
+    "two sources": ("x", "--prompts", "-"),
+    "prompts missing": ("--prompts", "none.txt"),
+    "sampler": ("x", "--sampler", "eulr"),
+    "schedule": ("x", "--schedule", "karas"),
+    "format": ("x", "--format", "gif"),
+    "size": ("x", "--size", "16y16"),
+    "odd size": ("x", "--size", "15x16"),
+    "seed": ("x", "--seed", "5-1"),
+    "steps": ("x", "--steps", "0"),
+    "number": ("x", "-n", "0"),
+    "guidance": ("x", "--guidance", "0.5"),
+    "interval": ("x", "--guidance-interval", "3"),
+    "label": ("x", "--label", "fox"),
+    "unknown flag": ("x", "--sede", "1"),
+    "unknown key": ("x", "--set", "sample.stepz=3"),
+    "key of the network": ("x", "--set", "unet.blocks=3"),
+    "field": ("x", "-o", "out/[sed].png"),
+    "name": ("x", "-o", "fox.gif"),
+    "picture missing": ("--from-image", "none.png"),
+    "latents missing": ("--from-latents", "none.safetensors"),
+    "exact": ("x", "--exact", "--batch-size", "2"),
+    "two on stdout": ("x", "-n", "2", "-o", "-"),
+    "json on stdout": ("x", "--json", "-o", "-"),
+    "seeds and number": ("x", "--seed", "1,2", "-n", "3"),
+    "device": ("x", "--device", "tpu"),
+    "long prompt": ("x " * 99, "--strict-prompt"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_is_exit_2_in_few_lines_and_leaves_nothing(sample, name):
+    ran = sample(*MISUSE[name])
+    assert ran.code == 2 and "Traceback" not in ran.err and os.listdir() == []
+    if name != "json on stdout":
+        assert ran.out == ""
+    message = ran.err[ran.err.index("error: ") :]
+    assert 1 <= len(message.splitlines()) <= 3
+
+
+def test_errors_as_json(sample):
+    ran = sample("x", "--sampler", "eulr", "--json")
+    (item,) = ran.objects
+    assert item["schema"] == 1 and item["error"]["code"] == 2 and ran.code == 2
+    assert "eulr" in item["error"]["message"] and "euler" in item["error"]["hint"]
+
+
+def test_models_that_are_not_there_or_not_models(sample, tmp_path):
+    assert sample("x", model="none.safetensors").code == 2
+    (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 100)
+    assert sample("x", model="junk.safetensors").code == 3
+    (tmp_path / "junk.png").write_bytes(b"\xff" * 100)
+    assert sample("--from-image", "junk.png").code == 3
+
+
+def test_an_existing_picture_is_refused_before_the_work(sample):
+    Path("fox.png").write_text("mine")
+    ran = sample("a fox", "-o", "fox.png", model="none.safetensors")
+    assert ran.code == 2 and "fox.png is there already" in ran.err
+    assert Path("fox.png").read_text() == "mine"
+
+
+def latents(sample, *args: object) -> dict[int, object]:
+    ran = sample("a fox", "--save-latents", "--json", *args)
+    assert ran.code == 0, ran.err
+    return {i["seed"]: load_tensors(Path(i["latents"]))["latents"] for i in ran.objects}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m_sde"])
+def test_an_image_is_the_same_alone_and_in_a_batch(sample, sampler):
+    common = ("--sampler", sampler, "--steps", 4)
+    together = latents(sample, *common, "--seed", "1-4", "--batch-size", 4)
+    alone = latents(sample, *common, "--seed", 3)[3]
+    exact = latents(sample, *common, "--seed", "2,3", "--exact")
+    assert alone.isfinite().all() and alone.std() > 0.01  # type: ignore[attr-defined]
+    assert (together[3] - alone).abs().max() < 1e-4  # type: ignore[operator]
+    assert (together[3] - together[2]).abs().max() > 0.1  # type: ignore[operator]
+    assert exact[3].equal(alone)  # type: ignore[attr-defined]
+    first = start_noise([3], (12, 8, 8))[0]
+    assert start_noise([1, 2, 3], (12, 8, 8))[2].equal(first)
+
+
+def test_saved_latents_decode_to_the_same_picture(sample):
+    sample("a fox", "--seed", 1, "--save-latents", "-o", "fox.png")
+    ran = sample("--from-latents", "fox.latents.safetensors", "-o", "again.png")
+    assert (ran.code, ran.lines) == (0, ["again.png"])
+    assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+
+
+def test_a_picture_is_made_again_from_itself(sample):
+    args = ("--negative", "bad", "--sampler", "euler_a", "--eta", 0.5, "--guidance", 3)
+    sample("a fox", *args, "--seed", 11, "--size", "32x16", "-o", "fox.png")
+    assert sample("--from-image", "fox.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+    ran = sample("--from-image", "fox.png", "--steps", 5, "--seed", 12, "--json")
+    (item,) = ran.objects
+    assert (item["prompt"], item["steps"], item["seed"]) == ("a fox", 5, 12)
+    assert (item["negative"], item["sampler"], item["width"]) == ("bad", "euler_a", 32)
+
+
+def test_the_command_line_wins_over_the_preset_and_says_so(sample):
+    flags = ("--steps", 9, "--set", "sample.clip=static", "--set", "sample.steps=4")
+    ran = sample("a fox", *flags, "--print-config", "--json")
+    (item,) = ran.objects
+    config = item["config"]
+    assert config["sample.steps"] == {"value": 9, "origin": "--steps"}
+    assert config["sample.clip"] == {"value": "static", "origin": "--set sample.clip"}
+    assert config["sample.sampler"] == {"value": "euler", "origin": "model text"}
+    assert os.listdir() == []
+    assert "# --steps" in sample("a fox", *flags, "--print-config").out
+
+
+def test_no_metadata_and_quiet(sample):
+    ran = sample("a fox", "--seed", 1, "--no-metadata", "--quiet", "-o", "fox.png")
+    assert ran == Ran(0, "fox.png\n", "")
+    with Image.open("fox.png") as image:
+        assert image.info == {}
+
+
+def test_long_prompts_are_cut_with_a_warning(sample):
+    ran = sample("x " * 50, "--seed", 1)
+    assert ran.code == 0 and "warning: the prompt" in ran.err and "are cut" in ran.err
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; sys.argv = ['difftool', 'sample', '--help']\n"
+        "from difftool.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for text in ("--sampler", "dpmpp_2m", "karras", "[seed]", "difftool sample --from-image"):
+        assert text in done.stdout

@@ -1,0 +1,208 @@
+"""What pictures say about themselves, read back by A1111's published rules and by our own."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from difftool import __version__
+from difftool.config import SampleConfig, build_preset, to_values
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.samplers import SAMPLERS
+from difftool.errors import InputError, UsageError
+from difftool.sampling.metadata import (
+    Recipe,
+    chunk,
+    encode,
+    from_chunk,
+    from_parameters,
+    parameters,
+    parse_parameters,
+    read,
+)
+
+PRESET = build_preset(
+    {
+        "name": "tiny",
+        "about": "for tests",
+        "unet": {"in_channels": 3, "out_channels": 3, "channels": [32], "head_dim": 32},
+        "path": {"kind": "sd15"},
+        "target": "eps",
+    }
+)
+MODEL: Any = SimpleNamespace(name="tiny", hash="0123456789", preset=PRESET)
+SETTINGS = SampleConfig(size=(512, 768), guidance=7.0, sampler="dpmpp_2m", schedule="karras")
+
+PROMPTS = [
+    "a fox",
+    "",
+    "two\nlines, with: colons",
+    'quotes "x", \\ and {json: "Steps: 1, Seed: 2, Size: 1x1"}',
+    "ein Bär, 狐 🦊",
+    "Steps: 3, Sampler: Euler, Seed: 1",
+]
+
+
+def published_parse(text: str) -> dict[str, str]:
+    """A1111's parse_generation_parameters, as documented: the last line, by its expression."""
+    expression = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    if len(expression.findall(last)) < 3:
+        lines.append(last)
+        last = ""
+    prompt, negative, in_negative = "", "", False
+    for line in lines:
+        line = line.strip()
+        if line.startswith("Negative prompt:"):
+            in_negative, line = True, line[16:].strip()
+        if in_negative:
+            negative += ("" if negative == "" else "\n") + line
+        else:
+            prompt += ("" if prompt == "" else "\n") + line
+    values = {"Prompt": prompt, "Negative prompt": negative}
+    for key, value in expression.findall(last):
+        values[key] = json.loads(value) if value.startswith('"') else value
+    return values
+
+
+def test_the_text_is_exactly_this():
+    recipe = Recipe("a fox,\nsmiling", "blurry, bad", None, 123, SETTINGS)
+    assert parameters(recipe, MODEL) == (
+        "a fox,\nsmiling\n"
+        "Negative prompt: blurry, bad\n"
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0, Seed: 123, "
+        "Size: 512x768, Model hash: 0123456789, Model: tiny, RNG: CPU, "
+        f"Version: difftool-{__version__}"
+    )
+    assert parameters(Recipe("", "", None, 1, SETTINGS), MODEL).startswith("Steps: 20, ")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("negative", ["", "blurry", "one\ntwo: x, y"])
+@pytest.mark.parametrize("name", ["tiny", 'my, model: "v2"'])
+def test_a1111_reads_it_back(prompt, negative, name):
+    model: Any = SimpleNamespace(name=name, hash="0123456789", preset=PRESET)
+    text = parameters(Recipe(prompt, negative, None, 123, SETTINGS), model)
+    values = published_parse(text)
+    assert values["Prompt"] == prompt and values["Negative prompt"] == negative
+    assert (values["Seed"], values["Steps"], values["Size"]) == ("123", "20", "512x768")
+    assert values["Model"] == name and values["Model hash"] == "0123456789"
+    assert parse_parameters(text) == values
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_name_reads_back(sampler):
+    settings = SampleConfig(sampler=sampler)
+    request = from_parameters(parameters(Recipe("x", "", None, 1, settings), MODEL), "test")
+    assert SAMPLERS.resolve(request.settings["sampler"]) == sampler
+
+
+@pytest.mark.parametrize("schedule", GRIDS)
+def test_every_schedule_name_reads_back(schedule):
+    settings = SampleConfig(schedule=schedule)
+    request = from_parameters(parameters(Recipe("x", "", None, 1, settings), MODEL), "test")
+    assert GRIDS.resolve(request.settings["schedule"]) == schedule
+
+
+def test_texts_of_other_tools():
+    old = "a fox\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 5, Size: 64x96"
+    assert from_parameters(old, "old").settings == {
+        "steps": 20, "sampler": "dpmpp_2m", "schedule": "karras", "guidance": 7.0, "size": (64, 96),
+    }  # fmt: skip
+    automatic = "a fox\nSteps: 9, Sampler: Euler a, Schedule type: Automatic, Seed: 5"
+    assert "schedule" not in from_parameters(automatic, "new").settings
+    for line in ("", "Steps: x, Sampler: Euler, Seed: 1", "Steps: 1, Seed: 1, Size: 3"):
+        with pytest.raises(InputError):
+            from_parameters(f"a fox\n{line}", "bad")
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_round_trip_through_files(tmp_path, format, prompt):
+    recipe = Recipe(prompt, "no, not: this", "fox", 123, SETTINGS)
+    values = chunk(recipe, MODEL)
+    path = tmp_path / f"x.{format}"
+    image = Image.new("RGB", (16, 8), (200, 100, 50))
+    path.write_bytes(encode(image, format, parameters(recipe, MODEL), values))
+    request = read(path)
+    assert (request.prompt, request.negative) == (prompt, "no, not: this")
+    assert (request.label, request.seeds) == ("fox", (123,))
+    assert tuple(request.settings["size"]) == (512, 768)
+    assert request.settings["sampler"] == "dpmpp_2m"
+    with Image.open(path) as back:
+        assert back.size == (16, 8) and back.mode == "RGB"
+        if format == "png":
+            assert back.text["parameters"] == parameters(recipe, MODEL)  # type: ignore[attr-defined]
+            assert json.loads(back.text["difftool"]) == values  # type: ignore[attr-defined]
+            assert back.getpixel((3, 3)) == (200, 100, 50)
+        else:
+            comment = back.getexif().get_ifd(0x8769)[0x9286]
+            assert comment[:8] == b"UNICODE\0"
+            assert comment[8:].decode("utf-16-be") == parameters(recipe, MODEL)
+
+
+def test_the_chunk_holds_the_whole_preset():
+    values = json.loads(json.dumps(chunk(Recipe("x", "", None, 1, SETTINGS), MODEL)))
+    assert values["schema"] == 1 and values["version"] == __version__
+    assert values["model_hash"] == "0123456789"
+    preset = build_preset(values["preset"])
+    assert preset.sample == SETTINGS and preset.unet == PRESET.unet
+    request = from_chunk(json.dumps(values), "test")
+    assert request.settings == to_values(SETTINGS)
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
+def test_without_metadata_nothing_is_said(tmp_path, format):
+    path = tmp_path / f"x.{format}"
+    path.write_bytes(encode(Image.new("RGB", (8, 8)), format))
+    assert b"difftool" not in path.read_bytes()
+    with pytest.raises(InputError, match="does not say"):
+        read(path)
+
+
+def test_what_does_not_fit_is_a_usage_error():
+    with pytest.raises(UsageError, match="jpg"):
+        encode(Image.new("RGB", (8, 8)), "jpg", "🦊" * 40_000)
+
+
+def unsound(sample: Any = None, **changes: Any) -> str:
+    request = {"prompt": "", "negative": "", "label": None, "seed": 1} | changes
+    return json.dumps({"request": request, "preset": {"sample": {} if sample is None else sample}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "null",
+        '{"request": {}}',
+        "[" * 100_000,
+        "x" * 2_000_000,
+        unsound(prompt=1),
+        unsound(label=2),
+        unsound(seed=True),
+        unsound(seed=1.5),
+        unsound(sample=[]),
+    ],
+    ids=range(12),
+)
+def test_unsound_chunks_are_refused(text):
+    with pytest.raises(InputError):
+        from_chunk(text, "test")
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    with pytest.raises(UsageError):
+        read(tmp_path / "none.png")
+    for content in (b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"x" * 100):
+        path = tmp_path / "x.png"
+        path.write_bytes(content)
+        with pytest.raises(InputError):
+            read(path)

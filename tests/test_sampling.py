@@ -1,0 +1,299 @@
+"""Batches, order, failures and files of a run, with a model that is a few lines of arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftool.config import SampleConfig, build_preset
+from difftool.errors import DifftoolError, UsageError
+from difftool.formats.safetensors import load_tensors, save_tensors
+from difftool.model import Item
+from difftool.sampling.metadata import read
+from difftool.sampling.output import Output
+from difftool.sampling.requests import Request
+from difftool.sampling.run import (
+    Event,
+    Failure,
+    Grid,
+    Note,
+    Result,
+    Run,
+    Skipped,
+    Working,
+    default_batch,
+    resolve_settings,
+    tile,
+    to_picture,
+)
+
+PRESET = build_preset(
+    {
+        "name": "fake",
+        "about": "for tests",
+        "unet": {
+            "in_channels": 3,
+            "out_channels": 3,
+            "channels": [32],
+            "head_dim": 32,
+            "attention": "transformer",
+            "depth": [1],
+            "context_dim": 8,
+        },
+        "text": [{"width": 8, "layers": 1, "heads": 1, "mlp": 8}],
+        "path": {"kind": "sd15"},
+        "target": "eps",
+        "sample": {"size": [8, 8], "steps": 3, "guidance": 2.0, "sampler": "ddim"},
+    }
+)
+
+
+class FakeModel:
+    """Pictures of one colour, the seed's; remembers the batches that it was asked for."""
+
+    name, hash, preset, null_label = "fake", "0123456789", PRESET, None
+    device = torch.device("cpu")
+    codec = SimpleNamespace(channels=3, factor=2)
+
+    def __init__(self, memory: int = 1 << 30):
+        self.memory = memory
+        self.batches: list[list[int]] = []
+
+    def settings(self, **given: Any) -> SampleConfig:
+        if given.get("steps") == 999:
+            raise UsageError("999 steps are too many")
+        return dataclasses.replace(PRESET.sample, **given)
+
+    def label(self, name: str) -> int:
+        raise UsageError("the model fake has no classes")
+
+    def tokens(self, prompt: str) -> tuple[int, int]:
+        return len(prompt.split()), 5
+
+    def generate(self, items: Sequence[Item], settings: SampleConfig) -> Iterator[Any]:
+        if len(items) > self.memory:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        self.batches.append([item.seed for item in items])
+        side = settings.size[1] // 2
+        for index in range(settings.steps):
+            values = torch.tensor([item.seed / 100 for item in items])
+            x = values.reshape(-1, 1, 1, 1).expand(-1, 3, side, settings.size[0] // 2)
+            if 13 in self.batches[-1]:
+                x = torch.where(x == torch.tensor(0.13), torch.nan, x)
+            yield SimpleNamespace(index=index, x=x)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make(
+    requests: Sequence[Request | DifftoolError | None],
+    where: str = "out/[seed].png",
+    memory: int = 1 << 30,
+    **options: Any,
+) -> tuple[list[Event], Any]:
+    model: Any = FakeModel(memory)
+    output = Output.parse(where, many=True, skip_existing=options.pop("skip_existing", False))
+    events = list(Run(model=model, output=output, **options).events(requests))
+    return [event for event in events if not isinstance(event, Working)], model
+
+
+def ask(prompt: str, *seeds: int, **settings: Any) -> Request:
+    return Request(prompt=prompt, seeds=seeds, settings=settings)
+
+
+def seeds_of(events: Sequence[Event]) -> list[int | None]:
+    return [event.recipe.seed for event in events if isinstance(event, Result)]
+
+
+def failures_of(events: Sequence[Event]) -> list[str]:
+    return [str(event.error) for event in events if isinstance(event, Failure)]
+
+
+def test_like_settings_share_batches_and_order_is_kept():
+    requests = [ask("a", 1), ask("b", 2, 3), ask("c", 4, steps=5), ask("d", 5), ask("e", 6)]
+    events, model = make(requests, batch_size=2)
+    assert model.batches == [[1, 2], [3], [4], [5, 6]]
+    assert seeds_of(events) == [1, 2, 3, 4, 5, 6]
+    assert [e.index for e in events if isinstance(e, Result)] == [0, 1, 2, 3, 4, 5]
+    assert [e.recipe.prompt for e in events if isinstance(e, Result)] == list("abbcde")
+
+
+def test_a_stream_is_worked_on_before_it_goes_on():
+    seen: list[Any] = []
+
+    def requests() -> Iterator[Request | None]:
+        yield ask("a", 1)
+        yield ask("b", 2)
+        assert not seen
+        yield None
+        assert seeds_of(seen) == [1, 2]
+        yield ask("c", 3)
+
+    model: Any = FakeModel()
+    run = Run(model=model, output=Output.parse("out/"), batch_size=16)
+    for event in run.events(requests()):
+        seen.append(event)
+    assert model.batches == [[1, 2], [3]] and seeds_of(seen) == [1, 2, 3]
+
+
+def test_what_fails_does_not_stop_the_others():
+    bad = UsageError("line 2: nonsense")
+    requests = [ask("a", 1), bad, ask("b", 2, steps=999), ask("c", 13), Request(), ask("d", 3)]
+    events, model = make(requests, batch_size=8)
+    assert model.batches == [[1, 13, 3]]
+    kinds = [type(event) for event in events]
+    assert kinds == [Result, Failure, Failure, Failure, Failure, Result]
+    messages = failures_of(events)
+    assert messages[0] == "line 2: nonsense" and "999 steps" in messages[1]
+    assert "image 3 (seed 13) has non-finite" in messages[2] and "needs a prompt" in messages[3]
+    assert seeds_of(events) == [1, 3] and sorted(p.name for p in Path("out").iterdir()) == [
+        "1.png",
+        "3.png",
+    ]
+
+
+def test_errors_say_where_they_come_from():
+    request = dataclasses.replace(ask("a", 1, steps=999), source="prompts.txt line 4")
+    events, _ = make([request])
+    assert failures_of(events) == ["prompts.txt line 4: 999 steps are too many"]
+
+
+def test_batches_too_large_for_memory_are_halved():
+    events, model = make([ask("a", *range(20, 32))], memory=3, batch_size=8)
+    assert seeds_of(events) == list(range(20, 32))
+    assert [len(batch) for batch in model.batches] == [2] * 6
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make([ask("a", 1, 2)], memory=0)
+
+
+def test_every_picture_is_its_own_seeds():
+    make([ask("a", 10, 90)])
+    for seed in (10, 90):
+        with Image.open(f"out/{seed}.png") as image:
+            value = round((seed / 100 + 1) * 127.5)
+            assert image.size == (8, 8) and image.getpixel((4, 4)) == (value,) * 3
+        request = read(Path(f"out/{seed}.png"))
+        assert request.seeds == (seed,) and request.prompt == "a"
+
+
+def test_pictures_that_are_there_are_skipped_and_keep_their_index():
+    make([ask("a", 1)], "out/[index].png")
+    old = Path("out/0.png").read_bytes()
+    events, model = make([ask("b", 2), ask("c", 3)], "out/[index].png", skip_existing=True)
+    assert events[0] == Skipped(0, Path("out/0.png")) and model.batches == [[3]]
+    assert Path("out/0.png").read_bytes() == old and Path("out/1.png").exists()
+
+
+def test_pictures_that_are_there_are_failures_else():
+    make([ask("a", 1)])
+    events, model = make([ask("b", 1), ask("b", 2)])
+    assert "there already" in failures_of(events)[0] and model.batches == [[2]]
+
+
+def test_drawn_seeds_are_said():
+    events, _ = make([Request(prompt="a", num=2)])
+    first = seeds_of(events)[0]
+    assert Note(f"seed {first}", warning=False) in events
+
+
+def test_cut_prompts_are_said_once_or_refused():
+    long = "one two three four five six seven"
+    events, _ = make([ask(long, 1), ask(long, 2)])
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == 1 and "7 tokens" in notes[0] and "last 2 are cut" in notes[0]
+    events, model = make([ask(long, 3), ask("short", 4)], strict=True)
+    assert "7 tokens" in failures_of(events)[0] and seeds_of(events) == [4]
+
+
+def test_guidance_zero_is_said():
+    events, _ = make([ask("a", 1, guidance=0.0)])
+    assert "guidance 0 is read as 1" in next(e.text for e in events if isinstance(e, Note))
+
+
+def test_latents_are_saved_and_decode_to_the_same_picture():
+    events, model = make([ask("a fox", 10, 20)], latents=True)
+    result = events[0]
+    assert isinstance(result, Result) and result.latents == Path("out/10.latents.safetensors")
+    assert result.latents
+    latents = load_tensors(result.latents)["latents"]
+    assert latents.dtype == torch.float32 and latents.shape == (3, 4, 4)
+    assert latents.unique().tolist() == [pytest.approx(0.1)]
+    run = Run(model=model, output=Output.parse("again/[seed].png"))
+    (decoded,) = list(run.decode([result.latents]))
+    assert isinstance(decoded, Result) and decoded.path == Path("again/10.png")
+    assert Path("again/10.png").read_bytes() == Path("out/10.png").read_bytes()
+
+
+def test_latents_that_do_not_fit_are_refused(tmp_path):
+    files = [tmp_path / f"{n}.safetensors" for n in range(4)]
+    save_tensors(files[0], {"other": torch.zeros(3, 4, 4)}, {})
+    save_tensors(files[1], {"latents": torch.zeros(4, 4, 4)}, {})
+    files[2].write_bytes(b"junk")
+    model: Any = FakeModel()
+    events = list(Run(model=model, output=Output.parse("out/")).decode(files))
+    codes = [event.error.code for event in events if isinstance(event, Failure)]
+    assert codes == [3, 3, 3, 2] and not Path("out").exists()
+
+
+def test_latents_without_a_word_still_decode(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_tensors(file, {"latents": torch.zeros(3, 2, 8)}, {})
+    model: Any = FakeModel()
+    (result,) = list(Run(model=model, output=Output.parse("out/")).decode([file]))
+    assert isinstance(result, Result) and result.path == Path("out/00000-latents.png")
+    with Image.open("out/00000-latents.png") as image:
+        assert image.size == (16, 4)
+
+
+def test_a_sheet_of_all():
+    events, _ = make([ask("a", 1, 2, 3), ask("b", 4, size=(16, 8))], "out/x.png", grid=True)
+    assert events[-1] == Grid(Path("out/x-grid.png"), 4)
+    with Image.open("out/x-grid.png") as sheet:
+        assert sheet.size == (32, 16) and sheet.getpixel((20, 12)) == (round(1.04 * 127.5),) * 3
+    with pytest.raises(UsageError, match="there already"):
+        make([ask("a", 1)], "out/x.png", grid=True)
+
+
+def test_tiles_and_rounding():
+    images = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 0.9999)])
+    pictures = [to_picture(image) for image in images]
+    assert [p.getpixel((0, 0)) for p in pictures] == [(0,) * 3, (128,) * 3, (255,) * 3]
+    assert tile(pictures).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {}),
+        ({"width": 16}, {"size": (16, 8)}),
+        ({"size": (4, 4), "height": 6}, {"size": (4, 6)}),
+        ({"eta": 0.5}, {"sampler_options": {"eta": 0.5}}),
+        ({"sampler": "DPM++ 2M Karras"}, {"sampler": "dpmpp_2m", "schedule": "karras"}),
+        (
+            {"sampler": "DPM++ 2M Karras", "schedule": "linspace"},
+            {"sampler": "dpmpp_2m", "schedule": "linspace"},
+        ),
+    ],
+)
+def test_settings(asked, expected):
+    model: Any = FakeModel()
+    assert resolve_settings(model, asked) == dataclasses.replace(PRESET.sample, **expected)
+
+
+def test_default_batches_shrink_with_size():
+    sizes = [(8, 8), (256, 256), (512, 512), (1024, 1024), (4096, 4096)]
+    assert [default_batch(SampleConfig(size=s)) for s in sizes] == [16, 16, 4, 1, 1]
