@@ -215,13 +215,30 @@ def test_cut_prompts_are_said_once_or_refused():
     events, _ = make([ask(long, 1), ask(long, 2)])
     notes = [event.text for event in events if isinstance(event, Note)]
     assert len(notes) == 1 and "7 tokens" in notes[0] and "last 2 are cut" in notes[0]
-    events, model = make([ask(long, 3), ask("short", 4)], strict=True)
+    events, _ = make([ask(long, 3), ask("short", 4)], strict=True)
     assert "7 tokens" in failures_of(events)[0] and seeds_of(events) == [4]
 
 
-def test_guidance_zero_is_said():
-    events, _ = make([ask("a", 1, guidance=0.0)])
-    assert "guidance 0 is read as 1" in next(e.text for e in events if isinstance(e, Note))
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        (ask("a", 1, guidance=0.0), "guidance 0 is read as 1"),
+        (Request(prompt="a", negative="b", settings={"guidance": 1.0}), "has no effect"),
+        (Request(prompt="a", model_hash="9876543210"), "made with the model 9876543210"),
+    ],
+)
+def test_what_is_not_done_to_the_letter_is_said(request_, text):
+    events, _ = make([request_])
+    assert any(text in event.text for event in events if isinstance(event, Note) and event.warning)
+    events, _ = make([Request(prompt="a", negative="b", model_hash="0123456789")])
+    assert not any(event.warning for event in events if isinstance(event, Note))
+
+
+def test_one_name_is_not_given_to_two_pictures():
+    model: Any = FakeModel()
+    output = Output.parse("out/[prompt].png", overwrite=True)
+    events = list(Run(model=model, output=output).events([ask("a", 1, 2)]))
+    assert seeds_of(events) == [1] and "the name of two pictures" in failures_of(events)[0]
 
 
 def test_latents_are_saved_and_decode_to_the_same_picture():
@@ -239,14 +256,15 @@ def test_latents_are_saved_and_decode_to_the_same_picture():
 
 
 def test_latents_that_do_not_fit_are_refused(tmp_path):
-    files = [tmp_path / f"{n}.safetensors" for n in range(4)]
+    files = [tmp_path / f"{n}.safetensors" for n in range(5)]
     save_tensors(files[0], {"other": torch.zeros(3, 4, 4)}, {})
     save_tensors(files[1], {"latents": torch.zeros(4, 4, 4)}, {})
     files[2].write_bytes(b"junk")
+    save_tensors(files[3], {"latents": torch.full((3, 4, 4), torch.inf)}, {})
     model: Any = FakeModel()
     events = list(Run(model=model, output=Output.parse("out/")).decode(files))
     codes = [event.error.code for event in events if isinstance(event, Failure)]
-    assert codes == [3, 3, 3, 2] and not Path("out").exists()
+    assert codes == [3, 3, 3, 3, 2] and not Path("out").exists()
 
 
 def test_latents_without_a_word_still_decode(tmp_path):
@@ -266,6 +284,13 @@ def test_a_sheet_of_all():
         assert sheet.size == (32, 16) and sheet.getpixel((20, 12)) == (round(1.04 * 127.5),) * 3
     with pytest.raises(UsageError, match="there already"):
         make([ask("a", 1)], "out/x.png", grid=True)
+
+
+def test_a_sheet_has_an_end(monkeypatch):
+    monkeypatch.setattr("difftool.sampling.run.MAX_SHEET_PIXELS", 200)
+    events, _ = make([ask("a", 1, 2, 3, 4)], "out/", grid=True)
+    assert events[-1] == Grid(Path("out/00004-grid.png"), 3)
+    assert "3 images, 1 are not on it" in next(e.text for e in events if isinstance(e, Note))
 
 
 def test_tiles_and_rounding():

@@ -211,12 +211,13 @@ def from_chunk(text: str, source: str) -> Request:
         for name, value in own.items():
             if not isinstance(value, str) and not (name == "label" and value is None):
                 raise ValueError(f"{name} is {type(value).__name__}")
-        seed = request["seed"]
+        seed, made_by = request["seed"], str(values.get("model_hash") or "")
         if type(seed) not in (int, type(None)) or not isinstance(settings, dict):
             raise ValueError("seed or settings of the wrong type")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
-    return Request(**own, seeds=None if seed is None else (seed,), settings=settings)
+    seeds = None if seed is None else (seed,)
+    return Request(**own, seeds=seeds, settings=settings, model_hash=made_by)
 
 
 def from_parameters(text: str, source: str) -> Request:
@@ -245,4 +246,5 @@ def from_parameters(text: str, source: str) -> Request:
         label=values.get("Class"),
         seeds=(seed,),
         settings=settings,
+        model_hash=values.get("Model hash", ""),
     )

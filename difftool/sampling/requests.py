@@ -40,6 +40,8 @@ class Request:
     """Fields of SampleConfig, and `eta`, `width`, `height`."""
     source: str = ""
     """Where it was read, for messages."""
+    model_hash: str = ""
+    """Hash of the model that the request was made for; empty = any."""
 
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):

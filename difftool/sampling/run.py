@@ -147,6 +147,7 @@ class Run:
     limit: int = field(default=1 << 30, init=False)
     """Images that fit in memory, as far as is known."""
     noted: set[str] = field(default_factory=set, init=False)
+    planned: set[Path] = field(default_factory=set, init=False)
 
     def events(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
@@ -154,6 +155,7 @@ class Run:
             self.output.sheet_path()  # fails now if it is taken, not after all the work
         sheet: list[Image.Image] = []
         first: Recipe | None = None
+        left_out = 0
         for batch in self._batches(self._plan(requests)):
             jobs = [entry for entry in batch if isinstance(entry, Job)]
             started = time.perf_counter()
@@ -173,8 +175,12 @@ class Run:
                 if self.grid and (len(sheet) + 1) * image[0].numel() <= MAX_SHEET_PIXELS:
                     first = first or entry.recipe
                     sheet.append(to_picture(image))
+                elif self.grid:
+                    left_out += 1
                 if not (self.grid and self.output.stdout):
                     yield self._written(entry, x0, image, seconds)
+        if left_out:
+            yield Note(f"the sheet has room for {len(sheet)} images, {left_out} are not on it")
         if first and sheet:
             yield self._sheet(sheet, first)
 
@@ -224,6 +230,11 @@ class Run:
         texts = []
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
+        if request.negative and settings.guidance in (0, 1):
+            texts.append("a negative prompt has no effect without guidance")
+        if request.model_hash not in ("", self.model.hash):
+            made_by = f"not with {self.model.name} ({self.model.hash})"
+            texts.append(f"the picture was made with the model {request.model_hash}, {made_by}")
         for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
             if not prompt:
                 continue
@@ -245,8 +256,13 @@ class Run:
         item = Item(recipe.prompt, recipe.negative, label, seed)
         try:
             path = self.output.path(self._fields(index, recipe), request.out)
+            if path in self.planned:
+                what = f"{path} would be the name of two pictures"
+                raise UsageError(what, hint="put [seed] or [index] into the name")
         except DifftoolError as error:
             return Failure(index, located(error, request.source))
+        if path:
+            self.planned.add(path)
         if path and self.output.skip_existing and path.exists():
             return Skipped(index, path)
         return Job(index, recipe, item, path)
@@ -335,7 +351,7 @@ class Run:
             return Failure(job.index, error)
         return Result(index=job.index, path=path, recipe=recipe, seconds=seconds, latents=latents)
 
-    def _sheet(self, pictures: list[Image.Image], first: Recipe) -> Grid | Failure | Skipped:
+    def _sheet(self, pictures: list[Image.Image], first: Recipe) -> Grid | Failure:
         """Write one sheet of all pictures; it says what the first one says."""
         text = metadata.parameters(first, self.model) if self.metadata else None
         try:
@@ -376,6 +392,8 @@ class Run:
         if x0.ndim != 3 or x0.shape[0] != codec.channels:
             why = f"shape {list(x0.shape)}, the model {self.model.name} has [{codec.channels},H,W]"
             raise InputError(f"the latents {file} do not fit", why)
+        if not x0.isfinite().all():
+            raise InputError(f"the latents {file} have non-finite values")
         size = (x0.shape[2] * codec.factor, x0.shape[1] * codec.factor)
         if text := header.metadata.get("difftool"):
             made = metadata.from_chunk(text, str(file))
