@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,15 +31,6 @@ class Codec(Protocol):
         ...
 
 
-CODECS: Registry[Callable[..., nn.Module]] = Registry("codec")
-
-
-def build_codec(config: CodecConfig) -> nn.Module:
-    """The codec of a configuration, a Codec."""
-    return CODECS[config.kind](config)
-
-
-@CODECS.register("identity", "pixel", "none")
 class IdentityCodec(nn.Module):
     """x0 is the picture."""
 
@@ -57,7 +47,6 @@ class IdentityCodec(nn.Module):
         return x0
 
 
-@CODECS.register("space_to_depth")
 class SpaceToDepth(nn.Module):
     """Blocks of pixels become channels, in pixel_unshuffle's order; x0 stays in [-1, 1]."""
 
@@ -74,7 +63,6 @@ class SpaceToDepth(nn.Module):
         return F.pixel_shuffle(x0, self.factor)
 
 
-@CODECS.register("vae")
 class VaeCodec(nn.Module):
     """x0 is a KL autoencoder's latent, shifted and scaled to about unit variance.
 
@@ -123,3 +111,14 @@ def _check_size(images: Tensor, factor: int) -> None:
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(f"picture sides must be multiples of {factor}, got {width}x{height}")
+
+
+CODECS: Registry[type[nn.Module]] = Registry("codec")
+CODECS.add("identity", IdentityCodec, "pixel")
+CODECS.add("space_to_depth", SpaceToDepth)
+CODECS.add("vae", VaeCodec)
+
+
+def build_codec(config: CodecConfig) -> nn.Module:
+    """The codec of a configuration, a Codec."""
+    return CODECS[config.kind](config)

@@ -60,7 +60,10 @@ class Embed(nn.Module):
 
 class ResBlock(nn.Module):
     """Two convolutions with a residual connection, told the time by addition (DDPM) or by scale
-    and shift (ADM), and changing the resolution where `resample` says so (BigGAN's block, ADM)."""
+    and shift (ADM), and changing the resolution where `resample` says so (BigGAN's block, ADM).
+
+    With `emb_dim` None it is not told the time (autoencoders).
+    """
 
     last = "conv2"
 
@@ -69,7 +72,7 @@ class ResBlock(nn.Module):
         in_channels: int,
         channels: int,
         *,
-        emb_dim: int,
+        emb_dim: int | None,
         groups: int,
         eps: float,
         dropout: float = 0.0,
@@ -80,7 +83,8 @@ class ResBlock(nn.Module):
         self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_dim, 2 * channels if scale_shift else channels)
+        if emb_dim is not None:
+            self.time_emb_proj = nn.Linear(emb_dim, 2 * channels if scale_shift else channels)
         self.norm2 = nn.GroupNorm(groups, channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -88,15 +92,20 @@ class ResBlock(nn.Module):
             nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
         )
 
-    def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, size: torch.Size | None = None
+    ) -> Tensor:
         """x [B,C,H,W], emb [B,E] after its SiLU, size that of the result if it is upsampled."""
         h = F.silu(self.norm1(x))
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x, h = F.interpolate(x, size), F.interpolate(h, size)
-        h, told = self.conv1(h), self.time_emb_proj(emb)[:, :, None, None]
-        if self.scale_shift:
+        h = self.conv1(h)
+        told = None if emb is None else self.time_emb_proj(emb)[:, :, None, None]
+        if told is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
             scale, shift = told.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
@@ -123,7 +132,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None, size: torch.Size | list[int]) -> Tensor:
         return self.conv(F.interpolate(x, size))
 
 

@@ -5,11 +5,14 @@ Parameter names are diffusers' AutoencoderKL's.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.models.configs import VaeConfig
+from difftool.models.layers import Downsample, PlainAttention, ResBlock, Upsample
 
 NORM_EPS = 1e-6
 
@@ -103,82 +106,38 @@ class _Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
+def _resblocks(before: int, width: int, count: int, groups: int) -> nn.ModuleList:
+    widths = (before, *[width] * count)
+    return nn.ModuleList(
+        ResBlock(i, o, emb_dim=None, groups=groups, eps=NORM_EPS) for i, o in pairwise(widths)
+    )
+
+
 class _Level(nn.Module):
     def __init__(self, before: int, width: int, blocks: int, groups: int, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            _ResBlock(before if j == 0 else width, width, groups) for j in range(blocks)
-        )
-        self.downsamplers = nn.ModuleList([_Downsample(width)] if down else [])
-        self.upsamplers = nn.ModuleList([_Upsample(width)] if up else [])
+        self.resnets = _resblocks(before, width, blocks, groups)
+        self.downsamplers = nn.ModuleList([Downsample(width, padding=0)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
+        for module in (*self.resnets, *self.downsamplers):
             x = module(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, None, [2 * side for side in x.shape[2:]])
         return x
 
 
 class _Middle(nn.Module):
     def __init__(self, width: int, config: VaeConfig):
         super().__init__()
-        self.resnets = nn.ModuleList(_ResBlock(width, width, config.groups) for _ in range(2))
-        count = 1 if config.mid_attention else 0
-        self.attentions = nn.ModuleList(_Attention(width, config.groups) for _ in range(count))
+        self.resnets = _resblocks(width, width, 2, config.groups)
+        self.attentions = nn.ModuleList(
+            [PlainAttention(width, 1, config.groups, NORM_EPS)] if config.mid_attention else []
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.resnets
         for module in (first, *self.attentions, second):
             x = module(x)
         return x
-
-
-class _ResBlock(nn.Module):
-    def __init__(self, before: int, width: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, before, NORM_EPS)
-        self.conv1 = nn.Conv2d(before, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, width, NORM_EPS)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(before, width, 1) if before != width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class _Attention(nn.Module):
-    """Self-attention of one head over all positions."""
-
-    def __init__(self, width: int, groups: int):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, NORM_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)
-        # SDPA's fast kernels want [B,heads,L,D].
-        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.to_out[0](y).transpose(1, 2).reshape(x.shape)
-
-
-class _Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class _Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
