@@ -1,0 +1,199 @@
+"""The training loop: it learns, and a run that is stopped and resumed is the same run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from difftool.config import Layer
+from difftool.data import open_dataset
+from difftool.errors import ResourceError, Stopped, UsageError
+from difftool.formats import open_model
+from difftool.model import Model
+from difftool.training.plan import plan
+from difftool.training.run import Run, open_run
+
+TINY = {
+    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
+    "train": {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2, "flip": True},
+    "sample": {"steps": 2},
+}
+TINY_TEXT = {
+    "text": [
+        {"width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
+         "vocab_size": 300, "length": 16, "tokenizer": "learned"}
+    ],
+    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8,
+             "context_dim": 16},
+}  # fmt: skip
+
+
+def start(folder: Path, data: str, values: dict, preset: str | None = None, resume: bool = False):
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(data)
+    checkpoint = open_run(folder, None)[0] if resume else None
+    vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
+    given = [Layer("test", TINY), Layer("test", values)]
+    resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)
+    return Run(
+        folder,
+        resolved,
+        dataset,
+        device=torch.device("cpu"),
+        tokenizer_json=tokenizer_json,
+        resume=checkpoint,
+        save_every=5,
+        keep=9,
+        sample_every=6,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """Two classes: dark and light pictures."""
+    for name, shade in (("dark", 30), ("light", 220)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            image = Image.new("RGB", (16, 16), (shade, shade + 5 * i, shade))
+            image.save(tmp_path / "pictures" / name / f"{i}.png")
+    return str(tmp_path / "pictures")
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on."""
+    trainer = run.trainer
+    tensors = {f"live.{k}": v for k, v in trainer.parameters.items()}
+    if trainer.ema:
+        tensors |= {f"ema.{k}": v for k, v in trainer.ema.average.items()}
+    for name, p in trainer.parameters.items():
+        tensors |= {f"adam.{name}.{k}": v for k, v in trainer.optimizer.state[p].items()}
+    return {k: v.detach().clone() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "data"),
+    [
+        ({}, "class"),
+        ({"train": {"accumulate": 3}}, "class"),
+        ({"train": {"ema": 0.0}}, "class"),
+        ({"unet": {"dropout": 0.2}}, "class"),
+        ({"path": {"kind": "edm"}, "target": "edm", "train": {"time": "log_normal"}}, "class"),
+        (TINY_TEXT, "shapes"),
+    ],
+)
+@pytest.mark.parametrize("stop_at", [5, 7])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, pictures, values, data, stop_at):
+    source, preset = (pictures, "pixel-small") if data == "class" else ("shapes", "text-small")
+    whole = start(tmp_path / "whole", source, values, preset)
+    for _ in whole.steps():
+        pass
+    whole.finish()
+
+    stopped = start(tmp_path / "stopped", source, values, preset)
+    for step in stopped.steps():
+        if step.step == stop_at:
+            break  # as if killed: what came after the checkpoint of step 5 is lost
+    stopped.lock.close()
+    resumed = start(tmp_path / "stopped", source, values, preset, resume=True)
+    assert resumed.trainer.step == 5 if stop_at == 7 else resumed.trainer.step <= 5
+    for _ in resumed.steps():
+        pass
+    resumed.finish()
+
+    ours, theirs = state(resumed), state(whole)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+    for name in ("metrics.jsonl", "model.safetensors"):
+        same = [(tmp_path / run / name).read_bytes() for run in ("whole", "stopped")]
+        assert same[0] == same[1]
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {})
+    with pytest.raises(Stopped, match="stopped after step 3") as caught:
+        for step in run.steps():
+            if step.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert "--resume" in str(caught.value)
+    assert (tmp_path / "run/checkpoints/step-000003/manifest.json").is_file()
+
+
+def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {})
+    for _ in run.steps():
+        pass
+    path = run.finish()
+    names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*.*")}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/step-000006.png"} <= names
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 12]
+    assert Image.open(tmp_path / "run/loss.png").size[0] > 400
+    model = Model.load(str(path), device="cpu")
+    assert model.preset == run.preset
+    ema = run.trainer.ema
+    assert ema is not None
+    assert all(torch.equal(model.tensors()[k], v) for k, v in ema.average.items())
+    assert Model.load(str(tmp_path / "run"), device="cpu").hash == model.hash
+
+
+def test_training_learns_the_classes(tmp_path, pictures):
+    values = {
+        "train": {"steps": 150, "batch_size": 12, "lr": 3e-3, "warmup": 10, "ema": 0.9},
+        "sample": {"steps": 8},
+    }
+    run = start(tmp_path / "run", pictures, values)
+    losses = [step.loss for step in run.steps() if step.loss is not None]
+    assert losses[-1] < 0.5 * losses[0]
+    from difftool.model import Item
+    from difftool.training.run import sample
+
+    with run.trainer.ema.swapped():  # type: ignore[union-attr]
+        images = sample(run.model, [Item(label=k, seed=s) for k in (0, 1) for s in range(4)])
+    dark, light = images[:4].mean(), images[4:].mean()
+    assert dark < -0.4
+    assert light > 0.4
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {"train": {"lr": 1e30, "clip_norm": 0.0}})
+    with pytest.raises(ResourceError, match="not finite"):
+        for _ in run.steps():
+            pass
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, pictures):
+    first = start(tmp_path / "run", pictures, {})
+    with pytest.raises(UsageError, match="another run"):
+        start(tmp_path / "run", pictures, {})
+    first.lock.close()
+
+
+def test_resuming_with_another_batch_size_is_refused(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {})
+    for _ in run.steps():
+        pass
+    run.lock.close()
+    with pytest.raises(UsageError, match="another batch_size"):
+        start(tmp_path / "run", pictures, {"train": {"batch_size": 6}}, resume=True)
+
+
+def test_captions_are_needed_for_text(pictures):
+    with pytest.raises(UsageError, match="no captions"):
+        plan(open_dataset(pictures), "cpu", "text-small", [])
+
+
+def test_what_is_chosen_is_explained(pictures):
+    preset, _, layers = plan(open_dataset(pictures), "cpu", None, [])
+    assert preset.name == "pixel-small"
+    assert preset.classes == ("dark", "light")
+    assert preset.unet.num_classes == 3
+    chosen = [layer.origin for layer in layers if layer.origin.startswith("chosen")]
+    assert len(chosen) == 4
+    assert preset.train.size == 16
