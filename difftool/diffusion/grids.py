@@ -107,6 +107,13 @@ def _index_grid(name: str, *aliases: str) -> Callable[[Callable[..., Sequence[fl
 Whole = Callable[[float], float]
 
 
+def _even(last: float, n: int) -> list[float]:
+    """n even numbers from last to 0, to the bit as numpy's linspace: published roundings of halves
+    depend on it."""
+    step = last / max(n - 1, 1)
+    return [last, *(i * step for i in range(n - 2, -1, -1))]
+
+
 @_index_grid("leading")
 def _leading(T: int, n: int, whole: Whole, offset: int = 0) -> Sequence[float]:
     """DDIM, DDPM, PNDM and the Euler family of diffusers; Stable Diffusion 1 has offset 1."""
@@ -128,25 +135,25 @@ def _trailing(T: int, n: int, whole: Whole) -> Sequence[float]:
 @_index_grid("linspace")
 def _linspace(T: int, n: int, whole: Whole) -> Sequence[float]:
     """Both ends of the table: DDIM, DDPM, PNDM."""
-    return [whole((T - 1) * (1 - share)) for share in _ramp(n)]
+    return [whole(index) for index in _even(T - 1, n)]
 
 
 @_index_grid("linspace_open")
 def _linspace_open(T: int, n: int, whole: Whole) -> Sequence[float]:
     """linspace of n + 1, without index 0: diffusers' DPM-Solver, UniPC and DEIS."""
-    return [whole((T - 1) * (n - i) / n) for i in range(n)]
+    return [whole(index) for index in _even(T - 1, n + 1)[:-1]]
 
 
 @_index_grid("normal")
 def _normal(T: int, n: int, whole: Whole) -> Sequence[float]:
     """linspace, never rounded: k-diffusion, ComfyUI, the Euler family of diffusers."""
-    return [(T - 1) * (1 - share) for share in _ramp(n)]
+    return _even(T - 1, n)
 
 
 @_index_grid("sgm_uniform")
 def _sgm_uniform(T: int, n: int, whole: Whole) -> Sequence[float]:
     """linspace_open, never rounded: sgm, ComfyUI; on a flow, diffusers' UniPC."""
-    return [(T - 1) * (n - i) / n for i in range(n)]
+    return _even(T - 1, n + 1)[:-1]
 
 
 @_index_grid("simple")

@@ -169,7 +169,8 @@ class Discrete(Path):
             object.__setattr__(self, "steps", len(self.betas))
         if self.steps < 2:
             raise UsageError("a discrete path needs at least 2 steps", f"steps = {self.steps}")
-        if not all(0 < beta <= 1 for beta in self._betas):
+        ends = self.betas or (self.beta_start, self.beta_end)
+        if not all(0 < beta <= 1 for beta in ends):
             raise UsageError("every beta of a noise schedule must lie in (0, 1]")
         for option, value, known in (
             ("lookup", self.lookup, ("log", "linear")),
@@ -387,13 +388,13 @@ def build_path(options: Mapping[str, Any]) -> Path:
 
 def call(what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
     """function(*args, **options), where a wrong option is the user's error and names `what`."""
-    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
-    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    for name in options:
-        if name not in known and len(known) == len(parameters):
-            hint = suggestion(name, known) if known else None
-            raise UsageError(f'{what} has no option "{name}"', hint=hint)
     try:
+        parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+        known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        for name in options:
+            if name not in known and len(known) == len(parameters):
+                hint = suggestion(name, known) if known else None
+                raise UsageError(f'{what} has no option "{name}"', hint=hint)
         return function(*args, **options)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(f"{what} has a wrong option", str(error)) from error
