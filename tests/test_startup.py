@@ -1,0 +1,52 @@
+"""Help and configuration must come up at once, so they never import what is slow to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from difftool.cli.app import app
+
+SLOW = {"torch", "numpy", "PIL", "matplotlib", "safetensors", "tokenizers", "huggingface_hub"}
+COMMANDS = [command.name for command in app.registered_commands]
+RUN = """
+import sys
+sys.argv = ["difftool", *sys.argv[1:]]
+from difftool.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """Top-level names of all modules that a fresh interpreter holds after running the code."""
+    listed = "\nprint('modules:', *{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", "import sys\n" + code + listed, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("modules:")[2].split())
+
+
+def test_there_are_commands():
+    assert {"train", "sample", "noise", "convert"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)]
+)
+def test_help_imports_nothing_slow(arguments):
+    modules = imported(RUN, *arguments)
+    assert "typer" in modules
+    assert not modules & SLOW
+
+
+@pytest.mark.parametrize("name", ["difftool.config", "difftool.diffusion"])
+def test_configuration_and_mathematics_import_nothing_slow(name):
+    assert not imported(f"import {name}") & SLOW
+
+
+def test_noise_shows_its_numbers_without_torch():
+    assert "torch" not in imported(RUN, "noise", "--curve")
