@@ -145,6 +145,15 @@ def test_coefficients_are_the_levels(name: str):
     assert (times.diff() > 0).all()
 
 
+def test_tables_made_in_inference_mode_serve_training():
+    path = Discrete(steps=77)
+    with torch.inference_mode():
+        path.coefficients(torch.tensor([3]))
+    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
+    (weight * path.coefficients(torch.tensor([3]))[0]).sum().backward()
+    assert weight.grad is not None
+
+
 def test_snr_beyond_the_table_keeps_alpha_and_clamps_the_time():
     path = PATHS["sd15"]()
     level = path.at_half_log_snr(-math.log(700))

@@ -265,9 +265,10 @@ def _tensors(path: Discrete, device: torch.device) -> tuple[Tensor, Tensor, Tens
     """alpha, sigma and log rho of the table as fp32 tensors."""
     import torch
 
-    columns = zip(*(level[1:] for level in path._table), strict=True)
-    alpha, sigma = (torch.tensor(column, dtype=torch.float32, device=device) for column in columns)
-    return alpha, sigma, torch.tensor(path._log_rho, dtype=torch.float32, device=device)
+    _, alphas, sigmas = zip(*path._table, strict=True)
+    with torch.inference_mode(False):  # whoever asks first, training may use them
+        alpha, sigma, log_rho = torch.tensor((alphas, sigmas, path._log_rho), device=device).float()
+    return alpha, sigma, log_rho
 
 
 # --- continuous ------------------------------------------------------------------------------
