@@ -23,10 +23,20 @@ def sinusoids(
     The wavelengths are 2 pi period^(i / (dim/2 - shift)), i = 0, 1, ... A last odd column is zero.
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
-    angles = t.float()[..., None] * torch.exp(-math.log(period) * exponents)
+    # In the published order of operations: at t = 999 the last bit of a frequency shows.
+    exponents = -math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[..., None] * torch.exp(exponents / (half - shift))
     waves = [angles.cos(), angles.sin()] if cosines_first else [angles.sin(), angles.cos()]
     return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+def guidance_sinusoids(w: Tensor, dim: int) -> Tensor:
+    """LCM's sinusoids [B,dim], fp32, of a guidance scale w [B] (Luo et al. 2023): of 1000 w, sines
+    first, and the frequencies multiplied out in another order than the time's."""
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=w.device)
+    angles = 1000 * w.float()[:, None] * torch.exp(index * (-math.log(10_000) / (half - 1)))
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
 
 
 def to_tokens(x: Tensor) -> Tensor:

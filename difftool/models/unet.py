@@ -20,6 +20,7 @@ from difftool.models.layers import (
     ResBlock,
     Transformer,
     Upsample,
+    guidance_sinusoids,
     sinusoids,
 )
 
@@ -201,9 +202,7 @@ class UNet(nn.Module):
         )
         scale = None
         if guidance is not None and config.guidance_dim is not None:
-            # As published with LCM (Luo et al. 2023): of 1000 w, sines first.
-            scale = sinusoids(1000 * guidance, config.guidance_dim, cosines_first=False, shift=1)
-            scale = scale.to(dtype)
+            scale = guidance_sinusoids(guidance, config.guidance_dim).to(dtype)
         emb = self.time_embedding(waves.to(dtype), scale)
         if label is not None:
             emb = emb + self.class_embedding(label)
