@@ -217,9 +217,11 @@ def expected(oracle: Any, config: UNetConfig, given: Inputs) -> Tensor:
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from diffusers.pipelines import LatentConsistencyModelPipeline
+        from diffusers.pipelines.latent_consistency_models import (
+            pipeline_latent_consistency_text2img as pipeline,
+        )
 
-        embed: Any = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        embed: Any = pipeline.LatentConsistencyModelPipeline.get_guidance_scale_embedding
         return embed(None, w, dim)
 
 
