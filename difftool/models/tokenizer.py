@@ -160,6 +160,17 @@ def _vocabulary(first: Iterable[str], merges: Merges) -> dict[str, int]:
     return vocab
 
 
+def clip_vocabulary() -> tuple[dict[str, int], Merges]:
+    """CLIP's tokens with their ids, and the merges that make them."""
+    with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
+        merges = [_pair(line) for line in file.read().splitlines()]
+    symbols = _symbols()
+    vocab = _vocabulary([*symbols, *(s + "</w>" for s in symbols)], merges)
+    for mark in (CLIP_START, CLIP_END):
+        vocab[mark] = len(vocab)
+    return vocab, merges
+
+
 @cache
 def _clip_backend() -> Backend:
     from tokenizers import AddedToken, Regex
@@ -170,12 +181,7 @@ def _clip_backend() -> Backend:
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
-    with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
-        merges = [_pair(line) for line in file.read().splitlines()]
-    symbols = _symbols()
-    vocab = _vocabulary([*symbols, *(s + "</w>" for s in symbols)], merges)
-    for mark in (CLIP_START, CLIP_END):
-        vocab[mark] = len(vocab)
+    vocab, merges = clip_vocabulary()
     backend = Backend(
         BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=CLIP_END)
     )

@@ -1,0 +1,652 @@
+"""Folders of the diffusers library <-> difftool's models. Torch-free; nothing named in a folder is
+ever imported or run.
+
+Tensors keep their names, but for the component that they lie in: unet/ is unet., vae/ is vae., the
+text encoders are text.0. and text.1. What diffusers has no place for lies beside it in
+difftool_extra.json and difftool_extra.safetensors, so that a model comes back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from difftool import __version__
+from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
+from difftool.diffusion.path import build_path
+from difftool.errors import DifftoolError, InputError
+from difftool.formats import networks
+from difftool.formats.networks import VERSION
+from difftool.formats.safetensors import file_chunks, read_header
+from difftool.formats.schedulers import read_scheduler, write_scheduler
+from difftool.formats.source import (
+    FORMATS,
+    Evidence,
+    Format,
+    Located,
+    ModelSource,
+    Plan,
+)
+from difftool.formats.strict import parse_json, read_json
+from difftool.models.configs import IdentityConfig, TextConfig, UNetConfig, VaeConfig
+from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+EXTRA_JSON, EXTRA_TENSORS = "difftool_extra.json", "difftool_extra.safetensors"
+SCHEMA = 1
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
+    ENCODERS, "model"
+)
+"""Components whose tensors are a model's, and the stems of their files."""
+LEFT_OUT = {
+    "safety_checker": "the safety checker is no part of a difftool model",
+    "unet_ema": "averaged weights beside the live ones are not converted by this version",
+}
+"""Components whose tensors are dropped, and why."""
+CLASSES = {
+    "unet": ("UNet2DConditionModel", "UNet2DModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+NO_COUNTERPART = ("name", "about", "classes", "train")
+"""Sections of a preset that no file of diffusers speaks of."""
+
+
+class Pipeline(NamedTuple):
+    """What a pipeline class says of the models that it is for."""
+
+    text: str = ""
+    """How it reads its text encoders: "" (it has none), "sd" or "xl"."""
+    guidance: float = 1.0
+    steps: int = 50
+
+
+PIPELINES = {
+    "StableDiffusionPipeline": Pipeline("sd", 7.5),
+    "StableDiffusionImg2ImgPipeline": Pipeline("sd", 7.5),
+    "StableDiffusionInpaintPipeline": Pipeline("sd", 7.5),
+    "StableDiffusionInstructPix2PixPipeline": Pipeline("sd", 7.5),
+    "LatentConsistencyModelPipeline": Pipeline("sd", 8.5, 4),
+    "LatentConsistencyModelImg2ImgPipeline": Pipeline("sd", 8.5, 4),
+    "StableDiffusionXLPipeline": Pipeline("xl", 5.0),
+    "StableDiffusionXLImg2ImgPipeline": Pipeline("xl", 5.0),
+    "StableDiffusionXLInpaintPipeline": Pipeline("xl", 5.0),
+    "DDPMPipeline": Pipeline(),
+    "DDIMPipeline": Pipeline(),
+    "PNDMPipeline": Pipeline(),
+}
+"""The pipeline classes that difftool knows; no other is read."""
+
+Configs = Mapping[str, Any]
+"""Configuration files of a folder by their place in it."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of a model's tensors by difftool's name."""
+
+
+# --- what a folder's configuration files mean ------------------------------------------------
+
+
+class Meaning(NamedTuple):
+    """A preset derived from a folder's configuration files."""
+
+    preset: Preset
+    findings: tuple[Evidence, ...]
+    warnings: tuple[str, ...]
+
+
+def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, name: str) -> Meaning:
+    """The preset that the configuration files mean; InputError if difftool has no such model.
+
+    pads: the padding token of each tokenizer that is there, None for the end mark.
+    """
+    index = configs[INDEX]
+    kind = index["_class_name"]
+    pipeline = PIPELINES[kind]
+    unet = networks.read_unet(configs["unet/config.json"], "unet/config.json")
+    codec: VaeConfig | IdentityConfig = IdentityConfig(channels=unet.in_channels)
+    if "vae/config.json" in configs:
+        codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
+    text = tuple(_derive_text(configs, pads, shapes, pipeline))
+    scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
+    family = _family(unet, text)
+    numbers = 0
+    if unet.vector_dim and unet.vector_name == "add_embedding":
+        pooled = sum(encoder.projection or 0 for encoder in text if encoder.pooled)
+        numbers, rest = divmod(unet.vector_dim - pooled, 256)
+        if rest or not 0 <= numbers <= 6:
+            why = f"{unet.vector_dim} is not {pooled} and some numbers of 256 sinusoids each"
+            raise InputError("unet/config.json does not fit the text encoders", why)
+    size = _size(configs["unet/config.json"].get("sample_size"), codec)
+    latent = isinstance(codec, VaeConfig)
+    preset = Preset(
+        name=name,
+        about=f"{kind} of diffusers",
+        family=family,
+        codec=codec,
+        unet=unet,
+        text=text,
+        size_numbers=numbers,
+        path=scheduling.path,
+        target=scheduling.target,
+        sample=SampleConfig(
+            size=size, steps=pipeline.steps, guidance=pipeline.guidance, **scheduling.sample
+        ),
+        # A pretrained model is fine-tuned, which wants a small learning rate.
+        train=TrainConfig(lr=1e-5, size=size[0]) if latent else TrainConfig(),
+    )
+    says = f"family {family}, {kind} with {configs['unet/config.json']['_class_name']}"
+    findings = (Evidence(INDEX, says), Evidence(SCHEDULER, scheduling.says))
+    return Meaning(preset, findings, scheduling.warnings)
+
+
+def _derive_text(
+    configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, pipeline: Pipeline
+) -> Iterator[TextConfig]:
+    present = [name for name in ENCODERS if f"{name}/config.json" in configs]
+    for i, name in enumerate(present):
+        where = f"{name}/config.json"
+        projection = shapes.get(f"text.{i}.text_projection.weight")
+        named = configs[INDEX].get(name) or [None, None]
+        xl = pipeline.text == "xl"
+        projected = projection is not None or named[1] == "CLIPTextModelWithProjection"
+        use: dict[str, Any] = {"pad_id": pads.get(TOKENIZERS[ENCODERS.index(name)])}
+        if xl:
+            use |= {"hidden": -2, "final_norm": False, "pooled": projected}
+        config = networks.read_text(configs[where], where, projected=projected, **use)
+        if projection:  # published configurations are wrong about it, the tensors are not
+            config = replace(config, projection=projection[0])
+        yield config
+
+
+def _family(unet: UNetConfig, text: tuple[TextConfig, ...]) -> str:
+    """The family id of a U-Net, by its shapes."""
+    depths = [max(row) for row in unet.down_depths]
+    shape = (unet.channels, unet.context_dim, unet.vector_dim, unet.linear_projection)
+    if shape == ((320, 640, 1280, 1280), 768, None, False):
+        return {4: "sd1", 8: "pix2pix", 9: "sd1-inpaint"}.get(unet.in_channels, "difftool")
+    if shape == ((320, 640, 1280, 1280), 1024, None, True):
+        return {4: "sd2", 5: "sd2-depth", 9: "sd2-inpaint"}.get(unet.in_channels, "difftool")
+    if shape == ((320, 640, 1280), 2048, 2816, True):
+        known = {(4, 10): "sdxl", (9, 10): "sdxl-inpaint", (4, 4): "ssd-1b"}
+        return known.get((unet.in_channels, depths[-1]), "difftool")
+    if shape == ((384, 768, 1536, 1536), 1280, 2560, True):
+        return "sdxl-refiner"
+    return "difftool"
+
+
+def _size(sample_size: Any, codec: VaeConfig | IdentityConfig) -> tuple[int, int]:
+    """Width and height in pixels of the x0 size that a U-Net's file names."""
+    factor = 2 ** (len(codec.widths) - 1) if isinstance(codec, VaeConfig) else 1
+    match sample_size:
+        case int(side):
+            return side * factor, side * factor
+        case [int(height), int(width)]:
+            return width * factor, height * factor
+    return (512, 512) if isinstance(codec, VaeConfig) else (64, 64)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _recognises(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def open_diffusers(folder: Path) -> ModelSource:
+    """A folder of diffusers as a source; InputError if it is malformed or not supported."""
+    index = read_json(folder / INDEX)
+    components = _components(index, folder)
+    warnings = [
+        f"{path.name} in {folder} is code, which difftool never runs"
+        for path in sorted(folder.glob("**/*.py"))
+    ]
+    configs: dict[str, Any] = {INDEX: index, SCHEDULER: read_json(folder / SCHEDULER)}
+    tensors: dict[str, Located] = {}
+    dropped: dict[str, str] = {}
+    encoders = 0
+    for name in (n for n in WEIGHTS if n in components):
+        configs[f"{name}/config.json"] = read_json(folder / name / "config.json")
+        prefix = f"{name}."
+        if name in ENCODERS:
+            prefix, encoders = f"text.{encoders}.", encoders + 1
+        for their, place in _component_tensors(folder / name, WEIGHTS[name]).items():
+            ours = _our_name(name, their)
+            if ours is None:
+                dropped[f"{name}/{their}"] = _drop_positions(place, warnings)
+            elif prefix + ours in tensors:
+                raise InputError(f"{place.file} holds the tensor {ours} under two names")
+            else:
+                tensors[prefix + ours] = place
+    for name, rule in LEFT_OUT.items():
+        if (folder / name).is_dir():
+            found = _left_out(folder / name)
+            dropped |= {f"{name}/{tensor}": rule for tensor in found}
+            if found:
+                warnings.append(f"{len(found)} tensors of {name}/ are left out: {rule}")
+    extra = _read_extra(folder)
+    if extra and (folder / EXTRA_TENSORS).is_file():
+        file = folder / EXTRA_TENSORS
+        for name, info in read_header(file).tensors.items():
+            if name in tensors:
+                raise InputError(f"{file} holds the tensor {name} a second time")
+            tensors[name] = Located(file, name, info)
+    pads = {n: _pad_id(folder / n) for n in TOKENIZERS if n in components}
+    shapes = {name: place.info.shape for name, place in tensors.items()}
+    meaning = _derive(configs, pads, shapes, _name(folder))
+    values, notes = _with_extra(to_values(meaning.preset), extra)
+    tokenizer_json = extra.get("tokenizer")
+    for config, name in zip(meaning.preset.text, TOKENIZERS, strict=False):
+        if name in pads and config.vocab_size != 49408:
+            why = f"{config.vocab_size} embeddings, CLIP's vocabulary has 49408"
+            raise InputError(f"the text encoder of {folder} does not fit its tokenizer", why)
+    return ModelSource(
+        kind="diffusers",
+        path=folder,
+        file=tensors["unet.conv_in.weight"].file if "unet.conv_in.weight" in tensors else folder,
+        values=values,
+        tensors=tensors,
+        findings=(*meaning.findings, *notes),
+        tokenizer_json=tokenizer_json,
+        metadata=extra.get("metadata", {}),
+        configs=configs,
+        dropped=dropped,
+        warnings=(*warnings, *meaning.warnings),
+    )
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name or "model"
+
+
+def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
+    """The components that are there; InputError for a pipeline or a component that is unknown."""
+    where, kind = folder / INDEX, index.get("_class_name")
+    if kind not in PIPELINES:
+        hint = "this version knows " + ", ".join(PIPELINES)
+        raise InputError(f"{where} names a pipeline unknown to this version", str(kind), hint)
+    present = set()
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(part, str) for part in value):
+            raise InputError(f"{where} is malformed", f"{name} = {value}")
+        if name in CLASSES and value[1] not in CLASSES[name]:
+            what = f"{where} names a class that difftool does not have"
+            raise InputError(what, f"{name}: {value[1]}")
+        if name not in (*CLASSES, *LEFT_OUT, "scheduler", "feature_extractor"):
+            raise InputError(f"{where} names a component that difftool does not have", name)
+        present.add(name)
+    if missing := [name for name in ("unet", "scheduler") if name not in present]:
+        raise InputError(f"{where} lacks a component", missing[0])
+    return present
+
+
+def _our_name(component: str, name: str) -> str | None:
+    """difftool's name of a component's tensor, without its prefix; None: it is no weight."""
+    if component in ENCODERS:
+        if name.endswith("embeddings.position_ids"):
+            return None
+        # Newer transformers leave the prefix out.
+        known = name.startswith(("text_model.", "text_projection."))
+        return name if known else f"text_model.{name}"
+    for old, new in LEGACY.items():
+        if f".{old}." in name and ".attentions." in name:
+            return name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names of plain attention's layers before diffusers 0.17."""
+
+
+def _drop_positions(place: Located, warnings: list[str]) -> str:
+    """The rule that drops position_ids: 0, 1, 2, ... in any dtype; merges have spoilt some."""
+    data = b"".join(file_chunks(place.file, place.info.start, place.info.end))
+    code = {"I64": "q", "I32": "i", "F32": "f", "F16": "e", "F64": "d"}.get(place.info.dtype)
+    count = place.info.shape[-1] if place.info.shape else 0
+    good = code and list(struct.unpack(f"<{count}{code}", data)) == [*range(count)]
+    if not good:
+        warnings.append(f"{place.name} in {place.file} is spoilt; positions are counted instead")
+    return "position_ids are 0, 1, 2, ... and are not stored"
+
+
+def _component_tensors(folder: Path, stem: str) -> dict[str, Located]:
+    """Tensors of a component, in one file or in shards, of full or of half precision."""
+    for variant in ("", ".fp16", ".bf16"):
+        file = folder / f"{stem}{variant}.safetensors"
+        if file.is_file():
+            return {n: Located(file, n, info) for n, info in read_header(file).tensors.items()}
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _sharded(index)
+    for pickled in (f"{stem}.bin", f"{stem}.fp16.bin", "pytorch_model.bin"):
+        if (folder / pickled).is_file():
+            why = f"{pickled} is a pickle, which is a program, and this version does not read it"
+            raise InputError(f"{folder} has no safetensors weights", why)
+    raise InputError(f"{folder} has no weights", f"{stem}.safetensors is not there")
+
+
+def _sharded(index: Path) -> dict[str, Located]:
+    """Tensors of shards, checked against their index in every respect."""
+    content = read_json(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
+        raise InputError(f"{index} is malformed", "it has no weight_map")
+    tensors: dict[str, Located] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            why = f"{shard!r} is not the name of a file beside it"
+            raise InputError(f"{index} is not safe", why)
+        file = index.parent / shard
+        for name, info in read_header(file).tensors.items():
+            if places.get(name) != shard:
+                why = f"it does not place {name!r} there"
+                raise InputError(f"{index} does not fit {shard}", why)
+            tensors[name] = Located(file, name, info)
+    if missing := [name for name in places if name not in tensors]:
+        raise InputError(f"{index} does not fit its shards", f"{missing[0]!r} is in none of them")
+    total = (content.get("metadata") or {}).get("total_size")
+    size = sum(place.info.end - place.info.start for place in tensors.values())
+    if total is not None and total != size:
+        raise InputError(f"{index} does not fit its shards", f"{size} bytes, not {total}")
+    return tensors
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Names of the tensors in a component that is not read."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [name for file in files[:1] for name in read_header(file).tensors]
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+
+@cache
+def _clip() -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their ids, and the lines of its merges.txt."""
+    vocabulary, merges = clip_vocabulary()
+    return vocabulary, [" ".join(pair) for pair in merges]
+
+
+def _pad_id(folder: Path) -> int | None:
+    """The padding token of a tokenizer's folder (None: the end mark); InputError if it is not
+    CLIP's vocabulary."""
+    merges: list[str] = []
+    if (folder / "merges.txt").is_file():
+        text = (folder / "merges.txt").read_bytes().decode("utf-8", "replace")
+        merges = [line for line in text.splitlines() if line and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        found = read_json(folder / "tokenizer.json").get("model", {}).get("merges", [])
+        merges = [line if isinstance(line, str) else " ".join(line) for line in found]
+    if merges != _clip()[1]:
+        raise InputError(f"{folder} is not CLIP's vocabulary", "this version reads no other")
+    added = folder / "added_tokens.json"
+    if added.is_file() and any(not t.startswith("<|") for t in read_json(added)):
+        raise InputError(f"{folder} has tokens added to CLIP's vocabulary", "this is not supported")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            pad = read_json(folder / name).get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            if pad == "!":
+                return 0
+            if pad == "<|endoftext|>":
+                return None
+            if pad is not None:
+                raise InputError(f"{folder} pads with an unknown token", repr(pad))
+    return None
+
+
+def _tokenizer_files(config: TextConfig) -> dict[str, str]:
+    """A tokenizer's folder that transformers reads as CLIP's."""
+    vocabulary, merges = _clip()
+    pad = CLIP_END if config.pad_id is None else next(
+        token for token, i in vocabulary.items() if i == config.pad_id
+    )  # fmt: skip
+    special = {"bos_token": CLIP_START, "eos_token": CLIP_END}
+    special |= {"unk_token": CLIP_END, "pad_token": pad}
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.length}
+    about |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer_config.json": _json(about | special),
+        "special_tokens_map.json": _json(special),
+    }
+
+
+# --- what only difftool reads ----------------------------------------------------------------
+
+
+def _read_extra(folder: Path) -> dict[str, Any]:
+    """The content of difftool_extra.json; empty if it is not there."""
+    path = folder / EXTRA_JSON
+    if not path.is_file():
+        return {}
+    extra = parse_json(path.read_bytes(), str(path), infinite=True)
+    match extra:
+        case {"schema": int(schema), **_rest} if schema > SCHEMA:
+            raise InputError(f"{path} needs a newer difftool", f"schema {schema}")
+        case {"schema": 1, "plain": dict(), "sections": dict(sections), "metadata": dict()}:
+            if all(isinstance(s, dict) and s.keys() == {"was", "value"} for s in sections.values()):
+                return extra
+    raise InputError(f"{path} is malformed")
+
+
+def _with_extra(
+    values: dict[str, Any], extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Evidence]]:
+    """Derived values, completed by what the folder's extra file keeps.
+
+    A section is taken from there only while diffusers' files still say what they said when it was
+    written: whoever has edited them is right.
+    """
+    if not extra:
+        return values, []
+    values = values | extra["plain"]
+    notes = [Evidence(EXTRA_JSON, f"preset {values['name']}")]
+    for name, section in extra["sections"].items():
+        if values.get(name) == section["was"]:
+            values[name] = section["value"]
+        else:
+            notes.append(Evidence(EXTRA_JSON, f"its {name} was passed over: the folder was edited"))
+    return values, notes
+
+
+def _extra(source: ModelSource, derived: Mapping[str, Any], keep_metadata: bool) -> dict[str, Any]:
+    values = source.values
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "plain": {name: values[name] for name in NO_COUNTERPART},
+        "sections": {
+            name: {"was": derived[name], "value": values[name]}
+            for name in _differing(derived, values)
+        },
+        "tokenizer": source.tokenizer_json,
+        "metadata": source.metadata if keep_metadata else {},
+    }
+
+
+def _differing(derived: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    return [n for n in derived if n not in NO_COUNTERPART and derived[n] != values[n]]
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
+    """Any model as a folder of diffusers; CheckError if its U-Net has no class there."""
+    preset = build_preset(source.values, str(source.path))
+    source = replace(source, values=to_values(preset))
+    pixel = not isinstance(preset.codec, VaeConfig)
+    names = _encoder_names(preset)
+    files: dict[str, dict[str, str]] = {}
+    for name, component, theirs in _placed(source.tensors, names):
+        stem = WEIGHTS.get(component)
+        file = EXTRA_TENSORS if stem is None else f"{component}/{stem}.safetensors"
+        files.setdefault(file, {})[theirs] = name
+    configs = _write_configs(preset, names)
+    pads = {
+        TOKENIZERS[ENCODERS.index(name)]: config.pad_id
+        for name, config in zip(names, preset.text, strict=False)
+    }
+    shapes = {name: place.info.shape for name, place in source.tensors.items()}
+    configs = _as_published(configs, source, pads, shapes)
+    derived = to_values(_derive(configs, pads, shapes, preset.name).preset)
+    texts = {path: _json(config) for path, config in configs.items()}
+    for name, config in zip(names, preset.text, strict=False):
+        if config.tokenizer == "clip":
+            folder = TOKENIZERS[ENCODERS.index(name)]
+            texts |= {f"{folder}/{file}": text for file, text in _tokenizer_files(config).items()}
+    texts[EXTRA_JSON] = _json(_extra(source, derived, keep_metadata))
+    return Plan(
+        files=files,
+        metadata={"format": "pt"},
+        texts=texts,
+        sidecars=frozenset({EXTRA_TENSORS}),
+        warnings=tuple(_losses(preset, derived, configs, pixel)),
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _encoder_names(preset: Preset) -> list[str]:
+    """The components that the text encoders become; those beyond the second become none."""
+    if len(preset.text) == 1 and preset.text[0].pooled:
+        return [ENCODERS[1]]  # the refiner of Stable Diffusion XL
+    return list(ENCODERS[: len(preset.text)])
+
+
+def _placed(tensors: Mapping[str, Any], encoders: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(name, component, name there) of every tensor; one that fits no component keeps its name."""
+    prefixes = {"unet.": "unet", "vae.": "vae"}
+    prefixes |= {f"text.{i}.": name for i, name in enumerate(encoders)}
+    for name in tensors:
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        yield (name, "", name) if prefix is None else (name, prefixes[prefix], name[len(prefix) :])
+
+
+def _pipeline(preset: Preset) -> str:
+    """The pipeline class that a model is for, or comes nearest to."""
+    if not isinstance(preset.codec, VaeConfig) or not preset.text:
+        return "DDPMPipeline"
+    inpaints = preset.unet.in_channels == 2 * preset.codec.latent_channels + 1
+    if any(encoder.pooled for encoder in preset.text):
+        refiner = len(preset.text) == 1
+        kind = "Img2Img" if refiner else "Inpaint" if inpaints else ""
+        return f"StableDiffusionXL{kind}Pipeline"
+    if preset.unet.guidance_dim:
+        return "LatentConsistencyModelPipeline"
+    edits = preset.unet.in_channels == 2 * preset.codec.latent_channels
+    kind = "Inpaint" if inpaints else "InstructPix2Pix" if edits else ""
+    return f"StableDiffusion{kind}Pipeline"
+
+
+def _write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
+    """A folder's configuration files for a model."""
+    width, height = preset.sample.size
+    factor = 1
+    configs: dict[str, Any] = {"unet/config.json": networks.write_unet(preset.unet)}
+    if isinstance(preset.codec, VaeConfig):
+        factor = 2 ** (len(preset.codec.widths) - 1)
+        configs["vae/config.json"] = networks.write_vae(preset.codec, max(width, height))
+    elif preset.codec.kind == "space_to_depth":
+        factor = preset.codec.block
+    sides = [height // factor, width // factor]
+    configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
+    for name, config in zip(encoders, preset.text, strict=False):
+        configs[f"{name}/config.json"] = networks.write_text(config)
+    configs[SCHEDULER] = write_scheduler(build_path(preset.path), preset.target, preset.sample)
+    return {INDEX: _index(preset, encoders, configs)} | configs
+
+
+def _index(preset: Preset, encoders: list[str], configs: Configs) -> dict[str, Any]:
+    kind = _pipeline(preset)
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": VERSION}
+    index["unet"] = ["diffusers", configs["unet/config.json"]["_class_name"]]
+    index["scheduler"] = ["diffusers", configs[SCHEDULER]["_class_name"]]
+    if "vae/config.json" in configs:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    for name, config in zip(encoders, preset.text, strict=False):
+        index[name] = ["transformers", configs[f"{name}/config.json"]["architectures"][0]]
+        tokenizer = TOKENIZERS[ENCODERS.index(name)]
+        clip = config.tokenizer == "clip"
+        index[tokenizer] = ["transformers", "CLIPTokenizer"] if clip else [None, None]
+    nothing: list[None] = [None, None]
+    if PIPELINES[kind].text == "sd":
+        index |= {"safety_checker": nothing, "feature_extractor": nothing, "image_encoder": nothing}
+        index["requires_safety_checker"] = False
+    elif PIPELINES[kind].text == "xl":
+        refiner = encoders == [ENCODERS[1]]
+        if refiner:
+            index |= {ENCODERS[0]: nothing, TOKENIZERS[0]: nothing}
+            index["requires_aesthetics_score"] = True
+        index |= {"feature_extractor": nothing, "image_encoder": nothing}
+        index["force_zeros_for_empty_prompt"] = not refiner
+    return index
+
+
+def _as_published(
+    configs: dict[str, Any], source: ModelSource, pads: Mapping[str, int | None], shapes: Shapes
+) -> dict[str, Any]:
+    """The same files, each as the folder that the model came from had it, where that file still
+    means what the model is: fields that change no result survive a way there and back."""
+
+    def mismatches(candidate: Configs) -> list[str]:
+        derived = to_values(_derive(candidate, pads, shapes, "").preset)
+        return _differing(derived, source.values)
+
+    for path, config in source.configs.items():
+        if path not in configs:
+            continue
+        if path == INDEX:
+            gone = {n: [None, None] for n in (*LEFT_OUT, "feature_extractor") if n in config}
+            config = config | gone
+            if "requires_safety_checker" in config:
+                config = config | {"requires_safety_checker": False}
+        try:
+            if len(mismatches(configs | {path: config})) <= len(mismatches(configs)):
+                configs = configs | {path: config}
+        except (DifftoolError, KeyError):
+            continue  # the model has changed since: its own description stands
+    return configs
+
+
+def _losses(
+    preset: Preset, derived: Mapping[str, Any], configs: Configs, pixel: bool
+) -> Iterator[str]:
+    """What diffusers will do otherwise with the folder, or cannot do."""
+    values = to_values(preset)
+    kept = f"it is kept in {EXTRA_JSON}, which diffusers does not read"
+    if derived["codec"] != values["codec"]:
+        yield f"diffusers has no codec {preset.codec.kind}: {kept}, and its pictures are bare x0"
+    if derived["target"] != preset.target:
+        yield f"no scheduler of diffusers has the target {preset.target}: {kept}"
+    if _exact(build_path(preset.path)) != _exact(build_path(derived["path"])):
+        yield f"no scheduler of diffusers has the noise path {preset.path['kind']}: {kept}"
+    if preset.text and pixel:
+        yield "diffusers has no pipeline from text to pixels: its components load one by one"
+    elif derived["text"] != values["text"]:
+        yield f"diffusers reads text encoders in another way than this model: {kept}"
+    if preset.unet.num_classes and configs[INDEX]["_class_name"] == "DDPMPipeline":
+        yield "diffusers' DDPMPipeline asks for no class, which this model needs"
+
+
+def _exact(path: Any) -> Any:
+    """A noise path without what is said of times between its entries."""
+    return replace(path, lookup="log", time="exact") if hasattr(path, "lookup") else path
+
+
+FORMATS.add("diffusers", Format(recognises=_recognises, open=open_diffusers, plan=plan_diffusers))

@@ -1,0 +1,150 @@
+"""difftool's own model file: one safetensors file that describes itself. Torch-free.
+
+Tensors: unet.* vae.* text.0.* text.1.*, within each the names of diffusers and transformers.
+Metadata: "difftool", a JSON object with the resolved preset; "difftool.tokenizer", a learned
+vocabulary; "difftool.diffusers", configuration files of the folder that the model came from;
+modelspec.* and whatever else people put there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftool import __version__
+from difftool.errors import InputError
+from difftool.formats.safetensors import (
+    DATA_HASH,
+    Header,
+    looks_like_safetensors,
+    read_header,
+    save_tensors,
+)
+from difftool.formats.source import (
+    FORMATS,
+    Evidence,
+    Format,
+    Located,
+    ModelSource,
+    Plan,
+    free_metadata,
+)
+from difftool.formats.strict import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+KEY, TOKENIZER, DIFFUSERS = "difftool", "difftool.tokenizer", "difftool.diffusers"
+WEIGHTS = "difftool.weights"
+PREDICTIONS = {"eps": "epsilon", "v": "v"}
+"""modelspec's words for targets; it has none for others."""
+ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd1-inpaint": "stable-diffusion-v1-inpainting",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd2-inpaint": "stable-diffusion-v2-inpainting",
+    "sd2-depth": "stable-diffusion-v2-depth",
+}
+
+
+def read_native(path: Path) -> tuple[dict[str, Any], str | None, Header]:
+    """Preset values, learned vocabulary and header of a model file; InputError if it is not one."""
+    header = read_header(path)
+    if KEY not in header.metadata:
+        raise InputError(f"{path} is not a difftool model", 'its metadata has no key "difftool"')
+    about = parse_json(header.metadata[KEY], f"the metadata of {path}", infinite=True)
+    match about:
+        case {"schema": int(schema)} if schema > SCHEMA:
+            by = about.get("version")
+            why = f"it was written by difftool {by if isinstance(by, str) else 'of a later time'}"
+            raise InputError(f"{path} needs a newer difftool", why)
+        case {"schema": 1, "preset": dict(values)}:
+            return values, header.metadata.get(TOKENIZER), header
+    raise InputError(f"the metadata of {path} is malformed", "it does not hold a preset")
+
+
+def write_native(
+    path: Path,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer_json: str | None = None,
+    extra_metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write a model file, whole or not at all; SHA-256 of each tensor, by name.
+
+    values: the preset as plain values. UsageError if the file exists and is not to be replaced.
+    """
+    metadata = native_metadata(values, tokenizer_json) | dict(extra_metadata or {})
+    return save_tensors(path, tensors, metadata, overwrite)
+
+
+def native_metadata(values: Mapping[str, Any], tokenizer_json: str | None) -> dict[str, str]:
+    """The header's metadata for a preset."""
+    about = {"schema": SCHEMA, "version": __version__, "preset": values}
+    metadata = {"format": "pt", KEY: json.dumps(about, ensure_ascii=False)} | modelspec(values)
+    return metadata if tokenizer_json is None else metadata | {TOKENIZER: tokenizer_json}
+
+
+def modelspec(values: Mapping[str, Any]) -> dict[str, str]:
+    """The ModelSpec keys that a preset has an answer for."""
+    size = values.get("sample", {}).get("size")
+    family = str(values.get("family", "difftool"))
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURES.get(family, family),
+        "modelspec.implementation": "diffusers" if family in ARCHITECTURES else "difftool",
+        "modelspec.title": str(values.get("name", "")),
+        DATA_HASH: "",
+        **({"modelspec.resolution": f"{size[0]}x{size[1]}"} if size else {}),
+        **(
+            {"modelspec.prediction_type": PREDICTIONS[values["target"]]}
+            if values.get("target") in PREDICTIONS
+            else {}
+        ),
+    }
+
+
+def _recognises(path: Path) -> bool:
+    if not path.is_file() or not looks_like_safetensors(path):
+        return False
+    return KEY in read_header(path).metadata
+
+
+def open_native(path: Path) -> ModelSource:
+    """A difftool model file as a source."""
+    values, tokenizer_json, header = read_native(path)
+    kept = header.metadata.get(DIFFUSERS)
+    says = f"target {values.get('target')}, path {values.get('path', {}).get('kind')}"
+    weights = header.metadata.get(WEIGHTS)
+    return ModelSource(
+        kind="difftool",
+        path=path,
+        file=path,
+        values=values,
+        tensors={name: Located(path, name, info) for name, info in header.tensors.items()},
+        findings=(
+            Evidence("its own preset", says),
+            *([Evidence(WEIGHTS, f"{weights} weights")] if weights else []),
+        ),
+        tokenizer_json=tokenizer_json,
+        metadata=free_metadata(header.metadata),
+        configs=parse_json(kept, f"the metadata of {path}") if kept else {},
+    )
+
+
+def plan_native(source: ModelSource, keep_metadata: bool) -> Plan:
+    """Any model as one difftool file."""
+    metadata = source.metadata if keep_metadata else {}
+    metadata = metadata | native_metadata(source.values, source.tokenizer_json)
+    if source.configs:
+        metadata[DIFFUSERS] = json.dumps(source.configs, ensure_ascii=False)
+    return Plan(files={"": {name: name for name in source.tensors}}, metadata=metadata)
+
+
+FORMATS.add("difftool", Format(recognises=_recognises, open=open_native, plan=plan_native))

@@ -1,0 +1,334 @@
+"""Safetensors files: a strict reader of headers, an atomic writer, bytes from file to file.
+
+Torch-free but for `load_tensors` and `piece_of_tensor`. A file is an unsigned 64-bit length N,
+N bytes of JSON, and the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from difftool.errors import InputError, UsageError
+from difftool.formats.strict import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 65_536
+MAX_DIM = 1 << 31
+MAX_RANK = 8
+CHUNK = 8 << 20
+DATA_HASH = "modelspec.hash_sha256"
+"""Metadata key that the writer fills with the hash of all bytes after the header."""
+
+ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+class Info(NamedTuple):
+    """What a header says of a tensor; start and end are bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A file's metadata, and its tensors in the order of their bytes."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Info]
+
+
+class Piece(NamedTuple):
+    """A tensor to be written: its description and a way to its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Any]]
+    """Buffers that joined are its bytes, little-endian, row by row."""
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do; says nothing of the rest."""
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] in (b"{", b" ")
+    except OSError:
+        return False
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file; InputError for anything that the format does not allow.
+
+    Stricter than the safetensors library: refuses duplicate names and keys, bytes before the
+    opening brace, absurd sizes and counts.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _refused(path, "it is cut off, or not a safetensors file")
+            if length > MAX_HEADER:
+                raise _refused(path, f"a header of {length} bytes, the limit is {MAX_HEADER}")
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"cannot read {path}", error.strerror) from None
+    if not text.startswith(b"{"):
+        raise _refused(path, "its header does not begin with {")
+    values = parse_json(text, f"the header of {path}")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _refused(path, "its metadata is not text by name")
+    if len(values) > MAX_TENSORS:
+        raise _refused(path, f"{len(values)} tensors, the limit is {MAX_TENSORS}")
+    found = {name: _info(path, name, value, 8 + length) for name, value in values.items()}
+    tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = 8 + length
+    for name, info in tensors.items():
+        if info.start != position:
+            raise _refused(path, f"a gap or an overlap before tensor {name!r}")
+        position = info.end
+    if position != size:
+        raise _refused(path, f"its tensors end at byte {position} of {size}")
+    return Header(metadata, tensors)
+
+
+def _info(path: Path, name: str, value: Any, base: int) -> Info:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if (
+            not rest
+        ):
+            if not all(type(number) is int for number in (*shape, start, end)):
+                raise _refused(path, f"tensor {name!r} has a size that is not a whole number")
+        case _:
+            raise _refused(path, f"tensor {name!r} is not described as the format demands")
+    if dtype not in ITEM_SIZES:
+        raise _refused(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if len(shape) > MAX_RANK or not all(0 <= dim <= MAX_DIM for dim in shape):
+        raise _refused(path, f"tensor {name!r} has an absurd shape")
+    if not 0 <= start <= end or end - start != prod(shape) * ITEM_SIZES[dtype]:
+        raise _refused(path, f"the bytes of tensor {name!r} do not fit its shape")
+    return Info(dtype, tuple(shape), base + start, base + end)
+
+
+def _refused(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is not a sound safetensors file", why)
+
+
+def load_tensors(
+    path: Path, names: Iterable[str] | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Tensors of a file (None: all), mapped into memory; InputError as `read_header`."""
+    from safetensors import SafetensorError, safe_open
+
+    header = read_header(path)
+    wanted = list(header.tensors if names is None else names)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise _refused(path, str(error)) from None
+
+
+def file_chunks(path: Path, start: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from start to end, a few megabytes at a time."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end:
+            chunk = file.read(min(CHUNK, end - start))
+            if not chunk:
+                raise InputError(f"{path} became shorter while it was read")
+            start += len(chunk)
+            yield chunk
+
+
+def digests(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 of tensors' bytes, in hex, by name (None: all)."""
+    tensors = read_header(path).tensors
+    return {name: digest_of(piece_of_file(path, tensors[name])) for name in names or tensors}
+
+
+def digest_of(piece: Piece) -> str:
+    """SHA-256 of a tensor's bytes, in hex."""
+    digest = hashlib.sha256()
+    for chunk in piece.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def piece_of_file(path: Path, info: Info) -> Piece:
+    """A tensor of another file, streamed."""
+    return Piece(info.dtype, info.shape, lambda: file_chunks(path, info.start, info.end))
+
+
+def piece_of_tensor(tensor: Tensor) -> Piece:
+    """A torch tensor of any device and strides."""
+    import torch
+
+    names = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
+
+    def chunks() -> list[Any]:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return [memoryview(flat.view(torch.uint8).numpy())] if flat.numel() else []
+
+    return Piece(names[tensor.dtype], tuple(tensor.shape), chunks)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write tensors as a safetensors file; see `write_pieces`."""
+    pieces = {name: piece_of_tensor(tensor) for name, tensor in tensors.items()}
+    return write_pieces(path, pieces, metadata, overwrite)
+
+
+def copy_tensors(
+    sources: Mapping[str, tuple[Path, str]],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write tensors of other files, {new name: (file, name there)}, byte for byte, without torch.
+
+    See `write_pieces`.
+    """
+    headers = {file: read_header(file) for file in {file for file, _ in sources.values()}}
+    pieces = {
+        new: piece_of_file(file, headers[file].tensors[old]) for new, (file, old) in sources.items()
+    }
+    return write_pieces(path, pieces, metadata, overwrite)
+
+
+def write_pieces(
+    path: Path,
+    pieces: Mapping[str, Piece],
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write a safetensors file whole or not at all; the SHA-256 of each tensor's bytes, by name.
+
+    The same tensors and metadata give the same bytes. UsageError if the file exists and is not to
+    be replaced. Metadata that names DATA_HASH has it filled in.
+    """
+    metadata = dict(sorted((metadata or {}).items()))
+    if DATA_HASH in metadata:
+        metadata[DATA_HASH] = "0x" + "0" * 64
+    header, hashes, everything = _header(pieces, metadata), {}, hashlib.sha256()
+    with atomic_file(path, overwrite) as file:
+        file.write(header)
+        for name in _order(pieces):
+            digest = hashlib.sha256()
+            for chunk in pieces[name].chunks():
+                file.write(chunk)
+                digest.update(chunk)
+                everything.update(chunk)
+            hashes[name] = digest.hexdigest()
+        if DATA_HASH in metadata:
+            metadata[DATA_HASH] = f"0x{everything.hexdigest()}"
+            file.seek(0)
+            file.write(_header(pieces, metadata))
+    return hashes
+
+
+def _order(pieces: Mapping[str, Piece]) -> list[str]:
+    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    return sorted(pieces, key=lambda name: (-ITEM_SIZES[pieces[name].dtype], name))
+
+
+def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
+    values: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name in _order(pieces):
+        dtype, shape, _ = pieces[name]
+        end = position + prod(shape) * ITEM_SIZES[dtype]
+        values[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise InputError("the model's metadata is too large", f"{len(text)} bytes of header")
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def atomic_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name when it is whole, and never otherwise.
+
+    Its bytes are on the disk before its name is; its mode follows the umask. UsageError if the name
+    is taken and not to be replaced.
+    """
+    refuse_existing(path, overwrite)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(temporary, flags, 0o666)
+    except FileNotFoundError:
+        raise UsageError(f"the folder {path.parent} does not exist") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_new(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    sync_folder(path.parent)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """UsageError if something is at the path and is not to be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename, unless somebody has taken the name meanwhile."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        refuse_existing(path, overwrite=False)
+    except OSError:  # a file system without hard links
+        refuse_existing(path, overwrite=False)
+        os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,537 @@
+"""scheduler_config.json <-> noise path, prediction target and sampling defaults. Torch-free.
+
+A field that is missing has its class's default, which is seldom Stable Diffusion's value. What
+decides path or target must be understood, or the file is refused; an option of the sampler that
+difftool does not have is said and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from difftool.config import SampleConfig
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.path import SCHEDULES, Discrete, Edm, Flow, Path
+from difftool.diffusion.prediction import SIGMA_DATA
+from difftool.errors import InputError
+from difftool.formats.networks import VERSION, Fields
+
+TARGETS = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow",
+}
+BETAS = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+FLOOR = 2.0**-24
+"""What diffusers puts for alpha_bar = 0 where it divides by it."""
+
+_BETAS = {
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "prediction_type": "epsilon", "steps_offset": 0,
+}  # fmt: skip
+_SD_BETAS = _BETAS | {"beta_start": 0.00085, "beta_end": 0.012}
+_CLIP = {
+    "clip_sample": True, "clip_sample_range": 1.0, "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0,
+}  # fmt: skip
+_TABLE = _BETAS | {"timestep_spacing": "leading", "rescale_betas_zero_snr": False}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_K = _SD_BETAS | _SIGMAS | {"timestep_spacing": "linspace"}
+_THRESHOLD = {k: v for k, v in _CLIP.items() if not k.startswith("clip")}
+_DPM = _BETAS | _SIGMAS | _THRESHOLD | {
+    "timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True,
+    "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}  # fmt: skip
+_LCM = _SD_BETAS | _CLIP | {
+    "beta_schedule": "scaled_linear", "clip_sample": False, "original_inference_steps": 50,
+    "set_alpha_to_one": True, "timestep_spacing": "leading", "timestep_scaling": 10.0,
+    "rescale_betas_zero_snr": False,
+}  # fmt: skip
+_EDM = {
+    "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0,
+    "final_sigmas_type": "zero",
+}  # fmt: skip
+
+
+class Class(NamedTuple):
+    """One of diffusers' schedulers."""
+
+    sampler: str
+    grids: str
+    """How its steps are spaced: table, k (fractional, noise scales), dpm (open), lcm, flow, edm."""
+    defaults: dict[str, Any]
+
+
+CLASSES: dict[str, Class] = {
+    "DDIMScheduler": Class("ddim", "table", _TABLE | _CLIP | {"set_alpha_to_one": True}),
+    "DDPMScheduler": Class("ddpm", "table", _TABLE | _CLIP | {"variance_type": "fixed_small"}),
+    "PNDMScheduler": Class(
+        "plms",
+        "table",
+        _BETAS
+        | {"timestep_spacing": "leading", "skip_prk_steps": False, "set_alpha_to_one": False},
+    ),
+    "EulerDiscreteScheduler": Class(
+        "euler",
+        "k",
+        _BETAS
+        | _SIGMAS
+        | {
+            "timestep_spacing": "linspace", "interpolation_type": "linear", "sigma_min": None,
+            "sigma_max": None, "timestep_type": "discrete", "rescale_betas_zero_snr": False,
+            "final_sigmas_type": "zero",
+        },
+    ),
+    "EulerAncestralDiscreteScheduler": Class(
+        "euler_ancestral",
+        "k",
+        _BETAS | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
+    ),
+    "HeunDiscreteScheduler": Class(
+        "heun", "k", _K | {"clip_sample": False, "clip_sample_range": 1.0}
+    ),
+    "KDPM2DiscreteScheduler": Class("dpm2", "k", _K),
+    "KDPM2AncestralDiscreteScheduler": Class("dpm2_ancestral", "k", _K),
+    "LMSDiscreteScheduler": Class("lms", "k", _K | {"beta_start": 1e-4, "beta_end": 0.02}),
+    "DPMSolverSDEScheduler": Class("dpmpp_sde", "k", _K | {"noise_sampler_seed": None}),
+    "DPMSolverMultistepScheduler": Class(
+        "dpmpp_2m",
+        "dpm",
+        _DPM
+        | {
+            "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False,
+            "use_lu_lambdas": False, "final_sigmas_type": "zero",
+            "lambda_min_clipped": -float("inf"), "variance_type": None,
+            "rescale_betas_zero_snr": False,
+        },
+    ),
+    "DEISMultistepScheduler": Class(
+        "deis", "dpm", _DPM | {"algorithm_type": "deis", "solver_type": "logrho"}
+    ),
+    "UniPCMultistepScheduler": Class(
+        "unipc",
+        "dpm",
+        _DPM
+        | {
+            "predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None,
+            "final_sigmas_type": "zero", "rescale_betas_zero_snr": False, "sigma_min": None,
+            "sigma_max": None, "shift_terminal": None,
+        },
+    ),
+    "LCMScheduler": Class("lcm", "lcm", _LCM),
+    "TCDScheduler": Class("tcd", "lcm", _LCM),
+    "FlowMatchEulerDiscreteScheduler": Class(
+        "euler",
+        "flow",
+        _SIGMAS
+        | {
+            "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+            "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+            "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
+            "time_shift_type": "exponential", "stochastic_sampling": False,
+        },
+    ),
+    "FlowMatchHeunDiscreteScheduler": Class(
+        "heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}
+    ),
+    "EDMEulerScheduler": Class("euler", "edm", _EDM),
+    "EDMDPMSolverMultistepScheduler": Class(
+        "dpmpp_2m",
+        "edm",
+        _EDM
+        | _THRESHOLD
+        | {
+            "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
+            "lower_order_final": True, "euler_at_final": False,
+        },
+    ),
+}  # fmt: skip
+
+
+class Scheduling(NamedTuple):
+    """What a scheduler_config.json says."""
+
+    path: dict[str, Any]
+    target: str
+    sample: dict[str, Any]
+    says: str
+    warnings: tuple[str, ...]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
+    """Path, target and sampling defaults of a scheduler; InputError if difftool has no such."""
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in CLASSES:
+        what = f"{where} is of a class that difftool does not have"
+        raise InputError(what, f"_class_name = {name}")
+    kind = CLASSES[name]
+    known = {key: value for key, value in config.items() if key in kind.defaults}
+    fields = Fields(known, kind.defaults, where)
+    notes: list[str] = []
+    read = {"flow": _read_flow, "edm": _read_edm}.get(kind.grids, _read_discrete)
+    if fields.values.get("use_flow_sigmas"):
+        read = _read_flow_dpm
+    elif fields.values.get("timestep_type") == "continuous":
+        read = _read_continuous
+    path, target, sample = read(name, kind, fields, notes)
+    sample = {"sampler": kind.sampler} | _sampler(name, fields, notes) | sample
+    sample["clip"] = _clip(fields, notes)
+    for option, value in fields.values.items():
+        if option not in fields.seen and value != fields.defaults[option]:
+            notes.append(f"{name}'s {option} = {value} is not supported and was left out")
+    says = f"{name}: target {target}, path {path['kind']}"
+    return Scheduling(path, target, sample, says, tuple(notes))
+
+
+def _target(f: Fields) -> str:
+    name = f.get("prediction_type", str)
+    if name not in TARGETS:
+        f.refuse("prediction_type")
+    return TARGETS[name]
+
+
+def _read_discrete(
+    name: str, kind: Class, f: Fields, notes: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    zero_snr = "rescale_betas_zero_snr" in f.values and f.get("rescale_betas_zero_snr", bool)
+    betas = f.get("trained_betas", (list, type(None)))
+    f.ignore("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+    if betas is not None:
+        path: dict[str, Any] = {"kind": "discrete", "betas": [float(beta) for beta in betas]}
+    else:
+        path = {"kind": "discrete", "schedule": BETAS[f.one_of("beta_schedule", *BETAS)]}
+        path["steps"] = f.get("num_train_timesteps", int)
+        path["beta_start"] = float(f.get("beta_start", (int, float)))
+        path["beta_end"] = float(f.get("beta_end", (int, float)))
+    if zero_snr:
+        path["zero_snr"] = True
+    if kind.grids == "k":
+        path["lookup"] = "linear"
+    target = _target(f)
+    if target == "eps" and zero_snr:
+        raise InputError(
+            f"{f.where} contradicts itself",
+            "prediction_type = epsilon with rescale_betas_zero_snr: at zero SNR, eps says nothing",
+        )
+    return path, target, _grid(name, kind, f, path, notes)
+
+
+def _grid(
+    name: str, kind: Class, f: Fields, path: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """The sampling settings that say which levels are visited."""
+    spacing = f.one_of("timestep_spacing", "leading", "trailing", "linspace")
+    offset = f.get("steps_offset", int)
+    if kind.grids == "lcm":
+        return {
+            "schedule": "lcm",
+            "schedule_options": {"original_steps": f.get("original_inference_steps", int)}
+            | _end("set_alpha_to_one", f),
+        }
+    grid: dict[str, Any] = {
+        "linspace": {"kind": {"k": "normal", "dpm": "linspace_open"}.get(kind.grids, "linspace")},
+        "leading": {
+            "kind": "leading_open" if kind.grids == "dpm" else "leading",
+            **({"offset": offset} if offset else {}),
+        },
+        "trailing": {"kind": "trailing"},
+    }[spacing]
+    options: dict[str, Any] = {}
+    spaced = {
+        "use_karras_sigmas": ("karras", "nearest"),
+        "use_exponential_sigmas": ("exponential", "floor"),
+        "use_beta_sigmas": ("beta_sigma", "floor"),
+        "use_lu_lambdas": ("exponential", "nearest"),
+    }
+    for option, (schedule, time) in spaced.items():
+        if option in f.values and f.get(option, bool):
+            options = {"range": grid} if kind.grids == "k" else {}
+            if kind.grids == "dpm":
+                path["time"] = time
+            options |= {
+                key: float(f.get(key, (int, float)))
+                for key in ("sigma_min", "sigma_max")
+                if f.values.get(key) is not None
+            }
+            grid = {"kind": schedule}
+            break
+    if path.get("zero_snr") and kind.grids in ("k", "dpm"):
+        options["terminal_alpha_bar"] = FLOOR
+    if name in ("DDIMScheduler", "PNDMScheduler"):
+        options |= _end("set_alpha_to_one", f)
+    elif name == "DEISMultistepScheduler":
+        options["end"] = "first"
+    elif f.values.get("final_sigmas_type") == "sigma_min":
+        options["end"] = "first"
+    f.ignore("final_sigmas_type", "sigma_min", "sigma_max")
+    start = {"k": "hypot" if spacing == "leading" else "sigma"}.get(kind.grids, "unit")
+    schedule = grid.pop("kind")
+    settings = {"schedule": schedule, "schedule_options": grid | options, "start_noise": start}
+    return settings
+
+
+def _end(name: str, f: Fields) -> dict[str, Any]:
+    return {} if f.get(name, bool) else {"end": "first"}
+
+
+def _read_flow(
+    name: str, kind: Class, f: Fields, notes: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    if f.values.get("invert_sigmas"):
+        f.refuse("invert_sigmas")
+    path: dict[str, Any] = {"kind": "flow", "shift": float(f.get("shift", (int, float)))}
+    steps = f.get("num_train_timesteps", int)
+    if steps != 1000:
+        path["steps"] = steps
+    terminal = f.values.get("shift_terminal")
+    f.ignore("shift_terminal", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    f.ignore("time_shift_type")
+    options = {} if not terminal else {"shift_terminal": float(terminal)}
+    sample: dict[str, Any] = {"schedule": "sd3", "schedule_options": options}
+    if "stochastic_sampling" in f.values and f.get("stochastic_sampling", bool):
+        sample |= {"sampler": "lcm"}
+    return path, "flow", sample
+
+
+def _read_flow_dpm(
+    name: str, kind: Class, f: Fields, notes: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    path = {"kind": "flow", "shift": float(f.get("flow_shift", (int, float)))}
+    f.ignore("use_flow_sigmas", *_BETAS, "rescale_betas_zero_snr", "time_shift_type")
+    f.ignore("timestep_spacing", "final_sigmas_type")
+    schedule = "sgm_uniform" if name.startswith("UniPC") else "flow_dpm"
+    target = _target(f)
+    if target == "eps":  # the class default: nobody trains a flow to predict eps
+        f.refuse("prediction_type")
+    return path, target, {"schedule": schedule, "schedule_options": {}}
+
+
+def _read_edm(
+    name: str, kind: Class, f: Fields, notes: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    path: dict[str, Any] = {"kind": "edm"}
+    path |= {k: float(f.get(k, (int, float))) for k in ("sigma_min", "sigma_max", "sigma_data")}
+    steps = f.get("num_train_timesteps", int)
+    if steps != 1000:
+        path["steps"] = steps
+    kind_of = f.one_of("prediction_type", "epsilon", "v_prediction")
+    target, data = {"epsilon": ("edm", SIGMA_DATA), "v_prediction": ("edm_v", 1.0)}[kind_of]
+    if path["sigma_data"] != data:
+        f.refuse("sigma_data")
+    schedule = f.one_of("sigma_schedule", "karras", "exponential")
+    rho = float(f.get("rho", (int, float)))
+    options: dict[str, Any] = {"rho": rho} if schedule == "karras" and rho != 7.0 else {}
+    if f.one_of("final_sigmas_type", "zero", "sigma_min") == "sigma_min":
+        options["end"] = "none"
+    sample = {"schedule": schedule, "schedule_options": options, "start_noise": "hypot"}
+    return path, target, sample
+
+
+def _read_continuous(
+    name: str, kind: Class, f: Fields, notes: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Euler told log(sigma) / 4 and v: CosXL's first configuration."""
+    f.ignore("timestep_type", *_BETAS, "timestep_spacing", "rescale_betas_zero_snr")
+    f.ignore("interpolation_type", "use_karras_sigmas")
+    if f.values["prediction_type"] != "v_prediction" or not f.values["use_karras_sigmas"]:
+        f.refuse("timestep_type")
+    path: dict[str, Any] = {"kind": "edm", "sigma_data": 1.0}
+    path |= {key: float(f.get(key, (int, float))) for key in ("sigma_min", "sigma_max")}
+    options = {"end": "none"} if f.values["final_sigmas_type"] == "sigma_min" else {}
+    f.ignore("final_sigmas_type")
+    sample = {"schedule": "karras", "schedule_options": options, "start_noise": "hypot"}
+    return path, "edm_v", sample
+
+
+def _clip(f: Fields, notes: list[str]) -> str:
+    """Thresholding of x0."""
+    clip = "none"
+    if f.values.get("clip_sample"):
+        clip = "static"
+        f.ignore("clip_sample")
+        if f.values["clip_sample_range"] == 1.0:
+            f.ignore("clip_sample_range")
+    if f.values.get("thresholding"):
+        f.ignore("thresholding", "sample_max_value")
+        clip = "static" if f.values["sample_max_value"] == 1.0 else "dynamic"
+    f.ignore("clip_sample", "thresholding")
+    if not f.values.get("clip_sample"):
+        f.ignore("clip_sample_range")
+    if clip != "dynamic":
+        f.ignore("dynamic_thresholding_ratio", "sample_max_value")
+    return clip
+
+
+def _sampler(name: str, f: Fields, notes: list[str]) -> dict[str, Any]:
+    """The sampler, where a class stands for several, and its options."""
+    options: dict[str, Any] = {}
+    if name == "DDPMScheduler":
+        if f.one_of(
+            "variance_type",
+            "fixed_small",
+            "fixed_small_log",
+            "fixed_large",
+            "fixed_large_log",
+            "learned",
+            "learned_range",
+        ).startswith("fixed_large"):
+            options["variance"] = "large"
+        if "learned" in f.values["variance_type"]:
+            notes.append("the learned variance is not used in sampling")
+    elif name == "PNDMScheduler" and not f.get("skip_prk_steps", bool):
+        notes.append("PNDM's Runge-Kutta start (skip_prk_steps = False) is not supported; plms is")
+    elif "DPMSolverMultistep" in name:
+        return _dpm_solver(f)
+    elif name == "DEISMultistepScheduler":
+        f.one_of("solver_type", "logrho")
+        options |= _order(f, 3) | _taper(f)
+    elif name == "UniPCMultistepScheduler":
+        pair = {"bh2": "half", "bh1": "bh1"}[f.one_of("solver_type", "bh1", "bh2")]
+        options |= _order(f, 3) | {"pair": pair}
+        if not f.get("predict_x0", bool):
+            options["target"] = "eps"
+        if off := f.get("disable_corrector", list):
+            options["corrector_off"] = off
+        if not f.get("lower_order_final", bool):
+            options["taper"] = "never"
+    return {"sampler_options": {k: v for k, v in options.items() if v is not None}}
+
+
+def _dpm_solver(f: Fields) -> dict[str, Any]:
+    order = f.one_of("solver_order", 1, 2, 3)
+    kind = f.one_of("algorithm_type", "dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+    sampler = {
+        ("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m",
+        ("dpmsolver", 1): "ddim", ("dpmsolver", 2): "dpm_2m", ("dpmsolver", 3): "dpm_3m",
+        ("sde-dpmsolver++", 1): "euler_a", ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
+    }.get((kind, order))  # fmt: skip
+    if sampler is None:
+        f.refuse("solver_order")
+    if order == 1:
+        f.ignore("solver_type", "lower_order_final", "euler_at_final")
+        return {"sampler": sampler, "sampler_options": {}}
+    pair = {"midpoint": "half", "heun": "exact"}[f.one_of("solver_type", "midpoint", "heun")]
+    return {"sampler": sampler, "sampler_options": {"pair": pair} | _taper(f)}
+
+
+def _order(f: Fields, highest: int) -> dict[str, Any]:
+    return {"order": f.one_of("solver_order", *range(1, highest + 1))}
+
+
+def _taper(f: Fields) -> dict[str, Any]:
+    """How the order falls towards the end."""
+    final = "euler_at_final" in f.values and f.get("euler_at_final", bool)
+    short = f.get("lower_order_final", bool)
+    return {"taper": "final" if final else "short" if short else "never"}
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_scheduler(path: Path, target: str, sample: SampleConfig) -> dict[str, Any]:
+    """The scheduler_config.json that comes nearest to a model's path, target and sampler."""
+    from difftool.diffusion.samplers import SAMPLERS
+
+    sampler, grid = SAMPLERS.resolve(sample.sampler), GRIDS.resolve(sample.schedule)
+    options = sample.schedule_options
+    if isinstance(path, Flow):
+        heun = sampler == "heun"
+        name = f"FlowMatch{'Heun' if heun else 'Euler'}DiscreteScheduler"
+        fields = {"shift": path.shift, "num_train_timesteps": path.steps}
+        if name == "FlowMatchEulerDiscreteScheduler":
+            fields["stochastic_sampling"] = sampler == "lcm"
+            fields["shift_terminal"] = options.get("shift_terminal")
+    elif isinstance(path, Edm):
+        name = "EDMDPMSolverMultistepScheduler" if sampler == "dpmpp_2m" else "EDMEulerScheduler"
+        fields = {
+            "sigma_min": path.sigma_min,
+            "sigma_max": path.sigma_max,
+            "sigma_data": path.sigma_data,
+            "num_train_timesteps": path.steps,
+            "prediction_type": "v_prediction" if target == "edm_v" else "epsilon",
+            "sigma_schedule": "exponential" if grid == "exponential" else "karras",
+            "rho": options.get("rho", 7.0) if grid == "karras" else 7.0,
+            "final_sigmas_type": "sigma_min" if options.get("end") == "none" else "zero",
+        }
+    else:
+        assert isinstance(path, Discrete)
+        name, fields = _write_discrete(path, target, sample, sampler, grid)
+    defaults = CLASSES[name].defaults
+    values = defaults | {key: value for key, value in fields.items() if key in defaults}
+    return {"_class_name": name, "_diffusers_version": VERSION, **dict(sorted(values.items()))}
+
+
+def _write_discrete(
+    path: Discrete, target: str, sample: SampleConfig, sampler: str, grid: str
+) -> tuple[str, dict[str, Any]]:
+    from difftool.diffusion.samplers import SAMPLERS
+
+    names = {
+        SAMPLERS.resolve(kind.sampler): name
+        for name, kind in CLASSES.items()
+        if kind.grids not in ("flow", "edm")
+    }
+    names |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
+    name = names.get(sampler, "DDIMScheduler")
+    if path.zero_snr and "rescale_betas_zero_snr" not in CLASSES[name].defaults:
+        name = "DDIMScheduler"
+    options, chosen = sample.schedule_options, sample.sampler_options
+    within = options.get("range", {}) if isinstance(options.get("range", {}), dict) else {}
+    spacing = GRIDS.resolve(within["kind"]) if "kind" in within else grid
+    first = options.get("end") == "first"
+    fields: dict[str, Any] = {
+        "num_train_timesteps": path.steps,
+        "beta_start": path.beta_start,
+        "beta_end": path.beta_end,
+        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[path.schedule],
+        "trained_betas": None if path.betas is None else list(path.betas),
+        "prediction_type": next((t for t, ours in TARGETS.items() if ours == target), "epsilon"),
+        "rescale_betas_zero_snr": path.zero_snr,
+        "timestep_spacing": next(
+            (s for s in ("leading", "trailing") if spacing.startswith(s)), "linspace"
+        ),
+        "steps_offset": {**within, **options}.get("offset", 0),
+        "use_karras_sigmas": grid == "karras",
+        "use_exponential_sigmas": grid == "exponential" and path.time != "nearest",
+        "use_lu_lambdas": grid == "exponential" and path.time == "nearest",
+        "use_beta_sigmas": grid == "beta_sigma",
+        "sigma_min": options.get("sigma_min"),
+        "sigma_max": options.get("sigma_max"),
+        "set_alpha_to_one": not first,
+        "final_sigmas_type": "sigma_min" if first else "zero",
+        "original_inference_steps": options.get("original_steps", 50),
+        "skip_prk_steps": True,
+        "clip_sample": sample.clip == "static",
+        "thresholding": sample.clip == "dynamic",
+        "variance_type": "fixed_large" if chosen.get("variance") == "large" else "fixed_small",
+    }
+    if path.schedule == "sigmoid" and name != "DDPMScheduler" and path.betas is None:
+        betas = SCHEDULES["sigmoid"](path.steps, path.beta_start, path.beta_end)
+        fields |= {"beta_schedule": "linear", "trained_betas": betas}
+    if name == "DPMSolverMultistepScheduler":
+        fields |= {
+            "solver_order": 3 if sampler == "dpmpp_3m" else 2,
+            "algorithm_type": "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++",
+            "solver_type": "heun" if chosen.get("pair") == "exact" else "midpoint",
+            "variance_type": None,
+            "euler_at_final": chosen.get("taper") == "final",
+            "lower_order_final": chosen.get("taper", "short") in ("short", "always"),
+        }
+    elif name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
+        fields |= {"solver_order": chosen.get("order", 2)}
+        if name == "UniPCMultistepScheduler":
+            fields["solver_type"] = "bh1" if chosen.get("pair") == "bh1" else "bh2"
+            fields["predict_x0"] = chosen.get("target") != "eps"
+    return name, fields

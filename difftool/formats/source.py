@@ -1,0 +1,162 @@
+"""What every format gives when it is opened, and the table of formats. Torch-free.
+
+A format is one file here and one registration: how it is recognised, read, and (if it can be)
+written. Everything in between speaks difftool's own tensor names: unet.*, vae.*, text.0.*, text.1.*
+and preset values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from difftool.errors import InputError, UsageError
+from difftool.formats.safetensors import Info, load_tensors, looks_like_safetensors
+from difftool.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPONENTS = ("unet", "vae", "text")
+"""First parts of the names of a model's tensors."""
+
+
+class Evidence(NamedTuple):
+    """Something that was decided about a model, and where it was read."""
+
+    source: str
+    says: str
+
+
+class Located(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    name: str
+    info: Info
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """An opened model: everything but the tensors' bytes."""
+
+    kind: str
+    """The format, by its name in FORMATS."""
+    path: Path
+    file: Path
+    """The file that holds the U-Net, whose hash is the model's."""
+    values: dict[str, Any]
+    """The preset, as plain values."""
+    tensors: dict[str, Located]
+    """By difftool's name."""
+    findings: tuple[Evidence, ...] = ()
+    tokenizer_json: str | None = None
+    """A learned vocabulary; None for CLIP's."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Free notes of the header, such as modelspec.*."""
+    configs: dict[str, Any] = field(default_factory=dict)
+    """Configuration files of a diffusers folder that the model is from, by their place in it."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensors that are no part of the model, and the rule that says so."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def evidence(self) -> list[str]:
+        """The findings as lines for people."""
+        return [f"{says} ({source})" for source, says in self.findings]
+
+    def load(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped."""
+        files: dict[Path, dict[str, str]] = {}
+        for name, place in self.tensors.items():
+            if name.startswith(prefix):
+                files.setdefault(place.file, {})[place.name] = name[len(prefix) :]
+        return {
+            names[there]: tensor
+            for file, names in files.items()
+            for there, tensor in load_tensors(file, names, device).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a model becomes in another format."""
+
+    files: dict[str, dict[str, str]]
+    """Safetensors files by their place in the target folder ("": the target is this one file):
+    {name there: difftool's name}."""
+    metadata: dict[str, str]
+    """For the header of each of them."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Other files of the target folder."""
+    sidecars: frozenset[str] = frozenset()
+    """Files that only difftool reads."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one kind of model is recognised, opened and written."""
+
+    recognises: Callable[[Path], bool]
+    """Whether a file or folder is of this kind, by a first look; says nothing of its soundness."""
+    open: Callable[[Path], ModelSource]
+    """InputError if it is malformed or not supported."""
+    plan: Callable[[ModelSource, bool], Plan]
+    """What a model (and, if asked, its free metadata) becomes; CheckError if it cannot be held."""
+
+
+FORMATS: Registry[Format] = Registry("model format")
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def open_model(path: Path) -> ModelSource:
+    """The model in a file or folder of any format; no tensor is loaded.
+
+    UsageError if there is nothing at the path, InputError if it is not a sound model.
+    """
+    path = locate(path)
+    for format in FORMATS.values():
+        if format.recognises(path):
+            return format.open(path)
+    known = ", ".join(FORMATS)
+    if path.is_dir():
+        raise InputError(f"{path} is not a model", "it has no model_index.json and no run's model")
+    if path.suffix.lower() in PICKLES:
+        why = "a pickled checkpoint is a program, and this version does not read it"
+        raise InputError(f"{path} is not supported", why, f"formats of this version: {known}")
+    if looks_like_safetensors(path):
+        why = "a safetensors file of a family unknown to this version"
+        hint = "difftool convert FILE --inspect lists what is in it"
+        raise InputError(f"{path} is not supported", why, hint)
+    raise InputError(f"{path} is not a model", f"formats of this version: {known}")
+
+
+def locate(path: Path) -> Path:
+    """The model behind a path: a run folder stands for its model, or its newest checkpoint's."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if not path.is_dir() or (path / "model_index.json").is_file():
+        return path
+    candidates = [path / "model.safetensors"]
+    steps = sorted((path / "checkpoints").glob("step-*"), key=_step, reverse=True)
+    candidates += [step / f"{name}.safetensors" for step in steps for name in ("ema", "model")]
+    return next((file for file in candidates if file.is_file()), path)
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def free_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The part of a header's metadata that other tools and people wrote: modelspec, ss_ and the
+    like, without what the format itself needs."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != "format" and key.split(".")[0] != "difftool"
+    }

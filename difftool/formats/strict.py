@@ -1,0 +1,61 @@
+"""JSON from files of others, read strictly. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from difftool.errors import InputError
+
+MAX_BYTES = 16 << 20
+
+
+def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any:
+    """The value of a JSON text; InputError, naming the source, if it is not sound.
+
+    Refused: duplicate keys, NaN (and, unless `infinite`, infinities), nesting without end, text
+    that is not Unicode.
+    """
+
+    def constant(name: str) -> float:
+        if infinite and name != "NaN":
+            return float(name)
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        text.encode("utf-8")
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates fail here
+    except RecursionError:
+        raise InputError(f"{source} is malformed", "it is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{source} is malformed", str(error)) from None
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError if it is not there, too large or malformed."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}", error.strerror) from None
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{path} is too large", f"the limit is {MAX_BYTES} bytes")
+    value = parse_json(data, str(path))
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is malformed", "it is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"duplicate key {name!r}")
+        value[name] = item
+    return value
