@@ -24,5 +24,19 @@ dtype.
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, Level, Path, build_path
 from difftool.diffusion.prediction import TARGETS, Prediction, recover
+from difftool.diffusion.samplers import SAMPLERS, Sampler, Step, transition
 
-__all__ = ["GRIDS", "PATHS", "TARGETS", "Level", "Path", "Prediction", "build_path", "recover"]
+__all__ = [
+    "GRIDS",
+    "PATHS",
+    "SAMPLERS",
+    "TARGETS",
+    "Level",
+    "Path",
+    "Prediction",
+    "Sampler",
+    "Step",
+    "build_path",
+    "recover",
+    "transition",
+]

@@ -1,0 +1,140 @@
+"""Sources of noise: everything random about image k comes from its own seed, on the CPU in fp32.
+
+So an image is the same alone, in any batch and on any device. Torch-free at import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from difftool.diffusion.path import Level
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class ImageNoise:
+    """One generator an image; each draw continues them.
+
+    shape [C,H,W] is that of one image.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+    ):
+        import torch
+
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = tuple(shape), device
+
+    def draw(self) -> Tensor:
+        """The next unit noise of each image; [B,C,H,W]."""
+        import torch
+
+        images = [torch.randn(self.shape, generator=g) for g in self.generators]
+        return torch.stack(images).to(self.device)
+
+    start = draw
+
+    def __call__(self, here: Level, there: Level) -> Tensor:
+        """Independent noise for a step."""
+        return self.draw()
+
+
+def start_noise(
+    seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """The first noise of each image; [B,C,H,W]."""
+    return ImageNoise(seeds, shape, device).draw()
+
+
+class BrownianNoise:
+    """Scaled increments of Brownian paths over rho, whatever the steps and their order.
+
+    Bit by bit those of k-diffusion's BrownianTreeNoiseSampler on the CPU (torchsde's BrownianTree).
+    seeds: one path an image of shape [C,H,W]; or a single seed and the shape of the whole batch.
+    levels: of the grid; the paths run from their lowest positive to their highest finite rho.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int] | int,
+        shape: Sequence[int],
+        levels: Sequence[Level],
+        device: torch.device | str = "cpu",
+    ):
+        rhos = [_fp32(level.rho) for level in levels if 0 < level.rho < math.inf]
+        lo, hi = min(rhos, default=0.0), max(rhos, default=0.0)
+        self.whole = isinstance(seeds, int)
+        each = [seeds] if isinstance(seeds, int) else seeds
+        self.trees = [_Tree(seed, tuple(shape), lo, hi) for seed in each]
+        self.device = device
+
+    def __call__(self, here: Level, there: Level) -> Tensor:
+        """Unit noise for the step: the same path at equal levels, independent at disjoint steps."""
+        import torch
+
+        start, end = _fp32(here.rho), _fp32(there.rho)
+        images = [tree.unit(start, end) for tree in self.trees]
+        return (images[0] if self.whole else torch.stack(images)).to(self.device)
+
+
+class _Tree:
+    """One Brownian path: an interval's increment, halved as often as a query needs."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...], lo: float, hi: float):
+        self.seed, self.shape = seed, shape
+        self.lo, self.hi = round(lo, DIGITS), round(hi, DIGITS)
+        self.increment = self._normal(3) * math.sqrt(hi - lo)
+
+    def unit(self, start: float, end: float) -> Tensor:
+        """The increment from start to end over the root of their distance, both fp32 numbers."""
+        import numpy as np
+
+        lo, hi = sorted((start, end))
+        if hi == math.inf:  # the normalised increment over infinity, wherever it begins
+            return self._normal(4, INFINITE)
+        ends = (round(min(max(rho, self.lo), self.hi), DIGITS) for rho in (lo, hi))
+        total = sum(self._pieces(*ends), start=self.increment.new_zeros(self.shape))
+        distance = float(np.sqrt(np.float32(hi) - np.float32(lo)))
+        return math.copysign(1.0, end - start) * total / (distance or 1.0)
+
+    def _pieces(self, lo: float, hi: float) -> Iterator[Tensor]:
+        """Increments of dyadic intervals that make up [lo, hi], in ascending order."""
+        todo = [(self.lo, self.hi, self.increment, 0, 0)]
+        while todo:
+            a, b, w, key, depth = todo.pop()
+            if hi <= a or b <= lo:
+                continue
+            if lo <= a and b <= hi:
+                yield w
+                continue
+            m = round((a + b) / 2, DIGITS)
+            left, right, inverse = m - a, b - m, 1 / (b - a)
+            bridge = math.sqrt(left * right * inverse) * self._normal(4, (key, depth))
+            w_left = left * w * inverse + bridge
+            todo.append((m, b, w - w_left, 2 * key + 1, depth + 1))
+            todo.append((a, m, w_left, 2 * key, depth + 1))
+
+    def _normal(self, words: int, spawn_key: tuple[int, ...] = ()) -> Tensor:
+        import torch
+        from numpy.random import SeedSequence
+
+        sequence = SeedSequence(self.seed % 2**64, spawn_key=spawn_key, pool_size=24)
+        seed = int(sequence.generate_state(words)[0])
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+DIGITS = 6
+"""Decimals of rho that a path resolves, as torchsde's tolerance of 1e-6 has them."""
+INFINITE = (1, 0)
+"""A key and depth that no dyadic interval has."""
+
+
+def _fp32(number: float) -> float:
+    import numpy as np
+
+    return float(np.float32(number))
