@@ -174,7 +174,7 @@ class UNet(nn.Module):
         label: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """x [B,C,H,W] of any size and t [B] -> [B,C',H,W].
+        """x [B,C,H,W], odd sizes too, and t [B] -> [B,C',H,W].
 
         context [B,L,D], vector [B,V], label [B] int, guidance [B] (LCM's w, which is the usual
         scale minus 1): each is given exactly if the config has it, else ValueError.
@@ -207,7 +207,7 @@ class UNet(nn.Module):
         if label is not None:
             emb = emb + self.class_embedding(label)
         if vector is not None:
-            emb = emb + self.get_submodule(config.vector_name)(vector.to(dtype))
+            emb = emb + getattr(self, config.vector_name)(vector.to(dtype))
         return emb
 
     def _check(self, x: Tensor, **given: Tensor | None) -> None:
