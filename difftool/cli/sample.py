@@ -48,7 +48,7 @@ def _grid(value: str | None) -> str | None:
 
 def sample(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
     ] = None,
     model: Annotated[
         str | None,
@@ -93,10 +93,10 @@ def sample(
     ] = None,
     seed: Annotated[
         str | None,
-        typer.Option("--seed", help="7, or 1,2,5-10, or -1 to draw one.  [drawn and printed]"),
+        typer.Option("--seed", help="7, or 1,2,5-10, or -1 to draw one.  \\[drawn and printed]"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images made together.  [by size]")
+        int | None, typer.Option("--batch-size", min=1, help="Images made together.  \\[by size]")
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One image at a time: the same bits in any company.")
@@ -124,7 +124,7 @@ def sample(
             "--output",
             "-o",
             help="File, folder/, name with \\[seed] \\[index] \\[prompt]..., or - for stdout."
-            "  [outputs/NNNNN-SEED.png]",
+            "  \\[outputs/NNNNN-SEED.png]",
         ),
     ] = None,
     format: Annotated[

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MAX_BATCH = 16
 BATCH_PIXELS = 1 << 20
 MAX_SHEET_PIXELS = 1 << 28
+LATENTS_KEY = "difftool.image"
+"""Metadata key of saved latents: the chunk that their picture carries."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ class Run:
             path = self.output.write(data, job.path, tail)
             if self.latents and path:
                 latents = path.with_suffix(".latents.safetensors")
-                header = {"difftool": json.dumps(chunk)} if chunk else {}
+                header = {LATENTS_KEY: json.dumps(chunk)} if chunk else {}
                 overwrite = self.output.overwrite
                 save_tensors(latents, {"latents": x0.contiguous()}, header, overwrite=overwrite)
         except DifftoolError as error:
@@ -395,7 +397,7 @@ class Run:
         if not x0.isfinite().all():
             raise InputError(f"the latents {file} have non-finite values")
         size = (x0.shape[2] * codec.factor, x0.shape[1] * codec.factor)
-        if text := header.metadata.get("difftool"):
+        if text := header.metadata.get(LATENTS_KEY):
             made = metadata.from_chunk(text, str(file))
             prompt, negative, label = made.prompt or "", made.negative or "", made.label
             settings = resolve_settings(self.model, {**made.settings, "size": size})
