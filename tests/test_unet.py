@@ -89,7 +89,7 @@ ADM = UNetConfig(
     scale_shift=True,
     resblock_updown=True,
 )
-# PixArt-like irregularity: each level its own number of blocks.
+# Each level its own number of blocks.
 UNEVEN = replace(SD1, blocks=(1, 3, 2, 1), dropout=0.3)
 
 CASES = {
