@@ -66,11 +66,11 @@ class TrainConfig:
     """How the learning rate falls to zero after the warm-up."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 = not clipped."""
-    time: Literal["uniform", "logit_normal", "log_normal"] = "uniform"
-    """Distribution of the training times."""
+    time: str = "uniform"
+    """Distribution of the training times: uniform, logit_normal or log_normal."""
     time_options: Options = field(default_factory=dict)
     weight: str = "uniform"
-    """Loss weighting by noise level."""
+    """Loss weighting by noise level: uniform, min_snr, soft_min_snr or edm."""
     weight_options: Options = field(default_factory=dict)
     loss: Literal["mse", "huber"] = "mse"
     drop: float = 0.1
@@ -246,8 +246,13 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, mappings key by key. A mapping that names another `kind` replaces."""
+    """`top` laid over `base`, mappings key by key. The options of a component go when another is
+    named: a mapping with another `kind` replaces, another `schedule` drops `schedule_options`."""
     merged = dict(base)
+    for key in base:
+        chooser = key.removesuffix("_options")
+        if chooser != key and chooser in top and top[chooser] != base.get(chooser):
+            del merged[key]
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):

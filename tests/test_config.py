@@ -73,7 +73,7 @@ def test_another_kind_replaces_what_it_is_laid_over():
         ("sample.schedule=caras", "karras"),
         ("path={kind: flwo}", "flow"),
         ("path={kind: flow, shfit: 3}", "shift"),
-        ("sample.sampler_options={etta: 1}", "eta"),
+        ("sample.sampler_options={pairr: half}", "pair"),
         ("train.lr", "key.path=value"),
     ],
 )
