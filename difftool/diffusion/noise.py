@@ -92,15 +92,15 @@ class _Tree:
 
     def unit(self, start: float, end: float) -> Tensor:
         """The increment from start to end over the root of their distance, both fp32 numbers."""
-        import numpy as np
+        import torch
 
         lo, hi = sorted((start, end))
         if hi == math.inf:  # the normalised increment over infinity, wherever it begins
             return self._normal(4, INFINITE)
         ends = (round(min(max(rho, self.lo), self.hi), DIGITS) for rho in (lo, hi))
-        total = sum(self._pieces(*ends), start=self.increment.new_zeros(self.shape))
-        distance = float(np.sqrt(np.float32(hi) - np.float32(lo)))
-        return math.copysign(1.0, end - start) * total / (distance or 1.0)
+        increment = sum(self._pieces(*ends), start=torch.zeros(self.shape))
+        distance = (torch.tensor(hi) - lo).sqrt()  # torch's own fp32 root is not the nearest number
+        return increment / distance.copysign(end - start) if distance else increment
 
     def _pieces(self, lo: float, hi: float) -> Iterator[Tensor]:
         """Increments of dyadic intervals that make up [lo, hi], in ascending order."""
@@ -135,6 +135,6 @@ INFINITE = (1, 0)
 
 
 def _fp32(number: float) -> float:
-    import numpy as np
+    import torch
 
-    return float(np.float32(number))
+    return torch.tensor(number, dtype=torch.float32).item()
