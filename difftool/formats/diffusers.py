@@ -19,20 +19,22 @@ from typing import Any, NamedTuple
 from difftool import __version__
 from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
 from difftool.diffusion.path import build_path
-from difftool.errors import DifftoolError, InputError
+from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
 from difftool.formats.networks import VERSION
 from difftool.formats.safetensors import file_chunks, read_header
 from difftool.formats.schedulers import read_scheduler, write_scheduler
 from difftool.formats.source import (
     FORMATS,
+    Drop,
     Evidence,
     Format,
     Located,
     ModelSource,
     Plan,
+    checked_values,
 )
-from difftool.formats.strict import parse_json, read_json
+from difftool.formats.strict import read_json
 from difftool.models.configs import IdentityConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
@@ -212,7 +214,7 @@ def open_diffusers(folder: Path) -> ModelSource:
     ]
     configs: dict[str, Any] = {INDEX: index, SCHEDULER: read_json(folder / SCHEDULER)}
     tensors: dict[str, Located] = {}
-    dropped: dict[str, str] = {}
+    dropped: list[Drop] = []
     encoders = 0
     for name in (n for n in WEIGHTS if n in components):
         configs[f"{name}/config.json"] = read_json(folder / name / "config.json")
@@ -222,17 +224,16 @@ def open_diffusers(folder: Path) -> ModelSource:
         for their, place in _component_tensors(folder / name, WEIGHTS[name]).items():
             ours = _our_name(name, their)
             if ours is None:
-                dropped[f"{name}/{their}"] = _drop_positions(place, warnings)
+                dropped.append(Drop(place, _positions(place, warnings)))
             elif prefix + ours in tensors:
                 raise InputError(f"{place.file} holds the tensor {ours} under two names")
             else:
                 tensors[prefix + ours] = place
     for name, rule in LEFT_OUT.items():
-        if (folder / name).is_dir():
-            found = _left_out(folder / name)
-            dropped |= {f"{name}/{tensor}": rule for tensor in found}
-            if found:
-                warnings.append(f"{len(found)} tensors of {name}/ are left out: {rule}")
+        found = _left_out(folder / name)
+        dropped += [Drop(place, rule) for place in found]
+        if found:
+            warnings.append(f"{len(found)} tensors of {name}/ are left out: {rule}")
     extra = _read_extra(folder)
     if extra and (folder / EXTRA_TENSORS).is_file():
         file = folder / EXTRA_TENSORS
@@ -244,7 +245,7 @@ def open_diffusers(folder: Path) -> ModelSource:
     shapes = {name: place.info.shape for name, place in tensors.items()}
     meaning = _derive(configs, pads, shapes, _name(folder))
     values, notes = _with_extra(to_values(meaning.preset), extra)
-    tokenizer_json = extra.get("tokenizer")
+    values = checked_values(values, str(folder))
     for config, name in zip(meaning.preset.text, TOKENIZERS, strict=False):
         if name in pads and config.vocab_size != 49408:
             why = f"{config.vocab_size} embeddings, CLIP's vocabulary has 49408"
@@ -256,12 +257,23 @@ def open_diffusers(folder: Path) -> ModelSource:
         values=values,
         tensors=tensors,
         findings=(*meaning.findings, *notes),
-        tokenizer_json=tokenizer_json,
+        weights=tuple(extra.get("weights", ("live",))),
+        tokenizer_json=extra.get("tokenizer"),
         metadata=extra.get("metadata", {}),
-        configs=configs,
-        dropped=dropped,
+        configs=_foreign(configs, values),
+        dropped=tuple(dropped),
         warnings=(*warnings, *meaning.warnings),
     )
+
+
+def _foreign(configs: Configs, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a folder's configuration files that difftool would write otherwise."""
+    preset = build_preset(values)
+    try:
+        ours = _write_configs(preset, _encoder_names(preset))
+    except CheckError:
+        return dict(configs)
+    return {path: config for path, config in configs.items() if config != ours.get(path)}
 
 
 def _name(folder: Path) -> str:
@@ -309,7 +321,7 @@ LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.
 """Names of plain attention's layers before diffusers 0.17."""
 
 
-def _drop_positions(place: Located, warnings: list[str]) -> str:
+def _positions(place: Located, warnings: list[str]) -> str:
     """The rule that drops position_ids: 0, 1, 2, ... in any dtype; merges have spoilt some."""
     data = b"".join(file_chunks(place.file, place.info.start, place.info.end))
     code = {"I64": "q", "I32": "i", "F32": "f", "F16": "e", "F64": "d"}.get(place.info.dtype)
@@ -362,10 +374,12 @@ def _sharded(index: Path) -> dict[str, Located]:
     return tensors
 
 
-def _left_out(folder: Path) -> list[str]:
-    """Names of the tensors in a component that is not read."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [name for file in files[:1] for name in read_header(file).tensors]
+def _left_out(folder: Path) -> list[Located]:
+    """The tensors of a component that is not read, as far as they are in one file."""
+    for stem in ("model", "diffusion_pytorch_model"):
+        if (folder / f"{stem}.safetensors").is_file():
+            return [*_component_tensors(folder, stem).values()]
+    return []
 
 
 # --- tokenizers ------------------------------------------------------------------------------
@@ -432,7 +446,7 @@ def _read_extra(folder: Path) -> dict[str, Any]:
     path = folder / EXTRA_JSON
     if not path.is_file():
         return {}
-    extra = parse_json(path.read_bytes(), str(path), infinite=True)
+    extra = read_json(path, infinite=True)
     match extra:
         case {"schema": int(schema), **_rest} if schema > SCHEMA:
             raise InputError(f"{path} needs a newer difftool", f"schema {schema}")
@@ -472,6 +486,7 @@ def _extra(source: ModelSource, derived: Mapping[str, Any], keep_metadata: bool)
             name: {"was": derived[name], "value": values[name]}
             for name in _differing(derived, values)
         },
+        "weights": list(source.weights),
         "tokenizer": source.tokenizer_json,
         "metadata": source.metadata if keep_metadata else {},
     }

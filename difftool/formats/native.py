@@ -29,6 +29,7 @@ from difftool.formats.source import (
     Located,
     ModelSource,
     Plan,
+    checked_values,
     free_metadata,
 )
 from difftool.formats.strict import parse_json
@@ -119,19 +120,18 @@ def _recognises(path: Path) -> bool:
 def open_native(path: Path) -> ModelSource:
     """A difftool model file as a source."""
     values, tokenizer_json, header = read_native(path)
+    values = checked_values(values, str(path))
     kept = header.metadata.get(DIFFUSERS)
-    says = f"target {values.get('target')}, path {values.get('path', {}).get('kind')}"
-    weights = header.metadata.get(WEIGHTS)
+    says = f"family {values['family']}, target {values['target']}, path {values['path']['kind']}"
+    weights = "ema" if header.metadata.get(WEIGHTS) == "ema" else "live"
     return ModelSource(
         kind="difftool",
         path=path,
         file=path,
         values=values,
         tensors={name: Located(path, name, info) for name, info in header.tensors.items()},
-        findings=(
-            Evidence("its own preset", says),
-            *([Evidence(WEIGHTS, f"{weights} weights")] if weights else []),
-        ),
+        findings=(Evidence("its own preset", says), Evidence(WEIGHTS, f"{weights} weights")),
+        weights=(weights,),
         tokenizer_json=tokenizer_json,
         metadata=free_metadata(header.metadata),
         configs=parse_json(kept, f"the metadata of {path}") if kept else {},
@@ -142,6 +142,7 @@ def plan_native(source: ModelSource, keep_metadata: bool) -> Plan:
     """Any model as one difftool file."""
     metadata = source.metadata if keep_metadata else {}
     metadata = metadata | native_metadata(source.values, source.tokenizer_json)
+    metadata[WEIGHTS] = source.weights[0]
     if source.configs:
         metadata[DIFFUSERS] = json.dumps(source.configs, ensure_ascii=False)
     return Plan(files={"": {name: name for name in source.tensors}}, metadata=metadata)

@@ -288,23 +288,34 @@ def atomic_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     refuse_existing(path, overwrite)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-    try:
+    with _told(path):
         descriptor = os.open(temporary, flags, 0o666)
-    except FileNotFoundError:
-        raise UsageError(f"the folder {path.parent} does not exist") from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _rename_new(temporary, path)
+        move(temporary, path, overwrite)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-    sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder in one that is there; UsageError if that cannot be."""
+    with _told(path):
+        path.mkdir()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What keeps a place from being written to is the user's to know."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"the folder {path.parent} does not exist") from None
+    except (PermissionError, NotADirectoryError) as error:
+        raise UsageError(f"cannot write {path}", error.strerror) from None
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -313,15 +324,21 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
 
 
-def _rename_new(temporary: Path, path: Path) -> None:
-    """Rename, unless somebody has taken the name meanwhile."""
+def move(file: Path, path: Path, overwrite: bool) -> None:
+    """Give a file its name; UsageError if somebody has taken the name meanwhile."""
     try:
-        os.link(temporary, path)
+        if overwrite:
+            os.replace(file, path)
+        else:
+            os.link(file, path)
     except FileExistsError:
         refuse_existing(path, overwrite=False)
-    except OSError:  # a file system without hard links
-        refuse_existing(path, overwrite=False)
-        os.replace(temporary, path)
+    except OSError:
+        if overwrite:
+            raise
+        refuse_existing(path, overwrite=False)  # a file system without hard links
+        os.replace(file, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

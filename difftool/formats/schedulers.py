@@ -92,7 +92,7 @@ CLASSES: dict[str, Class] = {
         },
     ),
     "EulerAncestralDiscreteScheduler": Class(
-        "euler_ancestral",
+        "euler_a",
         "k",
         _BETAS | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
     ),
@@ -100,7 +100,7 @@ CLASSES: dict[str, Class] = {
         "heun", "k", _K | {"clip_sample": False, "clip_sample_range": 1.0}
     ),
     "KDPM2DiscreteScheduler": Class("dpm2", "k", _K),
-    "KDPM2AncestralDiscreteScheduler": Class("dpm2_ancestral", "k", _K),
+    "KDPM2AncestralDiscreteScheduler": Class("dpm2_a", "k", _K),
     "LMSDiscreteScheduler": Class("lms", "k", _K | {"beta_start": 1e-4, "beta_end": 0.02}),
     "DPMSolverSDEScheduler": Class("dpmpp_sde", "k", _K | {"noise_sampler_seed": None}),
     "DPMSolverMultistepScheduler": Class(
@@ -118,7 +118,7 @@ CLASSES: dict[str, Class] = {
         "deis", "dpm", _DPM | {"algorithm_type": "deis", "solver_type": "logrho"}
     ),
     "UniPCMultistepScheduler": Class(
-        "unipc",
+        "unipc_bh2",
         "dpm",
         _DPM
         | {
@@ -172,6 +172,8 @@ class Scheduling(NamedTuple):
 
 def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     """Path, target and sampling defaults of a scheduler; InputError if difftool has no such."""
+    from difftool.diffusion.samplers import SAMPLERS
+
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         what = f"{where} is of a class that difftool does not have"
@@ -185,9 +187,12 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
         read = _read_flow_dpm
     elif fields.values.get("timestep_type") == "continuous":
         read = _read_continuous
-    path, target, sample = read(name, kind, fields, notes)
-    sample = {"sampler": kind.sampler} | _sampler(name, fields, notes) | sample
-    sample["clip"] = _clip(fields, notes)
+    path, target, sample = read(name, kind, fields)
+    sampler, options = _sampler(name, kind, target, fields, notes)
+    defaults = SAMPLERS[sampler].defaults
+    sample["sampler"] = sampler
+    sample["sampler_options"] = {k: v for k, v in options.items() if v != defaults[k]}
+    sample["clip"] = _clip(fields)
     for option, value in fields.values.items():
         if option not in fields.seen and value != fields.defaults[option]:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
@@ -202,9 +207,7 @@ def _target(f: Fields) -> str:
     return TARGETS[name]
 
 
-def _read_discrete(
-    name: str, kind: Class, f: Fields, notes: list[str]
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     zero_snr = "rescale_betas_zero_snr" in f.values and f.get("rescale_betas_zero_snr", bool)
     betas = f.get("trained_betas", (list, type(None)))
     f.ignore("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -225,21 +228,20 @@ def _read_discrete(
             f"{f.where} contradicts itself",
             "prediction_type = epsilon with rescale_betas_zero_snr: at zero SNR, eps says nothing",
         )
-    return path, target, _grid(name, kind, f, path, notes)
+    return path, target, _grid(name, kind, f, path)
 
 
-def _grid(
-    name: str, kind: Class, f: Fields, path: dict[str, Any], notes: list[str]
-) -> dict[str, Any]:
+def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings that say which levels are visited."""
     spacing = f.one_of("timestep_spacing", "leading", "trailing", "linspace")
     offset = f.get("steps_offset", int)
     if kind.grids == "lcm":
-        return {
-            "schedule": "lcm",
-            "schedule_options": {"original_steps": f.get("original_inference_steps", int)}
-            | _end("set_alpha_to_one", f),
-        }
+        original = f.get("original_inference_steps", int)
+        # TCD's last step ends at entry 0 of the table, LCM's at x0.
+        options = {"end": "first"} if name == "TCDScheduler" else {}
+        f.ignore("set_alpha_to_one")
+        options |= {} if original == 50 else {"original_steps": original}
+        return {"schedule": "lcm", "schedule_options": options}
     grid: dict[str, Any] = {
         "linspace": {"kind": {"k": "normal", "dpm": "linspace_open"}.get(kind.grids, "linspace")},
         "leading": {
@@ -248,7 +250,7 @@ def _grid(
         },
         "trailing": {"kind": "trailing"},
     }[spacing]
-    options: dict[str, Any] = {}
+    options = {}
     spaced = {
         "use_karras_sigmas": ("karras", "nearest"),
         "use_exponential_sigmas": ("exponential", "floor"),
@@ -286,9 +288,7 @@ def _end(name: str, f: Fields) -> dict[str, Any]:
     return {} if f.get(name, bool) else {"end": "first"}
 
 
-def _read_flow(
-    name: str, kind: Class, f: Fields, notes: list[str]
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     if f.values.get("invert_sigmas"):
         f.refuse("invert_sigmas")
     path: dict[str, Any] = {"kind": "flow", "shift": float(f.get("shift", (int, float)))}
@@ -299,15 +299,10 @@ def _read_flow(
     f.ignore("shift_terminal", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     f.ignore("time_shift_type")
     options = {} if not terminal else {"shift_terminal": float(terminal)}
-    sample: dict[str, Any] = {"schedule": "sd3", "schedule_options": options}
-    if "stochastic_sampling" in f.values and f.get("stochastic_sampling", bool):
-        sample |= {"sampler": "lcm"}
-    return path, "flow", sample
+    return path, "flow", {"schedule": "sd3", "schedule_options": options}
 
 
-def _read_flow_dpm(
-    name: str, kind: Class, f: Fields, notes: list[str]
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _read_flow_dpm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     path = {"kind": "flow", "shift": float(f.get("flow_shift", (int, float)))}
     f.ignore("use_flow_sigmas", *_BETAS, "rescale_betas_zero_snr", "time_shift_type")
     f.ignore("timestep_spacing", "final_sigmas_type")
@@ -318,9 +313,7 @@ def _read_flow_dpm(
     return path, target, {"schedule": schedule, "schedule_options": {}}
 
 
-def _read_edm(
-    name: str, kind: Class, f: Fields, notes: list[str]
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _read_edm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     path: dict[str, Any] = {"kind": "edm"}
     path |= {k: float(f.get(k, (int, float))) for k in ("sigma_min", "sigma_max", "sigma_data")}
     steps = f.get("num_train_timesteps", int)
@@ -340,7 +333,7 @@ def _read_edm(
 
 
 def _read_continuous(
-    name: str, kind: Class, f: Fields, notes: list[str]
+    name: str, kind: Class, f: Fields
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Euler told log(sigma) / 4 and v: CosXL's first configuration."""
     f.ignore("timestep_type", *_BETAS, "timestep_spacing", "rescale_betas_zero_snr")
@@ -355,7 +348,7 @@ def _read_continuous(
     return path, "edm_v", sample
 
 
-def _clip(f: Fields, notes: list[str]) -> str:
+def _clip(f: Fields) -> str:
     """Thresholding of x0."""
     clip = "none"
     if f.values.get("clip_sample"):
@@ -374,60 +367,58 @@ def _clip(f: Fields, notes: list[str]) -> str:
     return clip
 
 
-def _sampler(name: str, f: Fields, notes: list[str]) -> dict[str, Any]:
+def _sampler(
+    name: str, kind: Class, target: str, f: Fields, notes: list[str]
+) -> tuple[str, dict[str, Any]]:
     """The sampler, where a class stands for several, and its options."""
     options: dict[str, Any] = {}
     if name == "DDPMScheduler":
-        if f.one_of(
-            "variance_type",
-            "fixed_small",
-            "fixed_small_log",
-            "fixed_large",
-            "fixed_large_log",
-            "learned",
-            "learned_range",
-        ).startswith("fixed_large"):
-            options["variance"] = "large"
-        if "learned" in f.values["variance_type"]:
+        learned = ("learned", "learned_range")
+        small, large = (("fixed_small", "fixed_small_log"), ("fixed_large", "fixed_large_log"))
+        variance = f.one_of("variance_type", *small, *large, *learned)
+        if variance in learned:
             notes.append("the learned variance is not used in sampling")
-    elif name == "PNDMScheduler" and not f.get("skip_prk_steps", bool):
-        notes.append("PNDM's Runge-Kutta start (skip_prk_steps = False) is not supported; plms is")
-    elif "DPMSolverMultistep" in name:
+        return "ddpm", {"variance": "large" if variance in large else "small"}
+    if name == "PNDMScheduler":
+        if not f.get("skip_prk_steps", bool):
+            notes.append("PNDM's Runge-Kutta start (skip_prk_steps = False) is left out")
+        return "plms", {"target": target}
+    if "DPMSolverMultistep" in name:
         return _dpm_solver(f)
-    elif name == "DEISMultistepScheduler":
+    if name == "DEISMultistepScheduler":
         f.one_of("solver_type", "logrho")
-        options |= _order(f, 3) | _taper(f)
+        options = {"order": f.one_of("solver_order", 1, 2, 3)} | _taper(f)
     elif name == "UniPCMultistepScheduler":
-        pair = {"bh2": "half", "bh1": "bh1"}[f.one_of("solver_type", "bh1", "bh2")]
-        options |= _order(f, 3) | {"pair": pair}
-        if not f.get("predict_x0", bool):
-            options["target"] = "eps"
-        if off := f.get("disable_corrector", list):
-            options["corrector_off"] = off
-        if not f.get("lower_order_final", bool):
-            options["taper"] = "never"
-    return {"sampler_options": {k: v for k, v in options.items() if v is not None}}
+        options = {"order": f.one_of("solver_order", 1, 2, 3)}
+        options |= {"variant": f.one_of("solver_type", "bh2", "bh1")}
+        options |= {"target": "x0" if f.get("predict_x0", bool) else "eps"}
+        options |= {"taper": "always" if f.get("lower_order_final", bool) else "never"}
+        options |= {"corrector_off": tuple(f.get("disable_corrector", list))}
+    elif kind.grids == "flow" and kind.sampler == "heun":
+        options = {"variable": "t"}
+    elif f.values.get("stochastic_sampling"):
+        f.ignore("stochastic_sampling")
+        return "lcm", {}
+    return kind.sampler, options
 
 
-def _dpm_solver(f: Fields) -> dict[str, Any]:
+def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     order = f.one_of("solver_order", 1, 2, 3)
     kind = f.one_of("algorithm_type", "dpmsolver", "dpmsolver++", "sde-dpmsolver++")
-    sampler = {
-        ("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m",
-        ("dpmsolver", 1): "ddim", ("dpmsolver", 2): "dpm_2m", ("dpmsolver", 3): "dpm_3m",
-        ("sde-dpmsolver++", 1): "euler_a", ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
-    }.get((kind, order))  # fmt: skip
-    if sampler is None:
-        f.refuse("solver_order")
-    if order == 1:
+    if order == 1 and kind != "sde-dpmsolver++":
         f.ignore("solver_type", "lower_order_final", "euler_at_final")
-        return {"sampler": sampler, "sampler_options": {}}
-    pair = {"midpoint": "half", "heun": "exact"}[f.one_of("solver_type", "midpoint", "heun")]
-    return {"sampler": sampler, "sampler_options": {"pair": pair} | _taper(f)}
-
-
-def _order(f: Fields, highest: int) -> dict[str, Any]:
-    return {"order": f.one_of("solver_order", *range(1, highest + 1))}
+        return "ddim", {}
+    options: dict[str, Any] = {
+        "pair": {"midpoint": "half", "heun": "exact"}[f.one_of("solver_type", "midpoint", "heun")]
+    }
+    if kind == "sde-dpmsolver++":
+        if order == 3:
+            f.refuse("solver_order")
+        f.ignore("lower_order_final", "euler_at_final")
+        return "dpmpp_2m_sde", options | {"order": order, "brownian": False}
+    if kind == "dpmsolver":
+        return "dpm_solver", options | {"order": order} | _taper(f)
+    return f"dpmpp_{order}m", options | _taper(f)
 
 
 def _taper(f: Fields) -> dict[str, Any]:
@@ -483,7 +474,9 @@ def _write_discrete(
         for name, kind in CLASSES.items()
         if kind.grids not in ("flow", "edm")
     }
-    names |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
+    solvers = ("dpmpp_3m", "dpmpp_2m_sde", "dpm_solver")
+    names |= dict.fromkeys(solvers, "DPMSolverMultistepScheduler")
+    names["unipc"] = "UniPCMultistepScheduler"
     name = names.get(sampler, "DDIMScheduler")
     if path.zero_snr and "rescale_betas_zero_snr" not in CLASSES[name].defaults:
         name = "DDIMScheduler"
@@ -520,18 +513,27 @@ def _write_discrete(
     if path.schedule == "sigmoid" and name != "DDPMScheduler" and path.betas is None:
         betas = SCHEDULES["sigmoid"](path.steps, path.beta_start, path.beta_end)
         fields |= {"beta_schedule": "linear", "trained_betas": betas}
+    method = SAMPLERS[sampler]
+    chosen = method.defaults | chosen
     if name == "DPMSolverMultistepScheduler":
         fields |= {
-            "solver_order": 3 if sampler == "dpmpp_3m" else 2,
-            "algorithm_type": "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++",
-            "solver_type": "heun" if chosen.get("pair") == "exact" else "midpoint",
+            "solver_order": {"dpmpp_2m": 2, "dpmpp_3m": 3}.get(sampler, chosen.get("order")),
+            "algorithm_type": {"dpmpp_2m_sde": "sde-dpmsolver++", "dpm_solver": "dpmsolver"}.get(
+                sampler, "dpmsolver++"
+            ),
+            "solver_type": "heun" if chosen["pair"] == "exact" else "midpoint",
             "variance_type": None,
             "euler_at_final": chosen.get("taper") == "final",
-            "lower_order_final": chosen.get("taper", "short") in ("short", "always"),
+            "lower_order_final": chosen.get("taper", "short") != "never",
         }
-    elif name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
-        fields |= {"solver_order": chosen.get("order", 2)}
-        if name == "UniPCMultistepScheduler":
-            fields["solver_type"] = "bh1" if chosen.get("pair") == "bh1" else "bh2"
-            fields["predict_x0"] = chosen.get("target") != "eps"
+    elif name == "UniPCMultistepScheduler":
+        fields |= {
+            "solver_order": chosen["order"],
+            "solver_type": chosen["variant"],
+            "predict_x0": chosen["target"] == "x0",
+            "disable_corrector": list(chosen["corrector_off"]),
+            "lower_order_final": chosen["taper"] != "never",
+        }
+    elif name == "DEISMultistepScheduler":
+        fields |= {"solver_order": chosen["order"], "lower_order_final": chosen["taper"] != "never"}
     return name, fields

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from difftool.config import build_preset, to_values
 from difftool.errors import InputError, UsageError
 from difftool.formats.safetensors import Info, load_tensors, looks_like_safetensors
 from difftool.registry import Registry
@@ -38,6 +39,14 @@ class Located(NamedTuple):
     info: Info
 
 
+class Drop(NamedTuple):
+    """A tensor that is no part of a model."""
+
+    place: Located
+    rule: str
+    """Why it is none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """An opened model: everything but the tensors' bytes."""
@@ -52,14 +61,16 @@ class ModelSource:
     tensors: dict[str, Located]
     """By difftool's name."""
     findings: tuple[Evidence, ...] = ()
+    weights: tuple[str, ...] = ("live",)
+    """Which weights are there: live, ema."""
     tokenizer_json: str | None = None
     """A learned vocabulary; None for CLIP's."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Free notes of the header, such as modelspec.*."""
     configs: dict[str, Any] = field(default_factory=dict)
     """Configuration files of a diffusers folder that the model is from, by their place in it."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """Tensors that are no part of the model, and the rule that says so."""
+    dropped: tuple[Drop, ...] = ()
+    """Tensors of the source that are no part of the model."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -150,6 +161,14 @@ def locate(path: Path) -> Path:
 def _step(folder: Path) -> int:
     number = folder.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
+
+
+def checked_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Preset values from a file, complete; InputError if they make no preset."""
+    try:
+        return to_values(build_preset(values, f"the preset in {where}"))
+    except UsageError as error:
+        raise InputError(error.what, error.why, error.hint) from None
 
 
 def free_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

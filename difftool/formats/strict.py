@@ -37,7 +37,7 @@ def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
     """The object in a JSON file; InputError if it is not there, too large or malformed."""
     try:
         with path.open("rb") as file:
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}", error.strerror) from None
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} is too large", f"the limit is {MAX_BYTES} bytes")
-    value = parse_json(data, str(path))
+    value = parse_json(data, str(path), infinite=infinite)
     if not isinstance(value, dict):
         raise InputError(f"{path} is malformed", "it is not a JSON object")
     return value

@@ -1,0 +1,172 @@
+"""`difftool convert`: from one model format to another, and what is in a model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from difftool.cli import console
+from difftool.cli.console import Debug, Json, Overwrite, Quiet, choice, choices
+from difftool.config import preset_folder
+from difftool.errors import UsageError
+
+if TYPE_CHECKING:
+    from difftool.formats.convert import Ledger
+
+KINDS = ["diffusers", "difftool"]
+DTYPES = ["fp32", "fp16", "bf16"]
+SLOW = 256 << 20
+"""Bytes from which on a conversion shows its progress."""
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A model: file, run folder or diffusers folder.")
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The file or folder to write.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", callback=choice(KINDS), help=choices("Format", KINDS))
+    ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Say what is in SRC; loads no tensor data.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            callback=choice(DTYPES),
+            help=choices("Of the weights", DTYPES) + "  [as they are]",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write the ledger of tensors here, as JSON.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read back and compare.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and say what would be written; write nothing.")
+    ] = False,
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Leave out notes that no tool needs.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a model to another format without losing anything, or say what is in it.
+
+    [bold]Examples[/bold]
+
+      difftool convert model.safetensors model/ --to diffusers
+      difftool convert sd15/ sd15.safetensors --to difftool --dtype fp16
+      difftool convert sd15/ sd15.safetensors --to difftool --report ledger.json
+      difftool convert model.safetensors --inspect --json
+    """
+    source = _found(source)
+    if inspect:
+        if target or to or dtype or report or dry_run:
+            hint = "leave out DST and what belongs to it"
+            raise UsageError("--inspect says what is in SRC and writes nothing", hint=hint)
+        _inspect(source, json)
+        return
+    if target is None:
+        raise UsageError("no DST was given", hint="name what to write, or ask for --inspect")
+    if to is None:
+        hint = "add --to " + " or --to ".join(KINDS)
+        raise UsageError("the format to convert to was not given", hint=hint)
+    if report is not None and report.exists() and not overwrite:
+        raise UsageError(f"{report} is there already", hint="--overwrite replaces it")
+
+    from difftool.config import build_preset
+    from difftool.formats import convert as formats
+    from difftool.formats import open_model
+    from difftool.formats.safetensors import atomic_file
+    from difftool.model import Model
+
+    opened = open_model(source)
+    for line in opened.evidence:
+        console.say(line)
+    networks = Model(build_preset(opened.values, str(source)), opened.tokenizer_json)
+    size = sum(place.info.end - place.info.start for place in opened.tensors.values())
+    shown = console.progress("converting", len(opened.tensors)) if size > SLOW else nullcontext()
+    with shown as bar:
+        ledger = formats.convert(
+            opened,
+            target,
+            to,
+            dtype=dtype,
+            keep_metadata=not strip_metadata,
+            expected={name: tuple(t.shape) for name, t in networks.tensors().items()},
+            verify=verify,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=lambda done: bar.update(done) if bar else None,
+        )
+    for warning in ledger.warnings:
+        console.warn(warning)
+    _say(ledger)
+    if report is not None:
+        with atomic_file(report, overwrite) as file:
+            file.write(jsonlib.dumps(ledger.report(), indent=1).encode())
+    if json:
+        told = {key: value for key, value in ledger.report().items() if key != "entries"}
+        console.emit(told | {"path": None if dry_run else str(target)})
+    elif not dry_run:
+        console.emit(console.plain(target))
+
+
+def _found(source: Path) -> Path:
+    """SRC, or the model that ships with the preset of that name."""
+    bundled = preset_folder() / source / "model.safetensors"
+    return bundled if not source.exists() and bundled.is_file() else source
+
+
+def _inspect(source: Path, json: bool) -> None:
+    from difftool.formats.inspect import inspect
+
+    found = inspect(source)
+    for warning in found["warnings"]:
+        console.warn(warning)
+    if json:
+        console.emit(found)
+        return
+    for line in _lines(found):
+        console.emit(console.plain(line))
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    def row(key: str, value: object) -> str:
+        return f"{key:<12}{value}"
+
+    zero_snr = {True: ", zero terminal SNR"}.get(found["zero_snr"], "")
+    lines = [
+        row("format", found["format"]),
+        row("family", found["family"] or "unknown to this version"),
+        row("prediction", f"{found['prediction'] or 'not said'}{zero_snr}"),
+        row("weights", ", ".join(found["weights"]) or "not said"),
+    ]
+    lines += [row("evidence", f"{e['source']}: {e['says']}") for e in found["evidence"]]
+    for name, part in found["components"].items():
+        dtypes = ", ".join(part["dtypes"])
+        count = f"{part['parameters']:,} parameters in {part['tensors']} tensors"
+        lines.append(row(name[:11], f"{count}, {dtypes}"))
+    return lines + [row("metadata", f"{k}: {v[:200]}") for k, v in found["metadata"].items()]
+
+
+def _say(ledger: Ledger) -> None:
+    counts = ", ".join(f"{count} {op}" for op, count in ledger.counts().items())
+    console.say(f"{ledger.kinds[0]} to {ledger.kinds[1]}: tensors {counts}")
+    for name, cast in ledger.casts.items():
+        console.say(
+            f"{name}: {cast.tensors} tensors cast, largest error {cast.max_abs_error:.2g} "
+            f"({cast.max_rel_error:.2g} relative), {cast.vanished} values became 0"
+        )
+    console.say(f"verification: {ledger.verified}")

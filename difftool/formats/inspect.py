@@ -1,0 +1,101 @@
+"""What is in a model, from headers and configuration files alone. Torch-free; loads no tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from difftool.diffusion.path import build_path
+from difftool.formats.convert import component
+from difftool.formats.safetensors import Info, looks_like_safetensors, read_header
+from difftool.formats.source import FORMATS, free_metadata, locate, open_model
+
+SCHEMA = 1
+DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+KINDS = {
+    "lora": r"lora_|\.lora\.|hada_w|lokr_w|dora_scale",
+    "controlnet": r"^(control_model\.|controlnet_|input_hint_block\.)",
+    "embedding": r"^(emb_params|clip_[lg]|string_to_param.*|<.*>)$",
+    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
+    "text-encoder": r"^text_model\.",
+    "unet": r"^(down_blocks|mid_block|up_blocks|input_blocks|middle_block)\.",
+}
+"""Kinds of files that are no whole model, by the names of their tensors; the first that fits."""
+LDM = r"^(model\.diffusion_model|cond_stage_model|conditioner)\."
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """A description of a model, or of any safetensors file, as the JSON object of `--inspect`.
+
+    UsageError if there is nothing at the path, InputError if it is malformed or unsupported.
+    """
+    path = locate(path)
+    known = any(format.recognises(path) for format in FORMATS.values())
+    return _model(path) if known or not looks_like_safetensors(path) else _file(path)
+
+
+def _model(path: Path) -> dict[str, Any]:
+    source = open_model(path)
+    return {
+        "schema": SCHEMA,
+        "format": source.kind,
+        "family": source.values.get("family", "difftool"),
+        "prediction": source.values["target"],
+        "zero_snr": bool(getattr(build_path(source.values["path"]), "zero_snr", False)),
+        "evidence": [finding._asdict() for finding in source.findings],
+        "weights": list(source.weights),
+        "components": _components((name, place.info) for name, place in source.tensors.items()),
+        "metadata": source.metadata,
+        "warnings": list(source.warnings),
+        "preset": source.values,
+    }
+
+
+def _file(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    names = list(header.tensors)
+    family, says = _kind(names)
+    evidence = [{"source": "tensor names", "says": says}]
+    prediction = {"epsilon": "eps", "v": "v"}.get(
+        header.metadata.get("modelspec.prediction_type", "")
+    )
+    if prediction:
+        evidence.append({"source": "modelspec.prediction_type", "says": f"target {prediction}"})
+    if architecture := header.metadata.get("modelspec.architecture"):
+        evidence.append({"source": "modelspec.architecture", "says": architecture})
+    return {
+        "schema": SCHEMA,
+        "format": "safetensors",
+        "family": family,
+        "prediction": prediction,
+        "zero_snr": None,
+        "evidence": evidence,
+        "weights": [],
+        "components": _components(header.tensors.items()),
+        "metadata": free_metadata(header.metadata),
+        "warnings": ["this version does not convert files of this kind"],
+    }
+
+
+def _kind(names: list[str]) -> tuple[str | None, str]:
+    if any(re.match(LDM, name) for name in names):
+        return None, "a single-file checkpoint in LDM's layout"
+    for kind, pattern in KINDS.items():
+        if found := next((name for name in names if re.search(pattern, name)), None):
+            return kind, f"{found} is a tensor of a {kind} file"
+    return None, "no name that this version knows"
+
+
+def _components(tensors: Iterable[tuple[str, Info]]) -> dict[str, Any]:
+    """Tensors, parameters and dtypes (with how many tensors have them) of each component."""
+    found: dict[str, Any] = {}
+    for name, info in tensors:
+        part = found.setdefault(component(name), {"tensors": 0, "parameters": 0, "dtypes": {}})
+        dtype = DTYPES.get(info.dtype, info.dtype.lower())
+        part["tensors"] += 1
+        part["parameters"] += prod(info.shape)
+        part["dtypes"][dtype] = part["dtypes"].get(dtype, 0) + 1
+    return found
