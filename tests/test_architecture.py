@@ -12,16 +12,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 BASE = {"", "errors", "registry"}
-CORE = BASE | {"config", "configs", "diffusion", "models", "formats", "model"}
+CORE = BASE | {"config", "configs", "tokenizer", "diffusion", "models", "formats", "model"}
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "registry": BASE,
     "configs": BASE,
+    "tokenizer": BASE | {"configs"},
     "config": BASE | {"configs", "diffusion"},
     "diffusion": BASE | {"diffusion"},
-    "models": BASE | {"models", "configs"},
-    "formats": BASE | {"formats", "configs", "config"},
+    "models": BASE | {"models", "configs", "tokenizer"},
+    "formats": BASE | {"formats", "configs", "config", "diffusion", "tokenizer"},
     "data": BASE | {"data"},
     "model": CORE - {"model"},
     "forward": CORE,
@@ -30,8 +31,13 @@ MAY_IMPORT = {
     "cli": CORE | {"data", "sampling", "training", "forward", "cli"},
     "__main__": {"cli"},
 }
-"""Parts of the package ("" its root, configs = models.configs), by the part that imports them."""
-TORCH_FREE = ("errors", "registry", "config", "models.configs", "diffusion", "forward", "cli.app")
+"""Parts of the package, "" its root, by the part that imports them."""
+OWN_PARTS = {"models.configs": "configs", "models.tokenizer": "tokenizer"}
+"""Modules with friends of their own: tables, and what file formats need of them."""
+TORCH_FREE = (
+    *("errors", "registry", "config", "models.configs", "diffusion", "forward"),
+    *("formats.safetensors", "formats", "data.images", "cli.app"),
+)
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
 
 
@@ -75,7 +81,7 @@ def own(name: str) -> str | None:
 
 
 def part(name: str) -> str:
-    return "configs" if name == "models.configs" else name.partition(".")[0]
+    return OWN_PARTS.get(name, name.partition(".")[0])
 
 
 @pytest.mark.parametrize("name", IMPORTS)

@@ -206,6 +206,7 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(noise):
         (["photo.png", "-o", "strip.tiff"], ".png"),
         (["photo.png", "small.png", "-o", "strip.png"], "strip.png/ is a folder"),
         (["photo.png", "./photo.png"], "two pictures"),
+        (["photo.png", "-o", "photo.png/strip.png"], "cannot make the folder"),
         (["photo.png", "--curve"], "--curve"),
         (["--curve", "--markov"], "--markov"),
         (["--curve", "--seed", "1"], "--seed"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -117,7 +116,7 @@ def noise(
     assert images
 
     from difftool import forward
-    from difftool.data.images import read_image
+    from difftool.data.images import read_image, write_png
 
     targets = _targets(images, output, overwrite)
     count, seed = steps or min(FRAMES, walked.steps), seed or 0
@@ -142,9 +141,8 @@ def noise(
                 sheet = forward.strip_sheet(x0, name, walked, levels, seed)
         shown = f"{', '.join(rivals)}, {count}" if rivals else f"{name}, {len(levels)}"
         console.say(f"{image}: {width}x{height}, {shown} levels, seed {seed}")
-        page = io.BytesIO()
-        forward.draw(sheet).save(page, "PNG")
-        _save(target, page.getvalue(), overwrite)
+        _make_folder(target)
+        write_png(forward.draw(sheet), target, overwrite=overwrite)
         return result
 
     failed = 0
@@ -187,8 +185,6 @@ def _path(name: str | None, settings: Sequence[str] | None) -> tuple[str, NoiseP
 
 def _targets(images: Sequence[Path], output: str | None, overwrite: bool) -> list[Path]:
     """Where each strip goes; UsageError, before any work, where one cannot."""
-    from difftool.formats.safetensors import refuse_existing
-
     folder = Path(output or ".")
     if output is not None and not output.endswith(("/", os.sep)) and not folder.is_dir():
         if len(images) > 1:
@@ -203,7 +199,7 @@ def _targets(images: Sequence[Path], output: str | None, overwrite: bool) -> lis
         if target in targets[:index]:
             hint = "show them one at a time, with --output"
             raise UsageError(f"two pictures would be shown in {target}", hint=hint)
-        refuse_existing(target, overwrite)
+        _check_free(target, overwrite)
     return targets
 
 
@@ -214,13 +210,17 @@ def _suffixed(output: str, suffix: str) -> Path:
     return Path(output)
 
 
-def _save(target: Path, content: bytes, overwrite: bool) -> None:
-    """Write a file whole or not at all."""
-    from difftool.formats.safetensors import atomic_file
+def _check_free(target: Path, overwrite: bool) -> None:
+    """UsageError, before any work, if the file is there and is not to be replaced."""
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists", hint="give --overwrite to replace it")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target, overwrite) as file:
-        file.write(content)
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {target.parent}", error.strerror) from None
 
 
 def _curve(
@@ -233,16 +233,17 @@ def _curve(
 ) -> None:
     """The numbers: all levels as JSON or .csv, a readable choice of them on the terminal."""
     from difftool import forward
-    from difftool.formats.safetensors import refuse_existing
+    from difftool.data.images import write_whole
 
     target = _suffixed(output, ".csv") if output else None
     if target:
-        refuse_existing(target, overwrite)
+        _check_free(target, overwrite)
     readable = not (target or console.mode.json)
     count = steps or (min(TABLE_LINES, path.steps) if readable else None)
     levels = visited or forward.even_levels(path, count)
     if target:
-        _save(target, forward.csv_text(levels).encode(), overwrite)
+        _make_folder(target)
+        write_whole(target, forward.csv_text(levels).encode(), overwrite)
     if console.mode.json:
         result: dict[str, Any] = {"schema": console.SCHEMA, "noise_path": name}
         result |= {"path": str(target)} if target else {}
