@@ -251,7 +251,7 @@ def _curve(
     elif target:
         console.emit(str(target))
     else:
-        if not (visited or steps):
+        if not (visited or steps) and len(levels) < path.steps:
             console.say(f"{len(levels)} levels of {name}; all of them: --json or -o FILE.csv")
         for line in forward.table(levels, bars=sys.stdout.isatty()):
             console.emit(line)
