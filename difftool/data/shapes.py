@@ -252,7 +252,7 @@ def draw(caption: str, size: int, key: int) -> Array:
     for thing, place in zip(scene.things, layout(scene, u[3:]), strict=True):
         rows, columns, cover = coverage(thing.shape, place, size)
         part = canvas[rows, columns]
-        part += cover[..., None] * (np.float32(COLOURS[thing.colour]) - part)
+        part += cover[..., None] * (np.array(COLOURS[thing.colour], np.float32) - part)
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -289,7 +289,7 @@ class ShapesDataset(Dataset):
         """Pictures drawn for (index, key), uint8 [B,3,size,size]."""
         import torch
 
-        keys = [0] * len(indices) if keys is None else keys
+        keys = [0] * len(indices) if keys is None else [int(key) for key in keys]
         batch = np.empty((len(indices), size, size, 3), np.uint8)
         for row, (index, key) in enumerate(zip(indices, keys, strict=True)):
             picture = draw(self._caption(index, key), size, key)
@@ -298,7 +298,7 @@ class ShapesDataset(Dataset):
 
     def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
         """The captions of the pictures that `images` draws."""
-        keys = [0] * len(indices) if keys is None else keys
+        keys = [0] * len(indices) if keys is None else [int(key) for key in keys]
         return [self._caption(i, key) for i, key in zip(indices, keys, strict=True)]
 
     @staticmethod

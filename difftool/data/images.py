@@ -1,0 +1,278 @@
+"""Pictures in and out: files are read defensively into 8-bit sRGB and written whole or not at all.
+
+The decoder is chosen from the content, among a short list; the size is checked before anything is
+decoded; of every file that can be opened, colour is brought to plain RGB the way a viewer shows it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+from difftool.errors import InputError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The decoders in use; others (EPS, PSD, ...) are never run, whatever the file is called."""
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+)
+MAX_BYTES = 256 << 20
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 20_000
+
+# Pillow's doubts about odd metadata are no news to the user; a decompression bomb is an error.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class Picture(NamedTuple):
+    """A picture in 8-bit sRGB, and what was done to get there ("alpha over white", ...)."""
+
+    image: Image.Image
+    notes: tuple[str, ...]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_picture(source: str | Path | bytes) -> Picture:
+    """The picture in a file (or in a file's bytes), upright, in RGB.
+
+    Raises UsageError if the file is missing, InputError (its `why` is the reason alone) otherwise.
+    """
+    name = "the picture" if isinstance(source, bytes) else str(source)
+    data = source if isinstance(source, bytes) else _read_file(Path(source))
+    try:
+        with _open(data) as image:
+            return _to_rgb(image)
+    except _Refused as error:
+        reason = str(error)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        reason = f"more than {MAX_PIXELS // 10**6} megapixels"
+    except Image.UnidentifiedImageError:
+        reason = "not a picture in a supported format (" + ", ".join(FORMATS) + ")"
+    except Exception as error:  # decoders raise nearly anything on malformed data
+        reason = f"cannot be decoded ({error or type(error).__name__})"
+    raise InputError(f"cannot read {name}", reason)
+
+
+def read_image(source: str | Path | bytes) -> Image.Image:
+    """The same without the notes."""
+    return read_picture(source).image
+
+
+class _Refused(Exception):
+    """A picture that could perhaps be decoded but must not be."""
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}", error.strerror) from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture with its header read and its size found acceptable, not decoded yet."""
+    if not data:
+        raise _Refused("0 bytes")
+    if len(data) > MAX_BYTES:
+        raise _Refused(f"larger than {MAX_BYTES >> 20} MiB")
+    image = Image.open(BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if max(width, height) > MAX_SIDE:
+        raise _Refused(f"{width}x{height}, sides are limited to {MAX_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise _Refused(f"{width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Picture:
+    notes = []
+    if getattr(image, "is_animated", False):
+        notes.append("first frame of several")
+    image.load()
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        notes.append("turned upright as its EXIF says")
+    profile = image.info.get("icc_profile")
+
+    if image.mode.startswith(("I", "F")):
+        image = _to_8bit(image)
+        notes.append("16 bits scaled to 8")
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+
+    alpha = image.getchannel("A") if "A" in image.getbands() and image.mode != "LAB" else None
+    if alpha is not None:
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile and (converted := _to_srgb(image, profile)) is not None:
+        image = converted
+        notes.append("colour profile converted to sRGB")
+    elif image.mode == "CMYK":
+        notes.append("CMYK without a usable profile")
+    elif image.mode == "LAB":
+        raise _Refused("LAB colour without a usable profile")
+    image = image.convert("RGB")
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        image = Image.composite(image, white, alpha)
+        notes.append("alpha composited over white")
+    return Picture(image, tuple(notes))
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (which Pillow may hold in 32) as 8 bits, rounded."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise _Refused("32 bits a channel; 8 and 16 are supported")
+    scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The picture taken from its colour profile to sRGB; None where there is nothing to do or the
+    profile is unusable, in which case viewers show the numbers as they are too."""
+    try:
+        from PIL import ImageCms
+    except ImportError:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+
+
+# --- shaping and tensors ---------------------------------------------------------------------
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The centre of the picture as a square: short side resized (Lanczos), the rest cut off."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image if width == height else image.crop((left, top, left + size, top + size))
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 [3,H,W]."""
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_tensor(image: Image.Image | Tensor) -> Tensor:
+    """A picture, or uint8 [..., H,W], as fp32 in [-1, 1] of shape [3,H,W] or the tensor's own."""
+    pixels = to_uint8(image) if isinstance(image, Image.Image) else image
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3,H,W] in [-1, 1] as an RGB picture."""
+    return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def tile(images: Sequence[Image.Image]) -> Image.Image:
+    """The pictures in rows on one sheet, about as many across as down."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file's bytes; text chunks are tEXt where Latin-1 suffices, else iTXt."""
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def write_png(
+    image: Image.Image,
+    where: str | Path | BinaryIO,
+    text: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a PNG with text chunks; see `write_whole` for paths."""
+    data = encode_png(image, text)
+    if isinstance(where, str | Path):
+        write_whole(Path(where), data, overwrite)
+    else:
+        where.write(data)
+
+
+def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
+    """Write a file so that nobody ever sees a part of it.
+
+    Without `overwrite` an existing file is left alone and UsageError is raised, also when it
+    appears in the meantime. ResourceError if the disk is full.
+    """
+    exists = UsageError(f"{path} exists", hint="give --overwrite to replace it")
+    if path.exists() and not overwrite:
+        raise exists
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(part, path)
+        else:
+            _link(part, path)
+    except FileExistsError:
+        raise exists from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"cannot write {path}", error.strerror) from None
+        raise UsageError(f"cannot write {path}", error.strerror) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _link(part: Path, path: Path) -> None:
+    """Give the finished file its name; FileExistsError if the name is taken."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links on this file system: claim the name, then replace the claim
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(part, path)
