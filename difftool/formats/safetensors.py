@@ -194,7 +194,7 @@ def piece_of_tensor(tensor: Tensor) -> Piece:
 
     def chunks() -> list[Any]:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        return [memoryview(flat.view(torch.uint8).numpy())] if flat.numel() else []
+        return [flat.view(torch.uint8).numpy().data] if flat.numel() else []
 
     return Piece(names[tensor.dtype], tuple(tensor.shape), chunks)
 
