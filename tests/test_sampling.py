@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from difftool.config import SampleConfig, build_preset
-from difftool.errors import DifftoolError, UsageError
+from difftool.errors import DifftoolError, ResourceError, UsageError
 from difftool.formats.safetensors import load_tensors, save_tensors
 from difftool.model import Item
 from difftool.sampling.metadata import read
@@ -31,8 +31,6 @@ from difftool.sampling.run import (
     Working,
     default_batch,
     resolve_settings,
-    tile,
-    to_picture,
 )
 
 PRESET = build_preset(
@@ -201,7 +199,7 @@ def test_pictures_that_are_there_are_skipped_and_keep_their_index():
 def test_pictures_that_are_there_are_failures_else():
     make([ask("a", 1)])
     events, model = make([ask("b", 1), ask("b", 2)])
-    assert "there already" in failures_of(events)[0] and model.batches == [[2]]
+    assert "1.png exists" in failures_of(events)[0] and model.batches == [[2]]
 
 
 def test_drawn_seeds_are_said():
@@ -239,6 +237,15 @@ def test_one_name_is_not_given_to_two_pictures():
     output = Output.parse("out/[prompt].png", overwrite=True)
     events = list(Run(model=model, output=output).events([ask("a", 1, 2)]))
     assert seeds_of(events) == [1] and "the name of two pictures" in failures_of(events)[0]
+
+
+def test_a_full_disk_stops_the_run(monkeypatch):
+    def full(*_args: Any) -> None:
+        raise ResourceError("the disk is full")
+
+    monkeypatch.setattr("difftool.sampling.output.write_whole", full)
+    with pytest.raises(ResourceError):
+        make([ask("a", 1, 2)])
 
 
 def test_latents_are_saved_and_decode_to_the_same_picture():
@@ -282,7 +289,7 @@ def test_a_sheet_of_all():
     assert events[-1] == Grid(Path("out/x-grid.png"), 4)
     with Image.open("out/x-grid.png") as sheet:
         assert sheet.size == (32, 16) and sheet.getpixel((20, 12)) == (round(1.04 * 127.5),) * 3
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="exists"):
         make([ask("a", 1)], "out/x.png", grid=True)
 
 
@@ -293,20 +300,12 @@ def test_a_sheet_has_an_end(monkeypatch):
     assert "3 images, 1 are not on it" in next(e.text for e in events if isinstance(e, Note))
 
 
-def test_tiles_and_rounding():
-    images = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 0.9999)])
-    pictures = [to_picture(image) for image in images]
-    assert [p.getpixel((0, 0)) for p in pictures] == [(0,) * 3, (128,) * 3, (255,) * 3]
-    assert tile(pictures).size == (8, 8)
-
-
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
         ({}, {}),
         ({"width": 16}, {"size": (16, 8)}),
         ({"size": (4, 4), "height": 6}, {"size": (4, 6)}),
-        ({"eta": 0.5}, {"sampler_options": {"eta": 0.5}}),
         ({"sampler": "DPM++ 2M Karras"}, {"sampler": "dpmpp_2m", "schedule": "karras"}),
         (
             {"sampler": "DPM++ 2M Karras", "schedule": "linspace"},

@@ -234,6 +234,8 @@ class RichProgress:
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            # Results that go into a pipe must not be drawn above the bar, on stderr, instead.
+            redirect_stdout=sys.stdout.isatty(),
             expand=True,
         )
         self.task = self.bar.add_task(description, total=total, rest="")

@@ -255,16 +255,20 @@ def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
     """What was asked for on the command line, flag by flag, as layers over the model's preset."""
     from difftool.config import Layer, override_layers
 
-    layers = override_layers(overrides)
-    for layer in layers:
-        key = next(iter(layer.values))
-        if key != "sample" or not isinstance(layer.values[key], dict):
+    # Fresh noise is an option of the sampler; every other flag is a setting of its own.
+    layers = [
+        Layer(
+            f"--{name.replace('_', '-')}",
+            {"sample": {"sampler_options": {"eta": value}} if name == "eta" else {name: value}},
+        )
+        for name, value in flags.items()
+        if value is not None
+    ]
+    for layer in override_layers(overrides):
+        if not isinstance(layer.values.get("sample"), dict):
             why = "the model's weights fix the rest"
             raise UsageError(f"{layer.origin}: only sample.KEY is set here", why)
-    for name, value in flags.items():
-        if value is not None:
-            values = {"sampler_options": {"eta": value}} if name == "eta" else {name: value}
-            layers.append(Layer(f"--{name.replace('_', '-')}", {"sample": values}))
+        layers.append(layer)
     return layers
 
 

@@ -13,16 +13,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from PIL import Image
+
 from difftool import __version__
 from difftool.config import SampleConfig, to_values
+from difftool.data.images import encode_png
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import InputError, UsageError
 from difftool.sampling.requests import Request
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from difftool.model import Model
 
 SCHEMA = 1
@@ -38,6 +39,7 @@ SAMPLER_NAMES = {
     "lms": "LMS",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
     "dpmpp_2s_a": "DPM++ 2S a",
     "dpmpp_sde": "DPM++ SDE",
@@ -140,31 +142,22 @@ def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
 
 # --- into and out of files -------------------------------------------------------------------
 
+_PILLOW = {"jpg": "JPEG", "webp": "WEBP"}
 _USER_COMMENT = (0x8769, 0x9286)  # EXIF: the sub-directory and the tag
 
 
 def encode(image: Image.Image, format: str, text: str | None = None, values: Any = None) -> bytes:
     """The bytes of a picture file, with the text and the JSON values that it carries."""
-    from PIL.Image import Exif
-    from PIL.PngImagePlugin import PngInfo
-
-    options: dict[str, Any] = {"quality": 95}
     if format == "png":
-        info = PngInfo()
-        if text is not None:
-            info.add_text("parameters", text)
-        if values is not None:
-            info.add_text("difftool", json.dumps(values))
-        options = {"pnginfo": info}
-    elif text is not None:
-        exif = Exif()
+        chunks = {"parameters": text} if text is not None else {}
+        return encode_png(image, chunks | ({"difftool": json.dumps(values)} if values else {}))
+    exif = Image.Exif()
+    if text is not None:
         exif.get_ifd(_USER_COMMENT[0])[_USER_COMMENT[1]] = b"UNICODE\0" + text.encode("utf-16-be")
-        options["exif"] = exif
-    if format == "jpg":
-        options["subsampling"] = 0
+    options = {"subsampling": 0} if format == "jpg" else {}
     file = io.BytesIO()
     try:
-        image.save(file, "jpeg" if format == "jpg" else format, **options)
+        image.save(file, _PILLOW[format], quality=95, exif=exif, **options)
     except ValueError as error:
         hint = "--format png has room for the metadata, --no-metadata leaves it out"
         raise UsageError(f"cannot write a {format} picture", str(error), hint) from None
@@ -176,8 +169,6 @@ def read(path: Path) -> Request:
 
     UsageError if there is no such file, InputError if it is no picture or says nothing.
     """
-    from PIL import Image
-
     if not path.is_file():
         raise UsageError(f"there is no picture {path}")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from difftool.data.images import write_whole
 from difftool.errors import UsageError, suggestion
 
 ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
@@ -137,7 +137,7 @@ class Output:
                 raise UsageError(f"{name} is not usable as the name of a picture")
         path = self.root / name
         if os.path.lexists(path) and not (self.overwrite or self.skip_existing):
-            raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+            raise _exists(path)
         return path
 
     def sheet_path(self) -> Path | None:
@@ -149,7 +149,7 @@ class Output:
         stem = _FIELD.sub("", name.removesuffix(ending)).strip("-_. ")
         path = self.root / f"{stem}{'-' if stem else ''}grid{ending}"
         if os.path.lexists(path) and not self.overwrite:
-            raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+            raise _exists(path)
         return path
 
     def write(self, data: bytes, path: Path | None, tail: int | str) -> Path | None:
@@ -163,13 +163,13 @@ class Output:
             return None
         folder = self._folder(path.parent if path else self.root)
         if path:
-            publish(data, path, self.overwrite)
+            write_whole(path, data, self.overwrite)
             return path
         with _locked(folder):
             pattern = re.compile(r"([0-9]{5,9})-")
             taken = [int(m[1]) for name in os.listdir(folder) if (m := pattern.match(name))]
             path = folder / f"{max(taken, default=-1) + 1:05d}-{tail}.{self.format}"
-            publish(data, path)
+            write_whole(path, data)
         return path
 
     def _folder(self, folder: Path) -> Path:
@@ -210,38 +210,8 @@ def _checked_name(out: str, format: str) -> str:
     return out
 
 
-def publish(data: bytes, path: Path, overwrite: bool = False) -> None:
-    """Write a file whole or not at all, over another one only with `overwrite`; through no link."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        _create(data, temporary)
-        if overwrite:
-            os.replace(temporary, path)
-            return
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            _create(data, path)
-    except (FileExistsError, IsADirectoryError):
-        raise UsageError(f"{path} is there already", hint="--overwrite replaces it") from None
-    except PermissionError as error:
-        raise UsageError(f"cannot write {path}", error.strerror) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _create(data: bytes, path: Path) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-    except BaseException:
-        path.unlink()
-        raise
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path} exists", hint="give --overwrite to replace it")
 
 
 @contextmanager

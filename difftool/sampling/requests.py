@@ -37,7 +37,7 @@ class Request:
     out: str | None = None
     """Name of the picture below the output folder."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of SampleConfig, and `eta`, `width`, `height`."""
+    """Fields of SampleConfig, and `width`, `height`."""
     source: str = ""
     """Where it was read, for messages."""
     model_hash: str = ""
@@ -75,7 +75,6 @@ class Request:
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Settings laid over others; options of a sampler or grid go with the one they belong to."""
     dropped = {f"{name}_options" for name in ("sampler", "schedule") if name in top}
-    dropped |= {"eta"} if "sampler" in top else set()
     dropped |= {"width", "height"} if "size" in top else set()
     return {name: value for name, value in base.items() if name not in dropped} | dict(top)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftool.config import SampleConfig
+from difftool.data.images import tile, to_pil
 from difftool.diffusion.samplers import split_spelling
 from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
 from difftool.formats.safetensors import load_tensors, read_header, save_tensors
@@ -111,14 +111,7 @@ def resolve_settings(model: Model, asked: Mapping[str, Any]) -> SampleConfig:
             asked["schedule"] = schedule
     width, height = asked.get("size", model.preset.sample.size)
     asked["size"] = (asked.pop("width", width), asked.pop("height", height))
-    options = {n: asked.pop(n) for n in ("sampler_options", "schedule_options") if n in asked}
-    if "eta" in asked:
-        options["sampler_options"] = options.get("sampler_options", {}) | {"eta": asked.pop("eta")}
-    settings = model.settings(**asked)
-    if not options:
-        return settings
-    merged = {name: getattr(settings, name) | given for name, given in options.items()}
-    return model.settings(**asked, **merged)
+    return model.settings(**asked)
 
 
 def default_batch(settings: SampleConfig) -> int:
@@ -176,7 +169,7 @@ class Run:
                     continue
                 if self.grid and (len(sheet) + 1) * image[0].numel() <= MAX_SHEET_PIXELS:
                     first = first or entry.recipe
-                    sheet.append(to_picture(image))
+                    sheet.append(to_pil(image))
                 elif self.grid:
                     left_out += 1
                 if not (self.grid and self.output.stdout):
@@ -341,7 +334,7 @@ class Run:
         chunk = metadata.chunk(recipe, self.model) if self.metadata else None
         text = metadata.parameters(recipe, self.model) if self.metadata else None
         try:
-            data = metadata.encode(to_picture(image), self.output.format, text, chunk)
+            data = metadata.encode(to_pil(image), self.output.format, text, chunk)
             tail = "latents" if recipe.seed is None else recipe.seed
             path = self.output.write(data, job.path, tail)
             if self.latents and path:
@@ -349,6 +342,8 @@ class Run:
                 header = {LATENTS_KEY: json.dumps(chunk)} if chunk else {}
                 overwrite = self.output.overwrite
                 save_tensors(latents, {"latents": x0.contiguous()}, header, overwrite=overwrite)
+        except ResourceError:
+            raise  # a disk that is full is full for the next picture too
         except DifftoolError as error:
             return Failure(job.index, error)
         return Result(index=job.index, path=path, recipe=recipe, seconds=seconds, latents=latents)
@@ -390,7 +385,7 @@ class Run:
             listed = ", ".join(list(header.tensors)[:5])
             raise InputError(f"{file} holds no latents", f"its tensors are {listed or 'none'}")
         x0 = load_tensors(file, ["latents"])["latents"].float()
-        codec = self.model.codec
+        codec: Any = self.model.codec
         if x0.ndim != 3 or x0.shape[0] != codec.channels:
             why = f"shape {list(x0.shape)}, the model {self.model.name} has [{codec.channels},H,W]"
             raise InputError(f"the latents {file} do not fit", why)
@@ -409,24 +404,3 @@ class Run:
 def _out_of_memory(error: RuntimeError) -> bool:
     text = str(error).lower()
     return "out of memory" in text or "can't allocate memory" in text
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """An RGB picture of an image [3,H,W] (or [1,H,W]) in [-1, 1]; rounded, not truncated."""
-    from PIL import Image
-
-    pixels = image.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
-
-
-def tile(pictures: list[Image.Image]) -> Image.Image:
-    """The pictures in rows on one sheet, about as many across as down."""
-    from PIL import Image
-
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = (max(p.size[axis] for p in pictures) for axis in (0, 1))
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * width, index // columns * height))
-    return sheet
