@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from difftool import __version__
-from difftool.config import Preset, SampleConfig, build_preset, preset_folder, to_values, validate
+from difftool.config import (
+    Preset,
+    SampleConfig,
+    build_preset,
+    merge,
+    preset_folder,
+    to_values,
+    validate,
+)
 from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.guidance import guided
@@ -148,7 +156,7 @@ class Model:
         model = cls(build_preset(source.values, str(path)), source.tokenizer_json)
         model.device = target
         for prefix, part in model.parts().items():
-            model._fill(part, source.load(f"{prefix}.", device), prefix, DTYPES[dtype], str(path))
+            model._fill(part, source.load(f"{prefix}.", str(target)), prefix, DTYPES[dtype], str(path))
         model.hash = file_hash(source.file)[:10]
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
         return model
@@ -265,13 +273,11 @@ class Model:
 
     def settings(self, **given: Any) -> SampleConfig:
         """The preset's sampling settings with the values given (None = not given), checked."""
-        base = self.preset.sample
         given = {name: value for name, value in given.items() if value is not None}
-        if SAMPLERS.resolve(given.get("sampler", base.sampler)) != SAMPLERS.resolve(base.sampler):
-            given = {"sampler_options": {}} | given  # another sampler's options do not carry over
-        if GRIDS.resolve(given.get("schedule", base.schedule)) != GRIDS.resolve(base.schedule):
-            given = {"schedule_options": {}} | given
-        values = to_values(base) | given
+        for key, registry in (("sampler", SAMPLERS), ("schedule", GRIDS)):
+            if key in given:
+                given[key] = registry.resolve(given[key])
+        values = merge(to_values(self.preset.sample), given)
         settings = validate(SampleConfig, values, "the sampling settings")
         self.check(settings)
         return settings

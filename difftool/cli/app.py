@@ -6,16 +6,13 @@ import errno
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from difftool import __version__
 from difftool.cli import console
-from difftool.cli.convert import convert
-from difftool.cli.noise import noise
-from difftool.cli.sample import sample
-from difftool.cli.train import train
 from difftool.errors import DifftoolError, ResourceError, UsageError
 
 app = typer.Typer(
@@ -42,15 +39,29 @@ def root(
     pass
 
 
-app.command("train")(train)
-app.command("sample")(sample)
-app.command("noise")(noise)
-app.command("convert")(convert)
+COMMANDS = {
+    "train": "Train a diffusion model on a folder of pictures.",
+    "sample": "Make pictures from prompts, classes or nothing.",
+    "noise": "Show what the forward process does to a picture.",
+    "convert": "Convert a model to another format, losing nothing, or say what is in it.",
+}
+"""The commands, each a function of its name in a module of its name, and a line about it."""
+
+
+def add_commands(wanted: str | None) -> None:
+    """Register the commands. Only the wanted one is imported: the help of all needs their lines."""
+    completing = "_DIFFTOOL_COMPLETE" in os.environ  # the shell's words are not in sys.argv
+    for name, about in COMMANDS.items():
+        if name == wanted or completing:
+            app.command(name)(getattr(import_module(f"difftool.cli.{name}"), name))
+        else:
+            app.command(name, help=about)(lambda: None)
 
 
 def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
+        add_commands(next((word for word in sys.argv[1:] if not word.startswith("-")), None))
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except DifftoolError as error:

@@ -116,7 +116,8 @@ def train(
     for note in notes:
         console.warn(note)
 
-    dataset = open_dataset(data)
+    with console.progress("looking at files", None) as display:
+        dataset = open_dataset(data, progress=lambda done, total: display.update(done))
     for line in dataset.audit.lines():
         console.say(line)
     where = pick_device(device)
@@ -148,6 +149,9 @@ def train(
     if dry_run:
         return
 
+    assert resolved.train.size
+    with console.progress("reading pictures", len(dataset)) as display:
+        dataset.prepare(resolved.train.size, lambda done, total: display.update(done))
     folder = out or new_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(

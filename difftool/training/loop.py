@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from difftool.config import to_values
 from difftool.data import Dataset
 from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
+from difftool.diffusion.path import call
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.model import Model
 from difftool.training import rng
@@ -59,8 +61,11 @@ class Trainer:
         self.step = 0
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.times = TIMES[config.time](model.denoiser.path, **config.time_options)
-        self.weight = WEIGHTS[config.weight](**config.weight_options)
+        self.times = partial(TIMES[config.time], model.denoiser.path, **config.time_options)
+        self.weight = partial(WEIGHTS[config.weight], **config.weight_options)
+        call(f'time distribution "{config.time}"', self.times, torch.full((1,), 0.5))
+        one, target = torch.ones(1, 1, 1, 1), model.denoiser.target
+        call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
         trained = {"unet"} | {
             f"text.{i}" for i, t in enumerate(model.preset.text) if t.tokenizer == "learned"
         }
@@ -70,8 +75,7 @@ class Trainer:
             if prefix in trained:
                 named = part.named_parameters()
                 self.parameters |= {f"{prefix}.{name}": p for name, p in named}
-        if model.device.type == "cuda" or _channels_last_wins():
-            model.denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.lr,
@@ -283,10 +287,6 @@ def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor], checkpoint: Pa
             why = f"{name} is missing or has another shape"
             raise UsageError(f"{checkpoint} does not fit this model", why)
         target.copy_(sources[name])
-
-
-def _channels_last_wins() -> bool:
-    return True
 
 
 @contextmanager

@@ -131,7 +131,8 @@ def _vocabulary(
         return preset, None
     if tokenizer_json is None:
         largest = max(t.vocab_size for t in learned)
-        tokenizer_json = Tokenizer.learn(dataset.all_captions(), largest).to_json()
+        captions = dataset.captions(range(len(dataset)))
+        tokenizer_json = Tokenizer.learn(captions, largest).to_json()
     size = Tokenizer.from_json(tokenizer_json).vocab_size
     text = tuple(
         replace(t, vocab_size=size) if t.tokenizer == "learned" else t for t in preset.text

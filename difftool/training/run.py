@@ -20,6 +20,7 @@ from difftool.data import Dataset
 from difftool.data.images import tile, to_pil, write_png
 from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
+from difftool.training import rng
 from difftool.training.checkpoint import newest_good, verify_checkpoint
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 
@@ -138,7 +139,8 @@ class Run:
     def _prompts(self) -> list[str]:
         if not self.model.text:
             return [""] * PREVIEWS
-        texts = self.prompts or self.dataset.example_captions(PREVIEWS)
+        shown = rng.permutation(0, 0, len(self.dataset))[:PREVIEWS].tolist()
+        texts = self.prompts or self.dataset.captions(shown)
         return [texts[i % len(texts)] for i in range(max(PREVIEWS, len(texts)))]
 
 
