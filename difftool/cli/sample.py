@@ -305,7 +305,7 @@ def _show(events: Iterator[Event], model: Model, total: int | None, steps: int) 
             match event:
                 case run.Working(images):
                     work += images
-                    display.update(work, images=f"{made}/{total}" if total else made)
+                    display.update(work, images=f"{made + images}/{total}" if total else made)
                 case run.Result():
                     made += 1
                     _emit(event.path, _report(event, model))
