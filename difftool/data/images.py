@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -247,7 +248,7 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
     exists = UsageError(f"{path} exists", hint="give --overwrite to replace it")
     if path.exists() and not overwrite:
         raise exists
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as file:
             file.write(data)

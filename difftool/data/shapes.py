@@ -103,7 +103,7 @@ def _triangle(x: Array, y: Array) -> Array:
 
 def _star(x: Array, y: Array) -> Array:
     # A pentagram (circumradius 1.1) is all that lies inside at least four of its five lines.
-    angles = np.pi * (0.5 + 0.4 * np.arange(5))
+    angles = np.pi * (0.4 * np.arange(5) - 0.5)
     lines = np.stack([np.cos(a) * x + np.sin(a) * y for a in angles])
     return np.partition(lines, 3, axis=0)[3] - 1.1 * np.cos(0.4 * np.pi)
 
@@ -161,12 +161,12 @@ def parse(caption: str) -> Scene:
 
 def _thing(text: str, caption: str) -> Thing:
     article, *words = text.split(" ")
-    for word, known in zip(words, (RADII, COLOURS, SHAPES), strict=False):
-        if word not in known:
-            raise UsageError(f'"{caption}" is not a shapes caption', hint=suggestion(word, known))
     if article != "a" or len(words) != 3:
         hint = 'captions read like "a small red circle left of a large blue square"'
         raise UsageError(f'"{caption}" is not a shapes caption', hint=hint)
+    for word, known in zip(words, (RADII, COLOURS, SHAPES), strict=True):
+        if word not in known:
+            raise UsageError(f'"{caption}" is not a shapes caption', hint=suggestion(word, known))
     return Thing(*words)
 
 
