@@ -230,10 +230,12 @@ _row("dpmpp_2m", Multistep, "DPM-Solver++(2M)",
 _row("dpmpp_3m", Multistep, "DPM-Solver++(3M); published: of second order, third = 1: of third", "",
      PAIR | THIRD | CLOCK | TAPER, order=3, pair="half", third=0.5, taper="short")
 _row("dpmpp_2m_sde", Multistep, "DPM-Solver++(2M) of the reverse SDE",
-     "dpmpp_2m_sde_bt dpmpp_2m_sde_gpu sde-dpmsolver++", BROWNIAN | PAIR | {"order": one_of(1, 2)},
-     order=2, pair="half", fresh=reverse_sde, brownian=True)
+     "dpmpp_2m_sde_bt dpmpp_2m_sde_gpu sde-dpmsolver++",
+     BROWNIAN | PAIR | TAPER | {"order": one_of(1, 2)},
+     order=2, pair="half", fresh=reverse_sde, brownian=True, taper="short")
 _row("dpmpp_2m_sde_heun", Multistep, "the same with the exact first moment",
-     "dpmpp_2m_sde_heun_gpu", BROWNIAN, order=2, fresh=reverse_sde, brownian=True)
+     "dpmpp_2m_sde_heun_gpu", BROWNIAN | TAPER,
+     order=2, fresh=reverse_sde, brownian=True, taper="short")
 _row("dpmpp_3m_sde", Multistep, "DPM-Solver++(3M) of the reverse SDE", "dpmpp_3m_sde_gpu",
      BROWNIAN | THIRD, order=3, third=0.5, fresh=reverse_sde, brownian=True)
 _row("unipc", Multistep, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",

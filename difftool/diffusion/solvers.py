@@ -105,7 +105,7 @@ def _forgotten(here: Level, there: Level, rate: float) -> float:
 
 def _via(rho: float, there: Level) -> float:
     """The fresh noise of a step down to that rho, and from there up to `there`."""
-    return _rest(there.sigma, there.alpha * rho)
+    return _rest(there.sigma, there.alpha * rho) if rho < there.rho else 0.0
 
 
 # --- the mean of a polynomial over a step -----------------------------------------------------
@@ -208,7 +208,7 @@ class Sampler(ABC):
     ) -> Iterator[Step]: ...
 
     def _kappa(self, here: Level, there: Level) -> float:
-        return self.fresh(self.path, here, there, self.eta) if there.sigma else 0.0
+        return self.fresh(self.path, here, there, self.eta) if there.sigma and self.eta else 0.0
 
     def _gain(self, here: Level, there: Level, kappa: float) -> float:
         return self.s_noise
@@ -296,9 +296,8 @@ class Multistep(Sampler):
 
             used = [node]
             if math.isfinite(u[i + 1] - u[i]) and u[i + 1] != u[i]:
-                recent = [past for past in history if math.isfinite(past.u)]
-                used += recent[: self._order(steps - i, steps) - 1]
-            if len(used) > 1:
+                used += history[: self._order(steps - i, steps) - 1]
+            if any(math.isfinite(past.u) for past in used[1:]):
                 mean = recover(x, self._mean(used, u[i], u[i + 1]), here, self.target)
             elif self.start == "heun" and i == 0 and there.sigma and self._recovers(here):
                 ahead = denoise(transition(*seen, there), there)
@@ -320,26 +319,28 @@ class Multistep(Sampler):
         return self._recovers(here) and (math.isfinite(u) or self.pair != "bh1")
 
     def _mean(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
-        """F* of the step from u to u_next; its first node lies at either end."""
+        """F* of the step from u to u_next, newest node first: at u, or, to correct, at u_next.
+
+        A node that lies infinitely far back has no weight, which is the limit of the formulas.
+        """
         corrects = nodes[0].u == u_next
-        inner = [(node.u - u) / (u_next - u) for node in nodes[1 + corrects :]]
-        r = [1.0, 0.0, *inner] if corrects else [0.0, *inner]
+        ends, past = nodes[: 1 + corrects], nodes[1 + corrects :]
+        past = [node for node in past if math.isfinite(node.u)]
+        r = [1.0, 0.0] if corrects else [0.0]
+        r += [(node.u - u) / (u_next - u) for node in past]
         if self.clock == "vp":
             means = _vp_moments(u, u_next, len(r))
         else:
             H = self._growth * (u_next - u)
             means = moments(H, len(r))
-            if len(r) == 2 and self.pair == "half":
+            if len(nodes) == 2 and self.pair == "half":
                 means[1] = 0.5
-            if len(r) == 2 and self.pair == "bh1":
+            if len(nodes) == 2 and self.pair == "bh1":
                 means[1] = H / (-2 * math.expm1(-H))
         if len(r) == 3 and not corrects:
             means[2] *= self.third
-        weights = interpolation(r, means)
-        return sum(
-            (w * node.F for w, node in zip(weights[1:], nodes[1:], strict=True)),
-            start=weights[0] * nodes[0].F,
-        )
+        first, *others = zip(interpolation(r, means), [*ends, *past], strict=True)
+        return sum((w * node.F for w, node in others), start=first[0] * first[1].F)
 
     @property
     def _growth(self) -> float:
