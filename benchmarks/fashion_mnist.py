@@ -120,7 +120,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
+    return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 # --- samples ---------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from difftool.data import open_dataset, shapes
 from difftool.data.shapes import Place
 from difftool.errors import UsageError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import shapes_eval
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import shapes_eval
 
 EVERY = [c for i, c in enumerate(shapes.captions()) if i < 80 or i % 37 == 0]
 

@@ -8,7 +8,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 from difftool.data.dataset import Skipped
@@ -130,13 +129,12 @@ class Tar:
                     members[name] = (info.offset_data, info.size)
                 else:
                     self.skipped.append(Skipped(name, "a link or special file"))
-        self._file, self._lock = path.open("rb"), Lock()
-        self._members = members
+        self._path, self._members = path, members
         self.sizes = {name: members[name][1] for name in sorted(members)}
 
     def read(self, name: str, limit: int) -> bytes:
         """See Files."""
         offset, size = self._members[name]
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(min(size, limit + 1))
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            return file.read(min(size, limit + 1))

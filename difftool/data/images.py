@@ -136,6 +136,7 @@ def _to_rgb(image: Image.Image) -> Picture:
         white = Image.new("RGB", image.size, (255, 255, 255))
         image = Image.composite(image, white, alpha)
         notes.append("alpha composited over white")
+    image.info = {}  # a profile that was applied must not be written out again
     return Picture(image, tuple(notes))
 
 
