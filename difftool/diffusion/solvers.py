@@ -155,7 +155,7 @@ def _vp_moments(u: float, u_next: float, n: int) -> list[float]:
     """Means of r^k, k < n, under the weight d(rho), r running in DEIS's time from u to u_next."""
     from numpy.polynomial.legendre import leggauss
 
-    start, end = (math.sqrt(math.expm1(_A * t**2 + _B * t)) for t in (u, u_next))
+    start, end = (math.sqrt(max(math.expm1(_A * t**2 + _B * t), 0.0)) for t in (u, u_next))
     nodes, weights = (column.tolist() for column in leggauss(40))
     rhos = [start + (node + 1) / 2 * (end - start) for node in nodes]
     shares = [(_vp_time(rho) - u) / (u_next - u) for rho in rhos]
