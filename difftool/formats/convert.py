@@ -142,8 +142,9 @@ def convert(
         ledger.entries = [*_entries(source, plan, wanted, *hashes), *_drops(source)]
         _check_casts(ledger)
         if verify:
-            _verify(source, place, kind, ledger)
-    return ledger
+            _verify(source, place, kind, wanted, hashes[1])
+            ledger.verified = "identical, tensor by tensor, after reading back"
+            return ledger
 
 
 def _refuse_inside(source: ModelSource, target: Path) -> None:
@@ -387,24 +388,27 @@ def _check_casts(ledger: Ledger) -> None:
 # --- reading back ----------------------------------------------------------------------------
 
 
-def _verify(source: ModelSource, place: Path, kind: str, ledger: Ledger) -> None:
-    """CheckError unless what was written opens as the same model, byte for byte."""
+def _verify(
+    source: ModelSource, written: Path, kind: str, wanted: str | None, hashes: Mapping[str, str]
+) -> None:
+    """CheckError unless what was written opens as the same model, byte for byte.
+
+    hashes: of the bytes meant to be written, by difftool's names.
+    """
     from difftool.config import build_preset
 
     what = "what was written differs from what was read"
-    again = open_model(place)
+    again = open_model(written)
     if again.kind != kind or again.tensors.keys() != source.tensors.keys():
         raise CheckError(what, "it does not hold the same tensors")
-    hashes = {(e.target_file, e.target): e for e in ledger.entries if e.target is not None}
-    for name, tensor in again.tensors.items():
-        file = "" if tensor.file == place else str(tensor.file.relative_to(place))
-        entry = hashes[file, tensor.name]
-        if (tensor.info.dtype, tensor.info.shape) != (entry.target_dtype, entry.shape):
+    for name, place in again.tensors.items():
+        before = source.tensors[name]
+        meant = (_target_dtype(before, wanted), before.info.shape)
+        if (place.info.dtype, place.info.shape) != meant:
             raise CheckError(what, f"{name} has another dtype or shape")
-        if digest_of(piece_of_file(tensor.file, tensor.info)) != entry.target_sha256:
+        if digest_of(piece_of_file(place.file, place.info)) != hashes[name]:
             raise CheckError(what, f"the bytes of {name} are others")
     if build_preset(again.values) != build_preset(source.values):
         raise CheckError(what, "the preset does not come back as it was")
     if again.tokenizer_json != source.tokenizer_json:
         raise CheckError(what, "the vocabulary does not come back as it was")
-    ledger.verified = "identical, tensor by tensor, after reading back"

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from difftool import __version__
 from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
-from difftool.diffusion.path import build_path
+from difftool.diffusion.path import Discrete, build_path
+from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
 from difftool.formats.networks import VERSION
@@ -35,7 +36,7 @@ from difftool.formats.source import (
     checked_values,
 )
 from difftool.formats.strict import read_json
-from difftool.models.configs import IdentityConfig, TextConfig, UNetConfig, VaeConfig
+from difftool.models.configs import CodecConfig, IdentityConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
 INDEX = "model_index.json"
@@ -120,7 +121,7 @@ def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, na
         codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
     scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
-    family = _family(unet, text)
+    family = _family(unet, codec)
     numbers = 0
     if unet.vector_dim and unet.vector_name == "add_embedding":
         pooled = sum(encoder.projection or 0 for encoder in text if encoder.pooled)
@@ -170,8 +171,10 @@ def _derive_text(
         yield config
 
 
-def _family(unet: UNetConfig, text: tuple[TextConfig, ...]) -> str:
+def _family(unet: UNetConfig, codec: CodecConfig) -> str:
     """The family id of a U-Net, by its shapes."""
+    if not isinstance(codec, VaeConfig):
+        return "unet"
     depths = [max(row) for row in unet.down_depths]
     shape = (unet.channels, unet.context_dim, unet.vector_dim, unet.linear_projection)
     if shape == ((320, 640, 1280, 1280), 768, None, False):
@@ -212,7 +215,8 @@ def open_diffusers(folder: Path) -> ModelSource:
         f"{path.name} in {folder} is code, which difftool never runs"
         for path in sorted(folder.glob("**/*.py"))
     ]
-    configs: dict[str, Any] = {INDEX: index, SCHEDULER: read_json(folder / SCHEDULER)}
+    scheduler = read_json(folder / SCHEDULER, infinite=True)  # diffusers writes -Infinity
+    configs: dict[str, Any] = {INDEX: index, SCHEDULER: scheduler}
     tensors: dict[str, Located] = {}
     dropped: list[Drop] = []
     encoders = 0
@@ -283,7 +287,7 @@ def _name(folder: Path) -> str:
 def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
     """The components that are there; InputError for a pipeline or a component that is unknown."""
     where, kind = folder / INDEX, index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         hint = "this version knows " + ", ".join(PIPELINES)
         raise InputError(f"{where} names a pipeline unknown to this version", str(kind), hint)
     present = set()
@@ -400,8 +404,9 @@ def _pad_id(folder: Path) -> int | None:
         text = (folder / "merges.txt").read_bytes().decode("utf-8", "replace")
         merges = [line for line in text.splitlines() if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
-        found = read_json(folder / "tokenizer.json").get("model", {}).get("merges", [])
-        merges = [line if isinstance(line, str) else " ".join(line) for line in found]
+        match read_json(folder / "tokenizer.json"):
+            case {"model": {"merges": list(found)}}:
+                merges = [" ".join(m) if isinstance(m, list) else m for m in found]
     if merges != _clip()[1]:
         raise InputError(f"{folder} is not CLIP's vocabulary", "this version reads no other")
     added = folder / "added_tokens.json"
@@ -649,7 +654,7 @@ def _losses(
         yield f"diffusers has no codec {preset.codec.kind}: {kept}, and its pictures are bare x0"
     if derived["target"] != preset.target:
         yield f"no scheduler of diffusers has the target {preset.target}: {kept}"
-    if _exact(build_path(preset.path)) != _exact(build_path(derived["path"])):
+    if not _same_path(build_path(preset.path), build_path(derived["path"])):
         yield f"no scheduler of diffusers has the noise path {preset.path['kind']}: {kept}"
     if preset.text and pixel:
         yield "diffusers has no pipeline from text to pixels: its components load one by one"
@@ -659,9 +664,11 @@ def _losses(
         yield "diffusers' DDPMPipeline asks for no class, which this model needs"
 
 
-def _exact(path: Any) -> Any:
-    """A noise path without what is said of times between its entries."""
-    return replace(path, lookup="log", time="exact") if hasattr(path, "lookup") else path
+def _same_path(one: NoisePath, other: NoisePath) -> bool:
+    """Whether two noise paths are the same at the entries of their tables."""
+    if isinstance(one, Discrete) and isinstance(other, Discrete) and one.steps == other.steps:
+        return all(one.level(t) == other.level(t) for t in range(one.steps))
+    return one == other
 
 
 FORMATS.add("diffusers", Format(recognises=_recognises, open=open_diffusers, plan=plan_diffusers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from math import prod
@@ -50,7 +51,8 @@ def _model(path: Path) -> dict[str, Any]:
         "components": _components((name, place.info) for name, place in source.tensors.items()),
         "metadata": source.metadata,
         "warnings": list(source.warnings),
-        "preset": source.values,
+        # JSON has no infinities.
+        "preset": json.loads(json.dumps(source.values), parse_constant=str),
     }
 
 

@@ -134,7 +134,7 @@ def open_native(path: Path) -> ModelSource:
         weights=(weights,),
         tokenizer_json=tokenizer_json,
         metadata=free_metadata(header.metadata),
-        configs=parse_json(kept, f"the metadata of {path}") if kept else {},
+        configs=parse_json(kept, f"the metadata of {path}", infinite=True) if kept else {},
     )
 
 

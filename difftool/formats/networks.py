@@ -127,7 +127,7 @@ def build(cls: type[T], where: str, **values: Any) -> T:
     """A configuration of difftool's; InputError if its values do not fit together."""
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"{where} describes what difftool does not have", str(error)) from None
 
 
@@ -293,14 +293,14 @@ def _read_plain(f: Fields) -> UNetConfig:
 def write_unet(config: UNetConfig) -> dict[str, Any]:
     """The config.json of a U-Net; CheckError if diffusers has no class for it."""
     written = _write_plain(config) if config.attention == "plain" else _write_conditioned(config)
-    again = normal_unet(read_unet(written, "the U-Net"))
+    what, hint = f"diffusers' {written['_class_name']} cannot hold this U-Net", "keep it as it is"
+    try:
+        again = normal_unet(read_unet(written, "it"))
+    except InputError as error:
+        raise CheckError(what, error.why, hint) from None
     for name, value in normal_unet(config).items():
         if again[name] != value:
-            raise CheckError(
-                f"diffusers' {written['_class_name']} cannot hold this U-Net",
-                f"{name} = {value}",
-                "keep it as a difftool model",
-            )
+            raise CheckError(what, f"{name} = {value}", hint)
     return written
 
 
@@ -399,8 +399,9 @@ def _write_plain(config: UNetConfig) -> dict[str, Any]:
     kind, tail, way = ("Resnet", "sampleBlock2D", "resnet") if updown else ("", "Block2D", "conv")
     either = [a or b for a, b in zip(attends, back, strict=True)]
     either[-1] = either[-1] or (config.mid_blocks > 1 and config.mid_depth > 0)
-    pairs = zip(config.channels, config.level_heads, either, strict=True)
-    head_dims = {width // heads for width, heads, there in pairs if there}
+    triples = zip(config.channels, config.level_heads, either, strict=True)
+    attending = [(width // heads, heads) for width, heads, there in triples if there]
+    whole = all(heads == 1 for _, heads in attending)
     return _written(
         "UNet2DModel",
         PLAIN,
@@ -413,7 +414,7 @@ def _write_plain(config: UNetConfig) -> dict[str, Any]:
         add_attention=bool(config.mid_depth),
         attn_norm_num_groups=config.groups if config.scale_shift else None,
         layers_per_block=len(config.down_depths[0]),
-        attention_head_dim=min(head_dims, default=8) if len(head_dims) < 2 else None,
+        attention_head_dim=None if whole else attending[0][0],
     )
 
 
@@ -436,7 +437,11 @@ def read_vae(config: Mapping[str, Any], where: str) -> VaeConfig:
     quant = f.get("use_quant_conv", bool)
     f.one_of("use_post_quant_conv", quant)
     moments = {n: f.get(n, (list, type(None))) for n in ("latents_mean", "latents_std")}
-    values = {n: None if v is None else tuple(map(float, v)) for n, v in moments.items()}
+    values: dict[str, Any] = {}
+    for name, numbers in moments.items():
+        if numbers is not None and not all(type(n) in (int, float) for n in numbers):
+            f.refuse(name)
+        values[name] = None if numbers is None else tuple(map(float, numbers))
     values |= {
         "channels": channels,
         "latent_channels": f.get("latent_channels", int),

@@ -212,6 +212,8 @@ def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], s
     betas = f.get("trained_betas", (list, type(None)))
     f.ignore("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     if betas is not None:
+        if not all(type(beta) in (int, float) for beta in betas):
+            f.refuse("trained_betas")
         path: dict[str, Any] = {"kind": "discrete", "betas": [float(beta) for beta in betas]}
     else:
         path = {"kind": "discrete", "schedule": BETAS[f.one_of("beta_schedule", *BETAS)]}
@@ -445,7 +447,8 @@ def write_scheduler(path: Path, target: str, sample: SampleConfig) -> dict[str, 
             fields["stochastic_sampling"] = sampler == "lcm"
             fields["shift_terminal"] = options.get("shift_terminal")
     elif isinstance(path, Edm):
-        name = "EDMDPMSolverMultistepScheduler" if sampler == "dpmpp_2m" else "EDMEulerScheduler"
+        solver = sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
+        name = "EDMDPMSolverMultistepScheduler" if solver else "EDMEulerScheduler"
         fields = {
             "sigma_min": path.sigma_min,
             "sigma_max": path.sigma_max,
@@ -456,6 +459,9 @@ def write_scheduler(path: Path, target: str, sample: SampleConfig) -> dict[str, 
             "rho": options.get("rho", 7.0) if grid == "karras" else 7.0,
             "final_sigmas_type": "sigma_min" if options.get("end") == "none" else "zero",
         }
+        if solver:
+            chosen = SAMPLERS[sampler].defaults | sample.sampler_options
+            fields |= _write_dpm_solver(sampler, chosen)
     else:
         assert isinstance(path, Discrete)
         name, fields = _write_discrete(path, target, sample, sampler, grid)
@@ -516,16 +522,7 @@ def _write_discrete(
     method = SAMPLERS[sampler]
     chosen = method.defaults | chosen
     if name == "DPMSolverMultistepScheduler":
-        fields |= {
-            "solver_order": {"dpmpp_2m": 2, "dpmpp_3m": 3}.get(sampler, chosen.get("order")),
-            "algorithm_type": {"dpmpp_2m_sde": "sde-dpmsolver++", "dpm_solver": "dpmsolver"}.get(
-                sampler, "dpmsolver++"
-            ),
-            "solver_type": "heun" if chosen["pair"] == "exact" else "midpoint",
-            "variance_type": None,
-            "euler_at_final": chosen.get("taper") == "final",
-            "lower_order_final": chosen.get("taper", "short") != "never",
-        }
+        fields |= _write_dpm_solver(sampler, chosen)
     elif name == "UniPCMultistepScheduler":
         fields |= {
             "solver_order": chosen["order"],
@@ -537,3 +534,15 @@ def _write_discrete(
     elif name == "DEISMultistepScheduler":
         fields |= {"solver_order": chosen["order"], "lower_order_final": chosen["taper"] != "never"}
     return name, fields
+
+
+def _write_dpm_solver(sampler: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {"dpmpp_2m_sde": "sde-dpmsolver++", "dpm_solver": "dpmsolver"}
+    return {
+        "solver_order": {"dpmpp_2m": 2, "dpmpp_3m": 3}.get(sampler, chosen.get("order")),
+        "algorithm_type": kinds.get(sampler, "dpmsolver++"),
+        "solver_type": "heun" if chosen["pair"] == "exact" else "midpoint",
+        "variance_type": None,
+        "euler_at_final": chosen.get("taper") == "final",
+        "lower_order_final": chosen.get("taper", "short") != "never",
+    }

@@ -85,10 +85,11 @@ class UNetConfig:
                 raise ValueError(f"depth {max(depths)}: plain attention is one layer deep")
         if attends and (self.heads is None) == (self.head_dim is None):
             raise ValueError("exactly one of heads and head_dim must be given")
+        head_dim = 1 if self.head_dim is None else self.head_dim
         for width, heads in zip(self.channels, self.level_heads, strict=True):
-            if width % self.groups:
+            if self.groups < 1 or width % self.groups:
                 raise ValueError(f"width {width} is not a multiple of the {self.groups} groups")
-            if attends and (heads < 1 or width % heads or width % (self.head_dim or 1)):
+            if attends and (heads < 1 or width % heads or head_dim < 1 or width % head_dim):
                 raise ValueError(f"width {width} cannot be split into equal heads")
         if self.attention == "plain" and self.context_dim is not None:
             raise ValueError("context_dim needs attention: transformer")
@@ -112,7 +113,7 @@ class UNetConfig:
     def level_heads(self) -> tuple[int, ...]:
         """Attention heads of each level; 1 where nothing attends."""
         if self.head_dim is not None:
-            return tuple(width // self.head_dim for width in self.channels)
+            return tuple(width // max(self.head_dim, 1) for width in self.channels)
         return self._by_level("heads", self.heads or 1)
 
     def _depths(self, name: str, given: tuple[Depth, ...], more: int) -> Depths:
@@ -184,7 +185,7 @@ class VaeConfig:
 
     def __post_init__(self) -> None:
         for width in self.widths:
-            if width % self.groups:
+            if self.groups < 1 or width % self.groups:
                 raise ValueError(f"width {width} is not a multiple of the {self.groups} groups")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
@@ -227,7 +228,7 @@ class TextConfig:
     """CLIP's byte-pair vocabulary, or one learned from the captions and stored in the model."""
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
         if not -self.layers - 1 <= self.hidden <= -1:
             raise ValueError(f"hidden {self.hidden} is not between {-self.layers - 1} and -1")
