@@ -244,9 +244,12 @@ class Trainer:
             prefix = f"{name}."
             entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
             entry = {key: t for key, t in entry.items() if "." not in key}
-            moved = {k: t if k == "step" else t.to(p.device) for k, t in entry.items()}
-            if moved:
-                self.optimizer.state[p] = moved
+            # In the parameter's own memory layout: the fused optimiser walks raw memory.
+            laid_out = {
+                k: t if k == "step" else torch.empty_like(p).copy_(t) for k, t in entry.items()
+            }
+            if laid_out:
+                self.optimizer.state[p] = laid_out
         self.scaler.load_state_dict(state["scaler"])
         device = self.model.device
         self.losses = [torch.tensor(x, device=device) for x in state["losses"]]

@@ -115,7 +115,12 @@ class Run:
         weights = ema.average if ema else None
         self.model.save(path, weights=weights, metadata=note, overwrite=True)
         plot(self.metrics, self.folder / "loss.png")
+        self.close()
         return path
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self.lock.close()
 
     def sheet(self) -> Path:
         """A sheet of samples on fixed seeds, made with the averaged weights, and the loss plot."""
