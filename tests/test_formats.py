@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -40,9 +41,8 @@ from difftool.models.unet import UNet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import diffusers as oracle
-    import transformers
-
+    oracle: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
     oracle.logging.set_verbosity_error()
     oracle.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

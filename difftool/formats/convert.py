@@ -144,7 +144,7 @@ def convert(
         if verify:
             _verify(source, place, kind, wanted, hashes[1])
             ledger.verified = "identical, tensor by tensor, after reading back"
-            return ledger
+    return ledger
 
 
 def _refuse_inside(source: ModelSource, target: Path) -> None:
@@ -305,7 +305,8 @@ def _write(
             file.write(text.encode())
     for name, names in plan.files.items():
         path = place / name
-        path.parent.mkdir(exist_ok=True)
+        if name:
+            path.parent.mkdir(exist_ok=True)
         pieces: dict[str, Piece] = {}
         for there, ours in names.items():
             tensor = source.tensors[ours]

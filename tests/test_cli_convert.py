@@ -1,0 +1,304 @@
+"""`difftool convert` from end to end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from difftool.cli import console
+from difftool.cli.app import app, main
+from difftool.config import SampleConfig, load_preset
+from difftool.formats import open_model, safetensors
+from difftool.model import Model
+from difftool.models.configs import IdentityConfig, UNetConfig
+
+PRESET = replace(
+    load_preset("ddpm"),
+    name="tiny",
+    codec=IdentityConfig(),
+    unet=UNetConfig(
+        in_channels=3, out_channels=3, channels=(8, 16), blocks=1, depth=(0, 1), head_dim=8,
+        groups=4,
+    ),
+    sample=SampleConfig(size=(16, 16), sampler="ddim", schedule="leading"),
+)  # fmt: skip
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def object(self) -> dict[str, Any]:
+        return json.loads(self.out, parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capsys):
+    """Run `difftool convert` in a folder with the model m.safetensors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "mode", console.Mode())
+    Model.fresh(PRESET, seed=0).save(Path("m.safetensors"), metadata={"k": "a \x1b[31m note"})
+
+    def run(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["difftool", "convert", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Ran(stopped.value.code, captured.out, captured.err)
+
+    return run
+
+
+def left() -> set[str]:
+    """What is in the working folder beside the model."""
+    return {path.name for path in Path().iterdir()} - {"m.safetensors"}
+
+
+def test_there_and_back(convert):
+    ran = convert("m.safetensors", "m", "--to", "diffusers")
+    assert (ran.code, ran.out) == (0, "m\n")
+    assert "verification: identical" in ran.err
+    assert json.loads(Path("m/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    ran = convert("m/", "back.safetensors", "--to", "difftool", "--quiet")
+    assert (ran.code, ran.out, ran.err) == (0, "back.safetensors\n", "")
+    before, after = load_file("m.safetensors"), load_file("back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+    assert left() == {"m", "back.safetensors"}
+
+
+def test_the_report_is_the_ledger(convert):
+    ran = convert("m.safetensors", "m", "--to", "diffusers", "--report", "r.json")
+    assert ran.code == 0
+    report = json.loads(Path("r.json").read_text())
+    names = set(load_file("m.safetensors"))
+    assert {entry["source"] for entry in report["entries"]} == names
+    assert report["counts"] == {"copy": len(names)}
+    assert report["schema"] == 1
+    entry = report["entries"][0]
+    assert entry.keys() == {
+        "source", "source_file", "target", "target_file", "op", "shape", "source_dtype",
+        "target_dtype", "source_sha256", "target_sha256",
+    }  # fmt: skip
+    assert entry["source_sha256"] == entry["target_sha256"]
+
+
+def test_json_results(convert):
+    found = convert("m.safetensors", "m", "--to", "diffusers", "--json").object
+    assert found["schema"] == 1
+    assert found["path"] == "m"
+    assert found["kinds"] == ["difftool", "diffusers"]
+    assert "identical" in found["verified"]
+    found = convert("m.safetensors", "m2", "--to", "diffusers", "--no-verify", "--json").object
+    assert found["verified"] == "not asked for"
+
+
+def test_another_dtype_is_measured(convert):
+    found = convert("m.safetensors", "h.st", "--to", "difftool", "--dtype", "fp16", "--json").object
+    assert found["casts"]["unet"]["infinite"] == 0
+    assert 0 < found["casts"]["unet"]["max_abs_error"] < 1e-3
+    before, after = load_file("m.safetensors"), load_file("h.st")
+    assert all(tensor.half().equal(after[name]) for name, tensor in before.items())
+
+
+def test_a_dry_run_writes_nothing(convert):
+    ran = convert("m.safetensors", "m", "--to", "diffusers", "--dry-run")
+    assert (ran.code, ran.out) == (0, "")
+    assert "copy" in ran.err
+    assert left() == set()
+
+
+def test_metadata_is_stripped_where_asked(convert):
+    assert convert("m.safetensors", "a", "--to", "difftool").code == 0
+    assert convert("m.safetensors", "b", "--to", "difftool", "--strip-metadata").code == 0
+    assert "k" in open_model(Path("a")).metadata
+    assert "k" not in open_model(Path("b")).metadata
+
+
+def test_output_is_replaced_only_where_asked(convert):
+    for target, kind in (("m", "diffusers"), ("a.safetensors", "difftool")):
+        assert convert("m.safetensors", target, "--to", kind).code == 0
+        ran = convert("m.safetensors", target, "--to", kind)
+        assert ran.code == 2
+        assert "--overwrite" in ran.err
+        assert convert("m.safetensors", target, "--to", kind, "--overwrite").code == 0
+    Path("r.json").write_text("precious")
+    ran = convert("m.safetensors", "b", "--to", "difftool", "--report", "r.json")
+    assert ran.code == 2
+    assert Path("r.json").read_text() == "precious"
+    assert "b" not in left()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["m.safetensors"], "no DST"),
+        (["m.safetensors", "x"], "format"),
+        (["m.safetensors", "x", "--to", "difusers"], 'did you mean "diffusers"'),
+        (["m.safetensors", "x", "--to", "difftool", "--dtype", "fp17"], "fp16"),
+        (["none", "x", "--to", "difftool"], "does not exist"),
+        (["none", "--inspect"], "does not exist"),
+        (["m.safetensors", "x", "--inspect"], "--inspect"),
+        (["m.safetensors", "--inspect", "--to", "difftool"], "--inspect"),
+        (["m.safetensors", "no/such/folder", "--to", "difftool"], "does not exist"),
+        (["m.safetensors", "no/such/folder", "--to", "diffusers"], "does not exist"),
+        (["m.safetensors", "m.safetensors", "--to", "difftool", "--overwrite"], "converted"),
+        (["m.safetensors", ".", "--to", "diffusers", "--overwrite"], "converted"),
+        (["m.safetensors", "x", "--to", "difftool", "--nonsense"], "--nonsense"),
+        ([], "SRC"),
+    ],
+)
+def test_misuse_is_exit_2(convert, args, says):
+    ran = convert(*args)
+    assert ran.code == 2
+    assert says in ran.err
+    assert ran.out == ""
+    assert left() == set()
+
+
+@pytest.mark.parametrize("args", [["--inspect"], ["out", "--to", "difftool"]])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.safetensors", b""),
+        ("cut.safetensors", b"\xff" * 8 + b"{"),
+        ("twice.safetensors", b'\x0f\0\0\0\0\0\0\0{"a":1,"a":1}  '),
+        ("old.ckpt", b"PK\x03\x04"),
+        ("picture.png", b"\x89PNG"),
+    ],
+)
+def test_refused_input_is_exit_3(convert, name, content, args):
+    Path(name).write_bytes(content)
+    ran = convert(name, *args)
+    assert ran.code == 3
+    assert ran.out == ""
+    assert len(ran.err.splitlines()) <= 3
+    assert left() == {name}
+
+
+def test_an_unknown_family_is_inspected_but_not_converted(convert):
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, "lora.safetensors")
+    assert convert("lora.safetensors", "--inspect", "--json").object["family"] == "lora"
+    ran = convert("lora.safetensors", "out", "--to", "difftool")
+    assert ran.code == 3
+    assert "unknown to this version" in ran.err
+    assert left() == {"lora.safetensors"}
+
+
+def test_an_error_under_json(convert):
+    found = convert("none", "--inspect", "--json").object
+    assert found["schema"] == 1
+    assert found["error"].keys() == {"code", "message", "hint"}
+    assert found["error"]["code"] == 2
+
+
+def test_what_would_lose_data_is_exit_4(convert):
+    tensors = load_file("m.safetensors") | {"unet.nobody_knows": torch.ones(1)}
+    metadata = safetensors.read_header(Path("m.safetensors")).metadata
+    save_file(tensors, "odd.safetensors", metadata)
+    for kind in ("difftool", "diffusers"):
+        ran = convert("odd.safetensors", "out", "--to", kind)
+        assert ran.code == 4
+        assert "nobody_knows" in ran.err
+    tensors["unet.conv_in.bias"] = torch.full((8,), 1e9)
+    del tensors["unet.nobody_knows"]
+    save_file(tensors, "odd.safetensors", metadata)
+    ran = convert("odd.safetensors", "out", "--to", "difftool", "--dtype", "fp16")
+    assert ran.code == 4
+    assert "bf16" in ran.err
+    assert left() == {"odd.safetensors"}
+
+
+def test_a_full_disk_is_exit_5_and_leaves_nothing(convert, monkeypatch):
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    monkeypatch.setattr(safetensors, "file_chunks", full)
+    for kind in ("difftool", "diffusers"):
+        ran = convert("m.safetensors", "out", "--to", kind)
+        assert ran.code == 5
+        assert "disk is full" in ran.err
+    assert left() == set()
+
+
+def test_inspection_for_people(convert):
+    ran = convert("m.safetensors", "--inspect")
+    assert ran.code == 0
+    rows = dict(line.split(maxsplit=1) for line in ran.out.splitlines())
+    assert rows["format"] == "difftool"
+    assert rows["prediction"] == "eps"
+    assert rows["unet"].endswith("fp32")
+    assert "\x1b" not in ran.out
+    assert "\\x1b[31m note" in ran.out
+
+
+def test_inspection_for_programs(convert):
+    shown = convert("m.safetensors", "--inspect", "--json").object
+    assert shown.keys() >= {
+        "schema", "family", "prediction", "zero_snr", "evidence", "weights", "components",
+        "metadata",
+    }  # fmt: skip
+    tensors = load_file("m.safetensors")
+    assert shown["components"] == {
+        "unet": {
+            "tensors": len(tensors),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "dtypes": {"fp32": len(tensors)},
+        }
+    }
+    assert shown["metadata"]["k"] == "a \x1b[31m note"
+    assert convert("m.safetensors", "m", "--to", "diffusers").code == 0
+    folder = convert("m", "--inspect", "--json").object
+    assert folder["components"] == shown["components"]
+    assert folder["prediction"] == "eps"
+
+
+def test_inspection_imports_no_torch(convert):
+    assert convert("m.safetensors", "m", "--to", "diffusers").code == 0
+    code = """
+import sys
+from difftool.cli.app import main
+for path in sys.argv[1:]:
+    sys.argv = ["difftool", "convert", path, "--inspect"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, *map(os.path.abspath, ("m.safetensors", "m"))]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unet") >= 2
+
+
+def test_a_run_folder_is_a_source(convert):
+    Path("run").mkdir()
+    shutil.copy("m.safetensors", "run/model.safetensors")
+    Path("run/config.yaml").write_text("name: tiny\n")
+    assert convert("run", "out.safetensors", "--to", "difftool").code == 0
+    assert load_file("out.safetensors").keys() == load_file("m.safetensors").keys()
+
+
+def test_help_shows_examples_and_every_choice():
+    shown = CliRunner().invoke(app, ["convert", "--help"])
+    assert shown.exit_code == 0
+    for text in ("Examples", "--inspect", "--dry-run", "--strip-metadata", "diffusers, difftool"):
+        assert text in shown.output
