@@ -35,7 +35,7 @@ from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.native import write_native
 from difftool.models.clip import ClipText
-from difftool.models.codecs import build_codec
+from difftool.models.codecs import Codec, build_codec
 from difftool.models.layers import sinusoids
 from difftool.models.tokenizer import Tokenizer
 from difftool.models.unet import UNet
@@ -95,7 +95,7 @@ class Model:
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
         with torch.device("meta"):
-            self.codec = build_codec(preset.codec)
+            self.codec: Codec = build_codec(preset.codec)
             network = UNet(preset.unet)
             self.text = nn.ModuleList(ClipText(config) for config in preset.text)
         self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
@@ -156,7 +156,8 @@ class Model:
         model = cls(build_preset(source.values, str(path)), source.tokenizer_json)
         model.device = target
         for prefix, part in model.parts().items():
-            model._fill(part, source.load(f"{prefix}.", str(target)), prefix, DTYPES[dtype], str(path))
+            tensors = source.load(f"{prefix}.", str(target))
+            model._fill(part, tensors, prefix, DTYPES[dtype], str(path))
         model.hash = file_hash(source.file)[:10]
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
         return model

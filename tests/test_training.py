@@ -149,7 +149,8 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/step-000006.png"} <= names
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 12]
-    assert Image.open(tmp_path / "run/loss.png").size[0] > 400
+    with Image.open(tmp_path / "run/loss.png") as curve:
+        assert curve.size[0] > 400
     model = Model.load(str(path), device="cpu")
     assert model.preset == run.preset
     ema = run.trainer.ema

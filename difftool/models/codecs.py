@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -113,12 +114,12 @@ def _check_size(images: Tensor, factor: int) -> None:
         raise ValueError(f"picture sides must be multiples of {factor}, got {width}x{height}")
 
 
-CODECS: Registry[type[nn.Module]] = Registry("codec")
+CODECS: Registry[Callable[..., Codec]] = Registry("codec")
 CODECS.add("identity", IdentityCodec, "pixel")
 CODECS.add("space_to_depth", SpaceToDepth)
 CODECS.add("vae", VaeCodec)
 
 
-def build_codec(config: CodecConfig) -> nn.Module:
-    """The codec of a configuration, a Codec."""
+def build_codec(config: CodecConfig) -> Codec:
+    """The codec of a configuration, a module."""
     return CODECS[config.kind](config)

@@ -27,7 +27,8 @@ class Ema:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = [p.detach() for p in self.live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        average = list(self.average.values())
+        torch._foreach_lerp_(average, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

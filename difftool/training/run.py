@@ -25,6 +25,7 @@ from difftool.training.checkpoint import newest_good, verify_checkpoint
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 
 PREVIEWS = 16
+SHEET_TILE = 128
 
 
 def new_folder(data: str) -> Path:
@@ -62,17 +63,21 @@ class Run:
         self.save_every, self.keep, self.sample_every = save_every, keep, sample_every
         self.prompts = list(prompts)
         self.notes: list[str] = []
-        self.lock = _lock(folder)
-        model = Model.fresh(
-            preset, seed=preset.train.seed, tokenizer_json=tokenizer_json, device=str(device)
-        )
-        self.trainer = Trainer(model, dataset)
         self.metrics = folder / "metrics.jsonl"
-        if resume is not None:
-            self.notes += self.trainer.restore(resume)
-        else:
-            (folder / "config.yaml").write_text(to_yaml(preset))
-        _truncate(self.metrics, self.trainer.step)
+        self.lock = _lock(folder)
+        try:
+            model = Model.fresh(
+                preset, seed=preset.train.seed, tokenizer_json=tokenizer_json, device=str(device)
+            )
+            self.trainer = Trainer(model, dataset)
+            if resume is not None:
+                self.notes += self.trainer.restore(resume)
+            else:
+                (folder / "config.yaml").write_text(to_yaml(preset))
+            _truncate(self.metrics, self.trainer.step)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def model(self) -> Model:
@@ -137,7 +142,9 @@ class Run:
             images = sample(model, items)
         path = self.folder / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        write_png(tile([to_pil(image) for image in images]), path, overwrite=True)
+        enlarged = max(1, SHEET_TILE // images.shape[-1])  # so that small pictures can be seen
+        large = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
+        write_png(tile([to_pil(image) for image in large]), path, overwrite=True)
         plot(self.metrics, self.folder / "loss.png")
         return path
 
@@ -213,6 +220,7 @@ def _lock(folder: Path) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        handle.close()
         raise UsageError(f"another run is at work in {folder}") from None
     return handle
 
