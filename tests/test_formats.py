@@ -587,6 +587,8 @@ def test_an_index_of_another_size_is_refused(folder):
         ("unet/config.json", {"norm_num_groups": 7}, "groups"),
         ("unet/config.json", {"down_block_types": ["KDownBlock2D"] * 2}, "down_block_types"),
         ("unet/config.json", {"block_out_channels": [32]}, "down_block_types"),
+        ("unet/config.json", {"only_cross_attention": []}, "only_cross_attention"),
+        ("unet/config.json", {"norm_num_groups": 0}, "groups"),
         ("vae/config.json", {"_class_name": "VQModel"}, "VQModel"),
         ("vae/config.json", {"act_fn": "relu"}, "act_fn"),
         ("vae/config.json", {"out_channels": 4}, "out_channels"),
@@ -730,6 +732,13 @@ def test_another_vocabulary_is_refused(written, tmp_path):
         open_model(tmp_path / "xl")
 
 
+@pytest.mark.parametrize("content", [{}, {"model": []}, {"model": {"merges": [[1], None]}}])
+def test_a_malformed_vocabulary_is_refused(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not CLIP's vocabulary"):
+        diffusers._pad_id(tmp_path)
+
+
 def test_added_tokens_are_refused(written, tmp_path):
     shutil.copytree(written, tmp_path / "xl")
     (tmp_path / "xl" / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
@@ -761,6 +770,9 @@ def test_whoever_edits_a_folder_is_right(tmp_path):
         {"schema": None},
         {"sections": []},
         {"sections": {"unet": 1}},
+        {"weights": 1.0},
+        {"tokenizer": []},
+        {"metadata": {"k": 1}},
         {"plain": {"train": {"nonsense": 1}}},
         {"plain": {"nonsense": 1}},
     ],

@@ -33,9 +33,7 @@ def f32(shape: list[int], start: int, end: int) -> dict[str, Any]:
     return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
 
 
-def raw(
-    header: bytes | str | dict[str, Any], data: bytes = b"", length: int | None = None
-) -> bytes:
+def raw(header: bytes | str | dict[str, Any], data: bytes = b"", length: int = -1) -> bytes:
     """The bytes of a file with this header."""
     if isinstance(header, dict):
         header = json.dumps(header)

@@ -406,7 +406,7 @@ def _pad_id(folder: Path) -> int | None:
     elif (folder / "tokenizer.json").is_file():
         match read_json(folder / "tokenizer.json"):
             case {"model": {"merges": list(found)}}:
-                merges = [" ".join(m) if isinstance(m, list) else m for m in found]
+                merges = [" ".join(map(str, m)) if isinstance(m, list) else m for m in found]
     if merges != _clip()[1]:
         raise InputError(f"{folder} is not CLIP's vocabulary", "this version reads no other")
     added = folder / "added_tokens.json"
@@ -455,10 +455,18 @@ def _read_extra(folder: Path) -> dict[str, Any]:
     match extra:
         case {"schema": int(schema), **_rest} if schema > SCHEMA:
             raise InputError(f"{path} needs a newer difftool", f"schema {schema}")
-        case {"schema": 1, "plain": dict(), "sections": dict(sections), "metadata": dict()}:
-            if all(isinstance(s, dict) and s.keys() == {"was", "value"} for s in sections.values()):
+        case {
+            "schema": 1, "plain": dict(), "sections": dict(sections), "metadata": dict(metadata),
+            "weights": list(weights), "tokenizer": str() | None,
+        }:  # fmt: skip
+            texts = all(isinstance(text, str) for text in (*weights, *metadata.values()))
+            if texts and all(_is_section(section) for section in sections.values()):
                 return extra
     raise InputError(f"{path} is malformed")
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"was", "value"}
 
 
 def _with_extra(

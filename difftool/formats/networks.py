@@ -185,17 +185,18 @@ def _read_conditioned(f: Fields) -> UNetConfig:
     levels = len(values["channels"])
     down, up = _blocks(f, "Block2D", "CrossAttn|Block2D")
 
-    def depths(name: str, attends: list[str]) -> list[Any]:
+    def depths(name: str) -> list[Any]:
         given = f.get(name, (int, list))
         listed = given if isinstance(given, list) else [given] * levels
-        if len(listed) != levels:
+        rows = [depth if isinstance(depth, list) else [depth] for depth in listed]
+        if len(rows) != levels or not all(r and all(type(d) is int for d in r) for r in rows):
             f.refuse(name)
-        return [tuple(d) if isinstance(d, list) else d for d in listed]
+        return [tuple(depth) if isinstance(depth, list) else depth for depth in listed]
 
-    per_level = depths("transformer_layers_per_block", down)
+    per_level = depths("transformer_layers_per_block")
     upwards = per_level
     if f.values["reverse_transformer_layers_per_block"] is not None:
-        upwards = depths("reverse_transformer_layers_per_block", up)[::-1]
+        upwards = depths("reverse_transformer_layers_per_block")[::-1]
     f.ignore("reverse_transformer_layers_per_block")
     depth = tuple(d if kind else 0 for d, kind in zip(per_level, down, strict=True))
     up_depth = tuple(d if kind else 0 for d, kind in zip(upwards, up, strict=True))
@@ -208,12 +209,14 @@ def _read_conditioned(f: Fields) -> UNetConfig:
     heads = given if heads is None else heads
     context = f.get("cross_attention_dim", (int, list))
     if isinstance(context, list):
-        if len(set(context)) != 1:
+        if not context or context != [context[0]] * len(context):
             f.refuse("cross_attention_dim")
         context = context[0]
     blocks = f.get("layers_per_block", (int, list))
     only = f.get("only_cross_attention", (bool, list))
     only = only if isinstance(only, list) else [only] * levels
+    if len(only) != levels:
+        f.refuse("only_cross_attention")
     f.ignore("mid_block_only_cross_attention", "addition_embed_type_num_heads")
 
     vector, vector_name = None, "add_embedding"

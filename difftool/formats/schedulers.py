@@ -297,10 +297,11 @@ def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, 
     steps = f.get("num_train_timesteps", int)
     if steps != 1000:
         path["steps"] = steps
-    terminal = f.values.get("shift_terminal")
-    f.ignore("shift_terminal", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    f.ignore("time_shift_type")
-    options = {} if not terminal else {"shift_terminal": float(terminal)}
+    options: dict[str, Any] = {}
+    if f.values.get("shift_terminal") is not None:
+        options["shift_terminal"] = float(f.get("shift_terminal", (int, float)))
+    f.ignore("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    f.ignore("shift_terminal", "time_shift_type")
     return path, "flow", {"schedule": "sd3", "schedule_options": options}
 
 
