@@ -5,7 +5,6 @@ Training, sampling and previews share `Model.generate`; nothing else assembles a
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from difftool import __version__
 from difftool.config import (
@@ -94,7 +94,7 @@ class Model:
         self.notes: list[str] = []
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
-        with torch.device("meta"):
+        with torch.device("meta"), _Unwritten():
             self.codec: Codec = build_codec(preset.codec)
             network = UNet(preset.unet)
             self.text = nn.ModuleList(ClipText(config) for config in preset.text)
@@ -355,12 +355,20 @@ class Model:
         return self.codec.decode(x0).float().clamp(-1, 1)
 
 
+class _Unwritten(TorchFunctionMode):
+    """Networks built in it leave their weights unwritten: they are about to be loaded, and on the
+    meta device drawing numbers would import torch's compiler, which takes longer than the rest."""
+
+    drawing = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.drawing:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace(preset: Preset, **changes: Any) -> Preset:
-    """A preset with some of its values changed."""
-    return dataclasses.replace(preset, **changes)

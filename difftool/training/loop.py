@@ -204,7 +204,9 @@ class Trainer:
         def write(where: Path) -> None:
             self.model.save(where / "model.safetensors")
             if self.ema:
-                self.model.save(where / "ema.safetensors", weights=self.ema.average)
+                note = {"difftool.weights": "ema"}
+                average = self.ema.average
+                self.model.save(where / "ema.safetensors", weights=average, metadata=note)
             optimizer = {
                 f"{name}.{key}": value.contiguous()
                 for name, p in self.parameters.items()
