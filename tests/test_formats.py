@@ -415,7 +415,7 @@ def test_a_folder_of_diffusers_comes_back_with_equal_tensors_and_files(name, fol
     run(source, tmp_path / "m.safetensors", "difftool")
     run(open_model(tmp_path / "m.safetensors"), tmp_path / "back", "diffusers")
     same_tensors(source, open_model(tmp_path / "back"))
-    for file in folders[name].glob("*/*config.json"):
+    for file in [folders[name] / "model_index.json", *folders[name].glob("*/*config.json")]:
         if file.name == "tokenizer_config.json":
             continue
         again = tmp_path / "back" / file.relative_to(folders[name])
@@ -454,6 +454,28 @@ def test_the_networks_of_a_folder_compute_what_diffusers_computes(name, folders)
     with torch.no_grad():
         ours, expected = net(x, t, **given), theirs.unet(x, t, **asked).sample
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_no_name_of_code_survives_in_an_index(folders, tmp_path):
+    """The file that a model came from may lie about what it was."""
+    run(open_model(folders["sd"]), tmp_path / "m", "difftool")
+    source = open_model(tmp_path / "m")
+    index = source.configs.get("model_index.json", {}) | {
+        "_class_name": "StableDiffusionImg2ImgPipeline",
+        "unet": ["mine", "Evil"],
+        "scheduler": ["mine", "Evil"],
+        "extra": ["mine", "Evil"],
+        "hook": {"run": "Evil"},
+        "requires_safety_checker": True,
+    }
+    for evil in ({"model_index.json": index}, {"model_index.json": []}, {"unet/config.json": [1]}):
+        spoilt = replace(source, configs=source.configs | evil)
+        run(spoilt, tmp_path / "d", "diffusers", overwrite=True)
+        written = (tmp_path / "d" / "model_index.json").read_text()
+        assert "Evil" not in written
+        assert json.loads(written)["unet"] == ["diffusers", "UNet2DConditionModel"]
+        assert json.loads(written)["requires_safety_checker"] is False
+        pipeline(tmp_path / "d")
 
 
 def test_what_a_folder_says_is_what_is_decided(folders):

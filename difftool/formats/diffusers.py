@@ -636,20 +636,33 @@ def _as_published(
         derived = to_values(_derive(candidate, pads, shapes, "").preset)
         return _differing(derived, source.values)
 
-    for path, config in source.configs.items():
-        if path not in configs:
+    for path, config in sorted(source.configs.items(), key=lambda item: item[0] == INDEX):
+        if path not in configs or not isinstance(config, dict):
             continue
         if path == INDEX:
-            gone = {n: [None, None] for n in (*LEFT_OUT, "feature_extractor") if n in config}
-            config = config | gone
-            if "requires_safety_checker" in config:
-                config = config | {"requires_safety_checker": False}
+            config = _published_index(config, configs)
         try:
             if len(mismatches(configs | {path: config})) <= len(mismatches(configs)):
                 configs = configs | {path: config}
-        except (DifftoolError, KeyError):
+        except (DifftoolError, KeyError, TypeError):
             continue  # the model has changed since: its own description stands
     return configs
+
+
+def _published_index(published: Mapping[str, Any], configs: Configs) -> dict[str, Any]:
+    """The index that a folder had, of which only what does not name code is taken over."""
+    ours = configs[INDEX] | {"scheduler": ["diffusers", configs[SCHEDULER]["_class_name"]]}
+    components = {name: value for name, value in ours.items() if isinstance(value, list)}
+    gone = {name: [None, None] for name, value in published.items() if isinstance(value, list)}
+    plain = {
+        name: value
+        for name, value in published.items()
+        if isinstance(value, str | bool | int | float)
+    }
+    index = ours | gone | plain | components
+    if "requires_safety_checker" in published:
+        index["requires_safety_checker"] = False
+    return index
 
 
 def _losses(
