@@ -1,0 +1,137 @@
+"""`difftool train` as a user meets it: the plan, the run, misuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+TINY = [
+    "--set", "unet.channels=[8,8]", "--set", "unet.groups=4", "--set", "unet.head_dim=4",
+    "--set", "unet.blocks=1", "--set", "sample.steps=2",
+    "--steps", "4", "--batch-size", "2", "--size", "16",
+]  # fmt: skip
+
+
+def difftool(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "difftool", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for i in range(3):
+        image = Image.new("RGB", (20, 24), (80 * i, 100, 200))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / f"photos/{i}.png")
+    return tmp_path
+
+
+def test_a_folder_becomes_a_model_that_samples(pictures):
+    done = difftool("train", "photos", *TINY, cwd=pictures)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "runs/photos-001/model.safetensors\n"
+    assert "3 images" in done.stderr
+    assert "preset = pixel-small" in done.stderr
+    sampled = difftool(
+        "sample", "-m", "runs/photos-001", "--steps", "2", "-o", "a.png", cwd=pictures
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    with Image.open(pictures / "a.png") as image:
+        assert image.size == (16, 16)
+
+
+def test_a_dry_run_plans_and_writes_nothing(pictures):
+    before = sorted(pictures.rglob("*"))
+    done = difftool("train", "photos", "--dry-run", cwd=pictures)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    for word in ("3 images", "preset = pixel-small", "train.steps", "memory", "disk"):
+        assert word in done.stderr
+    assert sorted(pictures.rglob("*")) == before
+
+
+def test_the_configuration_is_printed_with_its_origins(pictures):
+    done = difftool("train", "photos", "--print-config", "--json", "--lr", "0.5", cwd=pictures)
+    config = json.loads(done.stdout)["config"]
+    assert config["train.lr"] == {"value": 0.5, "origin": "--lr"}
+    assert config["unet.groups"]["origin"] == "default"
+    assert "usual on cpu" in config["train.batch_size"]["origin"]
+
+
+MISUSE = [
+    (["nowhere"], 2, "no folder"),
+    (["photos", "--preset", "pixel-smal"], 2, 'did you mean "pixel-small"'),
+    (["photos", "--steps", "0"], 2, "positive"),
+    (["photos", "--lr", "-1"], 2, "positive"),
+    (["photos", "--precision", "fp8"], 2, "choose from"),
+    (["photos", "--device", "tpu"], 2, "cannot be used"),
+    (["photos", "--resume"], 2, "--out"),
+    (["photos", "--out", "missing", "--resume"], 2, "no checkpoint"),
+    (["photos", "--out", "photos"], 2, "not empty"),
+    (["photos", "--preset", "text-small"], 2, "no captions"),
+    (["photos", "--set", "unet.chanels=[8]"], 2, "channels"),
+    (["photos", "--set", "path.kind=edm", "--set", "target=eps", "--size", "15"], 2, "multiple"),
+    (["photos", "--set", "path={kind: linear, zero_snr: true}", "--set", "target=eps"], 2, "eps"),
+    (["photos", "--frobnicate"], 2, "frobnicate"),
+    ([], 2, "DATA"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), MISUSE)
+def test_misuse_is_told_in_a_few_lines_and_leaves_nothing(pictures, arguments, code, says):
+    before = sorted(pictures.rglob("*"))
+    done = difftool("train", *arguments, cwd=pictures)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(pictures.rglob("*")) == before
+
+
+def test_an_error_is_json_where_json_is_asked_for(pictures):
+    done = difftool("train", "photos", "--steps", "-3", "--json", cwd=pictures)
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["code"]) == (2, 2)
+    assert "--steps" in error["message"]
+
+
+def test_sigterm_saves_and_resume_goes_on(pictures):
+    arguments = [*TINY[:-6], "--steps", "100000", "--batch-size", "2", "--size", "16"]
+    command = [sys.executable, "-m", "difftool", "train", "photos", "--out", "run", *arguments]
+    with subprocess.Popen(command, cwd=pictures, stderr=subprocess.PIPE, text=True) as process:
+        metrics = pictures / "run/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, talk = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "--resume" in talk
+    [checkpoint] = (pictures / "run/checkpoints").glob("step-*")
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    done = difftool(
+        "train", "photos", "--out", "run", "--resume", "--steps", str(step + 2), cwd=pictures
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from run/checkpoints/{checkpoint.name}" in done.stderr
+    assert done.stdout == "run/model.safetensors\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_runs_on_cuda(pictures, precision):
+    done = difftool(
+        "train", "photos", *TINY, "--device", "cuda", "--precision", precision, cwd=pictures
+    )
+    assert done.returncode == 0, done.stderr

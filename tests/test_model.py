@@ -1,0 +1,164 @@
+"""The whole model: conditioning, checks, fresh and loaded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+from difftool.config import load_preset
+from difftool.errors import InputError, UsageError
+from difftool.model import Item, Model, find_model, pick_device
+
+SMALL = ["unet.channels=[8,8]", "unet.groups=4", "unet.head_dim=4", "unet.blocks=1"]
+CLASSES = [*SMALL, "unet.num_classes=4", "classes=[cat, dog, owl]", "sample.size=[16,16]"]
+
+
+def fresh(*overrides: str, preset: str = "pixel-small") -> Model:
+    return Model.fresh(load_preset(preset, list(overrides)), seed=3)
+
+
+def test_fresh_weights_are_a_function_of_the_seed():
+    torch.manual_seed(1)
+    one = fresh(*SMALL).tensors()
+    torch.manual_seed(2)
+    two = fresh(*SMALL).tensors()
+    other = Model.fresh(load_preset("pixel-small", SMALL), seed=4).tensors()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_saved_model_is_the_same_model(tmp_path):
+    model = fresh(*CLASSES)
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    loaded = Model.load(str(path), device="cpu")
+    assert loaded.preset == model.preset
+    theirs = loaded.tensors()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.tensors().items())
+    with pytest.raises(UsageError, match="there already"):
+        model.save(path)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    model = fresh(*SMALL)
+    good = model.denoiser.network.state_dict()
+    for change, says in (
+        (lambda t: t.pop("conv_in.weight"), "lacks tensor unet.conv_in.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown tensor unet.extra"),
+        (
+            lambda t: t.update({"conv_in.bias": torch.zeros(3)}),
+            "misshapen tensor unet.conv_in.bias",
+        ),
+    ):
+        tensors = dict(good)
+        change(tensors)
+        with pytest.raises(InputError, match=says):
+            model._fill(model.denoiser.network, tensors, "unet", torch.float32, "file")
+
+
+def test_labels_by_name_and_by_index():
+    model = fresh(*CLASSES)
+    assert model.null_label == 3
+    assert (model.label("owl"), model.label("1")) == (2, 1)
+    for wrong in ("3", "cta", "-1"):
+        with pytest.raises(UsageError, match="no class"):
+            model.label(wrong)
+    with pytest.raises(UsageError, match="no classes"):
+        fresh(*SMALL).label("0")
+
+
+def test_guidance_needs_something_to_guide_from():
+    assert fresh(*CLASSES).guidable
+    model = fresh(*SMALL)
+    assert not model.guidable
+    with pytest.raises(UsageError, match="cannot be guided"):
+        model.settings(guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"guidance": 0.5}, "guidance"),
+        ({"size": (17, 16)}, "multiples of 2"),
+        ({"sampler": "eulr"}, "euler"),
+        ({"schedule": "lcn"}, "lcm"),
+        ({"clip": "hard"}, "clip"),
+        ({"sampler_options": {"etta": 1}}, "etta"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, says):
+    with pytest.raises(UsageError, match=says):
+        fresh(*CLASSES).settings(**given)
+
+
+def test_another_sampler_drops_the_options_of_the_first():
+    model = fresh(*CLASSES, "sample.sampler=ddim", "sample.sampler_options={eta: 0.5}")
+    assert model.settings(steps=3).sampler_options == {"eta": 0.5}
+    assert model.settings(sampler="DDIM").sampler_options == {"eta": 0.5}
+    assert model.settings(sampler="Euler a").sampler_options == {}
+
+
+def test_guidance_1_runs_the_network_once_a_step():
+    model = fresh(*CLASSES)
+    calls: list[int] = []
+    model.denoiser.network.register_forward_hook(lambda m, i, out: calls.append(len(out)))
+    for guidance, each in ((1.0, 1), (3.0, 2)):
+        calls.clear()
+        settings = model.settings(guidance=guidance, steps=3, sampler="ddim")
+        for _ in model.generate([Item(label=0)], settings):
+            pass
+        assert calls == [each] * 3
+
+
+def test_a_picture_is_the_same_in_any_batch():
+    model = fresh(*CLASSES)
+    network = model.denoiser.network
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)  # fresh networks say 0
+    settings = model.settings(steps=3, sampler="euler_a", guidance=2.0)
+    items = [Item(label=k, seed=10 + k) for k in range(3)]
+    *_, together = model.generate(items, settings)
+    *_, alone = model.generate(items[2:], settings)
+    assert (together.x[2] - alone.x[0]).abs().max() < 1e-4
+    assert (together.x[0] - together.x[1]).abs().max() > 0.1
+
+
+def test_sdxl_is_told_pooled_text_and_sizes():
+    """The vector is the pooled text, then 256 sinusoids of each size number, in the order height,
+    width, top, left, height, width."""
+    model = fresh(
+        *[f"unet.{key}" for key in ("channels=[8,8]", "depth=[0,1]", "head_dim=4", "groups=4")],
+        "unet.heads=null", "unet.blocks=1", "unet.context_dim=48", "unet.vector_dim=1560",
+        "codec={kind: vae, widths: [8,8,8,8], groups: 4}",
+        "text=[{width: 32, layers: 1, heads: 2, mlp: 8, hidden: -1, final_norm: false},"
+        "{width: 16, layers: 1, heads: 2, mlp: 8, hidden: -1, final_norm: false, pooled: true,"
+        " projection: 24}]",
+        preset="sdxl",
+    )  # fmt: skip
+    cond = model.cond(["a fox", "an owl"], [None, None], (64, 96))
+    assert cond.context is not None and cond.context.shape == (2, 77, 48)
+    assert cond.vector is not None and cond.vector.shape == (2, 1560)
+    numbers = torch.tensor([96.0, 64, 0, 0, 96, 64])
+    expected = get_timestep_embedding(numbers, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.allclose(cond.vector[0, 24:], expected.flatten(), atol=1e-6)
+    assert not torch.allclose(cond.vector[0, :24], cond.vector[1, :24])
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="cannot be used"):
+        pick_device("abacus")
+
+
+def test_models_are_found_by_path_name_and_environment(monkeypatch, tmp_path):
+    bundled = find_model(None)
+    assert bundled.parent.name == "shapes"
+    assert find_model("shapes") == bundled
+    monkeypatch.setenv("DIFFTOOL_MODEL", str(tmp_path))
+    assert find_model(None) == tmp_path
+    assert find_model("shapes") == bundled
+    with pytest.raises(UsageError, match="no model"):
+        find_model(str(Path("no/such/model")))
