@@ -27,6 +27,7 @@ from difftool.diffusion.solvers import (
     full,
     interpolation,
     moments,
+    none,
     posterior,
     rectified,
     reverse_sde,
@@ -486,10 +487,8 @@ MODELS = {
 }
 
 
-STOCHASTIC = [
-    *("ddpm", "euler_a", "euler_a_rf", "lcm", "tcd", "dpmpp_2m_sde", "dpmpp_2m_sde_heun"),
-    *("dpmpp_3m_sde", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"),
-]
+DEFAULTS = {name: method(PATHS["sd15"]()) for name, method in SAMPLERS.items()}
+STOCHASTIC = [name for name, made in DEFAULTS.items() if made.fresh is not none and made.eta]
 
 
 class Counted(NamedTuple):
@@ -555,11 +554,12 @@ def test_evaluations_and_draws(sampler, model):
     _, levels, seen, draws = count(sampler, model)
     two_stage = SAMPLERS[sampler].loop is TwoStage
     from_alpha_0 = levels[0].alpha == 0
-    extra = 5 if two_stage else 1 if sampler == "plms" else 0
+    made = DEFAULTS[sampler]
+    extra = 5 if two_stage else 1 if getattr(made, "start", None) == "heun" else 0
     if extra and from_alpha_0:  # where eps, or a level between, does not exist
         extra -= 1
     assert len(seen) == 6 + extra
-    if sampler == "dpmpp_sde":
+    if getattr(made, "stage", None) == "fresh":
         assert draws == 10 - from_alpha_0
     else:
         assert draws == (5 if sampler in STOCHASTIC else 0)
