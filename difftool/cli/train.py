@@ -21,7 +21,7 @@ def train(
         str | None,
         typer.Option("--preset", help=choices("Model and recipe", preset_names()) + " Or a .yaml."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder.  [runs/DATA-NNN]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder.  \\[runs/DATA-NNN]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Pictures a batch.")
@@ -32,7 +32,7 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     size: Annotated[int | None, typer.Option("--size", help="Side of the pictures.")] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of everything random.  [0]")
+        int | None, typer.Option("--seed", help="Seed of everything random.  \\[0]")
     ] = None,
     precision: Annotated[
         str | None,
