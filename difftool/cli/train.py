@@ -21,7 +21,9 @@ def train(
         str | None,
         typer.Option("--preset", help=choices("Model and recipe", preset_names()) + " Or a .yaml."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder.  \\[runs/DATA-NNN]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder.  \\[runs/DATA-NNN]")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Pictures a batch.")
