@@ -116,8 +116,8 @@ def test_guidance_1_runs_the_network_once_a_step():
 
 def test_a_picture_is_the_same_in_any_batch():
     model = fresh(*CLASSES)
-    network = model.denoiser.network
-    torch.nn.init.normal_(network.conv_out.weight, std=0.1)  # fresh networks say 0
+    last = model.denoiser.network.get_parameter("conv_out.weight")
+    torch.nn.init.normal_(last, std=0.1)  # fresh networks say 0
     settings = model.settings(steps=3, sampler="euler_a", guidance=2.0)
     items = [Item(label=k, seed=10 + k) for k in range(3)]
     *_, together = model.generate(items, settings)
