@@ -125,10 +125,6 @@ class Model:
             for name, tensor in part.state_dict().items()
         }
 
-    def modules(self) -> nn.ModuleDict:
-        """The same networks as one module, for moving and counting."""
-        return nn.ModuleDict({name.replace(".", "_"): part for name, part in self.parts().items()})
-
     @classmethod
     def fresh(
         cls, preset: Preset, *, seed: int, tokenizer_json: str | None = None, device: str = "cpu"
@@ -138,7 +134,7 @@ class Model:
         for index, part in enumerate(model.parts().values()):
             part.to_empty(device="cpu")
             part.init_weights(torch.Generator().manual_seed(seed * 1000 + index))  # type: ignore[operator]
-        model.modules().to(device)
+            part.to(device)
         model.device = torch.device(device)
         return model
 

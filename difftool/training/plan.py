@@ -39,13 +39,8 @@ def plan(
         why = {"text": "captions", "class": "classes", "none": "no captions or classes"}
         last = base[-1]
         base[-1] = Layer(f"{last.origin}, chosen: the data has {why[dataset.kind]}", last.values)
-    layers = [*base, *_class_layer(dataset, base), *given]
-    layers = [
-        *base,
-        *_class_layer(dataset, base),
-        *_recipe(resolve(layers), dataset, device),
-        *given,
-    ]
+    base += _class_layer(dataset, base)
+    layers = [*base, *_recipe(resolve([*base, *given]), dataset, device), *given]
     result = resolve(layers)
     _check(result, dataset)
     return *_vocabulary(result, dataset, tokenizer_json), layers
