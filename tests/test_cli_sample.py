@@ -58,7 +58,8 @@ def models(tmp_path_factory) -> dict[str, str]:
         files[name] = str(folder / f"{name}.safetensors")
         model = Model.fresh(preset, seed=1, tokenizer_json=vocabulary)
         generator = torch.Generator().manual_seed(0)
-        for parameter in model.modules().parameters():  # a fresh network's last layer is zero
+        parameters = (p for part in model.parts().values() for p in part.parameters())
+        for parameter in parameters:  # a fresh network's last layer is zero
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         model.save(Path(files[name]))
     return files
