@@ -49,8 +49,9 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a model is trained when nothing is asked for; None = chosen from data and device."""
+class OptimConfig:
+    """How a part of a model is trained when nothing is asked for; None = chosen from data and
+    device."""
 
     size: int | None = None
     """Side of the square training pictures, in pixels."""
@@ -66,6 +67,19 @@ class TrainConfig:
     """How the learning rate falls to zero after the warm-up."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 = not clipped."""
+    flip: bool | None = None
+    """Random horizontal flips; None = only for unconditional and class-conditional photos."""
+    ema: float = 0.9995
+    """Decay of the moving average of the weights; 0 = none. Early steps use a shorter one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    """Seed of everything random in a run, the first weights included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(OptimConfig):
+    """How the U-Net is trained, and with it any text encoder with a vocabulary of its own."""
+
     time: str = "uniform"
     """Distribution of the training times: uniform, logit_normal or log_normal."""
     time_options: Options = field(default_factory=dict)
@@ -75,13 +89,32 @@ class TrainConfig:
     loss: Literal["mse", "huber"] = "mse"
     drop: float = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
-    flip: bool | None = None
-    """Random horizontal flips; None = only for unconditional and class-conditional photos."""
-    ema: float = 0.9995
-    """Decay of the moving average of the weights; 0 = none. Early steps use a shorter one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    seed: int = 0
-    """Seed of everything random in a run, the first weights included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeTrainConfig(OptimConfig):
+    """How the autoencoder is trained."""
+
+    kl: float = 1e-4
+    """Weight of the latent's divergence from a unit normal, of its share a picture value."""
+    structure: float = 1.0
+    """Weight of the Laplacian pyramid distance beside the mean absolute error."""
+    adversarial: float = 0.0
+    """Weight of a patch discriminator's opinion; 0 = there is none."""
+    adversarial_from: int = 0
+    """The step from which it has a say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTrainConfig(OptimConfig):
+    """How the text encoders are trained beforehand, against a picture encoder."""
+
+    width: int = 32
+    """Width of the picture encoder's first layer."""
+
+
+Part = Literal["vae", "clip", "unet"]
+"""What can be trained by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +140,19 @@ class Preset:
     classes: tuple[str, ...] = ()
     """Names of the classes of a class-conditional model, by label."""
     sample: SampleConfig = SampleConfig()
+    parts: tuple[Part, ...] = ("unet",)
+    """What `train` trains, one after the other."""
     train: TrainConfig = TrainConfig()
+    train_vae: VaeTrainConfig = VaeTrainConfig()
+    train_clip: ClipTrainConfig = ClipTrainConfig()
+
+    def recipe(self, part: Part) -> OptimConfig:
+        """How that part is trained."""
+        return getattr(self, RECIPES[part])
+
+
+RECIPES: dict[Part, str] = {"vae": "train_vae", "clip": "train_clip", "unet": "train"}
+"""The key of a preset that holds each part's recipe."""
 
 
 # --- strict YAML -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from difftool import __version__
 from difftool.config import (
     Preset,
     SampleConfig,
@@ -151,6 +150,9 @@ class Model:
             dtype = "fp32" if target.type != "cuda" else "fp16"
         model = cls(build_preset(source.values, str(path)), source.tokenizer_json)
         model.device = target
+        if not any(name.startswith("unet.") for name in source.tensors):
+            hint = "train the rest of the model with it: --vae, or --part unet"
+            raise InputError(f"{path} holds a part of a model, without a U-Net", hint=hint)
         for prefix, part in model.parts().items():
             tensors = source.load(f"{prefix}.", str(target))
             model._fill(part, tensors, prefix, DTYPES[dtype], str(path))
@@ -178,17 +180,32 @@ class Model:
         part.load_state_dict(moved, assign=True)
         part.eval().requires_grad_(False)
 
+    def adopt(self, path: Path, part: str) -> None:
+        """Take the weights of a part ("vae", "text", "unet") from another model."""
+        source = open_model(path)
+        for prefix, network in self.parts().items():
+            if prefix.partition(".")[0] == part:
+                tensors = source.load(f"{prefix}.", str(self.device))
+                self._fill(network, tensors, prefix, torch.float32, str(path))
+
     def save(
         self,
         path: Path,
         *,
         weights: Mapping[str, Tensor] | None = None,
+        parts: Collection[str] | None = None,
         dtype: str | None = None,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write a self-describing model file; `weights` (the EMA, say) replace the live ones."""
+        """Write a self-describing model file; `weights` (the EMA, say) replace the live ones.
+
+        With `parts` only those are in it, for another model to adopt.
+        """
         tensors = self.tensors() | dict(weights or {})
+        if parts is not None:
+            prefixes = tuple(f"{part}." for part in parts)
+            tensors = {name: t for name, t in tensors.items() if name.startswith(prefixes)}
         if dtype is not None:
             tensors = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
         write_native(
@@ -196,7 +213,7 @@ class Model:
             to_values(self.preset),
             {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
             tokenizer_json=self.tokenizer_json,
-            extra_metadata={"difftool.version": __version__} | dict(metadata or {}),
+            extra_metadata=dict(metadata or {}),
             overwrite=overwrite,
         )
 
@@ -230,14 +247,23 @@ class Model:
         if not self.text:
             return None, None
         contexts, pooled = [], None
-        for encoder, tokenizer, config in zip(
-            self.text, self.tokenizers, self.preset.text, strict=True
-        ):
-            ids = torch.tensor(tokenizer.encode(list(prompts), config.length), device=self.device)
+        for encoder, ids in zip(self.text, self._ids(prompts), strict=True):
             context, pool = encoder(ids)
             contexts.append(context)
-            pooled = pool if config.pooled else pooled
+            pooled = pooled if pool is None else pool
         return torch.cat(contexts, dim=-1), pooled
+
+    def pooled(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The pooled text [B,P] of prompts, of each text encoder."""
+        ids = self._ids(prompts)
+        return [encoder.pooled(i) for encoder, i in zip(self.text, ids, strict=True)]  # type: ignore[operator]
+
+    def _ids(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Token ids [B,L] of prompts, of each tokenizer."""
+        return [
+            torch.tensor(tokenizer.encode(list(prompts), config.length), device=self.device)
+            for tokenizer, config in zip(self.tokenizers, self.preset.text, strict=True)
+        ]
 
     def cond(
         self, prompts: Sequence[str], labels: Sequence[int | None], size: tuple[int, int],

@@ -15,9 +15,10 @@ from difftool.config import Layer
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.formats import open_model
-from difftool.model import Model
+from difftool.model import Item, Model
+from difftool.training.checkpoint import newest_good
 from difftool.training.plan import plan
-from difftool.training.run import Run, open_run
+from difftool.training.run import Run
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
@@ -47,7 +48,7 @@ RUNS: list[Run] = []
 def start(folder: Path, data: str, values: dict, preset: str | None = None, resume: bool = False):
     folder.mkdir(parents=True, exist_ok=True)
     dataset = open_dataset(data)
-    checkpoint = open_run(folder, None)[0] if resume else None
+    checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
     vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
     given = [Layer("test", TINY), Layer("test", values)]
     resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)
@@ -167,11 +168,8 @@ def test_training_learns_the_classes(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, values)
     losses = [step.loss for step in run.steps() if step.loss is not None]
     assert losses[-1] < 0.8 * losses[0]
-    from difftool.model import Item
-    from difftool.training.run import sample
-
-    with run.trainer.ema.swapped():  # type: ignore[union-attr]
-        images = sample(run.model, [Item(label=k, seed=s) for k in (0, 1) for s in range(4)])
+    with run.averaged():
+        images = run.samples([Item(label=k, seed=s) for k in (0, 1) for s in range(4)])
     dark, light = images[:4].mean(), images[4:].mean()
     assert dark < -0.4
     assert light > 0.4

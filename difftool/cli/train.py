@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from difftool.cli import console
 from difftool.cli.console import Debug, Device, Json, PrintConfig, Quiet, Set, choice, choices
-from difftool.config import Layer, preset_names
+from difftool.config import RECIPES, Layer, Part, preset_names
 from difftool.errors import UsageError
 
+if TYPE_CHECKING:
+    from difftool.config import Preset
+    from difftool.training.run import Run
+
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
+PARTS: list[str] = list(RECIPES)
 
 
 def train(
@@ -33,6 +38,21 @@ def train(
     ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     size: Annotated[int | None, typer.Option("--size", help="Side of the pictures.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            callback=choice(PARTS),
+            help=choices("Train this part alone", PARTS) + " Default: the preset's.",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="Fine-tune this model.")
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option("--vae", metavar="MODEL", help="Work in this model's latents, as they are."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of everything random.  \\[0]")
     ] = None,
@@ -104,92 +124,130 @@ def train(
     if resuming and out is None:
         raise UsageError("--resume needs the run to continue", hint="name it with --out")
 
-    from difftool.config import load_preset, origins, override_layers
+    if start is not None and preset is not None:
+        raise UsageError("--from brings its own preset", hint="leave --preset out; use --set")
+
+    from difftool.config import load_preset, origins, override_layers, to_yaml
     from difftool.data import open_dataset
     from difftool.formats import open_model
-    from difftool.model import Model, pick_device
+    from difftool.model import Model, find_model, pick_device
+    from difftool.training import stages as staged
     from difftool.training.plan import plan
-    from difftool.training.run import Run, estimate, is_used, new_folder, open_run
+    from difftool.training.run import estimate, is_used, new_folder
 
     if out is not None and not resuming and is_used(out):
         hint = "give --resume to continue it, or another --out"
         raise UsageError(f"the run folder {out} is not empty", hint=hint)
-    checkpoint, notes = open_run(out, resume_from) if resuming and out else (None, [])
-    for note in notes:
-        console.warn(note)
+    if resuming and out is not None and preset is None:
+        preset, start = _preset_of_run(out), None
 
     with console.progress("looking at files", None) as display:
         dataset = open_dataset(data, progress=lambda done, total: display.update(done))
     for line in dataset.audit.lines():
         console.say(line)
     where = pick_device(device)
+    only = cast("Part | None", part)
+    key = RECIPES[only or "unet"]
+    shared = {"seed", "precision"}
     given = [
-        Layer(f"--{name.replace('_', '-')}", {"train": {name: value}})
+        Layer(
+            f"--{name.replace('_', '-')}",
+            {k: {name: value} for k in (RECIPES.values() if name in shared else (key,))},
+        )
         for name, value in flags.items()
         if value is not None
     ]
     if ema is not None:
-        default = load_preset(preset).train.ema if preset else 0.999
-        given.append(
-            Layer("--ema/--no-ema", {"train": {"ema": (default or 0.999) if ema else 0.0}})
-        )
+        default = getattr(load_preset(preset), key).ema if preset else 0.999
+        given.append(Layer("--ema/--no-ema", {key: {"ema": (default or 0.999) if ema else 0.0}}))
+    adopt: dict[str, Path] = {}
+    begin: list[Layer] = []
+    tokenizer = None
+    if start is not None:
+        base = find_model(start)
+        begin, tokenizer = staged.start_layers(base), open_model(base).tokenizer_json
+        adopt = dict.fromkeys(("unet", "text", "vae"), base)
+    if vae is not None:
+        adopt["vae"] = find_model(vae)
+        given.append(staged.vae_layer(f"--vae {vae}", adopt["vae"]))
+        only = only or "unet"
     given += override_layers(settings or [])
-    if checkpoint is not None and out is not None and preset is None:
-        preset = _preset_of_run(out)
-    vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
-    resolved, tokenizer_json, layers = plan(dataset, where.type, preset, given, vocabulary)
+
+    def planned(vocabulary: str | None) -> tuple[Preset, str | None, list[Layer]]:
+        return plan(dataset, where.type, preset, given, vocabulary, only, begin)
+
+    resolved, tokenizer, layers = planned(tokenizer)
+    stages, notes = staged.survey(
+        out or Path(), resolved.parts, resume=resume, resume_from=resume_from
+    )
+    for note in notes:
+        console.warn(note)
+    if known := staged.vocabulary(stages):
+        resolved, tokenizer, layers = planned(known)
     rows = list(origins(resolved, layers))
     if print_config:
         console.print_config(iter(rows))
         return
-    for key, value, origin in rows:
-        if origin.startswith(("chosen", "data")) or (", chosen" in origin and key == "name"):
-            label = "preset" if key == "name" else key
+    for name, value, origin in rows:
+        if origin.startswith(("chosen", "data")) or (", chosen" in origin and name == "name"):
+            label = "preset" if name == "name" else name
             console.say(f"{label} = {_short(value)}  ({origin.removeprefix('chosen: ')})")
-    for line in estimate(resolved, Model(resolved, tokenizer_json)):
+    for line in estimate(resolved, Model(resolved, tokenizer)):
         console.say(line)
     if dry_run:
         return
 
-    assert resolved.train.size
-    with console.progress("reading pictures", len(dataset)) as display:
-        dataset.prepare(resolved.train.size, lambda done, total: display.update(done))
     folder = out or new_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        folder,
+    if not resuming:
+        (folder / "config.yaml").write_text(to_yaml(resolved))
+    console.say(f"run folder: {folder}")
+    stages = [s._replace(folder=folder / s.folder.relative_to(out or Path())) for s in stages]
+    runs = staged.runs(
+        stages,
         resolved,
         dataset,
+        adopt=adopt,
         device=where,
-        tokenizer_json=tokenizer_json,
-        resume=checkpoint,
+        tokenizer_json=tokenizer,
         save_every=save_every,
         keep=keep,
         sample_every=sample_every,
         prompts=sample_prompt or (),
+        progress=console.progress,
     )
+    path = folder
+    for run in runs:
+        path = _train(run)
+    result = {"schema": console.SCHEMA, "model": str(path), "steps": resolved.train.steps}
+    console.emit(result if json else str(path))
+
+
+def _train(run: Run) -> Path:
+    """Take a run to its end, showing how it goes; the model's path."""
     for note in run.notes:
         console.warn(note)
-    if checkpoint is not None:
-        console.say(f"resumed from {checkpoint}")
-    console.say(f"run folder: {folder}")
-    loss = "-"
-    with console.progress("training", resolved.train.steps) as display:
+    trainer, loss = run.trainer, "-"
+    if trainer.step:
+        console.say(f"resumed at step {trainer.step}")
+    name = "training" if run.part == "unet" else f"training the {run.part}"
+    with console.progress(name, trainer.config.steps) as display:
         for step in run.steps():
             if step.loss is not None:
                 loss = f"{step.loss:.4f}"
             speed = f"{step.images_per_second:.1f}/s"
             display.update(step.step, loss=loss, images=speed, lr=f"{step.lr:.1e}")
-    path = run.finish()
-    result = {"schema": console.SCHEMA, "model": str(path), "steps": resolved.train.steps}
-    console.emit(result if json else str(path))
+    return run.finish()
 
 
 def _preset_of_run(folder: Path) -> str | None:
     """The configuration that a run folder was made with, as a preset file to resume with."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UsageError(f"the run folder {folder} has no config.yaml", hint="give --preset")
+        hint = "start without --resume, or point --out at the run to continue"
+        raise UsageError(
+            f"there is no checkpoint to resume from in {folder}", "it has no config.yaml", hint
+        )
     return str(path)
 
 

@@ -32,24 +32,35 @@ class ClipText(nn.Module):
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        config, model = self.config, self.text_model
-        depth = config.layers + 1 + config.hidden
-        x = context = model.embeddings(ids)
-        for index, layer in enumerate(model.encoder.layers, start=1):
-            if index > depth and not config.pooled:
+        config = self.config
+        context, last = self._states(ids, whole=config.pooled)
+        if config.final_norm:
+            context = self.text_model.final_layer_norm(context)
+        return context, self._pool(ids, last) if config.pooled else None
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """The pooled text [B,P] of token ids [B,L], whether or not it conditions the U-Net."""
+        return self._pool(ids, self._states(ids, whole=True)[1])
+
+    def _states(self, ids: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+        """The chosen hidden state and, of the `whole` network, the last one."""
+        depth = self.config.layers + 1 + self.config.hidden
+        x = chosen = self.text_model.embeddings(ids)
+        for index, layer in enumerate(self.text_model.encoder.layers, start=1):
+            if index > depth and not whole:
                 break
             x = layer(x)
             if index == depth:
-                context = x
-        if config.final_norm:
-            context = model.final_layer_norm(context)
-        if not config.pooled:
-            return context, None
+                chosen = x
+        return chosen, x
+
+    def _pool(self, ids: Tensor, last: Tensor) -> Tensor:
         # The first end mark (argmax returns the first maximum): padding repeats it, and tokens
         # added to the vocabulary have higher ids.
-        end = (ids == config.end_id).int().argmax(dim=1)
-        pooled = model.final_layer_norm(x[torch.arange(len(x), device=x.device), end])
-        return context, pooled if config.projection is None else self.text_projection(pooled)
+        end = (ids == self.config.end_id).int().argmax(dim=1)
+        at_end = last[torch.arange(len(last), device=last.device), end]
+        pooled = self.text_model.final_layer_norm(at_end)
+        return pooled if self.config.projection is None else self.text_projection(pooled)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

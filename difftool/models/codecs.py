@@ -35,11 +35,9 @@ class Codec(Protocol):
 class IdentityCodec(nn.Module):
     """x0 is the picture."""
 
-    factor = 1
-
     def __init__(self, config: IdentityConfig):
         super().__init__()
-        self.channels = config.channels
+        self.channels, self.factor = config.latent_channels, config.factor
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return images
@@ -53,8 +51,7 @@ class SpaceToDepth(nn.Module):
 
     def __init__(self, config: SpaceToDepthConfig):
         super().__init__()
-        self.factor = config.block
-        self.channels = config.channels * config.block**2
+        self.channels, self.factor = config.latent_channels, config.factor
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         _check_size(images, self.factor)
@@ -74,14 +71,16 @@ class VaeCodec(nn.Module):
         super().__init__()
         self.config = config
         self.vae = Vae(config)
-        self.channels = config.latent_channels
-        self.factor = self.vae.factor
+        self.channels, self.factor = config.latent_channels, config.factor
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         _check_size(images, self.factor)
         vae = self._network()
         mean, logvar = (part.float() for part in vae.encode(images.to(vae.dtype)))
-        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return self.scaled(mean if noise is None else mean + torch.exp(0.5 * logvar) * noise)
+
+    def scaled(self, latent: Tensor) -> Tensor:
+        """x0 of a raw latent [B,c,h,w]."""
         offset, gain = self._affine(latent)
         return (latent - offset) * gain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 Depth = int | tuple[int, ...]
 """Transformer depth of a level: one number for all its blocks, or one a block; 0 = no attention."""
@@ -142,6 +142,13 @@ class IdentityConfig:
 
     kind: Literal["identity"] = "identity"
     channels: int = 3
+    factor: ClassVar[int] = 1
+    """How many times smaller the sides of x0 are."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of x0."""
+        return self.channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,16 @@ class SpaceToDepthConfig:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"block {self.block} is less than 1")
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller the sides of x0 are."""
+        return self.block
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of x0."""
+        return self.channels * self.block**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +199,11 @@ class VaeConfig:
     mid_attention: bool = True
     force_upcast: bool = False
     """Run in fp32 whatever the model's dtype (SDXL's published VAE overflows fp16)."""
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller the sides of x0 are."""
+        return 2 ** (len(self.widths) - 1)
 
     def __post_init__(self) -> None:
         for width in self.widths:

@@ -27,7 +27,7 @@ class Vae(nn.Module):
         super().__init__()
         latent = config.latent_channels
         self.config = config
-        self.factor = 2 ** (len(config.widths) - 1)
+        self.factor = config.factor
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
         if config.quant_conv:

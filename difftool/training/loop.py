@@ -12,72 +12,70 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from difftool.config import to_values
+from difftool.config import Part, TrainConfig, to_values
 from difftool.data import Dataset
-from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
-from difftool.diffusion.path import call
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.model import Model
-from difftool.training import rng
+from difftool.training.batches import Batches
 from difftool.training.checkpoint import save_checkpoint
 from difftool.training.ema import Ema
-from difftool.training.rng import Stream
+from difftool.training.latents import Latents
+from difftool.training.objectives import OBJECTIVES
+from difftool.training.record import Record
 
 LOG_EVERY = 10
+HELPERS = "helpers.safetensors"
 
 
 class TrainStep(NamedTuple):
-    """What one optimiser step did. `loss` and `grad_norm` are means since the last report, and
-    None on the steps between reports, where they are not fetched from the device."""
+    """What one optimiser step did. What is measured on the device (loss, gradient norm, the terms
+    of the loss, the loss by noise level) is the mean since the last report, and None or empty on
+    the steps between reports, where it is not fetched."""
 
     step: int
     lr: float
     loss: float | None
     grad_norm: float | None
     images_per_second: float
+    terms: dict[str, float]
+    levels: list[float | None]
+    """Mean loss in each bin of LEVELS; None where there was no sample."""
 
 
 class Trainer:
-    """Trains the networks of a model on a dataset; every choice is in its preset's TrainConfig.
+    """Trains one part of a model on a dataset; every choice is in its preset's recipe for it."""
 
-    The U-Net is trained, and with it any text encoder whose vocabulary is the dataset's own.
-    """
-
-    def __init__(self, model: Model, dataset: Dataset):
-        config = model.preset.train
+    def __init__(
+        self, model: Model, dataset: Dataset, part: Part = "unet", latents: Latents | None = None
+    ):
+        config = model.preset.recipe(part)
         assert config.steps and config.batch_size and config.size
-        self.model, self.dataset, self.config, self.seed = model, dataset, config, config.seed
-        self.step = 0
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.times = partial(TIMES[config.time], model.denoiser.path, **config.time_options)
-        self.weight = partial(WEIGHTS[config.weight], **config.weight_options)
-        call(f'time distribution "{config.time}"', self.times, torch.full((1,), 0.5))
-        one, target = torch.ones(1, 1, 1, 1), model.denoiser.target
-        call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
-        trained = {"unet"} | {
-            f"text.{i}" for i, t in enumerate(model.preset.text) if t.tokenizer == "learned"
-        }
-        self.parameters: dict[str, Tensor] = {}
-        for prefix, part in model.parts().items():
-            part.requires_grad_(prefix in trained).train(prefix in trained)
-            if prefix in trained:
-                named = part.named_parameters()
-                self.parameters |= {f"{prefix}.{name}": p for name, p in named}
-        model.denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model, self.dataset, self.part, self.config = model, dataset, part, config
+        self.step, self.seed = 0, config.seed
+        options = {"latents": latents} if latents else {}
+        self.objective = objective = OBJECTIVES[part](model, config, **options)
+        drop = config.drop if isinstance(config, TrainConfig) else 0.0
+        self.batches = Batches(model, dataset, self.seed, config.size, bool(config.flip), drop)
+        trained, self.helpers = objective.trained(), objective.helpers()
+        for name, network in model.parts().items():
+            network.requires_grad_(name in trained).train(name in trained)
+        self.parameters = _parameters(trained)
+        """What the model keeps, by its names in a model file."""
+        self.learning = self.parameters | _parameters(self.helpers)
+        for network in (*model.parts().values(), *self.helpers.values()):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            self.learning.values(),
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -90,6 +88,7 @@ class Trainer:
             precision = "bf16" if bf16 else "fp32"
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+        self.record = Record(model.device)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -102,67 +101,24 @@ class Trainer:
         shape = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
         return config.lr * warm * shape[config.decay]
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, list[str], list[int | None]]:
-        """Pictures [B,3,S,S] in [-1, 1], captions and labels of the samples first .. first + count.
-
-        Sample n is the (n mod N)-th of epoch n // N, in that epoch's own order.
-        """
-        data, config, size = self.dataset, self.config, len(self.dataset)
-        numbers = range(first, first + count)
-        epochs = torch.tensor([n // size for n in numbers])
-        orders = {e: rng.permutation(self.seed, e, size) for e in set(epochs.tolist())}
-        indices = torch.stack([orders[n // size][n % size] for n in numbers])
-        keys = rng.keys(self.seed, epochs, indices)
-        slots = torch.arange(first, first + count)
-        flips = (rng.uniform(self.seed, Stream.FLIP, 0, slots) < 0.5).tolist()
-        drops = (rng.uniform(self.seed, Stream.DROP, 0, slots) < config.drop).tolist()
-        chosen = indices.tolist()
-        assert config.size
-        pixels = data.images(chosen, config.size, flips if config.flip else None, keys)
-        images = pixels.to(self.model.device).float().div_(127.5).sub_(1)
-        captions = data.captions(chosen, keys) if self.model.text else [""] * count
-        labels: list[int | None] = [None] * count
-        if self.model.preset.unet.num_classes:
-            labels = list(data.labels(chosen))
-        drops = [d and self.model.guidable for d in drops]
-        captions = ["" if d else c for c, d in zip(captions, drops, strict=True)]
-        null = self.model.null_label
-        labels = [null if d else v for v, d in zip(labels, drops, strict=True)]
-        return images, captions, labels
-
-    def loss(self, first: int, count: int) -> Tensor:
-        """Mean loss of the samples first .. first + count."""
-        model, config, seed = self.model, self.config, self.seed
-        images, captions, labels = self.batch(first, count)
-        slots = torch.arange(first, first + count, device=model.device)
-        x0 = model.codec.encode(images)
-        times = self.times(rng.uniform(seed, Stream.TIME, 0, slots))
-        eps = rng.normal(seed, Stream.NOISE, 0, slots, tuple(x0.shape[1:]))
-        size = (images.shape[-1], images.shape[-2])
-        with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
-            cond = model.cond(captions, labels, size)
-            losses = training_loss(
-                model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
-            )
-        return losses.mean()
-
     def advance(self) -> None:
-        """One optimiser step; its loss and gradient norm stay on the device."""
-        config = self.config
+        """One optimiser step; what it measured stays on the device."""
+        config, objective = self.config, self.objective
         assert config.batch_size
-        if self.model.preset.unet.dropout:
-            torch.manual_seed(
-                self.seed * 1_000_003 + self.step
-            )  # dropout draws from the global one
-        total = torch.zeros((), device=self.model.device)
+        if self.model.preset.unet.dropout:  # which draws from the global generator
+            torch.manual_seed(self.seed * 1_000_003 + self.step)
         for part in range(config.accumulate):
             first = (self.step * config.accumulate + part) * config.batch_size
-            loss = self.loss(first, config.batch_size) / config.accumulate
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            pictures = objective.needs_pictures()
+            batch = self.batches.draw(first, config.batch_size, pictures=pictures)
+            enabled = self.autocast is not None
+            with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
+                outcome = objective.losses(batch, self.step)
+            self.scaler.scale(outcome.loss.mean() / config.accumulate).backward()
+            self.record.add(outcome)
         self.scaler.unscale_(self.optimizer)
         bound = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), bound)
+        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), bound)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         self.scaler.step(self.optimizer)
@@ -170,8 +126,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update()
-        self.losses.append(total)
-        self.norms.append(norm.detach())
+        self.record.add_norm(norm.detach())
         self.step += 1
 
     def run(self) -> Iterator[TrainStep]:
@@ -183,41 +138,50 @@ class Trainer:
             lr = self.lr(self.step)
             self.advance()
             images += config.batch_size * config.accumulate
-            loss = norm = None
+            step = TrainStep(self.step, lr, None, None, 0.0, {}, [])
             if self.step % LOG_EVERY == 0 or self.step == config.steps:
-                loss = float(torch.stack(self.losses).mean())
-                norm = float(torch.stack(self.norms).mean())
-                self.losses, self.norms = [], []
+                report = self.record.report()
+                step = step._replace(**report)
+                loss, norm = report["loss"], report["grad_norm"]
                 if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
                     raise ResourceError(
                         f"training stopped at step {self.step}: the numbers are not finite",
                         f"loss {loss}, gradient norm {norm}",
                         "resume from the last checkpoint with a lower --lr",
                     )
-            yield TrainStep(self.step, lr, loss, norm, images / (time.monotonic() - began))
+            yield step._replace(images_per_second=images / (time.monotonic() - began))
 
     # --- state -------------------------------------------------------------------------------
+
+    def kept_parts(self) -> list[str]:
+        """The parts that the run's files hold: the whole model if the U-Net is trained, else what
+        is trained, for another model to adopt."""
+        return list(self.model.parts() if self.part == "unet" else self.objective.trained())
 
     def save(self, folder: Path, *, keep: int) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
 
         def write(where: Path) -> None:
-            self.model.save(where / "model.safetensors")
+            parts = self.kept_parts()
+            self.model.save(where / "model.safetensors", parts=parts)
             if self.ema:
                 note = {"difftool.weights": "ema"}
                 average = self.ema.average
-                self.model.save(where / "ema.safetensors", weights=average, metadata=note)
+                path = where / "ema.safetensors"
+                self.model.save(path, parts=parts, weights=average, metadata=note)
             optimizer = {
                 f"{name}.{key}": value.contiguous()
-                for name, p in self.parameters.items()
+                for name, p in self.learning.items()
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
             save_file(optimizer, where / "optimizer.safetensors")
+            if self.helpers:
+                left = {n: p.detach() for n, p in _parameters(self.helpers).items()}
+                save_file({n: p.contiguous() for n, p in left.items()}, where / HELPERS)
             state = {
                 "schema": 1,
                 "step": self.step,
-                "losses": [float(x) for x in self.losses],
-                "norms": [float(x) for x in self.norms],
+                "record": self.record.state(),
                 "ema_updates": self.ema.updates if self.ema else 0,
                 "scaler": self.scaler.state_dict(),
                 "train": to_values(self.config),
@@ -236,13 +200,16 @@ class Trainer:
         """
         state = json.loads((checkpoint / "state.json").read_text())
         self._check_state(state, checkpoint)
-        live = _tensors(checkpoint / "model.safetensors")
-        _copy(self.parameters, live, checkpoint)
+        kept = tuple(f"{part}." for part in self.kept_parts())
+        mine = {n: t for n, t in self.model.tensors().items() if n.startswith(kept)}
+        _copy(mine, _tensors(checkpoint / "model.safetensors"), checkpoint)
+        if self.helpers:
+            _copy(_parameters(self.helpers), _tensors(checkpoint / HELPERS), checkpoint)
         if self.ema:
             _copy(self.ema.average, _tensors(checkpoint / "ema.safetensors"), checkpoint)
             self.ema.updates = state["ema_updates"]
         saved = _tensors(checkpoint / "optimizer.safetensors")
-        for name, p in self.parameters.items():
+        for name, p in self.learning.items():
             prefix = f"{name}."
             entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
             entry = {key: t for key, t in entry.items() if "." not in key}
@@ -253,9 +220,7 @@ class Trainer:
             if laid_out:
                 self.optimizer.state[p] = laid_out
         self.scaler.load_state_dict(state["scaler"])
-        device = self.model.device
-        self.losses = [torch.tensor(x, device=device) for x in state["losses"]]
-        self.norms = [torch.tensor(x, device=device) for x in state["norms"]]
+        self.record.restore(state["record"])
         self.step = state["step"]
         notes = []
         if state["dataset"] != self.dataset.fingerprint:
@@ -275,6 +240,11 @@ class Trainer:
                     f"it was {then[key]}, now {now[key]}",
                     "give the same value, or start a new run",
                 )
+
+
+def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    named = ((prefix, network.named_parameters()) for prefix, network in networks.items())
+    return {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from difftool.config import Layer, Preset, merge, preset_layers, resolve
+from difftool.config import RECIPES, Layer, Part, Preset, preset_layers, resolve
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.models.tokenizer import Tokenizer
@@ -27,35 +27,34 @@ def plan(
     preset: str | None,
     given: Sequence[Layer],
     tokenizer_json: str | None = None,
+    part: Part | None = None,
+    start: Sequence[Layer] = (),
 ) -> tuple[Preset, str | None, list[Layer]]:
     """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind it.
 
     `given` holds what the user said; the rest is chosen for the dataset and the device. A run that
-    is resumed brings its vocabulary; else it is learned from the captions.
+    is resumed brings its vocabulary; else it is learned from the captions. `part` trains that part
+    alone; None = those of the preset. `start` describes the model to fine-tune and takes the
+    preset's place.
     UsageError where the preset and the data do not go together.
     """
-    base = preset_layers(preset or FRESH_PRESET[dataset.kind])
-    if preset is None:
+    base = [*(preset_layers(preset or FRESH_PRESET[dataset.kind]) if not start else start)]
+    if preset is None and not start:
         why = {"text": "captions", "class": "classes", "none": "no captions or classes"}
         last = base[-1]
         base[-1] = Layer(f"{last.origin}, chosen: the data has {why[dataset.kind]}", last.values)
     base += _class_layer(dataset, base)
-    layers = [*base, *_recipe(resolve([*base, *given]), dataset, device), *given]
+    if part is not None:
+        given = [*given, Layer("--part", {"parts": [part]})]
+    layers = [*base, *_recipes(resolve([*base, *given]), dataset, device), *given]
     result = resolve(layers)
     _check(result, dataset)
     return *_vocabulary(result, dataset, tokenizer_json), layers
 
 
-def _values(layers: Sequence[Layer]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values = merge(values, layer.values)
-    return values
-
-
 def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:
     """A label table of the dataset's classes and "none", unless the preset goes by text."""
-    if dataset.kind != "class" or _values(base).get("text"):
+    if dataset.kind != "class" or resolve(base).text:
         return []
     values = {
         "classes": list(dataset.classes),
@@ -64,31 +63,35 @@ def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:
     return [Layer(f"data: {len(dataset.classes)} classes", values)]
 
 
-def _recipe(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
-    """Size, batch, steps and flips where the preset leaves them open."""
-    train, layers = preset.train, []
+def _recipes(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
+    """Size, batch, steps and flips where the preset leaves them open, for each part."""
+    layers: list[Layer] = []
 
-    def choose(key: str, value: Any, why: str) -> Any:
-        layers.append(Layer(f"chosen: {why}", {"train": {key: value}}))
+    def choose(recipe: str, key: str, value: Any, why: str) -> Any:
+        layers.append(Layer(f"chosen: {why}", {recipe: {key: value}}))
         return value
 
-    size = train.size
+    size = preset.train.size
     if size is None:
-        codec = getattr(preset.codec, "block", 1)
-        unit = codec * 2 ** (len(preset.unet.channels) - 1)
+        unit = preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
         native = dataset.native_size or LARGEST[device]
         fits = max(unit, min(native, LARGEST[device]) // unit * unit)
         why = f"pictures are {native}, {device} affords {LARGEST[device]}, in multiples of {unit}"
-        size = choose("size", fits, why)
-    batch = train.batch_size
-    if batch is None:
-        batch = choose("batch_size", BATCH[device], f"usual on {device}")
-    if train.steps is None:
-        longest = max(200, EPOCHS * len(dataset) // (batch * train.accumulate))
-        why = f"{device} affords {STEPS[device]}, {EPOCHS} epochs are {longest}"
-        choose("steps", min(STEPS[device], longest), why)
-    if train.flip is None:
-        choose("flip", dataset.kind == "none", "mirroring is safe only where nothing is labelled")
+        size = choose("train", "size", fits, why)
+    for name in preset.parts:
+        key, recipe = RECIPES[name], preset.recipe(name)
+        if recipe.size is None and name != "unet":
+            choose(key, "size", size, "the size of train")
+        batch = recipe.batch_size
+        if batch is None:
+            batch = choose(key, "batch_size", BATCH[device], f"usual on {device}")
+        if recipe.steps is None:
+            longest = max(200, EPOCHS * len(dataset) // (batch * recipe.accumulate))
+            why = f"{device} affords {STEPS[device]}, {EPOCHS} epochs are {longest}"
+            choose(key, "steps", min(STEPS[device], longest), why)
+        if recipe.flip is None:
+            why = "mirroring is safe only where nothing is labelled"
+            choose(key, "flip", dataset.kind == "none", why)
     layers.append(Layer("train.size", {"sample": {"size": [size, size]}}))
     return layers
 
@@ -105,16 +108,14 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         raise UsageError(
             "cannot train on this data", why, "lay the pictures out in one folder a class"
         )
-    train = preset.train
-    assert train.size and train.steps and train.batch_size
-    for key in ("size", "steps", "batch_size", "accumulate"):
-        if getattr(train, key) < 1:
-            raise UsageError(
-                f"{key.replace('_', ' ')} must be at least 1, got {getattr(train, key)}"
-            )
-    factor = getattr(preset.codec, "block", 1)
-    if train.size % factor:
-        raise UsageError(f"size {train.size} is not a multiple of {factor}")
+    for name in preset.parts:
+        recipe = preset.recipe(name)
+        for key in ("size", "steps", "batch_size", "accumulate"):
+            value = getattr(recipe, key)
+            if value is not None and value < 1:
+                raise UsageError(f"{key.replace('_', ' ')} must be at least 1, got {value}")
+        if recipe.size and recipe.size % preset.codec.factor:
+            raise UsageError(f"size {recipe.size} is not a multiple of {preset.codec.factor}")
 
 
 def _vocabulary(

@@ -9,23 +9,40 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
-from difftool.config import Preset, to_yaml
+from difftool.config import Part, Preset, to_yaml
 from difftool.data import Dataset
-from difftool.data.images import tile, to_pil, write_png
+from difftool.data.images import tile, to_pil, write_png, write_whole
 from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
 from difftool.training import rng
-from difftool.training.checkpoint import newest_good, verify_checkpoint
+from difftool.training.batches import to_signal
+from difftool.training.latents import Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 
 PREVIEWS = 16
 SHEET_TILE = 128
+MEASURED = 4096
+"""Pictures by which the latents' mean and deviation are measured."""
+
+
+Progress = Callable[[str, int | None], AbstractContextManager[Any]]
+
+
+class _Silent:
+    def update(self, done: int) -> None:
+        """Show nothing."""
+
+
+def _silent(name: str, total: int | None) -> AbstractContextManager[Any]:
+    return nullcontext(_Silent())
 
 
 def new_folder(data: str) -> Path:
@@ -42,7 +59,7 @@ def new_folder(data: str) -> Path:
 
 
 class Run:
-    """One training run in its folder."""
+    """One training run in its folder: of the U-Net, or of another part of a model alone."""
 
     def __init__(
         self,
@@ -52,28 +69,49 @@ class Run:
         *,
         device: torch.device,
         tokenizer_json: str | None,
+        part: Part = "unet",
+        adopt: Mapping[str, Path] | None = None,
         resume: Path | None = None,
         save_every: int,
         keep: int,
         sample_every: int,
         prompts: Sequence[str] = (),
+        progress: Progress = _silent,
     ):
-        """Build the model and trainer, from nothing or (resume) from a checkpoint folder."""
-        self.folder, self.preset, self.dataset = folder, preset, dataset
+        """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
+
+        adopt: the models that parts ("vae", "text", "unet") take their first weights from.
+        progress: shows (name, total) as a context whose `update(done)` is called, while pictures
+        are read and encoded.
+        """
+        self.folder, self.preset, self.dataset, self.part = folder, preset, dataset, part
         self.save_every, self.keep, self.sample_every = save_every, keep, sample_every
         self.prompts = list(prompts)
         self.notes: list[str] = []
         self.metrics = folder / "metrics.jsonl"
         self.lock = _lock(folder)
         try:
+            recipe = preset.recipe(part)
             model = Model.fresh(
-                preset, seed=preset.train.seed, tokenizer_json=tokenizer_json, device=str(device)
+                preset, seed=recipe.seed, tokenizer_json=tokenizer_json, device=str(device)
             )
-            self.trainer = Trainer(model, dataset)
+            for name, path in (adopt or {}).items():
+                model.adopt(path, name)
+            if resume is None:
+                write_whole(folder / "config.yaml", to_yaml(preset).encode(), overwrite=True)
+            assert recipe.size
+            with progress("reading pictures", len(dataset)) as shown:
+                dataset.prepare(recipe.size, lambda done, _: shown.update(done))
+            latents = None
+            if part == "unet" and preset.codec.kind == "vae":
+                with progress("encoding pictures", len(dataset)) as shown:
+                    latents = Latents.make(
+                        model, dataset, recipe.size, flip=bool(recipe.flip),
+                        folder=folder / "cache", progress=lambda done, _: shown.update(done),
+                    )  # fmt: skip
+            self.trainer = Trainer(model, dataset, part, latents)
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
-            else:
-                (folder / "config.yaml").write_text(to_yaml(preset))
             _truncate(self.metrics, self.trainer.step)
         except BaseException:
             self.close()
@@ -88,13 +126,11 @@ class Run:
 
         Raises Stopped after a first SIGINT or SIGTERM, once the state is saved.
         """
-        trainer, last = self.trainer, self.preset.train.steps
+        trainer, last = self.trainer, self.trainer.config.steps
         with self.metrics.open("a", buffering=1) as metrics, graceful_stop() as signals:
             for step in trainer.run():
                 if step.loss is not None:
-                    line = {"step": step.step, "loss": step.loss}
-                    line |= {"grad_norm": step.grad_norm, "lr": step.lr}
-                    metrics.write(json.dumps(line) + "\n")
+                    metrics.write(json.dumps(_line(step)) + "\n")
                 yield step
                 if signals:
                     where = self.save()
@@ -118,67 +154,82 @@ class Run:
         ema = self.trainer.ema
         note = {"difftool.weights": "ema" if ema else "live"}
         weights = ema.average if ema else None
-        self.model.save(path, weights=weights, metadata=note, overwrite=True)
+        if self.part == "vae":
+            self.model.preset = self._measured()
+        parts = self.trainer.kept_parts()
+        self.model.save(path, weights=weights, parts=parts, metadata=note, overwrite=True)
         plot(self.metrics, self.folder / "loss.png")
         self.close()
         return path
+
+    def _measured(self) -> Preset:
+        """The preset with the latents' own mean and deviation, by which x0 has unit variance."""
+        recipe = self.preset.train_vae
+        assert recipe.size
+        with self.averaged():
+            some = Latents.make(self.model, self.dataset, recipe.size, flip=False, limit=MEASURED)
+        mean, std = (tuple(round(v, 6) for v in values) for values in some.moments())
+        codec = replace(self.preset.codec, scale=1.0, shift=0.0, latents_mean=mean, latents_std=std)
+        return replace(self.preset, codec=codec)
 
     def close(self) -> None:
         """Let other runs have the folder."""
         self.lock.close()
 
-    def sheet(self) -> Path:
-        """A sheet of samples on fixed seeds, made with the averaged weights, and the loss plot."""
-        model, step = self.model, self.trainer.step
-        names = len(self.preset.classes)
-        items = [
-            Item(prompt, "", index % names if names else None, index)
-            for index, prompt in enumerate(self._prompts())
-        ]
-        if self.trainer.ema:
-            with self.trainer.ema.swapped():
-                images = sample(model, items)
-        else:
-            images = sample(model, items)
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+    def sheet(self) -> Path | None:
+        """A sheet of what the averaged weights make of fixed seeds, and the loss plot; for an
+        autoencoder pictures and, below them, their reconstructions."""
+        plot(self.metrics, self.folder / "loss.png")
+        if self.part == "clip":
+            return None
+        with self.averaged():
+            vae = self.part == "vae"
+            images = self._reconstructions() if vae else self.samples(self._items())
+        path = self.folder / "samples" / f"step-{self.trainer.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         enlarged = max(1, SHEET_TILE // images.shape[-1])  # so that small pictures can be seen
         large = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
-        write_png(tile([to_pil(image) for image in large]), path, overwrite=True)
-        plot(self.metrics, self.folder / "loss.png")
+        columns = len(images) // 2 if self.part == "vae" else None
+        write_png(tile([to_pil(image) for image in large], columns), path, overwrite=True)
         return path
 
-    def _prompts(self) -> list[str]:
-        if not self.model.text:
-            return [""] * PREVIEWS
-        shown = rng.permutation(0, 0, len(self.dataset))[:PREVIEWS].tolist()
-        texts = self.prompts or self.dataset.captions(shown)
-        return [texts[i % len(texts)] for i in range(max(PREVIEWS, len(texts)))]
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In the block the model is in evaluation and computes with the averaged weights."""
+        ema, parts = self.trainer.ema, self.model.parts()
+        training = {name: part.training for name, part in parts.items()}
+        for part in parts.values():
+            part.eval()
+        try:
+            with ema.swapped() if ema else nullcontext():
+                yield
+        finally:
+            for name, part in parts.items():
+                part.train(training[name])
 
+    def samples(self, items: Sequence[Item]) -> torch.Tensor:
+        """Images [B,3,H,W] in [-1, 1] with the preset's own settings."""
+        *_, last = self.model.generate(items, self.model.settings())
+        return self.model.decode(last.x)
 
-def sample(model: Model, items: Sequence[Item]) -> torch.Tensor:
-    """Images [B,3,H,W] in [-1, 1] with the preset's own settings; the weights' mode is kept."""
-    training = {name: part.training for name, part in model.parts().items()}
-    for part in model.parts().values():
-        part.eval()
-    try:
-        *_, last = model.generate(items, model.settings())
-        return model.decode(last.x)
-    finally:
-        for name, part in model.parts().items():
-            part.train(training[name])
+    @torch.no_grad()
+    def _reconstructions(self) -> torch.Tensor:
+        codec, size = self.model.codec, self.trainer.config.size
+        assert size
+        shown = rng.permutation(0, 0, len(self.dataset))[: PREVIEWS // 2].tolist()
+        pictures = to_signal(self.dataset.images(shown, size), self.model.device)
+        return torch.cat([pictures, self.model.decode(codec.encode(pictures))])
 
-
-def open_run(folder: Path, resume_from: Path | None) -> tuple[Path, list[str]]:
-    """The checkpoint to resume a run from, and notes; UsageError where there is none."""
-    if resume_from is not None:
-        if not resume_from.is_dir():
-            raise UsageError(f"checkpoint {resume_from} does not exist")
-        problem = verify_checkpoint(resume_from)
-        if problem:
-            raise UsageError(f"checkpoint {resume_from} is damaged", problem)
-        return resume_from, []
-    return newest_good(folder / "checkpoints")
+    def _items(self) -> list[Item]:
+        """What the sheets show, the same all through the run."""
+        names, texts = len(self.preset.classes), [""]
+        if self.model.text:
+            shown = rng.permutation(0, 0, len(self.dataset))[:PREVIEWS].tolist()
+            texts = self.prompts or self.dataset.captions(shown)
+        return [
+            Item(texts[i % len(texts)], label=i % names if names else None, seed=i)
+            for i in range(max(PREVIEWS, len(texts)))
+        ]
 
 
 def is_used(folder: Path) -> bool:
@@ -212,6 +263,12 @@ def plot(metrics: Path, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, path)
+
+
+def _line(step: TrainStep) -> dict[str, Any]:
+    """What a step leaves in metrics.jsonl."""
+    line = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+    return line | step.terms | ({"levels": step.levels} if step.levels else {})
 
 
 def _lock(folder: Path) -> IO[str]:
