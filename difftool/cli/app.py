@@ -75,11 +75,8 @@ def main() -> None:
         # The reader went away (`| head`): nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except (MemoryError, OSError, RuntimeError) as error:
-        resource = _resource(error)
-        if resource is None:
-            raise
-        code = _report(resource)
+    except Exception as error:
+        code = _report(_resource(error) or _fault(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -102,7 +99,14 @@ def _report_usage(error: typer.TyperException) -> int:
     return _report(UsageError(message.rstrip("."), hint=hint))
 
 
-def _resource(error: BaseException) -> ResourceError | None:
+def _fault(error: Exception) -> DifftoolError:
+    """The user-facing form of a mistake of ours."""
+    what = str(error).split("\n")[0]
+    why = f"{type(error).__name__}: {what}" if what else type(error).__name__
+    return DifftoolError("something went wrong inside difftool", why, "--debug shows where")
+
+
+def _resource(error: Exception) -> ResourceError | None:
     """The user-facing form of memory and disk giving out; None for anything else."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", str(error), "free some space and run again")

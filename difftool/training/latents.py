@@ -86,5 +86,5 @@ def _key(model: Model, dataset: Dataset, size: int, flip: bool, count: int) -> s
     digest = hashlib.sha256(f"{dataset.fingerprint} {size} {flip} {count}".encode())
     for name, tensor in model.parts()["vae"].state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -29,7 +29,6 @@ from difftool.model import Model
 from difftool.training.batches import Batches
 from difftool.training.checkpoint import save_checkpoint
 from difftool.training.ema import Ema
-from difftool.training.latents import Latents
 from difftool.training.objectives import OBJECTIVES
 from difftool.training.record import Record
 
@@ -55,15 +54,12 @@ class TrainStep(NamedTuple):
 class Trainer:
     """Trains one part of a model on a dataset; every choice is in its preset's recipe for it."""
 
-    def __init__(
-        self, model: Model, dataset: Dataset, part: Part = "unet", latents: Latents | None = None
-    ):
+    def __init__(self, model: Model, dataset: Dataset, part: Part = "unet"):
         config = model.preset.recipe(part)
         assert config.steps and config.batch_size and config.size
         self.model, self.dataset, self.part, self.config = model, dataset, part, config
         self.step, self.seed = 0, config.seed
-        options = {"latents": latents} if latents else {}
-        self.objective = objective = OBJECTIVES[part](model, config, **options)
+        self.objective = objective = OBJECTIVES[part](model, config)
         drop = config.drop if isinstance(config, TrainConfig) else 0.0
         self.batches = Batches(model, dataset, self.seed, config.size, bool(config.flip), drop)
         trained, self.helpers = objective.trained(), objective.helpers()

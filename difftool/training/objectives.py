@@ -68,13 +68,15 @@ OBJECTIVES: Registry[type[Objective]] = Registry("part")
 
 @OBJECTIVES.register("unet")
 class Denoising(Objective):
-    """The diffusion objective; with `latents`, x0 comes from there and the codec is not run."""
+    """The diffusion objective."""
 
     config: TrainConfig
 
-    def __init__(self, model: Model, config: TrainConfig, latents: Latents | None = None):
+    latents: Latents | None = None
+    """Where x0 comes from, in place of pictures and the codec."""
+
+    def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
-        self.latents = latents
         self.times = partial(TIMES[config.time], model.denoiser.path, **config.time_options)
         self.weight = partial(WEIGHTS[config.weight], **config.weight_options)
         call(f'time distribution "{config.time}"', self.times, torch.full((1,), 0.5))

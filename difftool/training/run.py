@@ -26,6 +26,7 @@ from difftool.training import rng
 from difftool.training.batches import to_signal
 from difftool.training.latents import Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
+from difftool.training.objectives import Denoising
 
 PREVIEWS = 16
 SHEET_TILE = 128
@@ -102,16 +103,16 @@ class Run:
             assert recipe.size
             with progress("reading pictures", len(dataset)) as shown:
                 dataset.prepare(recipe.size, lambda done, _: shown.update(done))
-            latents = None
-            if part == "unet" and preset.codec.kind == "vae":
+            self.trainer = Trainer(model, dataset, part)
+            if resume is not None:
+                self.notes += self.trainer.restore(resume)
+            objective = self.trainer.objective
+            if isinstance(objective, Denoising) and preset.codec.kind == "vae":
                 with progress("encoding pictures", len(dataset)) as shown:
-                    latents = Latents.make(
+                    objective.latents = Latents.make(
                         model, dataset, recipe.size, flip=bool(recipe.flip),
                         folder=folder / "cache", progress=lambda done, _: shown.update(done),
                     )  # fmt: skip
-            self.trainer = Trainer(model, dataset, part, latents)
-            if resume is not None:
-                self.notes += self.trainer.restore(resume)
             _truncate(self.metrics, self.trainer.step)
         except BaseException:
             self.close()

@@ -94,12 +94,12 @@ def vae_layer(flag: str, model: Path) -> Layer:
 
 
 def start_layers(model: Path) -> list[Layer]:
-    """What --from MODEL says: everything about the model, with a gentler learning rate; how long
-    and on what it was trained is its past."""
+    """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
+    learning rate; how long and on what it was trained is its past."""
     values = dict(open_model(model).values)
     past = {"steps", "batch_size", "flip", "size"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
-    values["train"] = train
+    values |= {"train": train, "parts": ["unet"]}
     family = str(values.get("family", "difftool"))
     share = FINE_TUNED.get(family)
     lr = PUBLISHED_LR if share is None else share * float(train.get("lr", 1e-3))

@@ -1,0 +1,157 @@
+"""Several parts in one command: what each leaves to the next, and that a kill leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from difftool.config import load_preset
+from difftool.data import shapes
+from difftool.errors import InputError
+from difftool.formats import open_model
+from difftool.model import Item, Model
+
+TINY = """
+extends: ldm-small
+about: for tests
+codec: {latent_channels: 4, widths: [8, 16, 16], blocks: 1, groups: 4}
+unet: {in_channels: 4, out_channels: 4, channels: [16, 16], blocks: 1, head_dim: 8, groups: 8,
+       depth: [0, 1], context_dim: 16}
+text:
+  - {width: 16, layers: 1, heads: 2, mlp: 32, activation: gelu, vocab_size: 300, length: 16,
+     tokenizer: learned}
+sample: {size: [16, 16], steps: 2}
+train_vae: {steps: 20, batch_size: 4, warmup: 2, adversarial: 0.1, adversarial_from: 8}
+train_clip: {steps: 20, batch_size: 4, warmup: 2, width: 8}
+train: {size: 16, steps: 20, batch_size: 4, warmup: 2, flip: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A captioned folder, and a preset for it."""
+    place = tmp_path_factory.mktemp("stages")
+    (place / "tiny.yaml").write_text(TINY)
+    (place / "photos").mkdir()
+    captions = [str(c) for c in shapes.captions()][::97][:24]
+    with (place / "photos" / "metadata.jsonl").open("w") as file:
+        for i, caption in enumerate(captions):
+            Image.fromarray(shapes.draw(caption, 16, i)).save(place / "photos" / f"{i}.png")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": caption}) + "\n")
+    return place
+
+
+def train(place: Path, out: str, *arguments: str) -> subprocess.Popen:
+    command = ["train", "photos", "--out", out, "--save-every", "5", "--sample-every", "10"]
+    command += ["--device", "cpu", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "difftool", *command],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run that was never stopped."""
+    done = train(place, "whole", "--preset", "tiny.yaml")
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert out == "whole/model.safetensors\n"
+    return place / "whole"
+
+
+def test_a_run_killed_twice_is_the_run_that_never_stopped(place: Path, whole: Path):
+    first = ["--preset", "tiny.yaml"]
+    for waited, arguments in (
+        ("vae/checkpoints/step-000010", first),
+        ("clip/checkpoints/step-000005", ["--resume"]),
+        ("checkpoints/step-000005", ["--resume"]),
+    ):
+        run = train(place, "killed", *arguments)
+        while not (place / "killed" / waited / "manifest.json").exists():
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert not (place / "killed" / "model.safetensors").exists()
+    done = train(place, "killed", "--resume")
+    assert done.communicate()[0] == "killed/model.safetensors\n"
+    names = [Path("vae"), Path("clip"), Path()]
+    for name in names:
+        for file in ("model.safetensors", "metrics.jsonl", "config.yaml"):
+            left, right = whole / name / file, place / "killed" / name / file
+            assert left.read_bytes() == right.read_bytes(), (name, file)
+        last = Path("checkpoints", "step-000020")
+        for file in ("model", "ema", "optimizer"):
+            left = whole / name / last / f"{file}.safetensors"
+            right = place / "killed" / name / last / f"{file}.safetensors"
+            assert left.read_bytes() == right.read_bytes(), (name, file)
+
+
+def test_each_part_goes_on_from_what_was_learned_before(whole: Path):
+    model = Model.load(str(whole), device="cpu")
+    vae = open_model(whole / "vae" / "model.safetensors")
+    assert all(name.startswith("vae.") for name in vae.tensors)
+    for name, tensor in vae.load("vae.", "cpu").items():
+        assert torch.equal(tensor, model.parts()["vae"].state_dict()[name]), name
+    # The U-Net's part measured the latents: x0 has about unit variance.
+    codec = model.preset.codec
+    assert codec.kind == "vae"
+    assert codec.latents_std is not None
+    pictures = [
+        shapes.draw(str(c), 16, i) for i, c in enumerate(list(shapes.captions())[::97][:24])
+    ]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    noise = torch.randn(24, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    x0 = model.codec.encode(images, noise)
+    assert 0.7 < float(x0.std()) < 1.3
+    *_, last = model.generate([Item("a large red circle")], model.settings())
+    assert model.decode(last.x).shape == (1, 3, 16, 16)
+
+
+def test_a_part_alone_is_no_model_to_sample(whole: Path):
+    with pytest.raises(InputError, match="without a U-Net"):
+        Model.load(str(whole / "vae"), device="cpu")
+
+
+def test_the_vae_of_another_model_is_taken_as_it_is(place: Path, whole: Path):
+    done = train(place, "second", "--preset", "tiny.yaml", "--vae", "whole/vae", "--steps", "5")
+    _, err = done.communicate()
+    assert done.returncode == 0, err
+    ours, theirs = (Model.load(str(place / n), device="cpu") for n in ("second", "whole"))
+    assert ours.preset.codec == theirs.preset.codec
+    for name, tensor in theirs.parts()["vae"].state_dict().items():
+        assert torch.equal(tensor, ours.parts()["vae"].state_dict()[name])
+    assert not (place / "second" / "vae").exists()
+
+
+def test_fine_tuning_starts_from_the_model_with_a_gentler_rate(place: Path, whole: Path):
+    done = train(place, "tuned", "--from", "whole", "--steps", "5", "--batch-size", "4")
+    _, err = done.communicate()
+    assert done.returncode == 0, err
+    start, tuned = (Model.load(str(place / n), device="cpu") for n in ("whole", "tuned"))
+    assert tuned.preset.train.lr == pytest.approx(start.preset.train.lr / 10)
+    before, after = start.tensors(), tuned.tensors()
+    moved = {n: float((after[n] - t).abs().max()) for n, t in before.items()}
+    assert 0 < max(moved.values()) < 0.01  # five gentle steps from where it was
+    assert all(v == 0 for n, v in moved.items() if n.startswith("vae."))
+
+
+def test_the_presets_of_several_parts_say_so():
+    assert load_preset("ldm-small").parts == ("vae", "clip", "unet")
+    assert load_preset("vae-small").parts == ("vae",)
