@@ -202,9 +202,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().contiguous().numpy())
 
 
-def tile(images: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in rows on one sheet, about as many across as down."""
-    columns = math.ceil(math.sqrt(len(images)))
+def tile(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """The pictures in rows on one sheet, about as many across as down where it is not said."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
