@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.errors import CheckError
+from difftool.formats.networks import write_vae
 from difftool.models.configs import VaeConfig
 from difftool.models.vae import Vae
 
@@ -94,6 +96,24 @@ def test_agrees_with_diffusers(name):
     assert difference(logvar, posterior.logvar) < 1e-5
     assert difference(vae.decode(mean), model.decode(mean).sample) < 1e-5
     assert vae.decode(mean).shape == images.shape
+
+
+@torch.no_grad()
+def test_a_patch_leaves_out_the_costliest_resolution():
+    vae = fresh(replace(SMALL, patch=2))
+    plain = fresh(SMALL)
+    assert vae.factor == 2 * plain.factor
+    images = pictures(vae.config, vae.factor)
+    mean, _ = vae.encode(images)
+    assert mean.shape == (2, SMALL.latent_channels, 3, 5)
+    assert vae.decode(mean).shape == images.shape
+    # The network behind the folding is the published one over four times the channels.
+    folded = F.pixel_unshuffle(images, 2)
+    wide = fresh(replace(SMALL, channels=4 * SMALL.channels))
+    wide.load_state_dict(vae.state_dict(), strict=True)
+    assert torch.equal(wide.encode(folded)[0], mean)
+    with pytest.raises(CheckError, match="no counterpart"):
+        write_vae(vae.config, 64)
 
 
 @torch.no_grad()

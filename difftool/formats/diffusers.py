@@ -191,7 +191,7 @@ def _family(unet: UNetConfig, codec: CodecConfig) -> str:
 
 def _size(sample_size: Any, codec: VaeConfig | IdentityConfig) -> tuple[int, int]:
     """Width and height in pixels of the x0 size that a U-Net's file names."""
-    factor = 2 ** (len(codec.widths) - 1) if isinstance(codec, VaeConfig) else 1
+    factor = codec.factor
     match sample_size:
         case int(side):
             return side * factor, side * factor
@@ -585,13 +585,10 @@ def _pipeline(preset: Preset) -> str:
 def _write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     """A folder's configuration files for a model."""
     width, height = preset.sample.size
-    factor = 1
+    factor = preset.codec.factor
     configs: dict[str, Any] = {"unet/config.json": networks.write_unet(preset.unet)}
     if isinstance(preset.codec, VaeConfig):
-        factor = 2 ** (len(preset.codec.widths) - 1)
         configs["vae/config.json"] = networks.write_vae(preset.codec, max(width, height))
-    elif preset.codec.kind == "space_to_depth":
-        factor = preset.codec.block
     sides = [height // factor, width // factor]
     configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
     for name, config in zip(encoders, preset.text, strict=False):

@@ -462,7 +462,11 @@ def read_vae(config: Mapping[str, Any], where: str) -> VaeConfig:
 
 
 def write_vae(config: VaeConfig, sample_size: int) -> dict[str, Any]:
-    """The config.json of an autoencoder for pictures of a size in pixels."""
+    """The config.json of an autoencoder for pictures of a size in pixels; CheckError if it folds
+    pixels into channels, which diffusers' has no word for."""
+    if config.patch > 1:
+        why = f"its autoencoder works on blocks of {config.patch}x{config.patch} pixels"
+        raise CheckError("the model has no counterpart in diffusers", why)
     levels = len(config.widths)
     return _written(
         "AutoencoderKL",

@@ -185,6 +185,9 @@ class VaeConfig:
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each level; every level but the last halves the resolution."""
+    patch: int = 1
+    """Sides of the blocks of pixels that are folded into channels at the picture's end: the
+    costliest resolution is left out. 1 in every published autoencoder."""
     blocks: int = 2
     groups: int = 32
     scale: float = 0.18215
@@ -203,9 +206,11 @@ class VaeConfig:
     @property
     def factor(self) -> int:
         """How many times smaller the sides of x0 are."""
-        return 2 ** (len(self.widths) - 1)
+        return self.patch * 2 ** (len(self.widths) - 1)
 
     def __post_init__(self) -> None:
+        if self.patch < 1:
+            raise ValueError(f"patch {self.patch} is less than 1")
         for width in self.widths:
             if self.groups < 1 or width % self.groups:
                 raise ValueError(f"width {width} is not a multiple of the {self.groups} groups")

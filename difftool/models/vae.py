@@ -41,7 +41,7 @@ class Vae(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent, both [B,c,h,w]."""
-        moments = self.encoder(images)
+        moments = self.encoder(F.pixel_unshuffle(images, self.config.patch))
         if self.config.quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
@@ -51,7 +51,7 @@ class Vae(nn.Module):
         """Pictures of latents; not clamped."""
         if self.config.quant_conv:
             latent = self.post_quant_conv(latent)
-        return self.decoder(latent)
+        return F.pixel_shuffle(self.decoder(latent), self.config.patch)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -70,7 +70,7 @@ class _Encoder(nn.Module):
     def __init__(self, config: VaeConfig):
         super().__init__()
         widths, groups, last = config.widths, config.groups, len(config.widths) - 1
-        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.channels * config.patch**2, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             _Level(widths[max(i - 1, 0)], width, config.blocks, groups, down=i < last)
             for i, width in enumerate(widths)
@@ -97,7 +97,7 @@ class _Decoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.channels * config.patch**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
