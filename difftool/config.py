@@ -74,6 +74,9 @@ class OptimConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     """Seed of everything random in a run, the first weights included."""
+    validation: float | None = None
+    """Pictures that are never trained on but measured: below 1 a share of the set, else how many;
+    0 = none."""
 
 
 @dataclass(frozen=True, kw_only=True)

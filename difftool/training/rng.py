@@ -29,6 +29,7 @@ class Stream(IntEnum):
     TIME = 5
     NOISE = 6
     LATENT = 7
+    VALIDATION = 8
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
