@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,10 @@ from difftool.models.unet import UNet
 
 DEFAULT_MODEL = "shapes"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+Embed = Callable[[Sequence[str]], tuple[Tensor | None, Tensor | None]]
+"""Prompts to context [B,L,D] and pooled text [B,P]."""
 
 
 class Item(NamedTuple):
@@ -267,10 +271,11 @@ class Model:
 
     def cond(
         self, prompts: Sequence[str], labels: Sequence[int | None], size: tuple[int, int],
-        guidance: float = 1.0,
+        guidance: float = 1.0, embed: Embed | None = None,
     ) -> Cond:  # fmt: skip
-        """What conditions the U-Net for a batch; size (width, height) in pixels."""
-        context, pooled = self.embed(prompts)
+        """What conditions the U-Net for a batch; size (width, height) in pixels. `embed` stands in
+        for the model's own (a cache of it, say)."""
+        context, pooled = (embed or self.embed)(prompts)
         unet, count = self.preset.unet, len(prompts)
         vector = label = scale = None
         if unet.vector_dim and pooled is not None:

@@ -24,9 +24,11 @@ from difftool.models.codecs import VaeCodec
 from difftool.registry import Registry
 from difftool.training import rng
 from difftool.training.batches import Batch, to_signal
-from difftool.training.latents import Latents
+from difftool.training.cache import Embeddings, Latents
 from difftool.training.perception import PatchDiscriminator, PictureEncoder, pyramid_distance
 from difftool.training.rng import Stream
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Outcome(NamedTuple):
@@ -62,6 +64,11 @@ class Objective(ABC):
     def losses(self, batch: Batch, step: int) -> Outcome:
         """The losses of a batch; `step` counts optimiser steps."""
 
+    def held_out(self, batch: Batch) -> Outcome:
+        """The losses of a batch that is not learned from: a function of the weights and its slots,
+        so that those of two steps can be compared."""
+        return self.losses(batch, -1)  # before any discriminator has a say
+
 
 OBJECTIVES: Registry[type[Objective]] = Registry("part")
 
@@ -74,6 +81,8 @@ class Denoising(Objective):
 
     latents: Latents | None = None
     """Where x0 comes from, in place of pictures and the codec."""
+    embeddings: Embeddings | None = None
+    """Where frozen text encoders' outputs come from, in place of running them."""
 
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
@@ -88,16 +97,31 @@ class Denoising(Objective):
         names = {"unet"} | {f"text.{i}" for i, t in texts if t.tokenizer == "learned"}
         return {name: part for name, part in self.model.parts().items() if name in names}
 
+    def reads(self) -> bool:
+        """Whether the text encoders learn too."""
+        return any(name.startswith("text.") for name in self.trained())
+
     def needs_pictures(self) -> bool:
         return self.latents is None
 
     def losses(self, batch: Batch, step: int) -> Outcome:
-        model, config, seed, slots = self.model, self.config, self.seed, batch.slots
+        return self._errors(
+            batch, rng.uniform(self.seed, Stream.TIME, 0, batch.slots), Stream.NOISE
+        )
+
+    def held_out(self, batch: Batch) -> Outcome:
+        # Times of a golden ratio sequence: any run of slots covers the levels evenly.
+        u = ((batch.slots.double() + 0.5) * GOLDEN).frac().float().clamp(1e-4, 1 - 1e-4)
+        return self._errors(batch, u, Stream.VALIDATION)
+
+    def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> Outcome:
+        """The losses at those quantiles [B] of the training times, with noise of that stream."""
+        model, config, slots = self.model, self.config, batch.slots
         x0 = self._x0(batch)
-        times = self.times(rng.uniform(seed, Stream.TIME, 0, slots))
-        eps = rng.normal(seed, Stream.NOISE, 0, slots, tuple(x0.shape[1:]))
+        times = self.times(u)
+        eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
-        cond = model.cond(batch.captions, batch.labels, size)
+        cond = model.cond(batch.captions, batch.labels, size, embed=self.embeddings)
         losses = training_loss(
             model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
         )
@@ -106,11 +130,11 @@ class Denoising(Objective):
 
     def _x0(self, batch: Batch) -> Tensor:
         model = self.model
-        if self.latents is not None:
+        if batch.pictures is None:
+            assert self.latents is not None
             mean, std = self.latents.read(batch.indices, batch.flips, model.device)
             noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
             return model.codec.scaled(mean + std * noise)  # type: ignore[attr-defined]
-        assert batch.pictures is not None
         images = to_signal(batch.pictures, model.device)
         # In full precision whatever the U-Net trains in: what it learns is no better than x0.
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):

@@ -24,7 +24,7 @@ from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
 from difftool.training import rng
 from difftool.training.batches import to_signal
-from difftool.training.latents import Latents
+from difftool.training.cache import Embeddings, Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 from difftool.training.objectives import Denoising
 
@@ -107,6 +107,8 @@ class Run:
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
             objective = self.trainer.objective
+            if isinstance(objective, Denoising) and preset.text and not objective.reads():
+                objective.embeddings = Embeddings(model, folder / "cache")
             if isinstance(objective, Denoising) and preset.codec.kind == "vae":
                 with progress("encoding pictures", len(dataset)) as shown:
                     objective.latents = Latents.make(

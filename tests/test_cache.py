@@ -1,0 +1,87 @@
+"""What frozen networks made of a dataset is what they would make of it now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftool.config import build_preset
+from difftool.data import open_dataset
+from difftool.model import Model
+from difftool.models.codecs import VaeCodec
+from difftool.training.cache import Embeddings, Latents
+
+PRESET = build_preset(
+    {
+        "name": "tiny",
+        "about": "for tests",
+        "codec": {"kind": "vae", "latent_channels": 2, "widths": [8, 8], "blocks": 1, "groups": 4},
+        "unet": {"in_channels": 2, "out_channels": 2, "channels": [8], "blocks": 1, "depth": [1],
+                 "groups": 4, "head_dim": 4, "attention": "transformer", "context_dim": 16},
+        "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 16, "projection": 8,
+                  "pooled": True}],
+        "path": {"kind": "flow"},
+        "target": "flow",
+    }
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> Model:
+    model = Model.fresh(PRESET, seed=0)
+    for part in model.parts().values():
+        part.eval().requires_grad_(False)
+    return model
+
+
+def test_embeddings_are_the_encoders_and_survive_the_process(model, tmp_path: Path, monkeypatch):
+    prompts = ["a red fox", "", "a red fox", "a blue dog"]
+    context, pooled = model.embed(prompts)
+    first = Embeddings(model, tmp_path)
+    assert torch.allclose(first(prompts)[0], context, atol=2e-3)  # kept in half precision
+    second = Embeddings(model, tmp_path)
+    monkeypatch.setattr(model, "embed", None)  # all is on disk
+    again, pool = second(prompts)
+    assert torch.equal(again, first(prompts)[0])
+    assert pool is not None
+    assert torch.allclose(pool, pooled, atol=2e-3)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_other_encoders_do_not_read_what_these_made(model, tmp_path: Path):
+    Embeddings(model, tmp_path)(["a red fox"])
+    other = Model.fresh(PRESET, seed=1)
+    made = Embeddings(other, tmp_path)(["a red fox"])[0]
+    assert torch.allclose(made, other.embed(["a red fox"])[0], atol=2e-3)  # type: ignore[arg-type]
+
+
+def test_latents_are_the_autoencoders_mirrored_and_kept(model, tmp_path: Path):
+    data = open_dataset("shapes")
+    codec = model.codec
+    assert isinstance(codec, VaeCodec)
+    made = Latents.make(model, data, 16, flip=True, folder=tmp_path, limit=70)
+    pictures = data.images([3, 69], 16, [False, True]).float() / 127.5 - 1
+    with torch.no_grad():
+        mean, logvar = codec.vae.encode(pictures)
+    kept_mean, kept_std = made.read([3, 69], [False, True], torch.device("cpu"))
+    assert torch.allclose(kept_mean, mean, atol=5e-3)
+    assert torch.allclose(kept_std, (0.5 * logvar).exp(), atol=5e-3)
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    again = Latents.make(model, data, 16, flip=True, folder=tmp_path, limit=70)
+    assert torch.equal(again.table, made.table)
+    assert file.stat().st_mtime_ns == stamp
+    Latents.make(Model.fresh(PRESET, seed=1), data, 16, flip=True, folder=tmp_path, limit=70)
+    assert len(list(tmp_path.iterdir())) == 2  # another autoencoder has its own
+
+
+def test_moments_make_x0_of_unit_variance(model):
+    data = open_dataset("shapes")
+    made = Latents.make(model, data, 16, flip=False, limit=64)
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in made.moments())
+    centre, spread = made.read(range(64), [False] * 64, torch.device("cpu"))
+    x0 = (centre + spread * torch.randn(centre.shape) - mean) / std
+    assert torch.allclose(x0.mean(dim=(0, 2, 3)), torch.zeros(2), atol=0.05)
+    assert torch.allclose(x0.std(dim=(0, 2, 3)), torch.ones(2), atol=0.05)
