@@ -116,6 +116,34 @@ class ClipTrainConfig(OptimConfig):
     """Width of the picture encoder's first layer."""
 
 
+Labels = Literal["auto", "none", "text", "folders", "prefix"]
+"""Where labels come from: found out, nowhere, captions, folder names, or the part of a file name
+before its first "_" (OpenAI's guided-diffusion)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How a folder of pictures is read."""
+
+    labels: Labels = "auto"
+    caption_column: str | None = None
+    """The column of the metadata that captions are in; None = text, caption, prompt, ..."""
+    wildcards: bool = True
+    """Of {a|b} in a caption one is drawn each time; {{ and }} are braces."""
+    shuffle_captions: bool = False
+    """Captions that are tags between commas have them in another order each time."""
+    keep_tokens: int = 0
+    """Of shuffled tags, the first so many stay in front."""
+    crop: Literal["centre", "random"] = "centre"
+    """Which part of a picture is used where its shape is not the frame's."""
+    background: str = "white"
+    """What shows through transparent pixels: a colour's name, or #rrggbb."""
+    allow_bad: bool = False
+    """Go on where many of the pictures are unusable."""
+    allow_uncaptioned: bool = False
+    """Go on where many of the pictures have no caption while others do."""
+
+
 Part = Literal["vae", "clip", "unet"]
 """What can be trained by itself."""
 
@@ -145,6 +173,7 @@ class Preset:
     sample: SampleConfig = SampleConfig()
     parts: tuple[Part, ...] = ("unet",)
     """What `train` trains, one after the other."""
+    data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     train_vae: VaeTrainConfig = VaeTrainConfig()
     train_clip: ClipTrainConfig = ClipTrainConfig()

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "diffusion": BASE | {"diffusion"},
     "models": BASE | {"models", "configs", "tokenizer"},
     "formats": BASE | {"formats", "configs", "config", "diffusion", "tokenizer"},
-    "data": BASE | {"data"},
+    "data": BASE | {"data", "config"},
     "model": CORE - {"model"},
     "forward": CORE,
     "sampling": CORE | {"data", "sampling"},
