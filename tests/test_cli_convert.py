@@ -229,7 +229,7 @@ def test_a_full_disk_is_exit_5_and_leaves_nothing(convert, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
         yield
 
-    monkeypatch.setattr(safetensors, "file_chunks", full)
+    monkeypatch.setattr("difftool.formats.tensors.file_chunks", full)
     for kind in ("difftool", "diffusers"):
         ran = convert("m.safetensors", "out", "--to", kind)
         assert ran.code == 5

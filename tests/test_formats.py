@@ -977,7 +977,7 @@ def test_a_byte_changed_on_the_disk_is_found_when_reading_back(tmp_path, monkeyp
 def test_a_failure_half_way_leaves_nothing(kind, tmp_path, monkeypatch):
     source = write(PRESETS["pixel"], tmp_path / "m")
     monkeypatch.setattr(
-        "difftool.formats.safetensors.file_chunks", lambda *_: (_ for _ in ()).throw(OSError(28))
+        "difftool.formats.tensors.file_chunks", lambda *_: (_ for _ in ()).throw(OSError(28))
     )
     with pytest.raises(OSError):
         run(source, tmp_path / "out", kind)

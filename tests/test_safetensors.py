@@ -18,15 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftool.errors import InputError, UsageError
-from difftool.formats import safetensors
+from difftool.formats import safetensors, tensors
 from difftool.formats.safetensors import (
-    TORCH_NAMES,
     copy_tensors,
     digests,
     load_tensors,
     read_header,
     save_tensors,
 )
+from difftool.formats.tensors import TORCH_NAMES
 
 
 def f32(shape: list[int], start: int, end: int) -> dict[str, Any]:
@@ -204,7 +204,7 @@ assert not {{"torch", "numpy", "safetensors"}} & set(sys.modules)
 
 
 def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors, "CHUNK", 1000)
+    monkeypatch.setattr(tensors, "CHUNK", 1000)
     tensor = torch.randn(1234, generator=torch.Generator().manual_seed(0))
     before = save_tensors(tmp_path / "a", {"x": tensor})
     after = copy_tensors({"z": (tmp_path / "a", "x")}, tmp_path / "b")

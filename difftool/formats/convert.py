@@ -15,21 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
-from difftool.errors import CheckError, InputError, UsageError
+from difftool.errors import CheckError, UsageError
 from difftool.formats.safetensors import (
-    TORCH_NAMES,
-    Piece,
     atomic_file,
-    digest_of,
     make_folder,
     move,
-    piece_of_file,
-    piece_of_tensor,
     refuse_existing,
     sync_folder,
     write_pieces,
 )
-from difftool.formats.source import FORMATS, Located, ModelSource, Plan, open_model
+from difftool.formats.source import FORMATS, ModelSource, Plan, open_model
+from difftool.formats.tensors import (
+    Located,
+    Piece,
+    digest_of,
+    load_located,
+    piece_of_file,
+    piece_of_tensor,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,17 +219,17 @@ def _entries(
 
 
 def _drops(source: ModelSource) -> Iterator[Entry]:
-    for (file, name, info), rule in source.dropped:
+    for place, rule in source.dropped:
         yield Entry(
-            source=name,
-            source_file=_relative(file, source.path),
+            source=place.name,
+            source_file=_relative(place.file, source.path),
             target=None,
             target_file=None,
             op=f"drop:{rule}",
-            shape=info.shape,
-            source_dtype=info.dtype,
+            shape=place.info.shape,
+            source_dtype=place.info.dtype,
             target_dtype=None,
-            source_sha256=digest_of(piece_of_file(file, info)),
+            source_sha256=digest_of(piece_of_file(place.file, place.info)),
         )
 
 
@@ -335,28 +339,12 @@ def _cast(place: Located, wanted: str, cast: Cast) -> Piece:
     """A tensor in another dtype; what that does to its values is added to `cast`."""
 
     def chunks() -> Iterator[Any]:
-        import torch
-
-        tensor = load_tensor(place)
-        done = tensor.to(getattr(torch, TORCH_NAMES[wanted]))
+        tensor = load_located({place.name: place})[place.name]
+        done = tensor.to(torch_dtype(wanted))
         _judge(tensor, done, cast)
         yield from piece_of_tensor(done).chunks()
 
     return Piece(wanted, place.info.shape, chunks)
-
-
-def load_tensor(place: Located) -> Tensor:
-    """One tensor, from the bytes of its file."""
-    import torch
-
-    data = bytearray(place.info.end - place.info.start)
-    with place.file.open("rb") as file:
-        file.seek(place.info.start)
-        if file.readinto(data) != len(data):
-            raise InputError(f"{place.file} became shorter while it was read")
-    dtype = getattr(torch, TORCH_NAMES[place.info.dtype])
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(place.info.shape)
 
 
 def _judge(before: Tensor, after: Tensor, cast: Cast) -> None:

@@ -23,19 +23,19 @@ from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
 from difftool.formats.networks import VERSION
-from difftool.formats.safetensors import file_chunks, read_header
+from difftool.formats.safetensors import read_header
 from difftool.formats.schedulers import read_scheduler, write_scheduler
 from difftool.formats.source import (
     FORMATS,
     Drop,
     Evidence,
     Format,
-    Located,
     ModelSource,
     Plan,
     checked_values,
 )
 from difftool.formats.strict import read_json
+from difftool.formats.tensors import Located, piece_of_file
 from difftool.models.configs import CodecConfig, IdentityConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
@@ -327,7 +327,7 @@ LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.
 
 def _positions(place: Located, warnings: list[str]) -> str:
     """The rule that drops position_ids: 0, 1, 2, ... in any dtype; merges have spoilt some."""
-    data = b"".join(file_chunks(place.file, place.info.start, place.info.end))
+    data = b"".join(piece_of_file(place.file, place.info).chunks())
     code = {"I64": "q", "I32": "i", "F32": "f", "F16": "e", "F64": "d"}.get(place.info.dtype)
     count = place.info.shape[-1] if place.info.shape else 0
     good = code and list(struct.unpack(f"<{count}{code}", data)) == [*range(count)]

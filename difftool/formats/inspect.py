@@ -11,8 +11,9 @@ from typing import Any
 
 from difftool.diffusion.path import build_path
 from difftool.formats.convert import component
-from difftool.formats.safetensors import Info, looks_like_safetensors, read_header
+from difftool.formats.safetensors import looks_like_safetensors, read_header
 from difftool.formats.source import FORMATS, free_metadata, locate, open_model
+from difftool.formats.tensors import Info
 
 SCHEMA = 1
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}

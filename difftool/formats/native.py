@@ -26,13 +26,13 @@ from difftool.formats.source import (
     FORMATS,
     Evidence,
     Format,
-    Located,
     ModelSource,
     Plan,
     checked_values,
     free_metadata,
 )
 from difftool.formats.strict import parse_json
+from difftool.formats.tensors import Located
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """Safetensors files: a strict reader of headers, an atomic writer, bytes from file to file.
 
-Torch-free but for `load_tensors` and `piece_of_tensor`. A file is an unsigned 64-bit length N,
+Torch-free but for `load_tensors` and `save_tensors`. A file is an unsigned 64-bit length N,
 N bytes of JSON, and the tensors' bytes without gaps.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -17,37 +17,27 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from difftool.errors import InputError, UsageError
 from difftool.formats.strict import parse_json
+from difftool.formats.tensors import (
+    BITS,
+    MAX_DIM,
+    MAX_RANK,
+    Info,
+    Located,
+    Piece,
+    byte_size,
+    digest_of,
+    load_located,
+    piece_of_file,
+    piece_of_tensor,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 65_536
-MAX_DIM = 1 << 31
-MAX_RANK = 8
-CHUNK = 8 << 20
 DATA_HASH = "modelspec.hash_sha256"
 """Metadata key that the writer fills with the hash of all bytes after the header."""
-
-ITEM_SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-
-class Info(NamedTuple):
-    """What a header says of a tensor; start and end are bytes from the beginning of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class Header(NamedTuple):
@@ -55,15 +45,6 @@ class Header(NamedTuple):
 
     metadata: dict[str, str]
     tensors: dict[str, Info]
-
-
-class Piece(NamedTuple):
-    """A tensor to be written: its description and a way to its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[Any]]
-    """Buffers that joined are its bytes, little-endian, row by row."""
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -124,11 +105,11 @@ def _info(path: Path, name: str, value: Any, base: int) -> Info:
                 raise _refused(path, f"tensor {name!r} has a size that is not a whole number")
         case _:
             raise _refused(path, f"tensor {name!r} is not described as the format demands")
-    if dtype not in ITEM_SIZES:
+    if dtype not in BITS:
         raise _refused(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if len(shape) > MAX_RANK or not all(0 <= dim <= MAX_DIM for dim in shape):
         raise _refused(path, f"tensor {name!r} has an absurd shape")
-    if not 0 <= start <= end or end - start != prod(shape) * ITEM_SIZES[dtype]:
+    if not 0 <= start <= end or (end - start) * 8 != prod(shape) * BITS[dtype]:
         raise _refused(path, f"the bytes of tensor {name!r} do not fit its shape")
     return Info(dtype, tuple(shape), base + start, base + end)
 
@@ -141,27 +122,13 @@ def load_tensors(
     path: Path, names: Iterable[str] | None = None, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Tensors of a file (None: all), mapped into memory; InputError as `read_header`."""
-    from safetensors import SafetensorError, safe_open
-
-    header = read_header(path)
-    wanted = list(header.tensors if names is None else names)
+    tensors = read_header(path).tensors
     try:
-        with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in wanted}
-    except SafetensorError as error:
-        raise _refused(path, str(error)) from None
-
-
-def file_chunks(path: Path, start: int, end: int) -> Iterator[bytes]:
-    """The bytes of a file from start to end, a few megabytes at a time."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end:
-            chunk = file.read(min(CHUNK, end - start))
-            if not chunk:
-                raise InputError(f"{path} became shorter while it was read")
-            start += len(chunk)
-            yield chunk
+        wanted = {name: tensors[name] for name in (tensors if names is None else names)}
+    except KeyError as error:
+        raise InputError(f"{path} has no tensor {error}") from None
+    places = {name: Located(path, name, info) for name, info in wanted.items()}
+    return load_located(places, device)
 
 
 def digests(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -170,33 +137,7 @@ def digests(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     return {name: digest_of(piece_of_file(path, tensors[name])) for name in names or tensors}
 
 
-def digest_of(piece: Piece) -> str:
-    """SHA-256 of a tensor's bytes, in hex."""
-    digest = hashlib.sha256()
-    for chunk in piece.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 # --- writing ---------------------------------------------------------------------------------
-
-
-def piece_of_file(path: Path, info: Info) -> Piece:
-    """A tensor of another file, streamed."""
-    return Piece(info.dtype, info.shape, lambda: file_chunks(path, info.start, info.end))
-
-
-def piece_of_tensor(tensor: Tensor) -> Piece:
-    """A torch tensor of any device and strides."""
-    import torch
-
-    names = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
-
-    def chunks() -> list[Any]:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        return [flat.view(torch.uint8).numpy().data] if flat.numel() else []
-
-    return Piece(names[tensor.dtype], tuple(tensor.shape), chunks)
 
 
 def save_tensors(
@@ -260,7 +201,7 @@ def write_pieces(
 
 def _order(pieces: Mapping[str, Piece]) -> list[str]:
     """Wide dtypes first, so that every tensor is aligned; then by name."""
-    return sorted(pieces, key=lambda name: (-ITEM_SIZES[pieces[name].dtype], name))
+    return sorted(pieces, key=lambda name: (-BITS[pieces[name].dtype], name))
 
 
 def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
@@ -268,7 +209,7 @@ def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
     position = 0
     for name in _order(pieces):
         dtype, shape, _ = pieces[name]
-        end = position + prod(shape) * ITEM_SIZES[dtype]
+        end = position + byte_size(dtype, shape)
         values[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.config import build_preset, to_values
 from difftool.errors import InputError, UsageError
-from difftool.formats.safetensors import Info, load_tensors, looks_like_safetensors
+from difftool.formats.safetensors import looks_like_safetensors
+from difftool.formats.tensors import Located, load_located
 from difftool.registry import Registry
 
 if TYPE_CHECKING:
@@ -29,14 +30,6 @@ class Evidence(NamedTuple):
 
     source: str
     says: str
-
-
-class Located(NamedTuple):
-    """Where a tensor lies."""
-
-    file: Path
-    name: str
-    info: Info
 
 
 class Drop(NamedTuple):
@@ -80,15 +73,8 @@ class ModelSource:
 
     def load(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
         """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped."""
-        files: dict[Path, dict[str, str]] = {}
-        for name, place in self.tensors.items():
-            if name.startswith(prefix):
-                files.setdefault(place.file, {})[place.name] = name[len(prefix) :]
-        return {
-            names[there]: tensor
-            for file, names in files.items()
-            for there, tensor in load_tensors(file, names, device).items()
-        }
+        places = {n[len(prefix) :]: p for n, p in self.tensors.items() if n.startswith(prefix)}
+        return load_located(places, device)
 
 
 @dataclass(frozen=True, kw_only=True)
