@@ -31,6 +31,7 @@ from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import FORMATS, convert, diffusers, networks, open_model, schedulers
 from difftool.formats.convert import Ledger
 from difftool.formats.inspect import inspect
+from difftool.formats.layout import Rule
 from difftool.formats.native import read_native, write_native
 from difftool.formats.safetensors import read_header
 from difftool.formats.source import ModelSource
@@ -911,11 +912,11 @@ def test_a_plan_that_forgets_or_doubles_a_tensor_is_stopped(tmp_path, monkeypatc
     source = write(PRESETS["pixel"], tmp_path / "m")
     good = FORMATS["difftool"]
 
-    def forget(files: dict[str, str]) -> dict[str, str]:
-        return dict(list(files.items())[1:])
+    def forget(rules: list[Rule]) -> list[Rule]:
+        return rules[1:]
 
-    def double(files: dict[str, str]) -> dict[str, str]:
-        return files | {"again": next(iter(files))}
+    def double(rules: list[Rule]) -> list[Rule]:
+        return [*rules, rules[0]._replace(there="again")]
 
     for fault in (forget, double):
 
@@ -944,8 +945,8 @@ def test_a_swapped_tensor_is_found_when_reading_back(tmp_path, monkeypatch):
         def plan(opened: ModelSource, keep: bool, swap: Any = swap) -> Any:
             made = good.plan(opened, keep)
             files = {
-                file: {there: swap.get(name, name) for there, name in names.items()}
-                for file, names in made.files.items()
+                file: [r._replace(here=tuple(swap.get(n, n) for n in r.here)) for r in rules]
+                for file, rules in made.files.items()
             }
             return replace(made, files=files)
 
@@ -1316,6 +1317,7 @@ def test_inspection_loads_neither_torch_nor_tensors(tmp_path, folders):
 import sys
 from pathlib import Path
 from difftool.formats.inspect import inspect
+from difftool.formats.layout import Rule
 for path in sys.argv[1:]:
     assert inspect(Path(path))["components"]
 assert not {"torch", "numpy", "safetensors"} & set(sys.modules)

@@ -6,9 +6,11 @@ named rule; anything else stops the conversion. What was written is read back an
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import CheckError, UsageError
+from difftool.formats.layout import Rule
 from difftool.formats.safetensors import (
     atomic_file,
     make_folder,
@@ -24,8 +27,9 @@ from difftool.formats.safetensors import (
     sync_folder,
     write_pieces,
 )
-from difftool.formats.source import FORMATS, ModelSource, Plan, open_model
+from difftool.formats.source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.formats.tensors import (
+    BITS,
     Located,
     Piece,
     digest_of,
@@ -48,16 +52,19 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Entry:
     """The ledger's line on one tensor."""
 
-    source: str
-    """Its name in the file that it comes from."""
-    source_file: str
+    source: str | None
+    """Its name in the file that it comes from; None: an empty marker that was added."""
+    source_file: str | None
     target: str | None
     target_file: str | None
     """None: it was dropped."""
     op: str
-    """copy, cast, keep (beside the model, for difftool alone), or drop:RULE."""
+    """copy, reshape, split, concat, transpose, cast, several of these joined by "+"; keep (for
+    tools that know it, or for difftool alone), drop:RULE, or synthesise."""
     shape: tuple[int, ...]
-    source_dtype: str
+    """In difftool's layout, of the part that this line is about, as are the hashes: whatever the
+    operation, they are equal unless values were cast."""
+    source_dtype: str | None
     target_dtype: str | None
     source_sha256: str | None = None
     target_sha256: str | None = None
@@ -139,11 +146,11 @@ def convert(
         _check_expected(source, expected)
     wanted = None if dtype is None else DTYPES[dtype]
     if dry_run:
-        ledger.entries = [*_entries(source, plan, wanted, {}, {}), *_drops(source)]
+        ledger.entries = [*_entries(source, plan, wanted, {}, {}), *_drops(source, plan)]
         return ledger
     with _target(target, "" in plan.files, overwrite) as place:
         hashes = _write(source, plan, place, wanted, ledger, progress)
-        ledger.entries = [*_entries(source, plan, wanted, *hashes), *_drops(source)]
+        ledger.entries = [*_entries(source, plan, wanted, *hashes), *_drops(source, plan)]
         _check_casts(ledger)
         if verify:
             _verify(source, place, kind, wanted, hashes[1])
@@ -165,9 +172,9 @@ def _refuse_inside(source: ModelSource, target: Path) -> None:
 
 def _check_complete(source: ModelSource, plan: Plan) -> None:
     """CheckError unless the plan gives every tensor of the source exactly one place."""
-    places: dict[str, int] = {}
-    for names in plan.files.values():
-        for name in names.values():
+    places = dict.fromkeys(plan.dropped, 1)
+    for rules in plan.files.values():
+        for name in (name for rule in rules for name in rule.here):
             places[name] = places.get(name, 0) + 1
     for name in source.tensors:
         if places.pop(name, 0) != 1:
@@ -185,9 +192,14 @@ def _check_expected(source: ModelSource, expected: Mapping[str, tuple[int, ...]]
         found = source.tensors[name].info.shape
         if found != tuple(shape):
             raise CheckError(what, f"{name} is {list(found)}, not {list(shape)}")
-    if extra := [name for name in source.tensors if name not in expected]:
+    beside = {name for name in source.tensors if name.startswith(EXTRA)}
+    for name in (name for name in source.tensors if name.startswith(EMA)):
+        if source.tensors[name].info.shape == expected.get(name.removeprefix(EMA)):
+            beside.add(name)
+    if extra := [n for n in source.tensors if n not in expected and n not in beside]:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise CheckError(what, f"no network has the tensor {extra[0]}{more}")
+        name = source.tensors[extra[0]].name
+        raise CheckError(what, f"no network has the tensor {name}{more}")
 
 
 def _entries(
@@ -197,29 +209,51 @@ def _entries(
     before: Mapping[str, str],
     after: Mapping[str, str],
 ) -> Iterator[Entry]:
-    for file, names in plan.files.items():
-        for there, name in names.items():
-            place = source.tensors[name]
-            dtype = _target_dtype(place, wanted)
-            op = (
-                "keep" if file in plan.sidecars else "copy" if dtype == place.info.dtype else "cast"
-            )
-            yield Entry(
-                source=place.name,
-                source_file=_relative(place.file, source.path),
-                target=there,
-                target_file=file,
-                op=op,
-                shape=place.info.shape,
-                source_dtype=place.info.dtype,
-                target_dtype=dtype,
-                source_sha256=before.get(name),
-                target_sha256=after.get(name),
-            )
+    for file, rules in plan.files.items():
+        for rule in rules:
+            if not rule.here:
+                yield Entry(
+                    source=None,
+                    source_file=None,
+                    target=rule.there,
+                    target_file=file,
+                    op="synthesise",
+                    shape=rule.shape,
+                    source_dtype=None,
+                    target_dtype="F32",
+                )
+            for name in rule.here:
+                place = source.tensors[name]
+                dtype = _target_dtype(name, place, wanted)
+                kept = file in plan.sidecars or rule.there.startswith((EXTRA, f"difftool.{EXTRA}"))
+                yield Entry(
+                    source=place.name,
+                    source_file=_relative(place.file, source.path),
+                    target=rule.there,
+                    target_file=file,
+                    op="keep" if kept else _op(place, rule, dtype),
+                    shape=place.info.shape,
+                    source_dtype=place.info.dtype,
+                    target_dtype=dtype,
+                    source_sha256=before.get(name),
+                    target_sha256=after.get(name),
+                )
 
 
-def _drops(source: ModelSource) -> Iterator[Entry]:
-    for place, rule in source.dropped:
+def _op(place: Located, rule: Rule, dtype: str) -> str:
+    """What is done to a tensor between two files; what one undoes of the other is nothing."""
+    steps: list[str] = []
+    if place.op != rule.op:
+        steps += {"copy": [], "stack": ["split"]}.get(place.op, [place.op])
+        steps += {"copy": [], "stack": ["concat"]}.get(rule.op, [rule.op])
+    if dtype != place.info.dtype:
+        steps.append("cast")
+    return "+".join(steps) or "copy"
+
+
+def _drops(source: ModelSource, plan: Plan) -> Iterator[Entry]:
+    planned = [(source.tensors[name], rule) for name, rule in plan.dropped.items()]
+    for place, rule in (*source.dropped, *planned):
         yield Entry(
             source=place.name,
             source_file=_relative(place.file, source.path),
@@ -229,7 +263,7 @@ def _drops(source: ModelSource) -> Iterator[Entry]:
             shape=place.info.shape,
             source_dtype=place.info.dtype,
             target_dtype=None,
-            source_sha256=digest_of(piece_of_file(place.file, place.info)),
+            source_sha256=digest_of(_bytes(place)),
         )
 
 
@@ -307,32 +341,91 @@ def _write(
         (place / name).parent.mkdir(exist_ok=True)
         with atomic_file(place / name, overwrite=False) as file:
             file.write(text.encode())
-    for name, names in plan.files.items():
+
+    def part(name: str) -> Piece:
+        """One of difftool's tensors as it will be, hashed where it lies otherwise there."""
+        tensor = source.tensors[name]
+        if _target_dtype(name, tensor, wanted) == tensor.info.dtype:
+            return counted(_bytes(tensor))
+        before[name] = digest_of(_bytes(tensor))
+        return counted(_cast(tensor, str(wanted), ledger.casts.setdefault(component(name), Cast())))
+
+    def hashed(name: str, piece: Piece) -> Piece:
+        def chunks() -> Iterator[Any]:
+            digest = hashlib.sha256()
+            for chunk in piece.chunks():
+                digest.update(chunk)
+                yield chunk
+            after[name] = digest.hexdigest()
+
+        return piece._replace(chunks=chunks)
+
+    for name, rules in plan.files.items():
         path = place / name
         if name:
             path.parent.mkdir(exist_ok=True)
         pieces: dict[str, Piece] = {}
-        for there, ours in names.items():
-            tensor = source.tensors[ours]
-            piece = piece_of_file(tensor.file, tensor.info)
-            if _target_dtype(tensor, wanted) != tensor.info.dtype:
-                before[ours] = digest_of(piece)
-                piece = _cast(tensor, str(wanted), ledger.casts.setdefault(component(ours), Cast()))
-            pieces[there] = counted(piece)
+        for rule in rules:
+            parts = [part(ours) for ours in rule.here]
+            if rule.op in ("stack", "transpose"):
+                parts = [hashed(*pair) for pair in zip(rule.here, parts, strict=True)]
+            pieces[rule.there] = assembled(rule, parts)
         hashes = write_pieces(path, pieces, plan.metadata)
-        after |= {ours: hashes[there] for there, ours in names.items()}
+        after |= {
+            rule.here[0]: hashes[rule.there] for rule in rules if rule.op in ("copy", "reshape")
+            and rule.here
+        }  # fmt: skip
     return after | before, after
 
 
+def _bytes(place: Located) -> Piece:
+    return piece_of_file(place.file, place.info)
+
+
+def transposed(piece: Piece) -> Piece:
+    """The transpose of a matrix, in whose bytes rows and columns change places."""
+    rows, columns = piece.shape
+    code: Any = {8: "B", 16: "H", 32: "I", 64: "Q"}[BITS[piece.dtype]]
+
+    def chunks() -> Iterator[bytes]:
+        data: Any = memoryview(b"".join(piece.chunks())).cast("B").cast(code)
+        return (bytes(data[i::columns]) for i in range(columns))
+
+    return Piece(piece.dtype, (columns, rows), chunks)
+
+
+def assembled(rule: Rule, parts: Sequence[Piece]) -> Piece:
+    """The tensor of a file that difftool's tensors make by a rule."""
+    if not parts:
+        return Piece("F32", rule.shape, lambda: ())
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1 or any(part.shape != rule.shape for part in parts):
+        why = f"its parts are of {', '.join(sorted(dtypes))}, or of several shapes"
+        raise CheckError(f"{rule.there} cannot be made as it should be", why)
+    if rule.op == "transpose":
+        return transposed(parts[0])
+
+    def chunks() -> Iterator[Any]:
+        for part in parts:
+            yield from part.chunks()
+
+    return Piece(parts[0].dtype, rule.shape_there, chunks)
+
+
 def component(name: str) -> str:
-    """unet, vae, text.0 ...: the component that a tensor of that name belongs to."""
+    """unet, vae, text.0, ema.unet, ...: the component that a tensor of that name belongs to."""
     first, _, rest = name.partition(".")
-    return f"text.{rest.partition('.')[0]}" if first == "text" else first
+    return f"{first}.{rest.partition('.')[0]}" if first in ("text", "ema", "extra") else first
 
 
-def _target_dtype(place: Located, wanted: str | None) -> str:
+NEVER_CAST = re.compile(r"extra\.ldm\.([^.]+|.*logit_scale|(model_ema|denoiser|edm_\w+)\..*)")
+"""Tables, counters and markers: what they say would be spoilt."""
+
+
+def _target_dtype(name: str, place: Located, wanted: str | None) -> str:
     dtype = place.info.dtype
-    return dtype if wanted is None or dtype not in FLOATS else wanted
+    same = wanted is None or dtype not in FLOATS or NEVER_CAST.fullmatch(name)
+    return dtype if same else str(wanted)
 
 
 def _cast(place: Located, wanted: str, cast: Cast) -> Piece:
@@ -392,10 +485,10 @@ def _verify(
         raise CheckError(what, "it does not hold the same tensors")
     for name, place in again.tensors.items():
         before = source.tensors[name]
-        meant = (_target_dtype(before, wanted), before.info.shape)
+        meant = (_target_dtype(name, before, wanted), before.info.shape)
         if (place.info.dtype, place.info.shape) != meant:
             raise CheckError(what, f"{name} has another dtype or shape")
-        if digest_of(piece_of_file(place.file, place.info)) != hashes[name]:
+        if digest_of(_bytes(place)) != hashes[name]:
             raise CheckError(what, f"the bytes of {name} are others")
     if build_preset(again.values) != build_preset(source.values):
         raise CheckError(what, "the preset does not come back as it was")

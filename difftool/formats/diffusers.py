@@ -16,22 +16,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difftool import __version__
 from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
+from difftool.formats.extra import checked_extra, differing, make_extra, with_extra
+from difftool.formats.layout import Rule
 from difftool.formats.networks import VERSION
 from difftool.formats.safetensors import read_header
 from difftool.formats.schedulers import read_scheduler, write_scheduler
 from difftool.formats.source import (
+    EMA,
+    EXTRA,
     FORMATS,
+    LAYOUT,
+    NOTHING_TOLD,
     Drop,
     Evidence,
     Format,
     ModelSource,
     Plan,
+    Told,
     checked_values,
 )
 from difftool.formats.strict import read_json
@@ -42,16 +48,29 @@ from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 EXTRA_JSON, EXTRA_TENSORS = "difftool_extra.json", "difftool_extra.safetensors"
-SCHEMA = 1
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
-    ENCODERS, "model"
-)
-"""Components whose tensors are a model's, and the stems of their files."""
-LEFT_OUT = {
-    "safety_checker": "the safety checker is no part of a difftool model",
-    "unet_ema": "averaged weights beside the live ones are not converted by this version",
+WEIGHTS = {
+    **dict.fromkeys(("unet", "vae", "unet_ema"), "diffusion_pytorch_model"),
+    **dict.fromkeys(ENCODERS, "model"),
 }
+"""Components whose tensors are a model's, and the stems of their files."""
+FOREIGN = {
+    "image_encoder": ("model", ("transformers", "CLIPVisionModelWithProjection")),
+    "image_normalizer": (
+        *("diffusion_pytorch_model", ("stable_diffusion", "StableUnCLIPImageNormalizer")),
+    ),
+    "depth_estimator": ("model", ("transformers", "DPTForDepthEstimation")),
+}
+"""Components that difftool has no network for: the stem of their files, and their class. Their
+tensors are kept beside the model."""
+PLAIN_FILES = {
+    "scheduler": "scheduler_config.json",
+    "low_res_scheduler": "scheduler_config.json",
+    "image_noising_scheduler": "scheduler_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+"""Components without tensors, and the file that describes each."""
+LEFT_OUT = {"safety_checker": "the safety checker is no part of a difftool model"}
 """Components whose tensors are dropped, and why."""
 CLASSES = {
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
@@ -60,9 +79,7 @@ CLASSES = {
     "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-NO_COUNTERPART = ("name", "about", "classes", "train")
-"""Sections of a preset that no file of diffusers speaks of."""
+} | {name: (names[1],) for name, (_, names) in FOREIGN.items()}
 
 
 class Pipeline(NamedTuple):
@@ -84,6 +101,9 @@ PIPELINES = {
     "StableDiffusionXLPipeline": Pipeline("xl", 5.0),
     "StableDiffusionXLImg2ImgPipeline": Pipeline("xl", 5.0),
     "StableDiffusionXLInpaintPipeline": Pipeline("xl", 5.0),
+    "StableDiffusionDepth2ImgPipeline": Pipeline("sd", 7.5),
+    "StableDiffusionUpscalePipeline": Pipeline("sd", 9.0, 75),
+    "StableUnCLIPImg2ImgPipeline": Pipeline("sd", 10.0, 20),
     "DDPMPipeline": Pipeline(),
     "DDIMPipeline": Pipeline(),
     "PNDMPipeline": Pipeline(),
@@ -207,7 +227,7 @@ def _recognises(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def open_diffusers(folder: Path) -> ModelSource:
+def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     """A folder of diffusers as a source; InputError if it is malformed or not supported."""
     index = read_json(folder / INDEX)
     components = _components(index, folder)
@@ -220,12 +240,18 @@ def open_diffusers(folder: Path) -> ModelSource:
     tensors: dict[str, Located] = {}
     dropped: list[Drop] = []
     encoders = 0
-    for name in (n for n in WEIGHTS if n in components):
+    if (folder / "unet_ema" / "config.json").is_file():
+        components.add("unet_ema")  # diffusers' training scripts put it there, and in no index
+    for name in (n for n in (*WEIGHTS, *FOREIGN) if n in components):
         configs[f"{name}/config.json"] = read_json(folder / name / "config.json")
         prefix = f"{name}."
+        if name == "unet_ema":
+            prefix = f"{EMA}unet."
+        elif name in FOREIGN:
+            prefix = f"{EXTRA}diffusers.{name}."
         if name in ENCODERS:
             prefix, encoders = f"text.{encoders}.", encoders + 1
-        for their, place in _component_tensors(folder / name, WEIGHTS[name]).items():
+        for their, place in _component_tensors(folder / name, _stem(name)).items():
             ours = _our_name(name, their)
             if ours is None:
                 dropped.append(Drop(place, _positions(place, warnings)))
@@ -233,6 +259,10 @@ def open_diffusers(folder: Path) -> ModelSource:
                 raise InputError(f"{place.file} holds the tensor {ours} under two names")
             else:
                 tensors[prefix + ours] = place
+    for name in components & PLAIN_FILES.keys() - {"scheduler"}:
+        if (folder / name / PLAIN_FILES[name]).is_file():
+            file = f"{name}/{PLAIN_FILES[name]}"
+            configs[file] = read_json(folder / file, infinite=True)
     for name, rule in LEFT_OUT.items():
         found = _left_out(folder / name)
         dropped += [Drop(place, rule) for place in found]
@@ -248,7 +278,7 @@ def open_diffusers(folder: Path) -> ModelSource:
     pads = {n: _pad_id(folder / n) for n in TOKENIZERS if n in components}
     shapes = {name: place.info.shape for name, place in tensors.items()}
     meaning = _derive(configs, pads, shapes, _name(folder))
-    values, notes = _with_extra(to_values(meaning.preset), extra)
+    values, notes = with_extra(to_values(meaning.preset), extra, EXTRA_JSON)
     values = checked_values(values, str(folder))
     for config, name in zip(meaning.preset.text, TOKENIZERS, strict=False):
         if name in pads and config.vocab_size != 49408:
@@ -261,10 +291,13 @@ def open_diffusers(folder: Path) -> ModelSource:
         values=values,
         tensors=tensors,
         findings=(*meaning.findings, *notes),
-        weights=tuple(extra.get("weights", ("live",))),
+        weights=(
+            *extra.get("weights", ("live",))[:1],
+            *(("ema",) if any(name.startswith(EMA) for name in tensors) else ()),
+        ),
         tokenizer_json=extra.get("tokenizer"),
         metadata=extra.get("metadata", {}),
-        configs=_foreign(configs, values),
+        configs=_foreign(configs, values) | {k: extra[k] for k in (LAYOUT,) if k in extra},
         dropped=tuple(dropped),
         warnings=(*warnings, *meaning.warnings),
     )
@@ -299,12 +332,17 @@ def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
         if name in CLASSES and value[1] not in CLASSES[name]:
             what = f"{where} names a class that difftool does not have"
             raise InputError(what, f"{name}: {value[1]}")
-        if name not in (*CLASSES, *LEFT_OUT, "scheduler", "feature_extractor"):
+        if name not in (*CLASSES, *LEFT_OUT, *PLAIN_FILES):
             raise InputError(f"{where} names a component that difftool does not have", name)
         present.add(name)
     if missing := [name for name in ("unet", "scheduler") if name not in present]:
         raise InputError(f"{where} lacks a component", missing[0])
     return present
+
+
+def _stem(component: str) -> str:
+    """The stem of a component's file of weights."""
+    return WEIGHTS[component] if component in WEIGHTS else FOREIGN[component][0]
 
 
 def _our_name(component: str, name: str) -> str | None:
@@ -449,64 +487,7 @@ def _tokenizer_files(config: TextConfig) -> dict[str, str]:
 def _read_extra(folder: Path) -> dict[str, Any]:
     """The content of difftool_extra.json; empty if it is not there."""
     path = folder / EXTRA_JSON
-    if not path.is_file():
-        return {}
-    extra = read_json(path, infinite=True)
-    match extra:
-        case {"schema": int(schema), **_rest} if schema > SCHEMA:
-            raise InputError(f"{path} needs a newer difftool", f"schema {schema}")
-        case {
-            "schema": 1, "plain": dict(), "sections": dict(sections), "metadata": dict(metadata),
-            "weights": list(weights), "tokenizer": str() | None,
-        }:  # fmt: skip
-            texts = all(isinstance(text, str) for text in (*weights, *metadata.values()))
-            if texts and all(_is_section(section) for section in sections.values()):
-                return extra
-    raise InputError(f"{path} is malformed")
-
-
-def _is_section(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"was", "value"}
-
-
-def _with_extra(
-    values: dict[str, Any], extra: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[Evidence]]:
-    """Derived values, completed by what the folder's extra file keeps.
-
-    A section is taken from there only while diffusers' files still say what they said when it was
-    written: whoever has edited them is right.
-    """
-    if not extra:
-        return values, []
-    values = values | extra["plain"]
-    notes = [Evidence(EXTRA_JSON, f"preset {values['name']}")]
-    for name, section in extra["sections"].items():
-        if values.get(name) == section["was"]:
-            values[name] = section["value"]
-        else:
-            notes.append(Evidence(EXTRA_JSON, f"its {name} was passed over: the folder was edited"))
-    return values, notes
-
-
-def _extra(source: ModelSource, derived: Mapping[str, Any], keep_metadata: bool) -> dict[str, Any]:
-    values = source.values
-    return {
-        "schema": SCHEMA,
-        "version": __version__,
-        "plain": {name: values[name] for name in NO_COUNTERPART},
-        "sections": {
-            name: {"was": derived[name], "value": values[name]}
-            for name in _differing(derived, values)
-        },
-        "weights": list(source.weights),
-        "tokenizer": source.tokenizer_json,
-        "metadata": source.metadata if keep_metadata else {},
-    }
-
-
-def _differing(derived: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    return [n for n in derived if n not in NO_COUNTERPART and derived[n] != values[n]]
+    return checked_extra(read_json(path, infinite=True), str(path)) if path.is_file() else {}
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -518,12 +499,15 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     source = replace(source, values=to_values(preset))
     pixel = not isinstance(preset.codec, VaeConfig)
     names = _encoder_names(preset)
-    files: dict[str, dict[str, str]] = {}
-    for name, component, theirs in _placed(source.tensors, names):
-        stem = WEIGHTS.get(component)
-        file = EXTRA_TENSORS if stem is None else f"{component}/{stem}.safetensors"
-        files.setdefault(file, {})[theirs] = name
+    files: dict[str, list[Rule]] = {}
+    for name, component, theirs in _placed(source, names):
+        file = f"{component}/{_stem(component)}.safetensors" if component else EXTRA_TENSORS
+        rule = Rule(theirs, (name,), source.tensors[name].info.shape)
+        files.setdefault(file, []).append(rule)
     configs = _write_configs(preset, names)
+    if "ema" in source.weights[1:]:
+        configs["unet_ema/config.json"] = configs["unet/config.json"]
+    configs |= _foreign_components(source, files)
     pads = {
         TOKENIZERS[ENCODERS.index(name)]: config.pad_id
         for name, config in zip(names, preset.text, strict=False)
@@ -536,7 +520,7 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
         if config.tokenizer == "clip":
             folder = TOKENIZERS[ENCODERS.index(name)]
             texts |= {f"{folder}/{file}": text for file, text in _tokenizer_files(config).items()}
-    texts[EXTRA_JSON] = _json(_extra(source, derived, keep_metadata))
+    texts[EXTRA_JSON] = _json(make_extra(source, derived, keep_metadata))
     return Plan(
         files=files,
         metadata={"format": "pt"},
@@ -557,13 +541,25 @@ def _encoder_names(preset: Preset) -> list[str]:
     return list(ENCODERS[: len(preset.text)])
 
 
-def _placed(tensors: Mapping[str, Any], encoders: list[str]) -> Iterator[tuple[str, str, str]]:
+def _placed(source: ModelSource, encoders: list[str]) -> Iterator[tuple[str, str, str]]:
     """(name, component, name there) of every tensor; one that fits no component keeps its name."""
-    prefixes = {"unet.": "unet", "vae.": "vae"}
+    prefixes = {"unet.": "unet", "vae.": "vae", f"{EMA}unet.": "unet_ema"}
     prefixes |= {f"text.{i}.": name for i, name in enumerate(encoders)}
-    for name in tensors:
+    prefixes |= {
+        f"{EXTRA}diffusers.{n}.": n for n in FOREIGN if f"{n}/config.json" in source.configs
+    }
+    for name in source.tensors:
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         yield (name, "", name) if prefix is None else (name, prefixes[prefix], name[len(prefix) :])
+
+
+def _foreign_components(source: ModelSource, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration files of the components that difftool has no network for, as they were."""
+    there = {file.partition("/")[0] for file in files}
+    wanted = {f"{name}/config.json" for name in FOREIGN if name in there}
+    wanted |= {f"{name}/{file}" for name, file in PLAIN_FILES.items() if name != "scheduler"}
+    configs = {path: source.configs[path] for path in wanted if path in source.configs}
+    return {path: config for path, config in configs.items() if isinstance(config, dict)}
 
 
 def _pipeline(preset: Preset) -> str:
@@ -631,7 +627,7 @@ def _as_published(
 
     def mismatches(candidate: Configs) -> list[str]:
         derived = to_values(_derive(candidate, pads, shapes, "").preset)
-        return _differing(derived, source.values)
+        return differing(derived, source.values)
 
     for path, config in sorted(source.configs.items(), key=lambda item: item[0] == INDEX):
         if path not in configs or not isinstance(config, dict):

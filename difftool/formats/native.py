@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import InputError
+from difftool.formats.layout import Rule
 from difftool.formats.safetensors import (
     DATA_HASH,
     Header,
@@ -23,11 +24,14 @@ from difftool.formats.safetensors import (
     save_tensors,
 )
 from difftool.formats.source import (
+    EMA,
     FORMATS,
+    NOTHING_TOLD,
     Evidence,
     Format,
     ModelSource,
     Plan,
+    Told,
     checked_values,
     free_metadata,
 )
@@ -117,7 +121,7 @@ def _recognises(path: Path) -> bool:
     return KEY in read_header(path).metadata
 
 
-def open_native(path: Path) -> ModelSource:
+def open_native(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     """A difftool model file as a source."""
     values, tokenizer_json, header = read_native(path)
     values = checked_values(values, str(path))
@@ -131,7 +135,7 @@ def open_native(path: Path) -> ModelSource:
         values=values,
         tensors={name: Located(path, name, info) for name, info in header.tensors.items()},
         findings=(Evidence("its own preset", says), Evidence(WEIGHTS, f"{weights} weights")),
-        weights=(weights,),
+        weights=(weights, *(("ema",) if any(n.startswith(EMA) for n in header.tensors) else ())),
         tokenizer_json=tokenizer_json,
         metadata=free_metadata(header.metadata),
         configs=parse_json(kept, f"the metadata of {path}", infinite=True) if kept else {},
@@ -145,7 +149,8 @@ def plan_native(source: ModelSource, keep_metadata: bool) -> Plan:
     metadata[WEIGHTS] = source.weights[0]
     if source.configs:
         metadata[DIFFUSERS] = json.dumps(source.configs, ensure_ascii=False)
-    return Plan(files={"": {name: name for name in source.tensors}}, metadata=metadata)
+    rules = [Rule(name, (name,), place.info.shape) for name, place in source.tensors.items()]
+    return Plan(files={"": rules}, metadata=metadata)
 
 
 FORMATS.add("difftool", Format(recognises=_recognises, open=open_native, plan=plan_native))

@@ -8,12 +8,13 @@ and preset values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.config import build_preset, to_values
 from difftool.errors import InputError, UsageError
+from difftool.formats.layout import Rule
 from difftool.formats.safetensors import looks_like_safetensors
 from difftool.formats.tensors import Located, load_located
 from difftool.registry import Registry
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("unet", "vae", "text")
 """First parts of the names of a model's tensors."""
+EMA, EXTRA, UNKNOWN = "ema.", "extra.", "unknown."
+"""Before the names of tensors beside the model: averaged weights (ema.unet.*), what no network of
+difftool's has but other tools want back (extra.ldm.*, extra.diffusers.*), and what nobody knows."""
+LAYOUT = "ldm"
+WEIGHTS = ("live", "ema")
 
 
 class Evidence(NamedTuple):
@@ -30,6 +36,17 @@ class Evidence(NamedTuple):
 
     source: str
     says: str
+
+
+class Told(NamedTuple):
+    """What the user says of a model, over whatever its files say."""
+
+    prediction: str | None = None
+    """The target: eps, v, ..."""
+    zero_snr: bool | None = None
+
+
+NOTHING_TOLD = Told()
 
 
 class Drop(NamedTuple):
@@ -61,7 +78,8 @@ class ModelSource:
     metadata: dict[str, str] = field(default_factory=dict)
     """Free notes of the header, such as modelspec.*."""
     configs: dict[str, Any] = field(default_factory=dict)
-    """Configuration files of a diffusers folder that the model is from, by their place in it."""
+    """Configuration files of a diffusers folder that the model is from, by their place in it; and
+    under LAYOUT, in what its single file differed from those that difftool writes."""
     dropped: tuple[Drop, ...] = ()
     """Tensors of the source that are no part of the model."""
     warnings: tuple[str, ...] = ()
@@ -81,15 +99,17 @@ class ModelSource:
 class Plan:
     """What a model becomes in another format."""
 
-    files: dict[str, dict[str, str]]
-    """Safetensors files by their place in the target folder ("": the target is this one file):
-    {name there: difftool's name}."""
+    files: dict[str, list[Rule]]
+    """Safetensors files by their place in the target folder ("": the target is this one file), and
+    what is in them. A rule of no tensor here is an empty marker."""
     metadata: dict[str, str]
     """For the header of each of them."""
     texts: dict[str, str] = field(default_factory=dict)
     """Other files of the target folder."""
     sidecars: frozenset[str] = frozenset()
     """Files that only difftool reads."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensors that must not be there, and the rules that say so."""
     warnings: tuple[str, ...] = ()
 
 
@@ -99,7 +119,7 @@ class Format:
 
     recognises: Callable[[Path], bool]
     """Whether a file or folder is of this kind, by a first look; says nothing of its soundness."""
-    open: Callable[[Path], ModelSource]
+    open: Callable[[Path, Told], ModelSource]
     """InputError if it is malformed or not supported."""
     plan: Callable[[ModelSource, bool], Plan]
     """What a model (and, if asked, its free metadata) becomes; CheckError if it cannot be held."""
@@ -110,7 +130,7 @@ FORMATS: Registry[Format] = Registry("model format")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
-def open_model(path: Path) -> ModelSource:
+def open_model(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     """The model in a file or folder of any format; no tensor is loaded.
 
     UsageError if there is nothing at the path, InputError if it is not a sound model.
@@ -118,7 +138,7 @@ def open_model(path: Path) -> ModelSource:
     path = locate(path)
     for format in FORMATS.values():
         if format.recognises(path):
-            return format.open(path)
+            return _as_told(format.open(path, told), told)
     known = ", ".join(FORMATS)
     if path.is_dir():
         raise InputError(f"{path} is not a model", "it has no model_index.json and no run's model")
@@ -130,6 +150,45 @@ def open_model(path: Path) -> ModelSource:
         hint = "difftool convert FILE --inspect lists what is in it"
         raise InputError(f"{path} is not supported", why, hint)
     raise InputError(f"{path} is not a model", f"formats of this version: {known}")
+
+
+def _as_told(source: ModelSource, told: Told) -> ModelSource:
+    """The same model with the target and the zero SNR that the user says; UsageError for a
+    pair that cannot be."""
+    values, findings = dict(source.values), list(source.findings)
+    path = dict(values["path"])
+    if told.zero_snr is not None and told.zero_snr != bool(path.get("zero_snr")):
+        path["zero_snr"] = told.zero_snr
+        findings.append(Evidence("--zero-snr", f"zero terminal SNR {told.zero_snr}"))
+    if told.prediction is not None and told.prediction != values["target"]:
+        values["target"] = told.prediction
+        findings.append(Evidence("--prediction", f"target {told.prediction}"))
+    if told != NOTHING_TOLD and values["target"] == "eps" and path.get("zero_snr"):
+        why = "at zero SNR the picture holds no signal, and eps says nothing"
+        raise UsageError("target eps and zero terminal SNR exclude each other", why)
+    values = checked_values(values | {"path": path}, str(source.path))
+    return replace(source, values=values, findings=tuple(findings))
+
+
+def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
+    """The same model with its live or its averaged (ema) weights alone; None keeps what is there.
+
+    UsageError if it has no such weights.
+    """
+    if which is None or source.weights == (which,):
+        return source
+    if which not in source.weights:
+        hint = "it has " + " and ".join(source.weights)
+        raise UsageError(f"{source.path} has no {which} weights", hint=hint)
+    tensors, dropped = dict(source.tensors), list(source.dropped)
+    counters = f"{EXTRA}ldm.model_ema."
+    for name in [name for name in tensors if name.startswith((EMA, counters))]:
+        place = tensors.pop(name)
+        if which == "ema" and name.startswith(EMA):
+            ours = name.removeprefix(EMA)
+            tensors[ours], place = place, tensors[ours]
+        dropped.append(Drop(place, f"--weights {which}"))
+    return replace(source, tensors=tensors, dropped=tuple(dropped), weights=(which,))
 
 
 def locate(path: Path) -> Path:
