@@ -6,7 +6,9 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -96,7 +98,18 @@ def _report_usage(error: typer.TyperException) -> int:
         console.mode.json = True  # parsing stopped before the flag's callback ran
     context = getattr(error, "ctx", None)
     hint = f"see {context.command_path} --help" if context else None
-    return _report(UsageError(message.rstrip("."), hint=hint))
+    value = _given(getattr(getattr(error, "param", None), "opts", ()))
+    why = f"got {value}" if value is not None and value not in message else None
+    return _report(UsageError(message.rstrip("."), why, hint))
+
+
+def _given(options: Sequence[str]) -> str | None:
+    """The value that an option was given on the command line."""
+    for word, following in pairwise([*sys.argv[1:], ""]):
+        name, sign, value = word.partition("=")
+        if name in options:
+            return value if sign else following
+    return None
 
 
 def _fault(error: Exception) -> DifftoolError:
