@@ -33,6 +33,7 @@ from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.native import write_native
+from difftool.formats.source import UNKNOWN
 from difftool.models.clip import ClipText
 from difftool.models.codecs import Codec, build_codec
 from difftool.models.layers import sinusoids
@@ -157,6 +158,9 @@ class Model:
         if not any(name.startswith("unet.") for name in source.tensors):
             hint = "train the rest of the model with it: --vae, or --part unet"
             raise InputError(f"{path} holds a part of a model, without a U-Net", hint=hint)
+        if strange := [name for name in source.tensors if name.startswith(UNKNOWN)]:
+            name = source.tensors[strange[0]].name
+            raise InputError(f"{path} has an unknown tensor {name}", f"and {len(strange)} in all")
         for prefix, part in model.parts().items():
             tensors = source.load(f"{prefix}.", str(target))
             model._fill(part, tensors, prefix, DTYPES[dtype], str(path))

@@ -17,8 +17,10 @@ from difftool.errors import UsageError
 if TYPE_CHECKING:
     from difftool.formats.convert import Ledger
 
-KINDS = ["diffusers", "difftool"]
+KINDS = ["ldm", "diffusers", "difftool"]
 DTYPES = ["fp32", "fp16", "bf16"]
+WEIGHTS = ["live", "ema"]
+PREDICTIONS = ["eps", "v"]
 SLOW = 256 << 20
 """Bytes from which on a conversion shows its progress."""
 
@@ -44,6 +46,26 @@ def convert(
             help=choices("Of the weights", DTYPES) + "  [as they are]",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            callback=choice(WEIGHTS),
+            help=choices("Keep only the trained or the averaged weights", WEIGHTS) + "  [both]",
+        ),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            "--prediction",
+            callback=choice(PREDICTIONS),
+            help=choices("What the model predicts, where its files do not say", PREDICTIONS),
+        ),
+    ] = None,
+    zero_snr: Annotated[
+        bool | None,
+        typer.Option("--zero-snr/--no-zero-snr", help="Whether its noise ends in pure noise."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write the ledger of tensors here, as JSON.")
     ] = None,
@@ -66,16 +88,16 @@ def convert(
     [bold]Examples[/bold]
 
       difftool convert model.safetensors model/ --to diffusers
-      difftool convert sd15/ sd15.safetensors --to difftool --dtype fp16
-      difftool convert sd15/ sd15.safetensors --to difftool --report ledger.json
+      difftool convert sd15.safetensors sd15/ --to diffusers --weights ema --report ledger.json
+      difftool convert sd15/ sd15.safetensors --to ldm --dtype fp16
       difftool convert model.safetensors --inspect --json
     """
     source = _found(source)
     if inspect:
-        if target or to or dtype or report or dry_run:
+        if target or to or dtype or weights or report or dry_run:
             hint = "leave out DST and what belongs to it"
             raise UsageError("--inspect says what is in SRC and writes nothing", hint=hint)
-        _inspect(source, json)
+        _inspect(source, json, prediction, zero_snr)
         return
     if target is None:
         raise UsageError("no DST was given", hint="name what to write, or ask for --inspect")
@@ -89,9 +111,10 @@ def convert(
     from difftool.formats import convert as formats
     from difftool.formats import open_model
     from difftool.formats.safetensors import atomic_file
+    from difftool.formats.source import Told, choose_weights
     from difftool.model import Model
 
-    opened = open_model(source)
+    opened = choose_weights(open_model(source, Told(prediction, zero_snr)), weights)
     for line in opened.evidence:
         console.say(line)
     networks = Model(build_preset(opened.values, str(source)), opened.tokenizer_json)
@@ -129,10 +152,11 @@ def _found(source: Path) -> Path:
     return bundled if not source.exists() and bundled.is_file() else source
 
 
-def _inspect(source: Path, json: bool) -> None:
+def _inspect(source: Path, json: bool, prediction: str | None, zero_snr: bool | None) -> None:
     from difftool.formats.inspect import inspect
+    from difftool.formats.source import Told
 
-    found = inspect(source)
+    found = inspect(source, Told(prediction, zero_snr))
     for warning in found["warnings"]:
         console.warn(warning)
     if json:

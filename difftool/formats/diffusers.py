@@ -21,6 +21,7 @@ from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
+from difftool.formats.detect import family_of
 from difftool.formats.extra import checked_extra, differing, make_extra, with_extra
 from difftool.formats.layout import Rule
 from difftool.formats.networks import VERSION
@@ -42,7 +43,7 @@ from difftool.formats.source import (
 )
 from difftool.formats.strict import read_json
 from difftool.formats.tensors import Located, piece_of_file
-from difftool.models.configs import CodecConfig, IdentityConfig, TextConfig, UNetConfig, VaeConfig
+from difftool.models.configs import IdentityConfig, TextConfig, VaeConfig
 from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
 INDEX = "model_index.json"
@@ -141,7 +142,7 @@ def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, na
         codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
     scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
-    family = _family(unet, codec)
+    family = family_of(unet, codec, text)
     numbers = 0
     if unet.vector_dim and unet.vector_name == "add_embedding":
         pooled = sum(encoder.projection or 0 for encoder in text if encoder.pooled)
@@ -189,24 +190,6 @@ def _derive_text(
         if projection:  # published configurations are wrong about it, the tensors are not
             config = replace(config, projection=projection[0])
         yield config
-
-
-def _family(unet: UNetConfig, codec: CodecConfig) -> str:
-    """The family id of a U-Net, by its shapes."""
-    if not isinstance(codec, VaeConfig):
-        return "unet"
-    depths = [max(row) for row in unet.down_depths]
-    shape = (unet.channels, unet.context_dim, unet.vector_dim, unet.linear_projection)
-    if shape == ((320, 640, 1280, 1280), 768, None, False):
-        return {4: "sd1", 8: "pix2pix", 9: "sd1-inpaint"}.get(unet.in_channels, "difftool")
-    if shape == ((320, 640, 1280, 1280), 1024, None, True):
-        return {4: "sd2", 5: "sd2-depth", 9: "sd2-inpaint"}.get(unet.in_channels, "difftool")
-    if shape == ((320, 640, 1280), 2048, 2816, True):
-        known = {(4, 10): "sdxl", (9, 10): "sdxl-inpaint", (4, 4): "ssd-1b"}
-        return known.get((unet.in_channels, depths[-1]), "difftool")
-    if shape == ((384, 768, 1536, 1536), 1280, 2560, True):
-        return "sdxl-refiner"
-    return "difftool"
 
 
 def _size(sample_size: Any, codec: VaeConfig | IdentityConfig) -> tuple[int, int]:
@@ -310,6 +293,7 @@ def _foreign(configs: Configs, values: Mapping[str, Any]) -> dict[str, Any]:
         ours = _write_configs(preset, _encoder_names(preset))
     except CheckError:
         return dict(configs)
+    ours["unet_ema/config.json"] = ours["unet/config.json"]
     return {path: config for path, config in configs.items() if config != ours.get(path)}
 
 

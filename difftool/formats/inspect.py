@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -11,36 +10,35 @@ from typing import Any
 
 from difftool.diffusion.path import build_path
 from difftool.formats.convert import component
+from difftool.formats.detect import kind_of
+from difftool.formats.evidence import WORDS
 from difftool.formats.safetensors import looks_like_safetensors, read_header
-from difftool.formats.source import FORMATS, free_metadata, locate, open_model
+from difftool.formats.source import (
+    FORMATS,
+    NOTHING_TOLD,
+    Told,
+    free_metadata,
+    locate,
+    open_model,
+)
 from difftool.formats.tensors import Info
 
 SCHEMA = 1
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-KINDS = {
-    "lora": r"lora_|\.lora\.|hada_w|lokr_w|dora_scale",
-    "controlnet": r"^(control_model\.|controlnet_|input_hint_block\.)",
-    "embedding": r"^(emb_params|clip_[lg]|string_to_param.*|<.*>)$",
-    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
-    "text-encoder": r"^text_model\.",
-    "unet": r"^(down_blocks|mid_block|up_blocks|input_blocks|middle_block)\.",
-}
-"""Kinds of files that are no whole model, by the names of their tensors; the first that fits."""
-LDM = r"^(model\.diffusion_model|cond_stage_model|conditioner)\."
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, told: Told = NOTHING_TOLD) -> dict[str, Any]:
     """A description of a model, or of any safetensors file, as the JSON object of `--inspect`.
 
     UsageError if there is nothing at the path, InputError if it is malformed or unsupported.
     """
     path = locate(path)
     known = any(format.recognises(path) for format in FORMATS.values())
-    return _model(path) if known or not looks_like_safetensors(path) else _file(path)
+    return _model(path, told) if known or not looks_like_safetensors(path) else _file(path)
 
 
-def _model(path: Path) -> dict[str, Any]:
-    source = open_model(path)
+def _model(path: Path, told: Told) -> dict[str, Any]:
+    source = open_model(path, told)
     return {
         "schema": SCHEMA,
         "format": source.kind,
@@ -60,11 +58,9 @@ def _model(path: Path) -> dict[str, Any]:
 def _file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     names = list(header.tensors)
-    family, says = _kind(names)
+    family, says = kind_of(names)
     evidence = [{"source": "tensor names", "says": says}]
-    prediction = {"epsilon": "eps", "v": "v"}.get(
-        header.metadata.get("modelspec.prediction_type", "")
-    )
+    prediction = WORDS.get(header.metadata.get("modelspec.prediction_type", ""))
     if prediction:
         evidence.append({"source": "modelspec.prediction_type", "says": f"target {prediction}"})
     if architecture := header.metadata.get("modelspec.architecture"):
@@ -81,15 +77,6 @@ def _file(path: Path) -> dict[str, Any]:
         "metadata": free_metadata(header.metadata),
         "warnings": ["this version does not convert files of this kind"],
     }
-
-
-def _kind(names: list[str]) -> tuple[str | None, str]:
-    if any(re.match(LDM, name) for name in names):
-        return None, "a single-file checkpoint in LDM's layout"
-    for kind, pattern in KINDS.items():
-        if found := next((name for name in names if re.search(pattern, name)), None):
-            return kind, f"{found} is a tensor of a {kind} file"
-    return None, "no name that this version knows"
 
 
 def _components(tensors: Iterable[tuple[str, Info]]) -> dict[str, Any]:

@@ -49,11 +49,14 @@ PREDICTIONS = {"eps": "epsilon", "v": "v"}
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd1-inpaint": "stable-diffusion-v1-inpainting",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd2": "stable-diffusion-v2-512",
     "sd2-inpaint": "stable-diffusion-v2-inpainting",
     "sd2-depth": "stable-diffusion-v2-depth",
+    "sd2-unclip": "stable-diffusion-v2-unclip-h",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
+"""modelspec's names of families; it has none for others."""
 
 
 def read_native(path: Path) -> tuple[dict[str, Any], str | None, Header]:
@@ -96,14 +99,22 @@ def native_metadata(values: Mapping[str, Any], tokenizer_json: str | None) -> di
     return metadata if tokenizer_json is None else metadata | {TOKENIZER: tokenizer_json}
 
 
-def modelspec(values: Mapping[str, Any]) -> dict[str, str]:
-    """The ModelSpec keys that a preset has an answer for."""
+def modelspec(values: Mapping[str, Any], implementation: str | None = None) -> dict[str, str]:
+    """The ModelSpec keys that a preset has an answer for.
+
+    implementation: whose names the tensors have; None: as diffusers has them.
+    """
     size = values.get("sample", {}).get("size")
     family = str(values.get("family", "difftool"))
+    architecture = ARCHITECTURES.get(family, family)
+    if family == "sd2" and values.get("target") == "v":
+        architecture = "stable-diffusion-v2-768-v"
+    if implementation is None:
+        implementation = "diffusers" if family in ARCHITECTURES else "difftool"
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES.get(family, family),
-        "modelspec.implementation": "diffusers" if family in ARCHITECTURES else "difftool",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
         "modelspec.title": str(values.get("name", "")),
         DATA_HASH: "",
         **({"modelspec.resolution": f"{size[0]}x{size[1]}"} if size else {}),

@@ -1,0 +1,258 @@
+"""What a set of tensors is, told by their names and shapes alone. Torch-free.
+
+Networks are read off LDM's names block by block, so any depth and width is understood; a family is
+told by structure (which text encoders, how many input channels, what joins the time embedding), and
+whoever disagrees with the tables of `layout` in one shape is refused with the nearest family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from itertools import count
+from math import gcd
+from typing import Any
+
+from difftool.formats.layout import Shape, unet_rules
+from difftool.models.configs import CodecConfig, Depth, TextConfig, UNetConfig, VaeConfig
+
+Shapes = Mapping[str, Shape]
+
+KINDS = {
+    "lora": r"lora_|\.lora\.|hada_w|lokr_w|dora_scale",
+    "controlnet": r"^(control_model\.|controlnet_|input_hint_block\.)",
+    "embedding": r"^(emb_params|clip_[lg]|string_to_param.*|<.*>)$",
+    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
+    "text-encoder": r"^(text_model|transformer|cond_stage_model|conditioner\.embedders)\.",
+    "unet": r"^(model\.diffusion_model\.)?"
+    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block)\.",
+}
+"""Kinds of files that are no whole model, by the names of their tensors; the first that fits."""
+PUBLISHED = {
+    "sd15": "sd1",
+    "sd21": "sd2",
+    "sdxl": "sdxl",
+    "sdxl-refiner": "sdxl-refiner",
+}
+"""Presets of the networks that an unknown file is compared with."""
+
+
+def kind_of(names: Iterable[str]) -> tuple[str | None, str]:
+    """The kind of a file that is no whole model, and what tells."""
+    names = list(names)
+    for kind, pattern in KINDS.items():
+        if found := next((name for name in names if re.search(pattern, name)), None):
+            return kind, f"{found} is a tensor of a {kind} file"
+    return None, "no name that this version knows"
+
+
+def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
+    """What distinguishes tensors from those that there should be, by name and shape."""
+    for name, shape in wanted.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif found[name] != shape:
+            yield f"{name} is {list(found[name])}, not {list(shape)}"
+    for name in found:
+        if name not in wanted:
+            yield f"{name} is not known"
+
+
+@cache
+def _published(name: str) -> dict[str, Shape]:
+    from difftool.config import load_preset
+
+    config = load_preset(name).unet
+    return {rule.there: rule.shape_there for rule in unet_rules(config)}
+
+
+def nearest(shapes: Shapes) -> tuple[str, list[str]]:
+    """The family whose U-Net has most in common with some tensors, and the first differences."""
+
+    def common(name: str) -> int:
+        return sum(shapes.get(there) == shape for there, shape in _published(name).items())
+
+    best = max(PUBLISHED, key=common)
+    return PUBLISHED[best], [*differences(shapes, _published(best))][:3]
+
+
+# --- networks --------------------------------------------------------------------------------
+
+
+def unet_config(s: Shapes) -> UNetConfig:
+    """The U-Net that tensors under LDM's names make, all of one head; KeyError, ValueError or
+    IndexError if they make none."""
+    widths, down = _levels(s, "input_blocks", 1, lambda there: f"{there}.0.op.weight" in s)
+    ups = {f".{k}.conv.weight" for k in (1, 2)}
+    _, up = _levels(s, "output_blocks", 0, lambda there: any(f"{there}{end}" in s for end in ups))
+    names = [f"middle_block.{j}" for j in range(3)]
+    vector = s.get("label_emb.0.0.weight")
+    context = next((s[n][1] for n in s if n.endswith("attn2.to_k.weight")), None)
+    depths, updepths = [*map(_compact, down)], [*map(_compact, up[::-1])]
+    only = {
+        int(level)
+        for level, (there, width) in enumerate(zip(_first_attention(s), widths, strict=True))
+        if there and s[f"{there}.attn1.to_k.weight"][1] not in (width, None)
+    }
+    return UNetConfig(
+        in_channels=s["input_blocks.0.0.weight"][1],
+        out_channels=s["out.2.weight"][0],
+        channels=tuple(widths),
+        blocks=_compact([*map(len, down)]),
+        attention="transformer",
+        depth=tuple(depths),
+        up_depth=None if updepths == depths else tuple(updepths),
+        mid_blocks=sum(f"{name}.in_layers.0.weight" in s for name in names),
+        mid_depth=max(_depth(s, name) for name in names),
+        context_dim=context,
+        only_cross=tuple(sorted(only)),
+        heads=1,
+        linear_projection=any(n.endswith("proj_in.weight") and len(s[n]) == 2 for n in s),
+        num_classes=s["label_emb.weight"][0] if "label_emb.weight" in s else None,
+        vector_dim=vector[1] if vector else None,
+        guidance_dim=s.get("time_embedding.cond_proj.weight", (0, None))[1],
+    )
+
+
+def _levels(
+    s: Shapes, way: str, first: int, ends: Callable[[str], bool]
+) -> tuple[list[int], list[list[int]]]:
+    """Widths of the levels that a way leads through, and the depths of each one's blocks."""
+    widths: list[int] = []
+    levels: list[list[int]] = [[]]
+    for index in count(first):
+        there = f"{way}.{index}"
+        resnet = s.get(f"{there}.0.out_layers.3.weight")
+        if resnet is not None:
+            levels[-1].append(_depth(s, f"{there}.1"))
+            widths[len(levels) - 1 :] = [resnet[0]]
+        elif not ends(there):
+            return widths, levels if levels[-1] else levels[:-1]
+        if ends(there):
+            levels.append([])
+    raise AssertionError("count is endless")
+
+
+def _first_attention(s: Shapes) -> list[str | None]:
+    """The first transformer block of each level on the way down, where there is one."""
+    found: list[str | None] = [None]
+    for index in count(1):
+        there = f"input_blocks.{index}"
+        if f"{there}.0.op.weight" in s:
+            found.append(None)
+        elif f"{there}.0.out_layers.3.weight" not in s:
+            return found
+        elif _depth(s, f"{there}.1"):
+            found[-1] = found[-1] or f"{there}.1.transformer_blocks.0"
+    raise AssertionError("count is endless")
+
+
+def _depth(s: Shapes, there: str) -> int:
+    """Transformer blocks of an attention layer."""
+    blocks = (f"{there}.transformer_blocks.{i}.norm1.weight" in s for i in count())
+    return next(i for i, block in enumerate(blocks) if not block)
+
+
+def _compact(row: list[int]) -> Depth:
+    return row[0] if len(set(row)) == 1 else tuple(row)
+
+
+def vae_config(s: Shapes) -> VaeConfig:
+    """The autoencoder that tensors under LDM's names make; errors as `unet_config`."""
+    widths, blocks = [], 0
+    for level in count():
+        there = f"encoder.down.{level}.block"
+        if f"{there}.0.conv1.weight" not in s:
+            break
+        widths.append(s[f"{there}.0.conv1.weight"][0])
+        blocks = next(j for j in count() if f"{there}.{j}.conv1.weight" not in s)
+    return VaeConfig(
+        channels=s["encoder.conv_in.weight"][1],
+        latent_channels=s["decoder.conv_in.weight"][1],
+        widths=tuple(widths),
+        blocks=blocks,
+        groups=groups_of(widths),
+        quant_conv="quant_conv.weight" in s,
+        mid_attention="encoder.mid.attn_1.q.weight" in s,
+    )
+
+
+def text_config(s: Shapes, openclip: bool, spare: int = 0) -> TextConfig:
+    """The text encoder that tensors under OpenCLIP's or transformers' names make, without the last
+    `spare` layers; errors as `unet_config`."""
+    if openclip:
+        tokens, places = s["token_embedding.weight"], s["positional_embedding"]
+        layer, hidden = "transformer.resblocks.{}", "mlp.c_fc.weight"
+    else:
+        tokens = s["text_model.embeddings.token_embedding.weight"]
+        places = s["text_model.embeddings.position_embedding.weight"]
+        layer, hidden = "text_model.encoder.layers.{}", "mlp.fc1.weight"
+    layers = next(i for i in count() if f"{layer.format(i)}.{hidden}" not in s) - spare
+    projection = s.get("text_projection") or s.get("text_projection.weight", (0,))[::-1]
+    return TextConfig(
+        width=tokens[1],
+        layers=layers,
+        heads=tokens[1] // gcd(tokens[1], 64),
+        mlp=s[f"{layer.format(0)}.{hidden}"][0],
+        activation="gelu" if openclip else "quick_gelu",
+        vocab_size=tokens[0],
+        length=places[0],
+        projection=projection[-1] or None,
+        pad_id=0 if openclip else None,
+    )
+
+
+def groups_of(widths: Iterable[int]) -> int:
+    """Groups of the group norms: 32 wherever that is possible."""
+    return gcd(32, *widths)
+
+
+def with_heads(config: UNetConfig, family: str, told: Mapping[str, Any]) -> UNetConfig:
+    """The same network with as many heads as its family has, which no tensor shows.
+
+    told: num_heads or num_head_channels of a configuration file.
+    """
+    heads, dim = told.get("num_heads"), told.get("num_head_channels")
+    config = replace(config, groups=groups_of(config.channels))
+    if isinstance(dim, int) and dim > 0:
+        return replace(config, heads=None, head_dim=dim)
+    if isinstance(heads, int) and heads > 0:
+        return replace(config, heads=heads)
+    if family in ("sd1", "sd1-inpaint", "pix2pix", "x4-upscaler"):
+        return replace(config, heads=gcd(8, *config.channels))
+    return replace(config, heads=None, head_dim=gcd(64, *config.channels))
+
+
+# --- families --------------------------------------------------------------------------------
+
+
+def family_of(unet: UNetConfig, codec: CodecConfig, text: tuple[TextConfig, ...]) -> str:
+    """The family id of a model by the structure of its networks, whatever their widths."""
+    if not isinstance(codec, VaeConfig):
+        return "unet"
+    if not text or unet.attention == "plain" or any(t.tokenizer != "clip" for t in text):
+        return "difftool"
+    more = unet.in_channels - codec.latent_channels
+    inpaints = more == codec.latent_channels + 1
+    if unet.num_classes:
+        return "x4-upscaler" if more == 3 else "difftool"
+    if unet.vector_dim and unet.vector_name == "class_embedding":
+        return "sd2-unclip"
+    if unet.vector_dim:
+        if len(text) == 1:
+            return "sdxl-refiner"
+        rows = (*unet.down_depths, *unet.up_depths)
+        regular = unet.mid_blocks == 2 and all(len(set(row)) == 1 for row in rows)
+        regular = regular and [r[0] for r in unet.down_depths] == [r[0] for r in unet.up_depths]
+        halved = regular and unet.mid_depth < 10 and unet.channels == (320, 640, 1280)
+        if not regular or halved:
+            return "ssd-1b"
+        return "sdxl-inpaint" if inpaints else "sdxl"
+    if unet.linear_projection:
+        found = {0: "sd2", 1: "sd2-depth", codec.latent_channels + 1: "sd2-inpaint"}
+    else:
+        edits = codec.latent_channels
+        found = {0: "sd1", edits: "pix2pix", codec.latent_channels + 1: "sd1-inpaint"}
+    return found.get(more, "difftool")

@@ -1,0 +1,652 @@
+"""LDM's single files (CompVis, Stability, A1111, kohya, ComfyUI) <-> difftool's models. Torch-free.
+
+What no network of difftool's has (noise tables, counters, logit_scale, SD2's unused last layer,
+image encoders) is kept under extra.ldm. and comes back. In what a file differs from those that are
+written here, in names, shapes and metadata, is remembered too: every way there and back is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from difftool.config import Preset, build_preset, load_preset, to_values
+from difftool.errors import CheckError, DifftoolError, InputError
+from difftool.formats import detect
+from difftool.formats.evidence import Find, decide, network_of, numbers, yaml_beside
+from difftool.formats.extra import checked_extra, make_extra, with_extra
+from difftool.formats.layout import (
+    Rule,
+    Shape,
+    clip_rules,
+    openclip_rules,
+    placed,
+    unet_rules,
+    vae_rules,
+)
+from difftool.formats.native import modelspec
+from difftool.formats.safetensors import Header, looks_like_safetensors, read_header
+from difftool.formats.source import (
+    EMA,
+    EXTRA,
+    FORMATS,
+    LAYOUT,
+    NOTHING_TOLD,
+    UNKNOWN,
+    Drop,
+    Evidence,
+    Format,
+    ModelSource,
+    Plan,
+    Told,
+    checked_values,
+    free_metadata,
+)
+from difftool.formats.strict import parse_json
+from difftool.formats.tensors import Info, Located, rows_strides
+from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+AVERAGED = "model_ema."
+KEPT = f"{EXTRA}ldm."
+OURS, ADDED, SETTLED = "difftool.extra", "difftool.markers", "difftool.settled"
+"""Metadata: what LDM's layout has no place for; markers that were added; what the user decided."""
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+POSITIONS = "embeddings.position_ids"
+KNOWN = re.compile(
+    r"[^.]+"  # tables of the noise schedule, markers
+    r"|(model_ema|denoiser|edm_\w+|loss|first_stage_model\.loss)\..+"
+    r"|(embedder|noise_augmentor|depth_model|low_scale_model|control_model)\..+"
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?"
+    r"(logit_scale|text_projection|attn_mask|visual\..+|logit_bias)"
+    r"|.+\.embeddings\.position_ids|difftool\.extra\..+"
+)
+"""Names of tensors that belong to no network of difftool's, and that other tools know."""
+BASES = {
+    "sd2": "sd21", "sd2-inpaint": "sd21", "sd2-depth": "sd21", "sd2-unclip": "sd21",
+    "x4-upscaler": "sd21", "sdxl": "sdxl", "sdxl-inpaint": "sdxl", "ssd-1b": "sdxl",
+    "sdxl-refiner": "sdxl-refiner",
+}  # fmt: skip
+"""Presets whose way of sampling a family has; sd15 for all others."""
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def usual_names(names: Iterable[str]) -> dict[str, str]:
+    """The names that difftool writes, by those that other tools have written."""
+    names = list(names)
+    bare_vae = not any(name.startswith(VAE) for name in names)
+    vector = f"{UNET}label_emb.0.0.weight" in names
+    found = {}
+    for name in names:
+        usual = name
+        if bare_vae and usual.startswith("vae."):
+            usual = VAE + usual.removeprefix("vae.")
+        for side in ("encoder.quant_conv", "decoder.post_quant_conv"):
+            if usual.startswith(f"{VAE}{side}."):
+                usual = VAE + usual.removeprefix(VAE).partition(".")[2]
+        if not vector and usual.startswith("conditioner.embedders.0."):
+            usual = "cond_stage_model." + usual.removeprefix("conditioner.embedders.0.")
+        usual = re.sub(
+            r"^(.+\.transformer\.)(embeddings|encoder|final_layer_norm)\.",
+            lambda m: m[0] if "diffusion_model" in m[1] else f"{m[1]}text_model.{m[2]}.",
+            usual,
+        ) if ".transformer.text_model." not in usual else usual  # fmt: skip
+        usual = usual.replace("text_projection.weight.weight", "text_projection.weight")
+        if usual.endswith(".model.text_projection.weight"):
+            usual = usual.removesuffix(".weight")
+        found[name] = usual
+    return found
+
+
+def ema_name(name: str) -> str:
+    """The averaged tensor's name in LDM's files, which has no dots left."""
+    return AVERAGED + name.removeprefix("model.").replace(".", "")
+
+
+def text_places(unet: UNetConfig, text: tuple[TextConfig, ...]) -> list[tuple[str, bool]]:
+    """The prefix of each text encoder, and whether its names are OpenCLIP's."""
+    xl = bool(unet.vector_dim) and unet.vector_name == "add_embedding"
+    if len(text) == 1 and not xl:
+        openclip = text[0].activation == "gelu"
+        return [(f"cond_stage_model.{'model' if openclip else 'transformer'}.", openclip)]
+    return [
+        (f"conditioner.embedders.{i}.{'model' if t.pooled else 'transformer'}.", t.pooled)
+        for i, t in enumerate(text)
+    ]
+
+
+def model_rules(preset: Preset) -> list[Rule]:
+    """The table of a whole model; CheckError if LDM's layout cannot hold it."""
+    what = "LDM's single files cannot hold this model"
+    if not isinstance(preset.codec, VaeConfig):
+        raise CheckError(what, f"its codec is {preset.codec.kind}", "use --to diffusers")
+    if preset.codec.patch > 1:
+        raise CheckError(what, "its autoencoder folds pixels into channels")
+    rules = [*placed(unet_rules(preset.unet), UNET, "unet.")]
+    rules += placed(vae_rules(preset.codec), VAE, "vae.")
+    for i, (prefix, openclip) in enumerate(text_places(preset.unet, preset.text)):
+        table = openclip_rules if openclip else clip_rules
+        rules += placed(table(preset.text[i]), prefix, f"text.{i}.")
+    return rules
+
+
+def ema_rules(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """The table of the U-Net's averaged weights."""
+    for rule in rules:
+        if rule.there.startswith(UNET):
+            names = tuple(f"{EMA}{name}" for name in rule.here)
+            yield rule._replace(there=ema_name(rule.there), here=names)
+
+
+# --- what a file's tensors mean --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """A preset derived from a file's tensors and metadata."""
+
+    preset: Preset
+    findings: tuple[Evidence, ...]
+    warnings: tuple[str, ...]
+
+
+def derive(
+    where: str,
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    find: Find,
+    *,
+    name: str,
+    told: Told = NOTHING_TOLD,
+    params: Mapping[str, Any] | None = None,
+) -> Meaning:
+    """The preset that tensors under their usual names mean; InputError if difftool has no such.
+
+    params: of the configuration file beside it.
+    """
+    params = params or {}
+
+    def part(prefix: str) -> dict[str, Shape]:
+        return {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+
+    try:
+        unet = detect.unet_config(part(UNET))
+        codec = detect.vae_config(part(VAE))
+        text = _text(shapes, unet)
+        if unet.vector_dim and not any(t.pooled for t in text):
+            unet = replace(unet, vector_name="class_embedding")
+        family = detect.family_of(unet, codec, text)
+        unet = detect.with_heads(unet, family, network_of(params))
+    except (KeyError, IndexError, ValueError, StopIteration) as error:
+        raise _unknown(where, part(UNET), str(error)) from None
+    noise = decide(where, family, metadata, params, find, told)
+    base = load_preset(_base(family, unet, noise.target, metadata))
+    codec = _codec(codec, family, params, find)
+    path = noise.path if "kind" in noise.path else base.path | noise.path
+    if family == "x4-upscaler":
+        path = {"kind": "discrete", "schedule": "scaled_linear"} | noise.path
+        path |= {"beta_start": 1e-4, "beta_end": 0.02}
+    sample = to_values(base.sample)
+    if noise.path.get("zero_snr"):  # other spacings never visit the last time
+        sample |= {"schedule": "trailing", "schedule_options": {}, "guidance_rescale": 0.7}
+    elif path["kind"] == "edm":
+        sample |= {"schedule": "karras", "schedule_options": {}, "start_noise": "hypot"}
+    if size := _size(metadata.get("modelspec.resolution", ""), codec):
+        sample["size"] = list(size)
+    pooled = sum(t.projection or 0 for t in text if t.pooled)
+    numbered, rest = divmod((unet.vector_dim or 0) - pooled, 256)
+    if not any(t.pooled for t in text):
+        numbered = rest = 0
+    if rest or not 0 <= numbered <= 6:
+        why = f"label_emb takes {unet.vector_dim}, which is not {pooled} and some sizes of 256"
+        raise InputError(f"{where} does not fit together", why)
+    layer = metadata.get("modelspec.encoder_layer", "")
+    if family in ("sd1", "sd1-inpaint", "pix2pix") and layer.isdecimal() and text:
+        hidden = -min(max(1, int(layer)), text[0].layers)
+        text = (replace(text[0], hidden=hidden), *text[1:])
+    values = to_values(base) | {
+        "name": metadata.get("modelspec.title") or name,
+        "about": f"single file of family {family}",
+        "family": family,
+        "codec": to_values(codec),
+        "unet": to_values(unet),
+        "text": [to_values(encoder) for encoder in text],
+        "size_numbers": numbered,
+        "path": path,
+        "target": noise.target,
+        "sample": sample,
+    }
+    says = f"family {family}, {len(shapes)} tensors"
+    warnings = noise.warnings
+    if any(width % 64 for width in unet.channels) and not network_of(params):
+        warnings = [*warnings, "how many heads attend is not in the tensors of networks this small"]
+    preset = build_preset(checked_values(values, where))
+    return Meaning(
+        preset=preset,
+        findings=(Evidence("tensor names and shapes", says), *noise.findings),
+        warnings=tuple(warnings),
+    )
+
+
+def _text(shapes: Mapping[str, Shape], unet: UNetConfig) -> tuple[TextConfig, ...]:
+    """The text encoders, in their order."""
+    found = []
+    for stage in ("cond_stage_model", *(f"conditioner.embedders.{i}" for i in range(3))):
+        for kind in ("transformer", "model"):
+            prefix, openclip = f"{stage}.{kind}.", kind == "model"
+            part = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+            if not any(name.endswith("token_embedding.weight") for name in part):
+                continue
+            xl = stage != "cond_stage_model"
+            spare = int(openclip and not xl and _has_spare_layer(part))
+            config = detect.text_config(part, openclip, spare)
+            if xl:
+                pooled = openclip and config.projection is not None
+                config = replace(config, hidden=-2, final_norm=False, pooled=pooled)
+            elif openclip:
+                config = replace(config, projection=None)
+            found.append(config)
+    return tuple(found)
+
+
+def _has_spare_layer(shapes: Mapping[str, Shape]) -> bool:
+    """Whether a text encoder's last layer is there but not used, as in SD2's complete files."""
+    whole = {"text_projection", "logit_scale"} & shapes.keys()
+    return bool(whole) or "transformer.resblocks.23.ln_1.weight" in shapes
+
+
+def _base(family: str, unet: UNetConfig, target: str, metadata: Mapping[str, str]) -> str:
+    """The preset whose way of sampling a model has."""
+    if "turbo" in metadata.get("modelspec.architecture", "") and family == "sdxl":
+        return "sdxl-turbo"
+    if unet.guidance_dim:
+        return "lcm"
+    base = BASES.get(family, "sd15")
+    return "sd21-v" if base == "sd21" and target == "v" else base
+
+
+def _codec(codec: VaeConfig, family: str, params: Mapping[str, Any], find: Find) -> VaeConfig:
+    """The autoencoder with the scale that its family's latents have."""
+    xl = family.startswith(("sdxl", "ssd"))
+    scale = 0.13025 if xl else 0.08333 if family == "x4-upscaler" else 0.18215
+    if isinstance(params.get("scale_factor"), float):
+        scale = params["scale_factor"]
+    mean, std = find("edm_mean"), find("edm_std")
+    moments: dict[str, Any] = {}
+    if mean and std:  # Playground 2.5
+        moments = {"latents_mean": tuple(numbers(mean)), "latents_std": tuple(numbers(std))}
+        scale = 0.5
+    return replace(codec, scale=scale, force_upcast=xl, **moments)
+
+
+def _size(text: str, codec: VaeConfig) -> tuple[int, int] | None:
+    """Width and height of modelspec.resolution."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    return sides if all(side and side % codec.factor == 0 for side in sides) else None
+
+
+def _unknown(where: str, unet: Mapping[str, Shape], why: str) -> InputError:
+    """The refusal of what is no model of a known structure."""
+    family, first = detect.nearest(unet)
+    why = f"nearest family: {family}, but " + "; ".join(first) if first else why
+    return InputError(f"{where} is not of a family known to this version", why)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> Header:
+    """Metadata and tensors of a checkpoint."""
+    return read_header(path)
+
+
+def _recognises(path: Path) -> bool:
+    if not path.is_file() or not looks_like_safetensors(path):
+        return False
+    header = read_header(path)
+    if "difftool" in header.metadata:
+        return False
+    return any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in header.tensors)
+
+
+def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
+    """A single file as a source; InputError if it is malformed or of no known family."""
+    header = read_tensors(path)
+    usual = usual_names(header.tensors)
+    places = {usual[n]: Located(path, n, info) for n, info in header.tensors.items()}
+    if len(places) != len(usual):
+        raise InputError(f"{path} holds a tensor twice, under an old name and a new one")
+    added = header.metadata.get(ADDED, "").split()
+    shapes = {name: place.info.shape for name, place in places.items()}
+    extra = _read_extra(header.metadata, path)
+    meaning = derive(
+        str(path),
+        shapes,
+        header.metadata,
+        places.get,
+        name=path.stem,
+        told=_settled(header.metadata, told),
+        params=yaml_beside(path),
+    )
+    values, notes = with_extra(to_values(meaning.preset), extra, f"metadata {OURS}")
+    preset = build_preset(checked_values(values, str(path)))
+    try:
+        rules = model_rules(preset)
+    except CheckError as error:
+        raise InputError(f"{path} is malformed", error.what) from None
+    tensors, flat = _mapped(rules, places, str(path))
+    averaged = [*ema_rules(rules)]
+    has_ema = averaged[0].there in places
+    if has_ema:
+        more, flatter = _mapped(averaged, places, str(path))
+        tensors, flat = tensors | more, [*flat, *flatter]
+    dropped: list[Drop] = []
+    warnings: list[str] = []
+    used = {id(places[rule.there]) for rule in (*rules, *(averaged if has_ema else ()))}
+    for name, place in places.items():
+        if id(place) in used:
+            continue
+        if rule := _drop_rule(name, place, preset, told, added):
+            dropped.append(Drop(place, rule))
+            if name.endswith(POSITIONS):
+                warnings.append(f"{place.name} is spoilt; positions are counted instead")
+        elif KNOWN.fullmatch(name) or _is_spare(name, preset):
+            tensors[_kept_name(place.name)] = place
+        else:
+            tensors[f"{UNKNOWN}{place.name}"] = place
+    return ModelSource(
+        kind="ldm",
+        path=path,
+        file=path,
+        values=to_values(preset),
+        tensors=tensors,
+        findings=(*meaning.findings, *notes),
+        weights=(*extra.get("weights", ("live",))[:1], *(("ema",) if has_ema else ())),
+        tokenizer_json=extra.get("tokenizer"),
+        metadata=free_metadata(header.metadata),
+        configs=extra.get("configs", {}) | {LAYOUT: _record(usual, flat, header, preset)},
+        dropped=tuple(dropped),
+        warnings=(*warnings, *meaning.warnings),
+    )
+
+
+def _read_extra(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if OURS not in metadata:
+        return {}
+    where = f"the metadata of {path}"
+    extra = parse_json(metadata[OURS], where, infinite=True)
+    if not isinstance(extra, dict) or not isinstance(extra.get("configs", {}), dict):
+        raise InputError(f"{where} is malformed")
+    return checked_extra(extra, where)
+
+
+def _settled(metadata: Mapping[str, str], told: Told) -> Told:
+    """What the user says now, or has said when the file was written."""
+    if told != NOTHING_TOLD or SETTLED not in metadata:
+        return told
+    target, _, zero_snr = metadata[SETTLED].partition(" ")
+    return Told(target, zero_snr == "zero-snr")
+
+
+def _mapped(
+    rules: Iterable[Rule], places: Mapping[str, Located], where: str
+) -> tuple[dict[str, Located], list[str]]:
+    """The tensors here, and names of those there that lie as they do here where others do not."""
+    tensors: dict[str, Located] = {}
+    flat: list[str] = []
+    shapes = {name: place.info.shape for name, place in places.items()}
+    for rule in rules:
+        place = places.get(rule.there)
+        given = None if place is None else place.info.shape
+        oriented = place is not None and place.name.endswith("text_projection.weight")
+        plain = rule.op == "reshape" or (rule.op == "transpose" and oriented)
+        if plain and given == rule.shape:
+            flat.append(rule.there)
+            rule = rule._replace(op="copy")
+        if place is None or given != rule.shape_there:
+            unet = {n.removeprefix(UNET): s for n, s in shapes.items() if n.startswith(UNET)}
+            first = next(detect.differences({rule.there: given} if given else {},
+                                            {rule.there: rule.shape_there}))  # fmt: skip
+            raise (
+                _unknown(where, unet, first)
+                if rule.there.startswith(UNET)
+                else InputError(f"{where} is not a whole model", first)
+            )
+        tensors |= zip(rule.here, parts_of(rule, place), strict=True)
+    return tensors, flat
+
+
+def parts_of(rule: Rule, place: Located) -> list[Located]:
+    """Where difftool's tensors of a rule lie."""
+    dtype, _, start, end, strides = place.info
+    if rule.op == "transpose":
+        turned = (strides or rows_strides(place.info.shape))[::-1]
+        return [place._replace(info=Info(dtype, rule.shape, start, end, turned), op=rule.op)]
+    if rule.op != "stack":
+        kept = None if strides is None else strides[: len(rule.shape)]
+        return [place._replace(info=Info(dtype, rule.shape, start, end, kept), op=rule.op)]
+    parts = []
+    for i in range(len(rule.here)):
+        if strides is None:
+            step = (end - start) // len(rule.here)
+            info = Info(dtype, rule.shape, start + i * step, start + (i + 1) * step)
+        else:
+            step = i * rule.shape[0] * strides[0] * place.info.size
+            step //= max(1, _count(place.info.shape))
+            info = Info(dtype, rule.shape, start + step, end, strides)
+        parts.append(place._replace(info=info, op=rule.op))
+    return parts
+
+
+def _count(shape: Shape) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _is_spare(name: str, preset: Preset) -> bool:
+    """Whether a tensor is of the layer that SD2 does not use."""
+    for config, (prefix, openclip) in zip(
+        preset.text, text_places(preset.unet, preset.text), strict=True
+    ):
+        if openclip and name.startswith(f"{prefix}transformer.resblocks.{config.layers}."):
+            return True
+    return False
+
+
+def _drop_rule(
+    name: str, place: Located, preset: Preset, told: Told, added: list[str]
+) -> str | None:
+    """Why a tensor is left out."""
+    if name in added:
+        return "a marker that difftool adds"
+    if name == "v_pred" and told.prediction and preset.target != "v":
+        return f"--prediction {told.prediction}"
+    if name == "ztsnr" and told.zero_snr is False:
+        return "--no-zero-snr"
+    if name.endswith(POSITIONS) and not _counts(place):
+        return "position_ids that are not 0, 1, 2, ..."
+    return None
+
+
+def _counts(place: Located) -> bool:
+    """Whether positions are whole numbers that count up; merges have spoilt some."""
+    from difftool.formats.tensors import piece_of_file
+
+    count = place.info.shape[-1] if place.info.shape else 0
+    data = b"".join(piece_of_file(place.file, place.info).chunks())
+    return place.info.dtype == "I64" and data == struct.pack(f"<{count}q", *range(count))
+
+
+def _kept_name(name: str) -> str:
+    """difftool's name of a tensor that no network has."""
+    theirs = f"difftool.{EXTRA}"
+    return EXTRA + name.removeprefix(theirs) if name.startswith(theirs) else KEPT + name
+
+
+def _record(
+    usual: Mapping[str, str], flat: list[str], header: Header, preset: Preset
+) -> dict[str, Any]:
+    """In what a file differs from those that difftool writes."""
+    spec = {k: v for k, v in header.metadata.items() if k.startswith("modelspec.")}
+    form = {k: v for k, v in header.metadata.items() if k in ("format", ADDED, SETTLED)}
+    return {
+        "names": {new: old for old, new in usual.items() if old != new},
+        "flat": flat,
+        "metadata": spec | form,
+        "target": preset.target,
+        "path": to_values(preset)["path"],
+    }
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def plan_ldm(source: ModelSource, keep_metadata: bool) -> Plan:
+    """Any model as a single file; CheckError if LDM's layout cannot hold it."""
+    preset = build_preset(source.values, str(source.path))
+    source = replace(source, values=to_values(preset))
+    record = _checked_record(source.configs.get(LAYOUT))
+    same = all(record.get(key) == source.values[key] for key in ("target", "path"))
+    rules = model_rules(preset)
+    if "ema" in source.weights[1:]:
+        rules += ema_rules(rules)
+    kept, dropped = _kept_rules(source, preset, same)
+    names, flat = record.get("names", {}), set(record.get("flat", ()))
+    written = [
+        rule._replace(
+            there=names.get(rule.there, rule.there), op="copy" if rule.there in flat else rule.op
+        )
+        for rule in rules
+    ]
+    there = {rule.there for rule in kept}
+    added = record["metadata"].get(ADDED, "").split() if same else _markers(source)
+    markers = [Rule(name, (), (0,)) for name in added if name not in there]
+    metadata = _metadata(source, record if same and keep_metadata else {}, keep_metadata)
+    if markers:
+        metadata[ADDED] = " ".join(marker.there for marker in markers)
+    warnings = [*_complete(source, metadata, rules, kept, markers, keep_metadata)]
+    if preset.unet.guidance_dim:
+        warnings.append("no other tool reads LCM's guidance layer in a single file")
+    return Plan(
+        files={"": [*written, *kept, *markers]},
+        metadata=metadata,
+        dropped=dropped,
+        warnings=tuple(warnings),
+    )
+
+
+def _checked_record(record: Any) -> dict[str, Any]:
+    """What `_record` has noted; empty if it is not that."""
+    match record:
+        case {
+            "names": dict(names), "flat": list(flat), "metadata": dict(metadata),
+            "target": str(), "path": dict(),
+        }:  # fmt: skip
+            if all(isinstance(text, str) for text in (*names.values(), *flat, *metadata.values())):
+                return record
+    return {}
+
+
+def _kept_rules(
+    source: ModelSource, preset: Preset, same: bool
+) -> tuple[list[Rule], dict[str, str]]:
+    """Places of the tensors beside the model, and those that would now say something wrong."""
+    rules, dropped = [], {}
+    wrong = set()
+    if not same:
+        wrong = {"v_pred"} if preset.target != "v" else set()
+        wrong |= set() if preset.path.get("zero_snr") else {"ztsnr"}
+    for name, place in source.tensors.items():
+        if name.removeprefix(KEPT) in wrong:
+            dropped[name] = "the model predicts otherwise now"
+        elif name.startswith(KEPT):
+            rules.append(Rule(name.removeprefix(KEPT), (name,), place.info.shape))
+        elif name.startswith(EXTRA):
+            rules.append(Rule(f"difftool.{name}", (name,), place.info.shape))
+    return rules, dropped
+
+
+def _markers(source: ModelSource) -> Iterator[str]:
+    """Names of the empty tensors by which other tools know SDXL's v-models."""
+    if source.values["family"] in ("sdxl", "sdxl-inpaint", "ssd-1b"):
+        if source.values["target"] == "v":
+            yield "v_pred"
+        if source.values["path"].get("zero_snr"):
+            yield "ztsnr"
+
+
+def _metadata(
+    source: ModelSource, record: Mapping[str, Any], keep_metadata: bool
+) -> dict[str, str]:
+    """The header's metadata: as the file that the model is from had it, else modelspec's."""
+    free = source.metadata if keep_metadata else {}
+    if record:
+        notes = {k: v for k, v in free.items() if not k.startswith("modelspec.")}
+        return notes | record["metadata"]
+    spec = modelspec(source.values, IMPLEMENTATION)
+    title = {k: v for k, v in free.items() if k == "modelspec.title"}
+    return {"format": "pt"} | free | spec | title
+
+
+def _complete(
+    source: ModelSource,
+    metadata: dict[str, str],
+    rules: list[Rule],
+    kept: list[Rule],
+    markers: list[Rule],
+    keep_metadata: bool,
+) -> Iterator[str]:
+    """Add to the metadata what reading the file would not give back; say what others will miss."""
+    shapes = {rule.there: rule.shape_there for rule in (*rules, *kept, *markers)}
+    by_name = {rule.there: rule.here for rule in (*rules, *kept, *markers)}
+
+    def find(name: str) -> Located | None:
+        here = by_name.get(name)
+        if here is None:
+            return None
+        return source.tensors[here[0]] if here else Located(Path(), name, Info("F32", (0,), 0, 0))
+
+    def derived() -> dict[str, Any]:
+        told = _settled(metadata, NOTHING_TOLD)
+        name = source.values["name"]
+        return to_values(derive("it", shapes, metadata, find, name=name, told=told).preset)
+
+    zero = bool(source.values["path"].get("zero_snr"))
+    target = source.values["target"]
+    try:
+        found = derived()
+    except InputError:
+        found = {}
+    decided = (found.get("target"), bool(found.get("path", {}).get("zero_snr")))
+    if decided != (target, zero):
+        spec = modelspec(source.values, IMPLEMENTATION)
+        keys = ("modelspec.prediction_type", "modelspec.architecture")
+        metadata |= {key: spec[key] for key in keys if key in spec and key in metadata}
+        metadata[SETTLED] = f"{target}{' zero-snr' * zero}"
+        try:
+            found = derived()
+        except DifftoolError as error:
+            what = "LDM's single files cannot hold this model"
+            raise CheckError(what, error.why or error.what) from None
+    extra = make_extra(source, found, keep_metadata=False)
+    same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items()
+                                         if k != "about")  # fmt: skip
+    configs = {k: v for k, v in source.configs.items() if k != LAYOUT} if keep_metadata else {}
+    if same and not configs and source.tokenizer_json is None and source.weights[0] == "live":
+        return
+    metadata[OURS] = json.dumps(extra | {"configs": configs}, ensure_ascii=False)
+    if found["target"] != target or found["path"]["kind"] != source.values["path"]["kind"]:
+        yield f"other tools take it for target {found['target']}: a single file has no other word"
+
+
+FORMATS.add("ldm", Format(recognises=_recognises, open=open_ldm, plan=plan_ldm))
