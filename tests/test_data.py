@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from difftool.config import DataConfig
 from difftool.data import open_dataset
-from difftool.data.images import square
+from difftool.data.images import framed
 from difftool.errors import InputError, UsageError
 
 
@@ -41,7 +42,7 @@ def lay(root: Path, files: Mapping[str, str | bytes | None]) -> str:
 
 def caption_by_picture(where: str, **options) -> dict[int, str]:
     """The caption of each picture, pictures told by their shade."""
-    data = open_dataset(where, **options)
+    data = open_dataset(where, DataConfig(**options))
     everything = range(len(data))
     shades = data.images(everything, 8)[:, 0, 0, 0].tolist()
     return dict(zip(shades, data.captions(everything), strict=True))
@@ -124,7 +125,9 @@ def test_captions_are_not_overlooked_for_a_typo(tmp_path, name):
     with pytest.raises(InputError, match="is not read") as error:
         open_dataset(where)
     assert error.value.hint and "metadata.jsonl" in error.value.hint
-    assert any("ignored" in line for line in open_dataset(where, labels="none").audit.lines())
+    assert any(
+        "ignored" in line for line in open_dataset(where, DataConfig(labels="none")).audit.lines()
+    )
 
 
 def test_sidecars(tmp_path):
@@ -220,15 +223,12 @@ def test_what_does_not_look_like_classes_is_none(tmp_path):
 
 def test_labels_can_be_asked_for(tmp_path):
     where = lay(tmp_path, pictures("x/dog_1.png", "x/cat_1.png", "y/cat_2.png"))
-    assert open_dataset(where, labels="none").kind == "none"
-    assert open_dataset(where, labels="folders").classes == ("x", "y")
-    by_name = open_dataset(where, labels="prefix")
+    assert open_dataset(where, DataConfig(labels="none")).kind == "none"
+    assert open_dataset(where, DataConfig(labels="folders")).classes == ("x", "y")
+    by_name = open_dataset(where, DataConfig(labels="prefix"))
     assert by_name.classes == ("cat", "dog") and sorted(by_name.labels(range(3))) == [0, 0, 1]
     with pytest.raises(InputError, match="no captions"):
-        open_dataset(where, labels="text")
-    with pytest.raises(UsageError, match="folder") as error:
-        open_dataset(where, labels="folder")  # type: ignore[arg-type]
-    assert error.value.hint and '"folders"' in error.value.hint
+        open_dataset(where, DataConfig(labels="text"))
 
 
 def test_edm_labels(tmp_path):
@@ -264,7 +264,7 @@ def test_pictures_are_resized_cut_and_mirrored(tmp_path):
     data = open_dataset(str(tmp_path))
     assert data.native_size == 25
     batch = data.images([1, 0], 16, [True, False], [0, 0])
-    expected = [square(Image.fromarray(p), 16) for p in (pixels[:, :25], pixels)]
+    expected = [framed(Image.fromarray(p), (16, 16)) for p in (pixels[:, :25], pixels)]
     assert batch.dtype == torch.uint8 and batch.shape == (2, 3, 16, 16)
     assert np.array_equal(batch[0].permute(1, 2, 0), np.asarray(expected[0])[:, ::-1])
     assert np.array_equal(batch[1].permute(1, 2, 0), np.asarray(expected[1]))
@@ -274,7 +274,7 @@ def test_sets_that_do_not_fit_in_memory_are_read_each_time(tmp_path, monkeypatch
     where = lay(tmp_path, pictures("a.png", "b.png", "c.png"))
     held, read = open_dataset(where), open_dataset(where)
     held.prepare(8)
-    monkeypatch.setattr("difftool.data.folder.MEMORY_CAP", 100)
+    monkeypatch.setattr("difftool.data.pictures.MEMORY_CAP", 100)
     before = held.images([2, 0, 2], 8, [True, False, False])
     assert torch.equal(read.images([2, 0, 2], 8, [True, False, False]), before)
     for name in "abc":
@@ -325,12 +325,12 @@ def test_bad_files_are_skipped_with_the_reason(tmp_path):
     with pytest.raises(InputError, match="4 of 12 pictures") as error:
         open_dataset(where)
     assert error.value.why and "0 bytes" in error.value.why
-    assert len(open_dataset(where, allow_bad=True)) == 8
+    assert len(open_dataset(where, DataConfig(allow_bad=True))) == 8
 
 
 def test_long_lists_of_bad_files_are_cut(tmp_path):
     where = lay(tmp_path, {f"{i:02d}.png": b"" for i in range(25)} | pictures("good.png"))
-    text = open_dataset(where, allow_bad=True).audit.lines()
+    text = open_dataset(where, DataConfig(allow_bad=True)).audit.lines()
     assert "  and 15 more" in text and "skipped: 25 files" in text
 
 
@@ -343,7 +343,7 @@ def test_links_do_not_lead_out(tmp_path):
     (root / "folder").symlink_to(outside)
     (root / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(root / "pipe.png")
-    data = open_dataset(where, allow_bad=True)
+    data = open_dataset(where, DataConfig(allow_bad=True))
     assert len(data) == 3
     reasons = dict(data.audit.skipped)
     assert set(reasons) == {"out.png", "folder", "gone.png", "pipe.png"}

@@ -19,9 +19,9 @@ from PIL import Image, ImageCms
 from difftool.data import images
 from difftool.data.images import (
     encode_png,
+    framed,
     read_image,
     read_picture,
-    square,
     tile,
     to_pil,
     to_pixels,
@@ -239,9 +239,9 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(format):
 
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (16, 16), (1000, 7), (9, 31)])
-def test_square_is_the_resized_centre(size):
+def test_a_square_is_the_resized_centre(size):
     image = PHOTO.resize(size)
-    made = square(image, 8)
+    made = framed(image, (8, 8))
     assert made.size == (8, 8)
     scale = 8 / min(size)
     whole = image.resize((max(8, round(size[0] * scale)), max(8, round(size[1] * scale))), 1)
@@ -251,7 +251,7 @@ def test_square_is_the_resized_centre(size):
 
 def test_an_image_of_the_size_is_left_alone():
     image = PHOTO.crop((0, 0, 16, 16))
-    assert square(image, 16) is image
+    assert framed(image, (16, 16)) is image
 
 
 def test_pixels_survive_the_way_to_tensors_and_back():

@@ -6,13 +6,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from difftool.data.dataset import Audit, Dataset, Kind, Skipped
-from difftool.data.folder import Labels, open_folder
+from difftool.config import DataConfig
+from difftool.data.buckets import Buckets, Schedule, Size
+from difftool.data.dataset import Audit, Dataset, Kind, Skipped, Subset
+from difftool.data.folder import open_folder
+from difftool.data.pictures import Ahead
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import UsageError, suggestion
 from difftool.registry import Registry
 
-__all__ = ["BUILTIN", "Audit", "Dataset", "Kind", "Labels", "Skipped", "open_dataset"]
+__all__ = [
+    "BUILTIN",
+    "Ahead",
+    "Audit",
+    "Buckets",
+    "Dataset",
+    "Kind",
+    "Schedule",
+    "Size",
+    "Skipped",
+    "Subset",
+    "open_dataset",
+]
 
 BUILTIN: Registry[Callable[[], Dataset]] = Registry("built-in dataset")
 BUILTIN.add("shapes", ShapesDataset)
@@ -20,13 +35,13 @@ BUILTIN.add("shapes", ShapesDataset)
 
 def open_dataset(
     where: str,
+    config: DataConfig | None = None,
     *,
-    labels: Labels = "auto",
-    caption_column: str | None = None,
-    allow_bad: bool = False,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The dataset in a folder, .zip or .tar, or the built-in one of that name; a path goes first.
+    """The dataset in a folder, .zip, .tar or kohya .toml, or the built-in one of that name; a path
+    goes first.
 
     UsageError if there is neither, InputError if what is there cannot be used (see `open_folder`).
     """
@@ -36,13 +51,7 @@ def open_dataset(
             return BUILTIN[where]()
         hint = suggestion(where, BUILTIN).replace("choose from", "built in")
         raise UsageError(f'there is no folder and no built-in dataset "{where}"', hint=hint)
-    dataset = open_folder(
-        path,
-        labels=labels,
-        caption_column=caption_column,
-        allow_bad=allow_bad,
-        progress=progress,
-    )
+    dataset = open_folder(path, config, workers=workers, progress=progress)
     if where in BUILTIN:
         dataset.audit.notes.append(
             f'the path {where} is used, not the built-in set "{BUILTIN.resolve(where)}"'

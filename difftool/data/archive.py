@@ -6,14 +6,18 @@ import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from difftool.data.dataset import Skipped
 from difftool.errors import InputError, UsageError
 
-SUFFIXES = (".zip", ".tar")
+MAX_MEMBERS = 2_000_000
+MAX_NAME = 1024
+COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".gz", ".7z", ".rar")
+JUNK = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}
+"""What Macs, network disks and Windows leave behind; so are names that begin with a dot."""
 
 
 class Files(Protocol):
@@ -42,13 +46,44 @@ def open_files(where: Path) -> Files:
             return Tar(where)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError, NotImplementedError) as e:
         raise InputError(f"cannot read {where}", str(e)) from None
+    if where.name.lower().endswith(COMPRESSED):
+        why = "pictures cannot be read from the middle of it"
+        hint = "unpack it, or make it a .zip or a plain .tar: pictures do not shrink any further"
+        raise InputError(f"{where} is not a dataset", why, hint)
     raise InputError(
         f"{where} is not a dataset", "a file of another kind", "give a folder, a .zip or a .tar"
     )
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any(part.startswith(".") or part in JUNK for part in name.split("/"))
+
+
+class _Members:
+    """Names of an archive's members, made sound: relative, within the root, once each."""
+
+    def __init__(self) -> None:
+        self.skipped: list[Skipped] = []
+        self._seen: set[str] = set()
+
+    def accept(self, raw: str) -> str | None:
+        """The member's name; None if it is to be left out, said if that is news."""
+        path = raw.replace("\\", "/")  # which is what some packers on Windows write
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        name = "/".join(parts)
+        drive = name[1:2] == ":"
+        if ".." in parts or path.startswith("/") or drive or not name or not name.isprintable():
+            self.skipped.append(Skipped(raw[:MAX_NAME], "an unsafe path"))
+        elif len(name) > MAX_NAME or len(parts) > 64:
+            self.skipped.append(Skipped(f"{name[:80]}...", "a name that is too long"))
+        elif name in self._seen:
+            self.skipped.append(Skipped(name, "a second file of this name"))
+        elif not _hidden(name):
+            self._seen.add(name)
+            if len(self._seen) > MAX_MEMBERS:
+                raise ValueError(f"more than {MAX_MEMBERS:,} files")
+            return name
+        return None
 
 
 class Folder:
@@ -90,17 +125,21 @@ class Zip:
     """The members of a .zip."""
 
     def __init__(self, path: Path):
-        self.skipped: list[Skipped] = []
         self._zip = zipfile.ZipFile(path)
-        members = {}
+        names, members, packed = _Members(), {}, 0
         for info in self._zip.infolist():
-            if info.is_dir() or _hidden(info.filename):
+            packed += info.compress_size
+            if info.is_dir() or (name := names.accept(info.filename)) is None:
                 continue
             if info.flag_bits & 1:
-                self.skipped.append(Skipped(info.filename, "encrypted"))
+                names.skipped.append(Skipped(name, "encrypted"))
+            elif stat.S_ISLNK(info.external_attr >> 16):
+                names.skipped.append(Skipped(name, "a link"))
             else:
-                members[info.filename] = info
-        self._members = members
+                members[name] = info
+        if packed > path.stat().st_size:
+            raise ValueError("its files overlap, as in a decompression bomb")
+        self._members, self.skipped = members, names.skipped
         self.sizes = {name: members[name].file_size for name in sorted(members)}
 
     def read(self, name: str, limit: int) -> bytes:
@@ -108,9 +147,7 @@ class Zip:
         try:
             with self._zip.open(self._members[name]) as file:  # members of one archive may be
                 return file.read(limit + 1)  # read by several threads: ZipFile locks each access
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-            raise OSError(str(error)) from None
-        except Exception as error:  # zlib.error, lzma.LZMAError: malformed data
+        except Exception as error:  # BadZipFile, zlib.error, LZMAError, EOFError: malformed data
             raise OSError(f"malformed ({error})") from None
 
 
@@ -118,18 +155,17 @@ class Tar:
     """The members of an uncompressed .tar."""
 
     def __init__(self, path: Path):
-        self.skipped: list[Skipped] = []
-        members = {}
+        names, members = _Members(), {}
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                name = info.name.removeprefix("./")
-                if info.isdir() or _hidden(name):
+                tar.members = []  # type: ignore[attr-defined]  # which would otherwise pile up
+                if info.isdir() or (name := names.accept(info.name)) is None:
                     continue
                 if info.isreg() and not info.issparse():
                     members[name] = (info.offset_data, info.size)
                 else:
-                    self.skipped.append(Skipped(name, "a link or special file"))
-        self._path, self._members = path, members
+                    names.skipped.append(Skipped(name, "a link or special file"))
+        self._path, self._members, self.skipped = path, members, names.skipped
         self.sizes = {name: members[name][1] for name in sorted(members)}
 
     def read(self, name: str, limit: int) -> bytes:
@@ -138,3 +174,31 @@ class Tar:
         with self._path.open("rb") as file:
             file.seek(offset)
             return file.read(min(size, limit + 1))
+
+
+class Folders:
+    """Several folders as one: the files directly in each, below a name of its own."""
+
+    def __init__(self, roots: Mapping[str, Path]):
+        self._roots = {name: Folder(root) for name, root in roots.items()}
+        self.sizes = {
+            f"{name}/{file}": size
+            for name, folder in self._roots.items()
+            for file, size in folder.sizes.items()
+        }
+        self.skipped = [
+            Skipped(f"{name}/{file}", reason)
+            for name, folder in self._roots.items()
+            for file, reason in folder.skipped
+        ]
+
+    def read(self, name: str, limit: int) -> bytes:
+        """See Files."""
+        root, _, file = name.partition("/")
+        return self._roots[root].read(file, limit)
+
+
+def parents(name: str) -> list[str]:
+    """The folders that a file lies in, "" for the root first: "a/b/c" has "", "a/", "a/b/"."""
+    parts = PurePosixPath(name).parts[:-1]
+    return ["", *("/".join(parts[: i + 1]) + "/" for i in range(len(parts)))]

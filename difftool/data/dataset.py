@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from difftool.data.buckets import Buckets, Size
+from difftool.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +68,18 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def named(names: Sequence[str], most: int = 3) -> str:
+    """ "a.png, b.png, c.png, ..." """
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def uniform(*coordinates: object) -> float:
+    """A number in [0, 1) that depends on the coordinates alone, on any machine."""
+    text = "/".join(map(str, coordinates)).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / (1 << 53)
+
+
 class Dataset(ABC):
     """Pictures by index, with captions or labels.
 
@@ -76,6 +92,12 @@ class Dataset(ABC):
     """Names of the classes by label, where kind is "class"."""
     native_size: int | None = None
     """The typical short side in pixels; None = made for any size."""
+    fixed: bool = True
+    """Whether a picture is the same whatever its key, so that its latent can be kept."""
+    held_out: Dataset | None = None
+    """The set's own validation or test split; see also `split`."""
+    asked: Mapping[str, Any] = {}
+    """What the set's own configuration file asks of the training, by the keys of OptimConfig."""
     audit: Audit
 
     @abstractmethod
@@ -91,11 +113,12 @@ class Dataset(ABC):
     def images(
         self,
         indices: Sequence[int],
-        size: int,
+        size: int | Size,
         flips: Sequence[bool] | None = None,
         keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """Square pictures, uint8 [B,3,size,size]; those with a true flip are mirrored."""
+        """Pictures that fill a square or a (width, height), uint8 [B,3,height,width]; those with a
+        true flip are mirrored."""
 
     @abstractmethod
     def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
@@ -105,5 +128,108 @@ class Dataset(ABC):
         """The class labels, indices into `classes`."""
         raise TypeError(f"a dataset of kind {self.kind!r} has no labels")
 
-    def prepare(self, size: int, progress: Callable[[int, int], None] | None = None) -> None:  # noqa: B027
-        """Get ready for `images` at this size; `progress` is told (done, total)."""
+    def prepare(
+        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Get ready for `images` at this size or in these buckets; `progress` is told (done,
+        total)."""
+        return
+
+    def name(self, index: int) -> str:
+        """What the picture is called; repeats of a picture share its name."""
+        return str(index)
+
+    def picture_size(self, index: int) -> Size | None:
+        """Width and height of the picture itself; None = it is made for any size."""
+        return None
+
+    def content(self, index: int) -> str:
+        """SHA-256 of the picture's own bytes, whatever it is called: the key for what is made of
+        it."""
+        return hashlib.sha256(f"{self.fingerprint}/{self.name(index)}".encode()).hexdigest()
+
+    def bucket(self, index: int, buckets: Buckets) -> Size:
+        """The bucket that the picture goes to."""
+        size = self.picture_size(index)
+        return buckets.of(size) if size else buckets.of((buckets.size, buckets.size))
+
+    def split(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """The set to learn from, and pictures held out of it.
+
+        `amount`: a share below 1, or how many pictures. By the hash of each picture's name, so
+        pictures that are added move none of the others (of a count, the last few).
+        UsageError if nothing would be left on one of the sides.
+        """
+        names = dict.fromkeys(self.name(index) for index in range(len(self)))
+        order = sorted(names, key=lambda name: (uniform("split", seed, name), name))
+        if amount < 1:
+            wanted = sum(uniform("split", seed, name) < amount for name in names) or 1
+        else:
+            wanted = int(amount)
+        if amount <= 0 or wanted >= len(order):
+            why = f"{amount:g} of {count(len(order), 'picture')}"
+            hint = "give a share such as 0.05, or fewer pictures than there are"
+            raise UsageError("cannot hold out that much of the data", why, hint)
+        chosen = set(order[:wanted])
+        sides: tuple[list[int], list[int]] = ([], [])
+        for index in range(len(self)):
+            sides[self.name(index) in chosen].append(index)
+        return Subset(self, sides[0]), Subset(self, sides[1])
+
+
+class Subset(Dataset):
+    """Some samples of a set."""
+
+    def __init__(self, whole: Dataset, indices: Sequence[int]):
+        self.whole, self.indices = whole, list(indices)
+        self.kind, self.classes = whole.kind, whole.classes
+        self.native_size, self.fixed, self.asked = whole.native_size, whole.fixed, whole.asked
+        names = {whole.name(index) for index in self.indices}
+        self.audit = Audit(f"a part of {whole.audit.source}", len(names))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole set's and of which samples these are."""
+        return hashlib.sha256(f"{self.whole.fingerprint}/{self.indices}".encode()).hexdigest()
+
+    def images(
+        self,
+        indices: Sequence[int],
+        size: int | Size,
+        flips: Sequence[bool] | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Tensor:
+        """As the whole set's."""
+        return self.whole.images(self._of_whole(indices), size, flips, keys)
+
+    def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
+        """As the whole set's."""
+        return self.whole.captions(self._of_whole(indices), keys)
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """As the whole set's."""
+        return self.whole.labels(self._of_whole(indices))
+
+    def prepare(
+        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Prepares the whole set, which other parts of it share."""
+        self.whole.prepare(size, progress)
+
+    def name(self, index: int) -> str:
+        """As the whole set's."""
+        return self.whole.name(self.indices[index])
+
+    def picture_size(self, index: int) -> Size | None:
+        """As the whole set's."""
+        return self.whole.picture_size(self.indices[index])
+
+    def content(self, index: int) -> str:
+        """As the whole set's."""
+        return self.whole.content(self.indices[index])
+
+    def _of_whole(self, indices: Sequence[int]) -> list[int]:
+        return [self.indices[index] for index in indices]

@@ -11,13 +11,14 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 from difftool.errors import InputError, ResourceError, UsageError
 
@@ -29,6 +30,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset(
     (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 )
+ORIENTATION = 0x0112
+"""EXIF's tag; from 5 on, width and height are exchanged."""
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
@@ -48,22 +51,45 @@ class Picture(NamedTuple):
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | bytes) -> Picture:
-    """The picture in a file (or in a file's bytes), upright, in RGB.
+def read_picture(source: str | Path | bytes, background: str = "white") -> Picture:
+    """The picture in a file (or in a file's bytes), upright, in RGB, above the background colour.
 
     Raises UsageError if the file is missing, InputError (its `why` is the reason alone) otherwise.
     """
     name = "the picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))
+    with _refusals(name), _open(data) as image:
+        return _to_rgb(image, background)
+
+
+def probe(data: bytes, background: str = "white") -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Width and height of the picture that `read_picture` would give, and its notes.
+
+    All of the file is read, but a JPEG is decoded at an eighth, at a fraction of the cost.
+    """
+    with _refusals("the picture"), _open(data) as image:
+        width, height = image.size
+        if image.format == "JPEG":
+            image.draft(None, (width // 8, height // 8))
+        if image.getexif().get(ORIENTATION, 1) >= 5:
+            width, height = height, width
+        return (width, height), _to_rgb(image, background).notes
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is an InputError."""
     try:
-        with _open(data) as image:
-            return _to_rgb(image)
+        yield
+        return
     except _Refused as error:
         reason = str(error)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         reason = f"more than {MAX_PIXELS // 10**6} megapixels"
     except Image.UnidentifiedImageError:
         reason = "not a picture in a supported format (" + ", ".join(FORMATS) + ")"
+    except UsageError:
+        raise
     except Exception as error:  # decoders raise nearly anything on malformed data
         reason = f"cannot be decoded ({error or type(error).__name__})"
     raise InputError(f"cannot read {name}", reason)
@@ -103,12 +129,12 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Picture:
+def _to_rgb(image: Image.Image, background: str) -> Picture:
     notes = []
     if getattr(image, "is_animated", False):
         notes.append("first frame of several")
     image.load()
-    if image.getexif().get(0x0112, 1) != 1:
+    if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
         notes.append("turned upright as its EXIF says")
     profile = image.info.get("icc_profile")
@@ -133,11 +159,20 @@ def _to_rgb(image: Image.Image) -> Picture:
         raise _Refused("LAB colour without a usable profile")
     image = image.convert("RGB")
     if alpha is not None and alpha.getextrema() != (255, 255):
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        image = Image.composite(image, white, alpha)
-        notes.append("alpha composited over white")
+        below = Image.new("RGB", image.size, colour(background))
+        image = Image.composite(image, below, alpha)
+        notes.append(f"alpha composited over {background}")
     image.info = {}  # a profile that was applied must not be written out again
     return Picture(image, tuple(notes))
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """A colour of a name or #rrggbb; UsageError if it is none."""
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+        return red, green, blue
+    except (ValueError, IndexError):
+        raise UsageError(f'there is no colour "{text}"', hint="a name, or #rrggbb") from None
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
@@ -169,14 +204,48 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
 # --- shaping and tensors ---------------------------------------------------------------------
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """The centre of the picture as a square: short side resized (Lanczos), the rest cut off."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image if width == height else image.crop((left, top, left + size, top + size))
+class Fit(NamedTuple):
+    """How a picture fills a frame: scaled to width x height, from which the frame is cut at (left,
+    top). All in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def fit(
+    picture: tuple[int, int], frame: tuple[int, int], at: tuple[float, float] | None = None
+) -> Fit:
+    """How a picture of that size covers a frame; of what stands out, `at` (in [0, 1) across and
+    down) of it is cut off before the frame, half where it is None."""
+    scale = max(side / own for side, own in zip(frame, picture, strict=True))
+    width, height = (
+        max(side, round(own * scale)) for side, own in zip(frame, picture, strict=True)
+    )
+    spare = width - frame[0], height - frame[1]
+    if at is None:
+        return Fit(width, height, spare[0] // 2, spare[1] // 2)
+    return Fit(width, height, int(at[0] * (spare[0] + 1)), int(at[1] * (spare[1] + 1)))
+
+
+def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at another size (Lanczos)."""
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def framed(
+    image: Image.Image, frame: tuple[int, int], at: tuple[float, float] | None = None
+) -> Image.Image:
+    """The part of the picture, scaled, that fills a frame (width, height); see `fit`."""
+    width, height, left, top = fit(image.size, frame, at)
+    if width * height > MAX_PIXELS:  # a strip: only what is seen of it is ever scaled
+        x, y = image.width / width, image.height / height
+        box = left * x, top * y, (left + frame[0]) * x, (top + frame[1]) * y
+        return image.resize(frame, Image.Resampling.LANCZOS, box=box)
+    image = scaled(image, (width, height))
+    box = left, top, left + frame[0], top + frame[1]
+    return image if image.size == frame else image.crop(box)
 
 
 def to_uint8(image: Image.Image) -> Tensor:

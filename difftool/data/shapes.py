@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from difftool.data.buckets import Size
 from difftool.data.dataset import Audit, Dataset
 from difftool.errors import UsageError, suggestion
 
@@ -260,6 +261,7 @@ class ShapesDataset(Dataset):
     """The built-in set "shapes": half single things, half pairs, endlessly varied."""
 
     kind = "text"
+    fixed = False
 
     def __init__(self) -> None:
         self.audit = Audit("shapes (built in)", LENGTH, {"the drawing": LENGTH})
@@ -282,13 +284,16 @@ class ShapesDataset(Dataset):
     def images(
         self,
         indices: Sequence[int],
-        size: int,
+        size: int | Size,
         flips: Sequence[bool] | None = None,
         keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """Pictures drawn for (index, key), uint8 [B,3,size,size]."""
+        """Square pictures drawn for (index, key), uint8 [B,3,size,size]."""
         import torch
 
+        if not isinstance(size, int):
+            assert size[0] == size[1], "the one bucket of a set that fits any size is a square"
+            size = size[0]
         keys = [0] * len(indices) if keys is None else [int(key) for key in keys]
         batch = np.empty((len(indices), size, size, 3), np.uint8)
         for row, (index, key) in enumerate(zip(indices, keys, strict=True)):

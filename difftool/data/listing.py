@@ -1,0 +1,166 @@
+"""The pictures of one split of a dataset and the files around them. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+
+from difftool.config import DataConfig
+from difftool.data.archive import Files
+from difftool.data.captions import Caption, Syntax
+from difftool.data.dataset import Audit, count, named
+from difftool.errors import InputError
+
+SIDECARS = (".txt", ".caption")
+"""Files beside a picture that hold its caption; the first there is goes."""
+MAX_CAPTION = 64 << 10
+MAX_METADATA = 1 << 30
+
+
+@dataclass
+class Listing:
+    """Usable pictures below one folder of the files, and what is said about them."""
+
+    files: Files
+    pictures: Sequence[str]
+    root: str
+    """"" or "train/": where the folders begin that mean something."""
+    audit: Audit
+    config: DataConfig = field(default_factory=DataConfig)
+
+    @cached_property
+    def around(self) -> list[str]:
+        """Files in the root, below it or in a folder above it; those nearest to the top first."""
+        names = []
+        for name in self.files.sizes:
+            folder = name[: name.rfind("/") + 1]
+            if folder.startswith(self.root) or self.root.startswith(folder):
+                names.append(name)
+        return sorted(names, key=lambda name: (name.count("/"), name))
+
+    def folders(self, picture: str) -> tuple[str, ...]:
+        """The names of the folders that a picture lies in, below the root, outermost first."""
+        return tuple(picture[len(self.root) :].split("/")[:-1])
+
+    def top(self, picture: str) -> str | None:
+        """The outermost of them; None for a picture that lies in no folder."""
+        return next(iter(self.folders(picture)), None)
+
+    def text(self, name: str, limit: int) -> str:
+        """A text file's contents; InputError if it is not sound text within the limit."""
+        return sound_text(self.data(name, limit), name)
+
+    def data(self, name: str, limit: int) -> bytes:
+        """A file's bytes; InputError if it cannot be read or is larger than the limit."""
+        try:
+            data = self.files.read(name, limit)
+        except OSError as error:
+            raise InputError(f"cannot read {name}", error.strerror or str(error)) from None
+        if len(data) > limit:
+            raise InputError(f"{name} is too large", f"the limit is {limit} bytes")
+        return data
+
+    def note(self, text: str) -> None:
+        """Tell the user."""
+        self.audit.notes.append(text)
+
+
+def sound_text(data: bytes, name: str) -> str:
+    """UTF-8 text, with or without a byte order mark; InputError if it is anything else."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        hint = "save it as UTF-8"
+        raise InputError(f"{name} is not UTF-8 text", f"byte {error.start}", hint) from None
+    if "\0" in text:
+        raise InputError(f"{name} is not text", "it has a NUL character")
+    return text
+
+
+def stem(name: str) -> str:
+    """A path without its suffix."""
+    dot = name.rfind(".")
+    return name[:dot] if dot > name.rfind("/") + 1 else name
+
+
+def sidecars(
+    listing: Listing,
+    syntax: Syntax,
+    taken: dict[str, Caption],
+    suffixes: Sequence[str] = SIDECARS,
+) -> dict[str, Caption]:
+    """Captions from files beside the pictures, of the first suffix that there is."""
+    found: dict[str, Caption] = {}
+    both, beaten, cut = [], [], []
+    sizes = listing.files.sizes
+    for picture in listing.pictures:
+        beside = [name for suffix in suffixes if (name := stem(picture) + suffix) in sizes]
+        if not beside:
+            continue
+        if len(beside) > 1:
+            both.append(picture)
+        if picture in taken:
+            beaten.append(picture)
+            continue
+        lines = listing.text(beside[0], MAX_CAPTION).splitlines()
+        texts = tuple(line for raw in lines if (line := raw.strip()))
+        if len(texts) > 1 and not syntax.wildcards:
+            cut.append(picture)
+            texts = texts[:1]
+        if texts:
+            found[picture] = Caption(texts, PurePosixPath(beside[0]).suffix)
+    if both:
+        listing.note(
+            f"{count(len(both), 'image')} with {' and '.join(suffixes)}: {suffixes[0]} is used"
+        )
+    if beaten:
+        listing.note(
+            f"{count(len(beaten), 'image')} with a caption in metadata and beside it: "
+            "the metadata is used"
+        )
+    if cut:
+        listing.note(
+            f"{count(len(cut), 'caption')} of several lines: the first is used, wildcards are off"
+        )
+    return found
+
+
+def orphans(listing: Listing, every: Sequence[str]) -> None:
+    """Say which captions have no picture, and which pictures share one. `every`: pictures of any
+    kind, unusable ones included."""
+    stems: dict[str, list[str]] = {}
+    for name in every:
+        stems.setdefault(stem(name), []).append(name)
+    folders = {name[: name.rfind("/") + 1] for name in listing.pictures}
+    lone = [
+        name
+        for name in listing.around
+        if name.endswith(SIDECARS)
+        and name[: name.rfind("/") + 1] in folders
+        and stem(name) not in stems
+    ]
+    if lone:
+        listing.note(f"{count(len(lone), 'caption file')} without a picture: {named(lone)}")
+    shared = [name for names in stems.values() if len(names) > 1 for name in names]
+    if shared:
+        listing.note(
+            f"{count(len(shared), 'image')} share a name but for its suffix: {named(shared)}"
+        )
+
+
+def describe_syntax(listing: Listing, found: dict[str, Caption], syntax: Syntax) -> None:
+    """Say what is drawn anew each time."""
+    several = sum(len(caption.texts) > 1 for caption in found.values())
+    if several:
+        listing.note(f"{count(several, 'image')} with several captions: one is drawn each time")
+    if syntax.wildcards:
+        varied = sum(any(map(Syntax.varied, caption.texts)) for caption in found.values())
+        if varied:
+            listing.note(
+                f"{count(varied, 'image')} with {{a|b}} in the caption: one is drawn each time"
+            )
+    if syntax.shuffle:
+        kept = f", the first {syntax.keep} stay" if syntax.keep else ""
+        listing.note(f"tags between commas are shuffled each time{kept}")

@@ -1,0 +1,343 @@
+"""A dataset of picture files: held in memory if they fit, else read by a pool of threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import median_low
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from difftool.config import DataConfig
+from difftool.data.archive import Files
+from difftool.data.buckets import Buckets, Size
+from difftool.data.captions import Caption, Dice, Syntax
+from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniform
+from difftool.data.images import (
+    MAX_BYTES,
+    Fit,
+    fit,
+    framed,
+    probe,
+    read_picture,
+    scaled,
+    to_uint8,
+)
+from difftool.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREADS = min(32, os.cpu_count() or 1)
+AHEAD = 1024
+"""Results that may wait to be used."""
+
+
+class _Held(NamedTuple):
+    """Decoded pictures in memory."""
+
+    size: int | Buckets
+    frames: list[Size]
+    """The frame that each row was made for."""
+    pictures: list[Tensor]
+    """uint8 [3,H,W] by row; more than the frame where the cut is random."""
+    table: Tensor | None
+    """The same as one tensor, where they are of one size."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of the set."""
+
+    name: str
+    content: str
+    """SHA-256 of the file."""
+    size: Size
+    caption: Caption | None = None
+    label: int | None = None
+    repeats: int = 1
+    syntax: Syntax = Syntax()  # noqa: RUF009
+
+
+class FolderDataset(Dataset):
+    """Pictures in files. A sample is a picture, or one of its repeats."""
+
+    def __init__(
+        self,
+        files: Files,
+        rows: Sequence[Row],
+        kind: Kind,
+        classes: tuple[str, ...],
+        audit: Audit,
+        config: DataConfig,
+        pool: Pool,
+    ):
+        self.files, self.rows, self.kind, self.classes = files, rows, kind, classes
+        self.audit, self.config = audit, config
+        self.fixed = config.crop == "centre"
+        self.native_size = median_low(min(row.size) for row in rows)
+        self.pool = pool
+        self._samples = [number for number, row in enumerate(rows) for _ in range(row.repeats)]
+        self._held: _Held | None = None
+        self._too_large: set[int | Buckets] = set()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, contents, captions, labels and repeats, and of how they are read."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        how = [self.config.crop, self.config.background]
+        digest = hashlib.sha256(json.dumps(how).encode() + b"\n")
+        for row in self.rows:
+            texts = row.caption.texts if row.caption else None
+            syntax = asdict(row.syntax) if texts else None
+            line = [row.name, row.content, texts, syntax, row.label, row.repeats]
+            digest.update(json.dumps(line).encode() + b"\n")
+        return digest.hexdigest()
+
+    # --- pictures ----------------------------------------------------------------------------
+
+    def prepare(
+        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Hold all pictures at this size in memory if they fit; an epoch then decodes nothing."""
+        import torch
+
+        if size in self._too_large or (self._held and self._held.size == size):
+            return
+        self._held = None
+        frames = [(size, size) if isinstance(size, int) else size.of(r.size) for r in self.rows]
+        sizes = [self._stored(row.size, f) for row, f in zip(self.rows, frames, strict=True)]
+        if sum(3 * width * height for width, height in sizes) > MEMORY_CAP:
+            self._too_large.add(size)
+            return
+        table = None
+        if len(set(sizes)) == 1:
+            table = torch.empty(len(sizes), 3, *reversed(sizes[0]), dtype=torch.uint8)
+        pictures: list[Tensor] = []
+        for picture in self.pool.map(self._whole, list(zip(range(len(sizes)), sizes, strict=True))):
+            if table is not None:
+                picture = table[len(pictures)].copy_(picture)
+            pictures.append(picture)
+            if progress:
+                progress(len(pictures), len(sizes))
+        self._held = _Held(size, frames, pictures, table)
+
+    def images(
+        self,
+        indices: Sequence[int],
+        size: int | Size,
+        flips: Sequence[bool] | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Pictures scaled to cover the frame and cut to it, uint8 [B,3,height,width]."""
+        import torch
+
+        numbers = [self._samples[index] for index in indices]
+        frame = (size, size) if isinstance(size, int) else size
+        if self._held is None and isinstance(size, int):
+            self.prepare(size)
+        held = self._held
+        if held is not None and any(held.frames[number] != frame for number in numbers):
+            held = None
+        if held is not None and held.table is not None and self.fixed:
+            batch = held.table[torch.tensor(numbers)]
+        else:
+            keys = [0] * len(indices) if keys is None else keys
+            at = [self._at(index, int(key)) for index, key in zip(indices, keys, strict=True)]
+            jobs = list(zip(numbers, at, strict=True))
+            if held is None:
+                batch = torch.stack(list(self.pool.map(lambda job: self._cut(*job, frame), jobs)))
+            else:
+                batch = torch.stack([self._cut(*job, frame, held.pictures[job[0]]) for job in jobs])
+        if flips is not None:
+            chosen = torch.tensor(list(flips), dtype=torch.bool)
+            batch[chosen] = batch[chosen].flip(-1)
+        return batch
+
+    def fit(self, index: int, size: int | Size, key: int = 0) -> Fit:
+        """How a sample's picture fills the frame: what SDXL's size conditioning needs, too."""
+        frame = (size, size) if isinstance(size, int) else size
+        return fit(self.rows[self._samples[index]].size, frame, self._at(index, key))
+
+    def _at(self, index: int, key: int) -> tuple[float, float] | None:
+        """Where the frame lies in what stands out; None = in the middle."""
+        if self.fixed:
+            return None
+        return uniform("crop", index, key, 0), uniform("crop", index, key, 1)
+
+    def _stored(self, picture: Size, frame: Size) -> Size:
+        """The size at which a picture is held: the frame's, or as it is before a random cut."""
+        return frame if self.fixed else fit(picture, frame)[:2]
+
+    def _whole(self, job: tuple[int, Size]) -> Tensor:
+        """A picture as it is held."""
+        number, size = job
+        image = self._decode(number)
+        return to_uint8(framed(image, size) if self.fixed else scaled(image, size))
+
+    def _cut(
+        self,
+        number: int,
+        at: tuple[float, float] | None,
+        frame: Size,
+        held: Tensor | None = None,
+    ) -> Tensor:
+        """The frame's part of a picture."""
+        if held is None:
+            return to_uint8(framed(self._decode(number), frame, at))
+        if self.fixed:
+            return held
+        left, top = fit(self.rows[number].size, frame, at)[2:]
+        return held[:, top : top + frame[1], left : left + frame[0]]
+
+    def _decode(self, number: int) -> Image.Image:
+        name, background = self.rows[number].name, self.config.background
+        try:
+            return read_picture(read_file(self.files, name), background).image
+        except InputError as error:
+            hint = "it could be read when the run began; if it is gone for good, start again"
+            raise InputError(f"cannot read {name} any more", error.why, hint) from None
+
+    # --- what belongs to a picture -----------------------------------------------------------
+
+    def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
+        """Captions; the key decides whatever is drawn about them."""
+        keys = [0] * len(indices) if keys is None else keys
+        texts = []
+        for index, key in zip(indices, keys, strict=True):
+            row = self.rows[self._samples[index]]
+            dice = Dice("caption", index, int(key))
+            texts.append(row.syntax.draw(row.caption.texts, dice) if row.caption else "")
+        return texts
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """The class labels, indices into `classes`."""
+        if self.kind != "class":
+            return super().labels(indices)
+        return [label for i in indices if (label := self.rows[self._samples[i]].label) is not None]
+
+    def name(self, index: int) -> str:
+        """The picture's path below the root."""
+        return self.rows[self._samples[index]].name
+
+    def picture_size(self, index: int) -> Size:
+        """Width and height of the picture as it lies in its file, upright."""
+        return self.rows[self._samples[index]].size
+
+    def content(self, index: int) -> str:
+        """SHA-256 of the picture's file."""
+        return self.rows[self._samples[index]].content
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class Pool:
+    """Threads that read pictures: decoders let go of Python's lock."""
+
+    def __init__(self, workers: int | None = None):
+        self.workers = THREADS if workers is None else max(1, workers)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, "difftool-pictures")
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """map() on the threads, in order; nothing depends on how many there are."""
+        if self.workers == 1 or len(items) < 2:
+            yield from map(function, items)
+            return
+        for start in range(0, len(items), AHEAD):  # so that results do not pile up
+            yield from self._threads.map(function, items[start : start + AHEAD])
+
+
+class Ahead(Generic[R]):
+    """A function of a number, computed for the next `depth` numbers while this one's is in use.
+
+    For `Batches.draw` and the like: what is pure in its coordinates may be made at any time.
+    """
+
+    def __init__(self, make: Callable[[int], R], depth: int = 1):
+        self._make, self._depth = make, depth
+        self._threads = ThreadPoolExecutor(max(1, depth), "difftool-ahead")
+        self._pending: dict[int, Any] = {}
+
+    def __getitem__(self, number: int) -> R:
+        wanted = range(number, number + self._depth + 1)
+        for other in [n for n in self._pending if n not in wanted]:
+            self._pending.pop(other).cancel()
+        for n in wanted:
+            if n not in self._pending:
+                self._pending[n] = self._threads.submit(self._make, n)
+        return self._pending.pop(number).result()
+
+    def close(self) -> None:
+        """Stop; what is being made is waited for."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+def read_file(files: Files, name: str) -> bytes:
+    """A picture file's bytes; InputError if they cannot be read."""
+    try:
+        return files.read(name, MAX_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {name}", error.strerror or str(error)) from None
+
+
+class Checked(NamedTuple):
+    """What is known of a picture that can be decoded."""
+
+    size: Size
+    content: str
+    """SHA-256 of the file."""
+
+
+def check(
+    files: Files,
+    names: Sequence[str],
+    audit: Audit,
+    background: str,
+    pool: Pool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Checked]:
+    """Those of the pictures that can be decoded; the others are added to the audit, and so is what
+    is done to pictures that are not plain."""
+
+    def one(name: str) -> tuple[Checked, tuple[str, ...]] | str:
+        try:
+            data = read_file(files, name)
+            size, notes = probe(data, background)
+        except InputError as error:
+            return error.why or error.what
+        return Checked(size, hashlib.sha256(data).hexdigest()), notes
+
+    sound: dict[str, Checked] = {}
+    changed: dict[str, list[str]] = {}
+    for number, (name, result) in enumerate(zip(names, pool.map(one, names), strict=True)):
+        if isinstance(result, str):
+            audit.skipped.append(Skipped(name, result))
+        else:
+            sound[name] = result[0]
+            for note in result[1]:
+                changed.setdefault(note, []).append(name)
+        if progress:
+            progress(number + 1, len(names))
+    audit.notes += [
+        f"{note}: {count(len(those), 'image')} ({named(those)})"
+        for note, those in sorted(changed.items())
+    ]
+    return sound
