@@ -53,6 +53,8 @@ def plan(
         last = base[-1]
         base[-1] = Layer(f"{last.origin}, chosen: the data has {why[dataset.kind]}", last.values)
     base += _class_layer(dataset, base)
+    if dataset.asked:
+        base.append(Layer(f"data: {dataset.audit.source}", {"train": dict(dataset.asked)}))
     if part is not None:
         given = [*given, Layer("--part", {"parts": [part]})]
     layers = [*base, *_recipes(resolve([*base, *given]), dataset, device), *given]

@@ -99,7 +99,7 @@ def start_layers(model: Path) -> list[Layer]:
     values = dict(open_model(model).values)
     past = {"steps", "batch_size", "flip", "size"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
-    values |= {"train": train, "parts": ["unet"]}
+    values |= {"train": train, "parts": ["unet"], "data": {}}
     family = str(values.get("family", "difftool"))
     share = FINE_TUNED.get(family)
     lr = PUBLISHED_LR if share is None else share * float(train.get("lr", 1e-3))
