@@ -251,7 +251,8 @@ def test_the_training_split_is_taken(tmp_path):
     where = lay(tmp_path, pictures("train/x/a.png", "train/y/b.png", "test/x/c.png"))
     data = open_dataset(where)
     assert len(data) == 2 and data.classes == ("x", "y")
-    assert any("test/ left alone" in line for line in data.audit.lines())
+    assert any("test/ is held out for validation: 1 image" in s for s in data.audit.lines())
+    assert data.held_out and data.held_out.labels([0]) == [0]
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def test_conversions_are_in_the_audit(tmp_path):
     where = lay(tmp_path, pictures("a.png"))
     Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
     audit = open_dataset(where).audit.lines()
-    assert "note: alpha composited over white: 1 image" in audit
+    assert "note: alpha composited over white: 1 image (b.png)" in audit
     assert "sizes: 12x10 to 30x20, median 12x10" in audit
 
 

@@ -10,14 +10,12 @@ from difftool.config import DataConfig
 from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.data.dataset import Audit, Dataset, Kind, Skipped, Subset
 from difftool.data.folder import open_folder
-from difftool.data.pictures import Ahead
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import UsageError, suggestion
 from difftool.registry import Registry
 
 __all__ = [
     "BUILTIN",
-    "Ahead",
     "Audit",
     "Buckets",
     "Dataset",

@@ -273,7 +273,7 @@ def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -
         listing = Listing(files, kept, f"{root}/", audit, config)
         found = _captions_of(listing, folder, path)
         captions |= found
-        tally.repeats |= {name: folder.repeats for name in kept}
+        tally.repeats.update(dict.fromkeys(kept, folder.repeats))
         if folder.values.get("is_reg"):
             tally.regular += kept
         rows += _rows(kept, checked, found, {}, {}, folder.syntax)

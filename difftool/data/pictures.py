@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import median_low
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from difftool.config import DataConfig
 from difftool.data.archive import Files
@@ -263,31 +263,6 @@ class Pool:
             return
         for start in range(0, len(items), AHEAD):  # so that results do not pile up
             yield from self._threads.map(function, items[start : start + AHEAD])
-
-
-class Ahead(Generic[R]):
-    """A function of a number, computed for the next `depth` numbers while this one's is in use.
-
-    For `Batches.draw` and the like: what is pure in its coordinates may be made at any time.
-    """
-
-    def __init__(self, make: Callable[[int], R], depth: int = 1):
-        self._make, self._depth = make, depth
-        self._threads = ThreadPoolExecutor(max(1, depth), "difftool-ahead")
-        self._pending: dict[int, Any] = {}
-
-    def __getitem__(self, number: int) -> R:
-        wanted = range(number, number + self._depth + 1)
-        for other in [n for n in self._pending if n not in wanted]:
-            self._pending.pop(other).cancel()
-        for n in wanted:
-            if n not in self._pending:
-                self._pending[n] = self._threads.submit(self._make, n)
-        return self._pending.pop(number).result()
-
-    def close(self) -> None:
-        """Stop; what is being made is waited for."""
-        self._threads.shutdown(cancel_futures=True)
 
 
 def read_file(files: Files, name: str) -> bytes:
