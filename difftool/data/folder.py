@@ -184,7 +184,7 @@ def _held_out(
     if dataset.kind == "text":
         captions, _ = _captions(listing, syntax)
     elif dataset.kind == "class":
-        found = labels.classes(listing)
+        found = labels.classes(listing, dataset.classes)
         classes = {n: dataset.classes.index(c) for n, c in found.items() if c in dataset.classes}
         if strange := [name for name in names if name not in classes]:
             dataset.audit.notes.append(
@@ -273,7 +273,8 @@ def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -
         listing = Listing(files, kept, f"{root}/", audit, config)
         found = _captions_of(listing, folder, path)
         captions |= found
-        tally.repeats.update(dict.fromkeys(kept, folder.repeats))
+        for name in kept:
+            tally.repeats[name] = folder.repeats
         if folder.values.get("is_reg"):
             tally.regular += kept
         rows += _rows(kept, checked, found, {}, {}, folder.syntax)

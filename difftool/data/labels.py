@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from difftool.data.dataset import count
@@ -15,8 +16,9 @@ FEW = 100
 """Classes, at most, that file names have to suggest before it is mentioned."""
 
 
-def classes(listing: Listing) -> dict[str, str]:
-    """Class names by picture; empty where there are none."""
+def classes(listing: Listing, known: Collection[str] = ()) -> dict[str, str]:
+    """Class names by picture; empty where there are none. `known`: those of the pictures that are
+    trained on, if these are held out."""
     how = listing.config.labels
     if how == "prefix":
         return _prefixes(listing)
@@ -28,6 +30,8 @@ def classes(listing: Listing) -> dict[str, str]:
         return _edm(listing)
     tops = {name: listing.top(name) for name in listing.pictures}
     found = {name: top for name, top in tops.items() if top is not None}
+    if known:
+        return found
     if len(set(found.values())) < 2:
         _suggest(listing)
         return {}
