@@ -58,6 +58,8 @@ class OptimConfig:
     steps: int | None = None
     batch_size: int | None = None
     accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the hidden matrices, and AdamW for the rest; with the same learning rate."""
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -71,12 +73,21 @@ class OptimConfig:
     """Random horizontal flips; None = only for unconditional and class-conditional photos."""
     ema: float = 0.9995
     """Decay of the moving average of the weights; 0 = none. Early steps use a shorter one."""
+    ema_profile: Literal["decay", "power"] = "decay"
+    """power: averages over a share of the run; its length can be chosen after the run."""
+    ema_lengths: tuple[float, ...] = (0.05, 0.1)
+    """Lengths of the power profiles that are tracked, relative to the run; the last is the run's
+    own."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = 0
     """Seed of everything random in a run, the first weights included."""
     validation: float | None = None
     """Pictures that are never trained on but measured: below 1 a share of the set, else how many;
     0 = none."""
+
+    def __post_init__(self) -> None:
+        if not self.ema_lengths or not all(0 < n <= 0.28 for n in self.ema_lengths):
+            raise ValueError("ema_lengths are shares of the run, above 0 and at most 0.28")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,9 @@ class TrainConfig(OptimConfig):
     loss: Literal["mse", "huber"] = "mse"
     drop: float = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
+    checkpointing: bool = False
+    """Compute what a block put out again on the way back instead of keeping it: much less memory,
+    about a third more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +362,16 @@ def resolve(layers: Sequence[Layer]) -> Preset:
     preset = validate(Preset, values, layers[-1].origin if layers else "preset")
     _check_names(preset)
     return preset
+
+
+def data_config(layers: Sequence[Layer]) -> DataConfig:
+    """What the layers say of how data is read: needed before the rest of a preset is known."""
+    values: Mapping[str, Any] = {}
+    for layer in layers:
+        values = merge(values, {"data": layer.values.get("data", {})})
+    if not isinstance(values.get("data", {}), Mapping):
+        raise UsageError(f"{layers[-1].origin}: data is not a mapping of keys to values")
+    return validate(DataConfig, values.get("data", {}), "data")
 
 
 def load_preset(name: str, overrides: Sequence[str] = ()) -> Preset:

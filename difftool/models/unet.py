@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from difftool.models.configs import UNetConfig
 from difftool.models.layers import (
@@ -32,9 +33,15 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
+        self.checkpointing = False
 
     def layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         """One residual block and its attention."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._layer, index, x, emb, context, use_reentrant=False)
+        return self._layer(index, x, emb, context)
+
+    def _layer(self, index: int, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         x = self.resnets[index](x, emb)
         return self.attentions[index](x, context) if index < len(self.attentions) else x
 
@@ -191,6 +198,13 @@ class UNet(nn.Module):
         for level in self.up_blocks:
             x = level(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def checkpoint(self, on: bool = True) -> None:
+        """Whether what is inside the blocks is computed again for the gradient instead of kept: the
+        same numbers with less memory, in more time. No part of the architecture."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.checkpointing = on
 
     def _embed(
         self, t: Tensor, vector: Tensor | None, label: Tensor | None, guidance: Tensor | None

@@ -5,7 +5,10 @@ Sample n is the (n mod N)-th of epoch n // N, in that epoch's own order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,13 +47,18 @@ class Batches:
     flip: bool
     drop: float = 0.0
 
+    @cached_property
+    def _order(self) -> Callable[[int], Tensor]:
+        """The order of an epoch; sorting a large set anew for every batch would cost most of it."""
+        return lru_cache(maxsize=4)(lambda e: rng.permutation(self.seed, e, len(self.dataset)))
+
     def draw(self, first: int, count: int, *, pictures: bool = True) -> Batch:
-        """The samples first .. first + count of the run."""
+        """The samples first .. first + count of the run. Safe to call in any thread."""
         data, seed, size, model = self.dataset, self.seed, len(self.dataset), self.model
         slots = torch.arange(first, first + count)
         epochs = slots // size
-        orders = {e: rng.permutation(seed, e, size) for e in set(epochs.tolist())}
-        indices = torch.stack([orders[n // size][n % size] for n in range(first, first + count)])
+        ordered = [self._order(e)[slots[epochs == e] % size] for e in epochs.unique().tolist()]
+        indices = torch.cat(ordered)
         keys, chosen = rng.keys(seed, epochs, indices), indices.tolist()
         flips = (rng.uniform(seed, Stream.FLIP, 0, slots) < 0.5).tolist()
         flips = flips if self.flip else [False] * count
@@ -60,14 +68,49 @@ class Batches:
         labels: list[int | None] = [None] * count
         if model.preset.unet.num_classes:
             labels = list(data.labels(chosen))
+        images = data.images(chosen, self.size, flips, keys) if pictures else None
         return Batch(
-            slots=slots.to(model.device),
+            slots=_pinned(slots, model).to(model.device, non_blocking=True),
             indices=chosen,
             flips=flips,
-            pictures=data.images(chosen, self.size, flips, keys) if pictures else None,
+            pictures=None if images is None else _pinned(images, model),
             captions=["" if d else c for c, d in zip(captions, drops, strict=True)],
             labels=[model.null_label if d else v for v, d in zip(labels, drops, strict=True)],
         )
+
+
+class Ahead:
+    """Batches by position, prepared ahead in background threads; the same whatever their number.
+
+    Decoders and tensor operations let go of Python's lock. Without workers a batch is made when it
+    is asked for.
+    """
+
+    def __init__(self, draw: Callable[[int], Batch], workers: int, end: int):
+        self._draw, self._workers, self._end = draw, workers, end
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: dict[int, Future[Batch]] = {}
+
+    def __getitem__(self, position: int) -> Batch:
+        if not self._workers:
+            return self._draw(position)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, "batches")
+        for later in range(position, min(position + 2 * self._workers + 1, self._end)):
+            if later not in self._waiting:
+                self._waiting[later] = self._pool.submit(self._draw, later)
+        return self._waiting.pop(position).result()
+
+    def close(self) -> None:
+        """Stop preparing."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool, self._waiting = None, {}
+
+
+def _pinned(tensor: Tensor, model: Model) -> Tensor:
+    """Where a copy to the GPU is not waited for."""
+    return tensor.pin_memory() if model.device.type == "cuda" else tensor
 
 
 def to_signal(pictures: Tensor, device: torch.device) -> Tensor:

@@ -1,8 +1,9 @@
 """The training loop: a generator of TrainStep, so that progress, previews and stops live outside.
 
 One optimiser step: pictures, times and noise drawn by coordinates (rng.py); x_t = alpha x0 +
-sigma eps; the network's error against its target; AdamW; the moving average. A run that is stopped
-and resumed continues bit for bit.
+sigma eps; the network's error against its target; the optimiser; the moving average. A run that is
+stopped and resumed continues bit for bit. Nothing in a step waits for the device. Several processes
+(parallel.py) share each batch, and a run comes out the same but for rounding.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from difftool.config import Part, TrainConfig, to_values
+from difftool.config import OptimConfig, Part, TrainConfig, to_values
 from difftool.data import Dataset
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.model import Model
-from difftool.training.batches import Batches
-from difftool.training.checkpoint import save_checkpoint
+from difftool.training import parallel
+from difftool.training.batches import Ahead, Batch, Batches
+from difftool.training.checkpoint import checkpoint_name, save_checkpoint
 from difftool.training.ema import Ema
 from difftool.training.objectives import OBJECTIVES
+from difftool.training.optim import OPTIMIZERS
 from difftool.training.record import Record
 
 LOG_EVERY = 10
@@ -54,7 +57,17 @@ class TrainStep(NamedTuple):
 class Trainer:
     """Trains one part of a model on a dataset; every choice is in its preset's recipe for it."""
 
-    def __init__(self, model: Model, dataset: Dataset, part: Part = "unet"):
+    def __init__(
+        self,
+        model: Model,
+        dataset: Dataset,
+        part: Part = "unet",
+        *,
+        workers: int | None = None,
+        compiled: bool = False,
+    ):
+        """workers: threads that prepare batches ahead; None = as many as the device can use.
+        compiled: run the U-Net through torch's compiler. Neither changes what is learned."""
         config = model.preset.recipe(part)
         assert config.steps and config.batch_size and config.size
         self.model, self.dataset, self.part, self.config = model, dataset, part, config
@@ -70,21 +83,27 @@ class Trainer:
         self.learning = self.parameters | _parameters(self.helpers)
         for network in (*model.parts().values(), *self.helpers.values()):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.AdamW(
-            self.learning.values(),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.ema = Ema(self.parameters, config.ema) if config.ema else None
+        self.optimizer = OPTIMIZERS[config.optimizer](self.learning, config)
+        self.ema = Ema.of(config, self.parameters)
         precision = config.precision
         if precision == "auto":
-            bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
-            precision = "bf16" if bf16 else "fp32"
+            precision = "bf16" if _has_bf16(model.device) else "fp32"
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         self.record = Record(model.device)
+        if isinstance(config, TrainConfig) and config.checkpointing:
+            model.denoiser.network.checkpoint()  # type: ignore[operator]
+        self.compiled = compiled and part == "unet"
+        if self.compiled:
+            model.denoiser.network.compile(dynamic=False)
+        # What is not a sum over samples every process computes whole.
+        self.share = (
+            parallel.share(config.batch_size) if objective.by_sample else range(config.batch_size)
+        )
+        self.gradients = parallel.GradientSum(self.learning.values())
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
+        self.ahead = Ahead(self._draw, workers, config.steps * config.accumulate)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -97,21 +116,28 @@ class Trainer:
         shape = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
         return config.lr * warm * shape[config.decay]
 
+    def _draw(self, position: int) -> Batch:
+        """This process's share of batch number `position` of the run."""
+        first = position * (self.config.batch_size or 0) + self.share.start
+        pictures = self.objective.needs_pictures()
+        return self.batches.draw(first, len(self.share), pictures=pictures)
+
     def advance(self) -> None:
         """One optimiser step; what it measured stays on the device."""
         config, objective = self.config, self.objective
-        assert config.batch_size
         if self.model.preset.unet.dropout:  # which draws from the global generator
-            torch.manual_seed(self.seed * 1_000_003 + self.step)
+            torch.manual_seed((self.seed * 1_000_003 + self.step) ^ (parallel.rank() << 48))
         for part in range(config.accumulate):
-            first = (self.step * config.accumulate + part) * config.batch_size
-            pictures = objective.needs_pictures()
-            batch = self.batches.draw(first, config.batch_size, pictures=pictures)
+            batch = self.ahead[self.step * config.accumulate + part]
             enabled = self.autocast is not None
             with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
                 outcome = objective.losses(batch, self.step)
-            self.scaler.scale(outcome.loss.mean() / config.accumulate).backward()
+            if part == config.accumulate - 1:
+                self.gradients.start()
+            loss = outcome.loss.mean() / (config.accumulate * parallel.size())
+            self.scaler.scale(loss).backward()
             self.record.add(outcome)
+        self.gradients.finish()
         self.scaler.unscale_(self.optimizer)
         bound = config.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), bound)
@@ -130,22 +156,38 @@ class Trainer:
         config = self.config
         assert config.steps and config.batch_size
         began, images = time.monotonic(), 0
-        while self.step < config.steps:
-            lr = self.lr(self.step)
-            self.advance()
-            images += config.batch_size * config.accumulate
-            step = TrainStep(self.step, lr, None, None, 0.0, {}, [])
-            if self.step % LOG_EVERY == 0 or self.step == config.steps:
-                report = self.record.report()
-                step = step._replace(**report)
-                loss, norm = report["loss"], report["grad_norm"]
-                if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-                    raise ResourceError(
-                        f"training stopped at step {self.step}: the numbers are not finite",
-                        f"loss {loss}, gradient norm {norm}",
-                        "resume from the last checkpoint with a lower --lr",
-                    )
-            yield step._replace(images_per_second=images / (time.monotonic() - began))
+        try:
+            while self.step < config.steps:
+                lr = self.lr(self.step)
+                self.advance()
+                images += config.batch_size * config.accumulate
+                step = TrainStep(self.step, lr, None, None, 0.0, {}, [])
+                if self.step % LOG_EVERY == 0 or self.step == config.steps:
+                    step = step._replace(**self._report())
+                yield step._replace(images_per_second=images / (time.monotonic() - began))
+        finally:
+            self.ahead.close()
+
+    def _report(self) -> dict[str, Any]:
+        self.record.share()
+        report = self.record.report()
+        loss, norm = report["loss"], report["grad_norm"]
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
+            raise ResourceError(
+                f"training stopped at step {self.step}: the numbers are not finite",
+                f"loss {loss}, gradient norm {norm}",
+                "resume from the last checkpoint with a lower --lr",
+            )
+        return report
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """In the block the U-Net is not compiled: other shapes would be compiled anew."""
+        if not self.compiled:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     # --- state -------------------------------------------------------------------------------
 
@@ -155,16 +197,25 @@ class Trainer:
         return list(self.model.parts() if self.part == "unet" else self.objective.trained())
 
     def save(self, folder: Path, *, keep: int) -> Path:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Of several processes all call it and the first writes. Averages to choose from go to the
+        folder `ema` beside `folder`.
+        """
+        self.record.share()
+        if not parallel.leads():
+            parallel.wait()
+            return folder / checkpoint_name(self.step)
 
         def write(where: Path) -> None:
             parts = self.kept_parts()
             self.model.save(where / "model.safetensors", parts=parts)
             if self.ema:
-                note = {"difftool.weights": "ema"}
-                average = self.ema.average
-                path = where / "ema.safetensors"
-                self.model.save(path, parts=parts, weights=average, metadata=note)
+                note, path = {"difftool.weights": "ema"}, where / "ema.safetensors"
+                self.model.save(path, parts=parts, weights=self.ema.average, metadata=note)
+                for rule, track in list(self.ema.tracks.items())[:-1]:
+                    whole = {name: value.contiguous() for name, value in track.items()}
+                    save_file(whole, where / f"ema-{rule}.safetensors")
             optimizer = {
                 f"{name}.{key}": value.contiguous()
                 for name, p in self.learning.items()
@@ -187,7 +238,11 @@ class Trainer:
             }
             (where / "state.json").write_text(json.dumps(state, indent=1))
 
-        return save_checkpoint(folder, self.step, write, keep)
+        path = save_checkpoint(folder, self.step, write, keep)
+        if self.ema and self.config.ema_profile == "power":
+            self.ema.snapshot(folder.parent / "ema")
+        parallel.wait()
+        return path
 
     def restore(self, checkpoint: Path) -> list[str]:
         """Continue from a checkpoint; returns notes on what differs from when it was made.
@@ -202,7 +257,9 @@ class Trainer:
         if self.helpers:
             _copy(_parameters(self.helpers), _tensors(checkpoint / HELPERS), checkpoint)
         if self.ema:
-            _copy(self.ema.average, _tensors(checkpoint / "ema.safetensors"), checkpoint)
+            for rule, track in self.ema.tracks.items():
+                name = "ema" if track is self.ema.average else f"ema-{rule}"
+                _copy(track, _tensors(checkpoint / f"{name}.safetensors"), checkpoint)
             self.ema.updates = state["ema_updates"]
         saved = _tensors(checkpoint / "optimizer.safetensors")
         for name, p in self.learning.items():
@@ -229,13 +286,30 @@ class Trainer:
 
     def _check_state(self, state: dict[str, Any], checkpoint: Path) -> None:
         now, then = to_values(self.config), state["train"]
-        for key in ("seed", "batch_size", "accumulate", "size", "ema"):
-            if now[key] != then[key]:
+        fixed = ("seed", "batch_size", "accumulate", "size", "ema")
+        for key in (*fixed, "optimizer", "ema_profile", "ema_lengths"):
+            before = then.get(key, OptimConfig.__dataclass_fields__[key].default)
+            before = list(before) if isinstance(before, tuple) else before
+            if now[key] != before:
                 raise UsageError(
                     f"cannot resume {checkpoint} with another {key}",
-                    f"it was {then[key]}, now {now[key]}",
+                    f"it was {before}, now {now[key]}",
                     "give the same value, or start a new run",
                 )
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch's compiler does not work here; None if it does. Compiles a line to know."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 numbers natively."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -45,6 +45,9 @@ class Outcome(NamedTuple):
 class Objective(ABC):
     """What one part of a model learns from a batch."""
 
+    by_sample = True
+    """Whether a sample's loss is its own, so that processes can share a batch."""
+
     def __init__(self, model: Model, config: Any):
         self.model, self.config, self.seed = model, config, config.seed
 
@@ -201,6 +204,7 @@ class Contrast(Objective):
     """
 
     config: ClipTrainConfig
+    by_sample = False
 
     def __init__(self, model: Model, config: ClipTrainConfig):
         super().__init__(model, config)

@@ -1,4 +1,19 @@
-"""What a run measures, summed on the device and fetched once a report."""
+"""What a run measures, summed on the device and fetched once a report.
+
+metrics.jsonl holds a JSON object a line, in the order of steps, each with "step" (the optimiser
+steps done). What else it has says what it is:
+
+    "loss", "grad_norm", "lr"    means since the last such line, and the learning rate of the step;
+                                 beside them the terms of the loss under their names ("pixels",
+                                 "structure", "kl", "critic", "fooling"; "right", a share)
+    "levels"                     the mean loss in each bin of LEVELS, from the noisiest; null = none
+    "validation"                 {"loss", terms, "levels"} of held-out pictures, averaged weights
+    "colours"                    {"samples": {"mean", "std"}, "data": {...}}: red, green and blue of
+                                 the sample sheet and of the pictures it should resemble, in [-1, 1]
+    "psnr"                       mean of the sheet's reconstructions, in dB
+
+Lines are a function of the configuration and the data alone: a resumed run writes the same ones.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftool.training import parallel
 from difftool.training.objectives import Outcome
 
 LEVELS = tuple(range(-12, 13, 2))
@@ -45,6 +61,12 @@ class Record:
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.counts[name] = self.counts.get(name, 0) + 1
 
+    def share(self) -> None:
+        """Make the sums the means over all processes; those by level keep their ratios."""
+        if parallel.size() > 1:
+            *sums, self.levels = parallel.mean([*self.sums.values(), self.levels])
+            self.sums = dict(zip(self.sums, sums, strict=True))
+
     def report(self) -> dict[str, Any]:
         """The means, as numbers, and a new start."""
         names = list(self.sums)
@@ -56,7 +78,7 @@ class Record:
         terms = {n.removeprefix("terms."): v for n, v in means.items() if n.startswith("terms.")}
         return {
             "loss": means["loss"],
-            "grad_norm": means["grad_norm"],
+            "grad_norm": means.get("grad_norm"),
             "terms": terms,
             "levels": by_level if any(counts) else [],
         }
@@ -66,11 +88,11 @@ class Record:
         return {
             "sums": {name: float(value) for name, value in self.sums.items()},
             "counts": self.counts,
-            "levels": self.levels.tolist(),
+            "levels": (self.levels * parallel.size()).tolist(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.sums = {n: torch.tensor(v, device=self.device) for n, v in state["sums"].items()}
         self.counts = dict(state["counts"])
-        self.levels = torch.tensor(state["levels"], device=self.device)
+        self.levels = torch.tensor(state["levels"], device=self.device) / parallel.size()
