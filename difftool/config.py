@@ -374,6 +374,16 @@ def data_config(layers: Sequence[Layer]) -> DataConfig:
     return validate(DataConfig, values.get("data", {}), "data")
 
 
+def data_config(layers: Sequence[Layer]) -> DataConfig:
+    """What the layers say of how data is read: needed before the rest of a preset is known."""
+    values: Mapping[str, Any] = {}
+    for layer in layers:
+        values = merge(values, {"data": layer.values.get("data", {})})
+    if not isinstance(values.get("data", {}), Mapping):
+        raise UsageError(f"{layers[-1].origin}: data is not a mapping of keys to values")
+    return validate(DataConfig, values.get("data", {}), "data")
+
+
 def load_preset(name: str, overrides: Sequence[str] = ()) -> Preset:
     """The preset of that name with `key.path=value` overrides applied."""
     return resolve([*preset_layers(name), *override_layers(overrides)])

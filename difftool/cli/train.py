@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 PARTS: list[str] = list(RECIPES)
+LABELS, CROPS = ["auto", "none", "text", "folders", "prefix"], ["centre", "random"]
+DATA = "Data"
 
 
 def train(
@@ -48,6 +50,69 @@ def train(
     ] = None,
     start: Annotated[
         str | None, typer.Option("--from", metavar="MODEL", help="Fine-tune this model.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            callback=choice(LABELS),
+            help=choices("What pictures are conditioned on", LABELS),
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            "--caption-column",
+            help="Column of the metadata with the captions.  \\[text, caption, prompt]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    shuffle_captions: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle-captions",
+            help="Shuffle captions that are tags between commas.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-tokens", help="Shuffled tags that stay in front.", rich_help_panel=DATA
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            "--crop",
+            callback=choice(CROPS),
+            help=choices("Part of a picture that is used", CROPS) + "  \\[centre]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            "--background",
+            metavar="COLOUR",
+            help="Below transparent pixels: a name, #rrggbb.  \\[white]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    allow_bad: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-bad", help="Go on with many unusable pictures.", rich_help_panel=DATA
+        ),
+    ] = None,
+    allow_uncaptioned: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-uncaptioned",
+            help="Go on where many pictures lack a caption.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     vae: Annotated[
         str | None,
@@ -114,6 +179,21 @@ def train(
         "precision": precision,
         "seed": seed,
     }
+    data_flags: dict[str, Any] = {
+        "labels": labels,
+        "caption_column": caption_column,
+        "shuffle_captions": shuffle_captions,
+        "keep_tokens": keep_tokens,
+        "crop": crop,
+        "background": background,
+        "allow_bad": allow_bad,
+        "allow_uncaptioned": allow_uncaptioned,
+    }
+    reading = [
+        Layer(f"--{name.replace('_', '-')}", {"data": {name: value}})
+        for name, value in data_flags.items()
+        if value is not None
+    ]
     for name in ("steps", "batch_size", "accumulate", "lr", "size"):
         value = flags[name]
         if value is not None and value <= 0:
@@ -127,7 +207,14 @@ def train(
     if start is not None and preset is not None:
         raise UsageError("--from brings its own preset", hint="leave --preset out; use --set")
 
-    from difftool.config import load_preset, origins, override_layers, to_yaml
+    from difftool.config import (
+        data_config,
+        load_preset,
+        origins,
+        override_layers,
+        preset_layers,
+        to_yaml,
+    )
     from difftool.data import open_dataset
     from difftool.formats import open_model
     from difftool.model import Model, find_model, pick_device
@@ -142,7 +229,9 @@ def train(
         preset, start = _preset_of_run(out), None
 
     with console.progress("looking at files", None) as display:
-        dataset = open_dataset(data, progress=lambda done, total: display.update(done))
+        said = [*(preset_layers(preset) if preset else ()), *reading]
+        config = data_config([*said, *override_layers(settings or [])])
+        dataset = open_dataset(data, config, progress=lambda done, total: display.update(done))
     for line in dataset.audit.lines():
         console.say(line)
     where = pick_device(device)
@@ -171,7 +260,7 @@ def train(
         adopt["vae"] = find_model(vae)
         given.append(staged.vae_layer(f"--vae {vae}", adopt["vae"]))
         only = only or "unet"
-    given += override_layers(settings or [])
+    given += [*reading, *override_layers(settings or [])]
 
     def planned(vocabulary: str | None) -> tuple[Preset, str | None, list[Layer]]:
         return plan(dataset, where.type, preset, given, vocabulary, only, begin)
