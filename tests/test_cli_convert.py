@@ -300,5 +300,5 @@ def test_a_run_folder_is_a_source(convert):
 def test_help_shows_examples_and_every_choice():
     shown = CliRunner().invoke(app, ["convert", "--help"])
     assert shown.exit_code == 0
-    for text in ("Examples", "--inspect", "--dry-run", "--strip-metadata", "diffusers, difftool"):
+    for text in ("Examples", "--inspect", "--dry-run", "--strip-metadata", "--weights", "ldm,"):
         assert text in shown.output

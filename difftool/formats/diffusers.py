@@ -23,9 +23,9 @@ from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
 from difftool.formats.detect import family_of
 from difftool.formats.extra import checked_extra, differing, make_extra, with_extra
+from difftool.formats.files import TensorSource, open_source
 from difftool.formats.layout import Rule
 from difftool.formats.networks import VERSION
-from difftool.formats.safetensors import read_header
 from difftool.formats.schedulers import read_scheduler, write_scheduler
 from difftool.formats.source import (
     EMA,
@@ -234,7 +234,10 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
             prefix = f"{EXTRA}diffusers.{name}."
         if name in ENCODERS:
             prefix, encoders = f"text.{encoders}.", encoders + 1
-        for their, place in _component_tensors(folder / name, _stem(name)).items():
+        source = _component_tensors(folder / name, _stem(name))
+        warnings += source.warnings
+        dropped += [Drop(place, "no part of the model") for place in source.beside.values()]
+        for their, place in source.tensors.items():
             ours = _our_name(name, their)
             if ours is None:
                 dropped.append(Drop(place, _positions(place, warnings)))
@@ -254,10 +257,10 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     extra = _read_extra(folder)
     if extra and (folder / EXTRA_TENSORS).is_file():
         file = folder / EXTRA_TENSORS
-        for name, info in read_header(file).tensors.items():
+        for name, place in open_source(file).tensors.items():
             if name in tensors:
                 raise InputError(f"{file} holds the tensor {name} a second time")
-            tensors[name] = Located(file, name, info)
+            tensors[name] = place
     pads = {n: _pad_id(folder / n) for n in TOKENIZERS if n in components}
     shapes = {name: place.info.shape for name, place in tensors.items()}
     meaning = _derive(configs, pads, shapes, _name(folder))
@@ -358,53 +361,21 @@ def _positions(place: Located, warnings: list[str]) -> str:
     return "position_ids are 0, 1, 2, ... and are not stored"
 
 
-def _component_tensors(folder: Path, stem: str) -> dict[str, Located]:
+def _component_tensors(folder: Path, stem: str) -> TensorSource:
     """Tensors of a component, in one file or in shards, of full or of half precision."""
-    for variant in ("", ".fp16", ".bf16"):
-        file = folder / f"{stem}{variant}.safetensors"
-        if file.is_file():
-            return {n: Located(file, n, info) for n, info in read_header(file).tensors.items()}
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return _sharded(index)
-    for pickled in (f"{stem}.bin", f"{stem}.fp16.bin", "pytorch_model.bin"):
-        if (folder / pickled).is_file():
-            why = f"{pickled} is a pickle, which is a program, and this version does not read it"
-            raise InputError(f"{folder} has no safetensors weights", why)
+    for start, suffix in ((stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")):
+        for variant in ("", ".fp16", ".bf16"):
+            for name in (f"{start}{variant}.{suffix}", f"{start}.{suffix}.index{variant}.json"):
+                if (folder / name).is_file():
+                    return open_source(folder / name)
     raise InputError(f"{folder} has no weights", f"{stem}.safetensors is not there")
-
-
-def _sharded(index: Path) -> dict[str, Located]:
-    """Tensors of shards, checked against their index in every respect."""
-    content = read_json(index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
-        raise InputError(f"{index} is malformed", "it has no weight_map")
-    tensors: dict[str, Located] = {}
-    for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            why = f"{shard!r} is not the name of a file beside it"
-            raise InputError(f"{index} is not safe", why)
-        file = index.parent / shard
-        for name, info in read_header(file).tensors.items():
-            if places.get(name) != shard:
-                why = f"it does not place {name!r} there"
-                raise InputError(f"{index} does not fit {shard}", why)
-            tensors[name] = Located(file, name, info)
-    if missing := [name for name in places if name not in tensors]:
-        raise InputError(f"{index} does not fit its shards", f"{missing[0]!r} is in none of them")
-    total = (content.get("metadata") or {}).get("total_size")
-    size = sum(place.info.end - place.info.start for place in tensors.values())
-    if total is not None and total != size:
-        raise InputError(f"{index} does not fit its shards", f"{size} bytes, not {total}")
-    return tensors
 
 
 def _left_out(folder: Path) -> list[Located]:
     """The tensors of a component that is not read, as far as they are in one file."""
     for stem in ("model", "diffusion_pytorch_model"):
         if (folder / f"{stem}.safetensors").is_file():
-            return [*_component_tensors(folder, stem).values()]
+            return [*_component_tensors(folder, stem).tensors.values()]
     return []
 
 

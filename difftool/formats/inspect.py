@@ -12,7 +12,7 @@ from difftool.diffusion.path import build_path
 from difftool.formats.convert import component
 from difftool.formats.detect import kind_of
 from difftool.formats.evidence import WORDS
-from difftool.formats.safetensors import looks_like_safetensors, read_header
+from difftool.formats.files import is_source, open_source
 from difftool.formats.source import (
     FORMATS,
     NOTHING_TOLD,
@@ -34,7 +34,7 @@ def inspect(path: Path, told: Told = NOTHING_TOLD) -> dict[str, Any]:
     """
     path = locate(path)
     known = any(format.recognises(path) for format in FORMATS.values())
-    return _model(path, told) if known or not looks_like_safetensors(path) else _file(path)
+    return _model(path, told) if known or not is_source(path) else _file(path)
 
 
 def _model(path: Path, told: Told) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _model(path: Path, told: Told) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    header = read_header(path)
+    header = open_source(path)
     names = list(header.tensors)
     family, says = kind_of(names)
     evidence = [{"source": "tensor names", "says": says}]
@@ -67,15 +67,15 @@ def _file(path: Path) -> dict[str, Any]:
         evidence.append({"source": "modelspec.architecture", "says": architecture})
     return {
         "schema": SCHEMA,
-        "format": "safetensors",
+        "format": header.kind,
         "family": family,
         "prediction": prediction,
         "zero_snr": None,
         "evidence": evidence,
         "weights": [],
-        "components": _components(header.tensors.items()),
+        "components": _components((name, place.info) for name, place in header.tensors.items()),
         "metadata": free_metadata(header.metadata),
-        "warnings": ["this version does not convert files of this kind"],
+        "warnings": [*header.warnings, "this version does not convert files of this kind"],
     }
 
 

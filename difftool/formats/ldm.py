@@ -20,6 +20,7 @@ from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import detect
 from difftool.formats.evidence import Find, decide, network_of, numbers, yaml_beside
 from difftool.formats.extra import checked_extra, make_extra, with_extra
+from difftool.formats.files import TensorSource, is_source, open_source
 from difftool.formats.layout import (
     Rule,
     Shape,
@@ -30,7 +31,6 @@ from difftool.formats.layout import (
     vae_rules,
 )
 from difftool.formats.native import modelspec
-from difftool.formats.safetensors import Header, looks_like_safetensors, read_header
 from difftool.formats.source import (
     EMA,
     EXTRA,
@@ -48,7 +48,7 @@ from difftool.formats.source import (
     free_metadata,
 )
 from difftool.formats.strict import parse_json
-from difftool.formats.tensors import Info, Located, rows_strides
+from difftool.formats.tensors import Info, Located, piece_of_file, rows_strides
 from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -303,25 +303,20 @@ def _unknown(where: str, unet: Mapping[str, Shape], why: str) -> InputError:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path) -> Header:
-    """Metadata and tensors of a checkpoint."""
-    return read_header(path)
-
-
 def _recognises(path: Path) -> bool:
-    if not path.is_file() or not looks_like_safetensors(path):
+    if not path.is_file() or not is_source(path):
         return False
-    header = read_header(path)
-    if "difftool" in header.metadata:
+    source = open_source(path)
+    if "difftool" in source.metadata:
         return False
-    return any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in header.tensors)
+    return any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in source.tensors)
 
 
 def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     """A single file as a source; InputError if it is malformed or of no known family."""
-    header = read_tensors(path)
+    header = open_source(path)
     usual = usual_names(header.tensors)
-    places = {usual[n]: Located(path, n, info) for n, info in header.tensors.items()}
+    places = {usual[name]: place for name, place in header.tensors.items()}
     if len(places) != len(usual):
         raise InputError(f"{path} holds a tensor twice, under an old name and a new one")
     added = header.metadata.get(ADDED, "").split()
@@ -348,8 +343,8 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     if has_ema:
         more, flatter = _mapped(averaged, places, str(path))
         tensors, flat = tensors | more, [*flat, *flatter]
-    dropped: list[Drop] = []
-    warnings: list[str] = []
+    dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
+    warnings = [*header.warnings]
     used = {id(places[rule.there]) for rule in (*rules, *(averaged if has_ema else ()))}
     for name, place in places.items():
         if id(place) in used:
@@ -480,8 +475,6 @@ def _drop_rule(
 
 def _counts(place: Located) -> bool:
     """Whether positions are whole numbers that count up; merges have spoilt some."""
-    from difftool.formats.tensors import piece_of_file
-
     count = place.info.shape[-1] if place.info.shape else 0
     data = b"".join(piece_of_file(place.file, place.info).chunks())
     return place.info.dtype == "I64" and data == struct.pack(f"<{count}q", *range(count))
@@ -494,7 +487,7 @@ def _kept_name(name: str) -> str:
 
 
 def _record(
-    usual: Mapping[str, str], flat: list[str], header: Header, preset: Preset
+    usual: Mapping[str, str], flat: list[str], header: TensorSource, preset: Preset
 ) -> dict[str, Any]:
     """In what a file differs from those that difftool writes."""
     spec = {k: v for k, v in header.metadata.items() if k.startswith("modelspec.")}

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.config import build_preset, to_values
 from difftool.errors import InputError, UsageError
+from difftool.formats.detect import kind_of
+from difftool.formats.files import is_source, open_source
 from difftool.formats.layout import Rule
-from difftool.formats.safetensors import looks_like_safetensors
 from difftool.formats.tensors import Located, load_located
 from difftool.registry import Registry
 
@@ -127,8 +128,6 @@ class Format:
 
 FORMATS: Registry[Format] = Registry("model format")
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
 
 def open_model(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     """The model in a file or folder of any format; no tensor is loaded.
@@ -142,13 +141,11 @@ def open_model(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     known = ", ".join(FORMATS)
     if path.is_dir():
         raise InputError(f"{path} is not a model", "it has no model_index.json and no run's model")
-    if path.suffix.lower() in PICKLES:
-        why = "a pickled checkpoint is a program, and this version does not read it"
-        raise InputError(f"{path} is not supported", why, f"formats of this version: {known}")
-    if looks_like_safetensors(path):
-        why = "a safetensors file of a family unknown to this version"
+    if is_source(path):
+        kind, says = kind_of(open_source(path).tensors)
+        why = f"it is a {kind}, no whole model: {says}" if kind else "no family that is known to it"
         hint = "difftool convert FILE --inspect lists what is in it"
-        raise InputError(f"{path} is not supported", why, hint)
+        raise InputError(f"{path} is a file of tensors unknown to this version", why, hint)
     raise InputError(f"{path} is not a model", f"formats of this version: {known}")
 
 
