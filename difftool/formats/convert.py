@@ -490,7 +490,9 @@ def _verify(
             raise CheckError(what, f"{name} has another dtype or shape")
         if digest_of(_bytes(place)) != hashes[name]:
             raise CheckError(what, f"the bytes of {name} are others")
-    if build_preset(again.values) != build_preset(source.values):
+    # a single file's model is called as the file is, where nothing names it
+    values = again.values | ({"name": source.values["name"]} if kind == "ldm" else {})
+    if build_preset(values) != build_preset(source.values):
         raise CheckError(what, "the preset does not come back as it was")
     if again.tokenizer_json != source.tokenizer_json:
         raise CheckError(what, "the vocabulary does not come back as it was")
