@@ -58,7 +58,7 @@ USUAL = re.compile(
     r"|torch\.(cuda\.|storage\.)?\w+Storage|torch\.(Size|device|Tensor|nn\.parameter\.Parameter)"
     rf"|torch\.({'|'.join(('float', 'double', 'half', 'bfloat', 'complex', 'u?int', 'bool'))})\w*"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|_codecs\.encode"
-    r"|(pytorch_)?lightning(_fabric|_utilities)?\.[\w.]+|omegaconf\.[\w.]+"
+    r"|torch\.serialization\._get_layout|(pytorch_)?lightning(_fabric|_utilities)?\.[\w.]+|omegaconf\.[\w.]+"
     r"|argparse\.Namespace|pathlib\.\w+Path|typing\.\w+"
     r"|(builtins|__builtin__)\.(set|frozenset|dict|list|tuple|int|float|bool|str|bytes|object|slice"
     r"|range|complex|bytearray)"
@@ -127,6 +127,7 @@ Places = Mapping[str, tuple[int, int]]
 class _Entry(NamedTuple):
     name: str
     crc: int
+    stored: bool
     start: int
     end: int
 
@@ -142,6 +143,8 @@ def _read_zip(file: IO[bytes], path: Path, size: int) -> tuple[Unpickled, Places
         raise _refused(path, "it is a zip archive, but not one that torch.save writes")
     if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
         raise _refused(path, "it is a TorchScript program, not a checkpoint")
+    if packed := [name for name, entry in entries.items() if not entry.stored]:
+        raise _refused(path, f"{packed[0]!r:.200} is compressed, which torch never does")
     if "data.pkl" not in inside:
         raise _refused(path, "it is a zip archive without data.pkl")
     if "byteorder" in inside and _content(file, path, inside["byteorder"], 64) != b"little":
@@ -241,24 +244,24 @@ def _listed(file: IO[bytes], directory: bytes, count: int, limit: int) -> Iterat
         text = name.decode("utf-8")
         if flags & 0x2041:
             raise ValueError(f"{text!r:.200} is encrypted")
-        if method or size != packed:
-            raise ValueError(f"{text!r:.200} is compressed, which torch never does")
-        headers.append((start, size, crc, text, name))
+        if method == 0 and size != packed:
+            raise ValueError(f"{text!r:.200} has two sizes")
+        headers.append((start, packed, crc, method, text, name))
     if position != len(directory):
         raise ValueError("its directory is damaged")
     behind = 0
-    for start, size, crc, text, name in sorted(headers):
+    for start, size, crc, method, text, name in sorted(headers):
         if start < behind or (start and not behind):
             raise ValueError(f"{text!r:.200} overlaps another entry, or does not begin the file")
         file.seek(start)
         fields = struct.unpack("<4s5H3I2H", file.read(30))
         first = start + 30 + fields[9] + fields[10]
-        if fields[0] != ZIP or fields[3] or file.read(fields[9]) != name:
+        if fields[0] != ZIP or fields[3] != method or file.read(fields[9]) != name:
             raise ValueError(f"{text!r:.200} is another file than the directory says")
         behind = first + size
         if behind > limit:
             raise ValueError(f"{text!r:.200} reaches into the directory")
-        yield _Entry(text, crc, first, behind)
+        yield _Entry(text, crc, method == 0, first, behind)
 
 
 def _wide(extra: bytes, *sizes: int) -> list[int]:
@@ -321,7 +324,7 @@ class _Tree:
         self.path, self.places = path, places
         self.values, self.bytes = MAX_VALUES, MAX_GROWTH * size + SMALL
         self.objects: dict[int, str] = {}
-        """Names of the objects seen so far, by their identity."""
+        """The objects seen so far, by their identity: names of those among a model's tensors."""
 
     def checkpoint(self, found: Unpickled) -> Checkpoint:
         if isinstance(found.value, Opaque | Global):
@@ -333,7 +336,7 @@ class _Tree:
         metadata: dict[str, str] = {}
         beside: dict[str, Info] = {}
         self.collect(model, (), tensors, metadata, beside)
-        objects = sorted(set(self.objects.values()))
+        objects = [name for name in dict.fromkeys(self.objects.values()) if name]
         for names, value in around:
             self.collect(value, names, beside, metadata, beside)
         if not tensors:
@@ -368,7 +371,7 @@ class _Tree:
                 for index, item in enumerate(value):
                     self.collect(item, (*names, str(index)), tensors, {}, beside)
             case Opaque() if id(value) not in self.objects:  # objects may refer to each other
-                self.objects[id(value)] = value.name
+                self.objects[id(value)] = "" if tensors is beside else value.name
                 for index, item in enumerate(value.parts):
                     self.collect(item, (*names, str(index)), beside, {}, beside)
             case str() | bool() | float() | int() if len(metadata) < MAX_METADATA:
@@ -429,7 +432,7 @@ def _has_tensors(value: Any) -> bool:
 
 def _text(key: Any) -> str:
     match key:
-        case Global():
+        case Global() | Opaque():
             return key.name
         case tuple():
             return ",".join(_text(part) for part in key)

@@ -122,7 +122,10 @@ class _Limited:
         return self._counted(self.file.read(size))
 
     def readline(self) -> bytes:
-        return self._counted(self.file.readline(MAX_STRING))
+        line = self._counted(self.file.readline(MAX_STRING))
+        if b"\\" in line:  # pickletools would undo escapes where pickle does not
+            raise ValueError("a name or a text has escapes, which torch never writes")
+        return line
 
     def _counted(self, data: bytes) -> bytes:
         self.left -= len(data)
@@ -383,7 +386,7 @@ def _key(key: Any) -> Any:
     parts = key if isinstance(key, tuple) and len(key) <= 64 else (key,)
     for part in parts:
         number = isinstance(part, int) and abs(part) < 1 << 63
-        if not (number or part is None or isinstance(part, str | bytes | Global)):
+        if not (number or part is None or isinstance(part, str | bytes | Global | Opaque)):
             raise ValueError(f"{_kind(part)} is a key")
     return key
 
