@@ -8,53 +8,18 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from folders import audit, caption_by_picture, captions_of, lay, lines, pictures, shade
 from PIL import Image
 
 from difftool.config import DataConfig
 from difftool.data import open_dataset
 from difftool.data.images import framed
 from difftool.errors import InputError, UsageError
-
-
-def shade(name: str) -> int:
-    return sum(name.encode()) * 7 % 200
-
-
-def lay(root: Path, files: Mapping[str, str | bytes | None]) -> str:
-    """Files below a root: text, bytes, or None for a small picture whose shade tells its name."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            Image.new("RGB", (12, 10), (shade(name), 0, 0)).save(path)
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            path.write_text(content, encoding="utf-8")
-    return str(root)
-
-
-def caption_by_picture(where: str, **options) -> dict[int, str]:
-    """The caption of each picture, pictures told by their shade."""
-    data = open_dataset(where, DataConfig(**options))
-    everything = range(len(data))
-    shades = data.images(everything, 8)[:, 0, 0, 0].tolist()
-    return dict(zip(shades, data.captions(everything), strict=True))
-
-
-def pictures(*names: str) -> dict[str, None]:
-    return dict.fromkeys(names)
-
-
-def lines(*entries: object) -> str:
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
-
 
 # --- captions --------------------------------------------------------------------------------
 
@@ -177,24 +142,94 @@ def test_one_of_several_lines_is_drawn_by_the_key(tmp_path):
     assert any("several captions" in line for line in data.audit.lines())
 
 
-# --- kohya -----------------------------------------------------------------------------------
+def test_metadata_above_and_beside_the_pictures(tmp_path):
+    above = lines(
+        {"file_name": "train/a.png", "text": "above"},
+        {"file_name": "train/b.png", "text": "above"},
+        {"file_name": "validation/c.png", "text": "held out"},
+    )
+    beside = lines({"file_name": "a.png", "text": "beside"})
+    files = pictures("train/a.png", "train/b.png", "validation/c.png")
+    tables = {"metadata.jsonl": above, "train/metadata.jsonl": beside}
+    where = lay(tmp_path, {**files, **tables})
+    assert captions_of(where) == {"train/a.png": "beside", "train/b.png": "above"}
+    held = open_dataset(where).held_out
+    assert held and held.captions([0]) == ["held out"] and held.name(0) == "validation/c.png"
+    assert "validation/ is held out for validation: 1 image" in audit(where)
 
 
-def test_kohya_folders(tmp_path):
+def test_only_train_is_described(tmp_path):
+    files = pictures("train/a.png", "val/b.png", "test/c.png")
+    table = lines({"file_name": "a.png", "text": "x"})
+    data = open_dataset(lay(tmp_path, {**files, "train/metadata.jsonl": table}))
+    assert data.held_out and data.held_out.captions([0]) == [""]
+    assert data.held_out.name(0) == "val/b.png" and len(data) == 1
+    assert any("train/ is used, test/ left alone" in line for line in data.audit.lines())
+
+
+def test_lines_without_a_caption_count_as_such(tmp_path):
+    table = lines(
+        {"file_name": "a.png", "text": None}, {"file_name": "./b.png", "text": ["x", " "]},
+        {"file_name": "c.png"},
+    )  # fmt: skip
+    where = lay(tmp_path, {**pictures("a.png", "b.png", "c.png"), "metadata.jsonl": table})
+    assert captions_of(where) == {"a.png": "", "b.png": "x", "c.png": ""}
+    short = "file_name,text,extra\na.png,one,3\nb.png\nc.png,,\n"
+    (tmp_path / "metadata.csv").write_text(short)
+    (tmp_path / "metadata.jsonl").unlink()
+    assert captions_of(where) == {"a.png": "one", "b.png": "", "c.png": ""}
+    assert "metadata.csv: columns not used: extra" in audit(where)
+
+
+def test_of_several_tables_one_goes(tmp_path):
     where = lay(
         tmp_path,
         {
-            **pictures("3_red fox/a.png", "3_red fox/b.png", "1_big_dog/c.png", "more/d.png"),
-            "3_red fox/b.caption": "a fox asleep",
+            **pictures("a.png"),
+            "metadata.csv": "file_name,text\na.png,csv",
+            "Metadata.JSONL": lines({"file_name": "a.png", "text": "jsonl"}),
+            "a.txt": "beside",
         },
     )
+    assert captions_of(where) == {"a.png": "jsonl"}
+    told = audit(where)
+    assert "several metadata files in one folder: Metadata.JSONL goes" in told
+    assert "1 image with a caption in metadata and beside it: the metadata is used" in told
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    where = lay(tmp_path, {**pictures("a.png"), "metadata.parquet": b"PAR1"})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"metadata\.parquet") as error:
+        open_dataset(where)
+    assert error.value.why == "pyarrow is not installed"
+    assert error.value.hint and "metadata.jsonl" in error.value.hint
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    where = lay(tmp_path, pictures("a.png", "b.png"))
+    table = arrow.table({"file_name": ["a.png", "b.png"], "text": ["an a", None]})
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    assert captions_of(where) == {"a.png": "an a", "b.png": ""}
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(InputError, match="is not Parquet"):
+        open_dataset(where)
+
+
+def test_masks_are_not_pictures(tmp_path):
+    where = lay(tmp_path, pictures("a.png", "a-masklabel.png", "a-condlabel.png", "b.png"))
+    assert captions_of(where) == {"a.png": "", "b.png": ""}
+    assert "2 masks (-masklabel, -condlabel) ignored" in audit(where)
+
+
+def test_what_systems_leave_behind_is_passed_over(tmp_path):
+    junk = ("._a.png", "x/.DS_Store", "__MACOSX/x/a.png", "@eaDir/a.png", ".cache/a.png")
+    where = lay(tmp_path, {**dict.fromkeys(junk, b"junk"), **pictures("x/a.png"), "Thumbs.db": ""})
     data = open_dataset(where)
-    assert len(data) == 3 + 3 + 1 + 1
-    captions = ["", "a fox asleep", "a fox asleep", "a fox asleep", "big_dog"]
-    assert sorted(data.captions(range(8))) == captions + ["red fox"] * 3
-    text = "\n".join(data.audit.lines())
-    assert '"3_red fox" x3' in text and 'no repeats in the name of "more": 1 is taken' in text
-    assert data.images(range(8), 8).shape == (8, 3, 8, 8)
+    assert len(data) == 1 and not data.audit.skipped
 
 
 # --- classes ---------------------------------------------------------------------------------
@@ -229,6 +264,19 @@ def test_labels_can_be_asked_for(tmp_path):
     assert by_name.classes == ("cat", "dog") and sorted(by_name.labels(range(3))) == [0, 0, 1]
     with pytest.raises(InputError, match="no captions"):
         open_dataset(where, DataConfig(labels="text"))
+
+
+def test_labels_in_names_are_pointed_out(tmp_path):
+    where = lay(tmp_path, pictures("cat_1.png", "cat_2.png", "dog_1.png", "dog_2.png"))
+    assert "--labels prefix reads them" in audit(where)
+
+
+def test_held_out_classes(tmp_path):
+    train = pictures("train/x/a.png", "train/y/b.png")
+    where = lay(tmp_path, {**train, **pictures("val/y/c.png", "val/z/d.png")})
+    data = open_dataset(where)
+    assert data.held_out and data.held_out.labels([0]) == [1] and len(data.held_out) == 1
+    assert "1 image held out of classes that are not trained on" in audit(where)
 
 
 def test_edm_labels(tmp_path):

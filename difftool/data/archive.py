@@ -44,8 +44,8 @@ def open_files(where: Path) -> Files:
             return Zip(where)
         if where.suffix.lower() == ".tar":
             return Tar(where)
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError, NotImplementedError) as e:
-        raise InputError(f"cannot read {where}", str(e)) from None
+    except Exception as error:  # of malformed archives the readers raise nearly anything
+        raise InputError(f"cannot read {where}", str(error) or type(error).__name__) from None
     if where.name.lower().endswith(COMPRESSED):
         why = "pictures cannot be read from the middle of it"
         hint = "unpack it, or make it a .zip or a plain .tar: pictures do not shrink any further"
@@ -129,7 +129,7 @@ class Zip:
         names, members, packed = _Members(), {}, 0
         for info in self._zip.infolist():
             packed += info.compress_size
-            if info.is_dir() or (name := names.accept(info.filename)) is None:
+            if info.filename.endswith("/") or (name := names.accept(info.filename)) is None:
                 continue
             if info.flag_bits & 1:
                 names.skipped.append(Skipped(name, "encrypted"))
