@@ -44,8 +44,21 @@ class SampleConfig:
     """Guidance only where log SNR lies in this range; None = everywhere."""
     clip: Literal["none", "static", "dynamic"] = "none"
     """Thresholding of the predicted x0: none, to [-1, 1], or dynamic (Imagen)."""
+    rederive_eps: bool | None = None
+    """Whether eps follows a thresholded x0; None = as published: with every sampler but ddim."""
     start_noise: Literal["unit", "sigma", "hypot"] = "unit"
     """Amplitude of the start noise: 1, sigma_T, or alpha_T sqrt(rho_T^2 + 1)."""
+    strength: float = 0.75
+    """Share of the steps that are run on a picture to start from."""
+    image_guidance: float = 1.5
+    """How closely an edited picture is followed (InstructPix2Pix); 1 = off."""
+    noise_level: int = 0
+    """How much noise a picture's embedding gets before it is varied (unCLIP); 0 to 999."""
+    clip_skip: int | None = None
+    """The hidden state of the text encoders that is told, counted from the end as A1111 does: 1 =
+    the last one; None = the model's own."""
+    prompt_syntax: Literal["none", "a1111", "comfy"] = "none"
+    """Whether brackets in prompts are weights, and by whose arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +163,11 @@ class DataConfig:
     """Of shuffled tags, the first so many stay in front."""
     crop: Literal["centre", "random"] = "centre"
     """Which part of a picture is used where its shape is not the frame's."""
+    buckets: bool | None = None
+    """Train in frames of the pictures' own shapes, a batch of one shape each, and not in squares;
+    None = where squares would lose much."""
+    bucket_step: int | None = None
+    """What the sides of those frames are multiples of; None = as the model needs it."""
     background: str = "white"
     """What shows through transparent pixels: a colour's name, or #rrggbb."""
     allow_bad: bool = False
@@ -182,6 +200,11 @@ class Preset:
     """The noise path: {kind: NAME, option: value, ...}, NAME from diffusion.PATHS."""
     target: str
     """What the network predicts: a name from diffusion.TARGETS."""
+    scheduler: Options = field(default_factory=dict)
+    """Fields of diffusers' scheduler_config.json, but for path and target, from which every sampler
+    is built as diffusers builds it; empty: samplers are built as they stand here."""
+    zero_negative: bool = False
+    """Whether an empty negative prompt is told as zeros and not read (SDXL)."""
     classes: tuple[str, ...] = ()
     """Names of the classes of a class-conditional model, by label."""
     sample: SampleConfig = SampleConfig()
@@ -362,16 +385,6 @@ def resolve(layers: Sequence[Layer]) -> Preset:
     preset = validate(Preset, values, layers[-1].origin if layers else "preset")
     _check_names(preset)
     return preset
-
-
-def data_config(layers: Sequence[Layer]) -> DataConfig:
-    """What the layers say of how data is read: needed before the rest of a preset is known."""
-    values: Mapping[str, Any] = {}
-    for layer in layers:
-        values = merge(values, {"data": layer.values.get("data", {})})
-    if not isinstance(values.get("data", {}), Mapping):
-        raise UsageError(f"{layers[-1].origin}: data is not a mapping of keys to values")
-    return validate(DataConfig, values.get("data", {}), "data")
 
 
 def data_config(layers: Sequence[Layer]) -> DataConfig:

@@ -1,6 +1,7 @@
 """What a training step is made from: samples drawn by coordinates, so that a resumed run is exact.
 
-Sample n is the (n mod N)-th of epoch n // N, in that epoch's own order.
+Sample n is the (n mod N)-th of epoch n // N, in that epoch's own order; in buckets, where a batch
+is of one shape, batches follow data.buckets.Schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difftool.config import Preset
 from difftool.data import Dataset
+from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.model import Model
 from difftool.training import rng
 from difftool.training.rng import Stream
@@ -30,7 +33,7 @@ class Batch(NamedTuple):
     flips: list[bool]
     """Whether each is mirrored."""
     pictures: Tensor | None
-    """uint8 [B,3,S,S], mirrored; None where they are not asked for."""
+    """uint8 [B,3,H,W], mirrored; None where they are not asked for."""
     captions: list[str]
     labels: list[int | None]
     """Both with the dropped ones emptied."""
@@ -46,19 +49,40 @@ class Batches:
     size: int
     flip: bool
     drop: float = 0.0
+    buckets: Buckets | None = None
+    batch_size: int = 0
+    """Samples of one shape in a row, where there are buckets."""
 
     @cached_property
     def _order(self) -> Callable[[int], Tensor]:
         """The order of an epoch; sorting a large set anew for every batch would cost most of it."""
         return lru_cache(maxsize=4)(lambda e: rng.permutation(self.seed, e, len(self.dataset)))
 
+    @cached_property
+    def _schedule(self) -> Schedule:
+        assert self.buckets
+        sizes = [self.dataset.bucket(i, self.buckets) for i in range(len(self.dataset))]
+        return Schedule(
+            sizes, self.batch_size, lambda e, n: rng.permutation(self.seed, e, n).tolist()
+        )
+
+    def _samples(self, slots: Tensor) -> tuple[Tensor, Tensor, int | Size]:
+        """Indices and epochs [B] of those samples of the run, and the size of their pictures."""
+        if self.buckets:
+            number, offset = divmod(int(slots[0]), self.batch_size)
+            drawn = self._schedule[number]
+            some = slice(offset, offset + len(slots))
+            return torch.tensor(drawn.indices[some]), torch.tensor(drawn.passes[some]), drawn.bucket
+        epochs, place = slots // len(self.dataset), slots % len(self.dataset)
+        ordered = [self._order(e)[place[epochs == e]] for e in epochs.unique().tolist()]
+        return torch.cat(ordered), epochs, self.size
+
     def draw(self, first: int, count: int, *, pictures: bool = True) -> Batch:
-        """The samples first .. first + count of the run. Safe to call in any thread."""
-        data, seed, size, model = self.dataset, self.seed, len(self.dataset), self.model
+        """The samples first .. first + count of the run, in buckets within one batch. Safe to call
+        in any thread."""
+        data, seed, model = self.dataset, self.seed, self.model
         slots = torch.arange(first, first + count)
-        epochs = slots // size
-        ordered = [self._order(e)[slots[epochs == e] % size] for e in epochs.unique().tolist()]
-        indices = torch.cat(ordered)
+        indices, epochs, size = self._samples(slots)
         keys, chosen = rng.keys(seed, epochs, indices), indices.tolist()
         flips = (rng.uniform(seed, Stream.FLIP, 0, slots) < 0.5).tolist()
         flips = flips if self.flip else [False] * count
@@ -68,7 +92,7 @@ class Batches:
         labels: list[int | None] = [None] * count
         if model.preset.unet.num_classes:
             labels = list(data.labels(chosen))
-        images = data.images(chosen, self.size, flips, keys) if pictures else None
+        images = data.images(chosen, size, flips, keys) if pictures else None
         return Batch(
             slots=_pinned(slots, model).to(model.device, non_blocking=True),
             indices=chosen,
@@ -106,6 +130,19 @@ class Ahead:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool, self._waiting = None, {}
+
+
+def buckets_of(preset: Preset, size: int) -> Buckets | None:
+    """The aspect buckets that a preset asks for, for pictures of about that size."""
+    data = preset.data
+    if not data.buckets:
+        return None
+    return Buckets(size, data.bucket_step or step_of(preset))
+
+
+def step_of(preset: Preset) -> int:
+    """What the sides of a model's pictures are multiples of: below it no level halves evenly."""
+    return preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
 
 
 def _pinned(tensor: Tensor, model: Model) -> Tensor:

@@ -7,6 +7,7 @@ weights), so a stale one is never read; it is written whole or not at all.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from difftool.data import Dataset
+from difftool.data.buckets import Buckets, Size
 from difftool.formats.safetensors import load_tensors, save_tensors
 from difftool.model import Model
 from difftool.models.codecs import VaeCodec
@@ -23,26 +25,35 @@ BATCH = 64
 
 
 class Latents:
-    """Mean and deviation of every picture's latent, fp16 [N,2,2c,h,w]: as it is, and mirrored."""
+    """Mean and deviation of every picture's latent, fp16: as it is, and mirrored.
 
-    def __init__(self, table: Tensor):
-        self.table = table
+    tables: by size, [n,1 or 2,2c,h,w] of the pictures of that size. sizes: of every picture.
+    """
+
+    def __init__(self, tables: dict[Size, Tensor], sizes: Sequence[Size]):
+        self.tables, self.sizes = tables, sizes
+        seen: Counter[Size] = Counter()
+        self.rows = []
+        for size in sizes:
+            self.rows.append(seen[size])
+            seen[size] += 1
 
     def read(
         self, indices: Sequence[int], flips: Sequence[bool], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Raw mean and deviation of those pictures, fp32 [B,c,h,w] each."""
-        side = [int(f) if self.table.shape[1] > 1 else 0 for f in flips]
-        chosen = self.table[list(indices), side].to(device, non_blocking=True).float()
-        mean, std = chosen.chunk(2, dim=1)
+        """Raw mean and deviation of those pictures, of one size, fp32 [B,c,h,w] each."""
+        table = self.tables[self.sizes[indices[0]]]
+        side = [int(flip) if table.shape[1] > 1 else 0 for flip in flips]
+        chosen = table[[self.rows[i] for i in indices], side]
+        mean, std = chosen.to(device, non_blocking=True).float().chunk(2, dim=1)
         return mean, std
 
     def moments(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the set, posterior noise included."""
-        mean, std = self.table[:, 0].float().chunk(2, dim=1)
-        centre = mean.mean(dim=(0, 2, 3))
-        spread = (mean.var(dim=(0, 2, 3), correction=0) + (std**2).mean(dim=(0, 2, 3))).sqrt()
-        return centre.tolist(), spread.tolist()
+        pixels = [table[:, 0].float().transpose(0, 1).flatten(1) for table in self.tables.values()]
+        mean, std = torch.cat(pixels, dim=1).chunk(2)
+        spread = (mean.var(dim=1, correction=0) + (std**2).mean(dim=1)).sqrt()
+        return mean.mean(dim=1).tolist(), spread.tolist()
 
     @classmethod
     @torch.no_grad()
@@ -50,39 +61,52 @@ class Latents:
         cls,
         model: Model,
         dataset: Dataset,
-        size: int,
+        frame: int | Buckets,
         *,
         flip: bool,
         folder: Path | None = None,
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
-        """The latents of the set's first `limit` pictures, read from the folder or made into it."""
+        """The latents of the set's first `limit` pictures, in squares of a side or in buckets; read
+        from the folder or made into it."""
         count = min(limit or len(dataset), len(dataset))
+        sizes = [
+            (frame, frame) if isinstance(frame, int) else dataset.bucket(index, frame)
+            for index in range(count)
+        ]
         assert isinstance(model.codec, VaeCodec)
-        vae, rows, path = model.codec.vae, [], None
+        vae, path = model.codec.vae, None
         if folder is not None:
-            facts = f"{dataset.fingerprint} {size} {flip} {count} {_digest({'vae': vae})}"
+            facts = f"{dataset.fingerprint} {frame} {flip} {count} {_digest({'vae': vae})}"
             name = hashlib.sha256(facts.encode()).hexdigest()[:32]
             path = folder / f"latents-{name}.safetensors"
             if path.is_file():
-                return cls(load_tensors(path)["latents"])
-        for first in range(0, count, BATCH):
-            indices = range(first, min(first + BATCH, count))
-            sides = []
-            for mirrored in (False, True)[: 2 if flip else 1]:
-                pictures = dataset.images(indices, size, [mirrored] * len(indices))
-                images = to_signal(pictures, model.device).to(vae.dtype)
-                mean, logvar = vae.encode(images)
-                sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
-            rows.append(torch.stack(sides, dim=1).half().cpu())
-            if progress:
-                progress(indices[-1] + 1, count)
-        table = torch.cat(rows)
+                return cls({_size(key): t for key, t in load_tensors(path).items()}, sizes)
+        tables, done = {}, 0
+        for size in dict.fromkeys(sizes):
+            members, rows = [i for i in range(count) if sizes[i] == size], []
+            for first in range(0, len(members), BATCH):
+                indices, sides = members[first : first + BATCH], []
+                for mirrored in (False, True)[: 2 if flip else 1]:
+                    pictures = dataset.images(indices, size, [mirrored] * len(indices))
+                    mean, logvar = vae.encode(to_signal(pictures, model.device).to(vae.dtype))
+                    sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
+                rows.append(torch.stack(sides, dim=1).half().cpu())
+                done += len(indices)
+                if progress:
+                    progress(done, count)
+            tables[size] = torch.cat(rows)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, {"latents": table}, {}, overwrite=True)
-        return cls(table)
+            named = {f"{width}x{height}": table for (width, height), table in tables.items()}
+            save_tensors(path, named, {}, overwrite=True)
+        return cls(tables, sizes)
+
+
+def _size(text: str) -> Size:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
 
 
 class Embeddings:

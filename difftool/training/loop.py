@@ -28,7 +28,7 @@ from difftool.data import Dataset
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.model import Model
 from difftool.training import parallel
-from difftool.training.batches import Ahead, Batch, Batches
+from difftool.training.batches import Ahead, Batch, Batches, buckets_of
 from difftool.training.checkpoint import checkpoint_name, save_checkpoint
 from difftool.training.ema import Ema
 from difftool.training.objectives import OBJECTIVES
@@ -74,7 +74,16 @@ class Trainer:
         self.step, self.seed = 0, config.seed
         self.objective = objective = OBJECTIVES[part](model, config)
         drop = config.drop if isinstance(config, TrainConfig) else 0.0
-        self.batches = Batches(model, dataset, self.seed, config.size, bool(config.flip), drop)
+        self.batches = Batches(
+            model,
+            dataset,
+            self.seed,
+            config.size,
+            bool(config.flip),
+            drop,
+            buckets_of(model.preset, config.size),
+            config.batch_size,
+        )
         trained, self.helpers = objective.trained(), objective.helpers()
         for name, network in model.parts().items():
             network.requires_grad_(name in trained).train(name in trained)

@@ -141,8 +141,8 @@ class Denoising(Objective):
         images = to_signal(batch.pictures, model.device)
         # In full precision whatever the U-Net trains in: what it learns is no better than x0.
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            side = images.shape[-1] // model.codec.factor
-            shape = (model.codec.channels, side, side)
+            sides = (side // model.codec.factor for side in images.shape[-2:])
+            shape = (model.codec.channels, *sides)
             vae = isinstance(model.codec, VaeCodec)
             noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape) if vae else None
             return model.codec.encode(images, noise)

@@ -13,6 +13,7 @@ from difftool.config import RECIPES, Layer, Part, Preset, preset_layers, resolve
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.models.tokenizer import Tokenizer
+from difftool.training.batches import step_of
 
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
@@ -25,6 +26,8 @@ STEPS: dict[Part, dict[str, int]] = {
 """Steps that each part is given at most; on two processor cores the U-Net of a small preset takes
 about an hour for them."""
 EPOCHS = 200
+WORTH_BUCKETS = 0.15
+"""Pictures that lose more than this share of their area as squares are trained in buckets."""
 HELD_OUT, MOST_HELD_OUT, HELD_OUT_FROM = 0.05, 256, 200
 """The share of pictures that are measured and never trained on, at most so many; none of sets with
 fewer than the last."""
@@ -84,7 +87,7 @@ def _recipes(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
 
     size = preset.train.size
     if size is None:
-        unit = preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
+        unit = step_of(preset)
         native = dataset.native_size or LARGEST[device]
         fits = max(unit, min(native, LARGEST[device]) // unit * unit)
         why = f"pictures are {native}, {device} affords {LARGEST[device]}, in multiples of {unit}"
@@ -108,8 +111,19 @@ def _recipes(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
         if recipe.flip is None:
             why = "mirroring is safe only where nothing is labelled"
             choose(key, "flip", dataset.kind == "none", why)
+    if preset.data.buckets is None:
+        lost = _lost(dataset)
+        why = f"squares would lose {lost:.0%} of the pictures' area"
+        choose("data", "buckets", lost > WORTH_BUCKETS, why)
     layers.append(Layer("train.size", {"sample": {"size": [size, size]}}))
     return layers
+
+
+def _lost(dataset: Dataset) -> float:
+    """The share of its area that a picture loses as a square, in the mean."""
+    sizes = [dataset.picture_size(i) for i in range(min(len(dataset), 1000))]
+    kept = [min(size) / max(size) for size in sizes if size]
+    return 1 - sum(kept) / len(kept) if kept else 0.0
 
 
 def _check(preset: Preset, dataset: Dataset) -> None:
