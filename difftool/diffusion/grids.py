@@ -5,6 +5,8 @@ GRIDS[name](path, n, **options) gives n levels, and the level where the last ste
     end                  "clean" (no noise left), "first" (entry 0 of the table), "none" (no end
                          level: the last step ends at the last of the n)
     terminal_alpha_bar   lower bound of alpha_bar at the noisiest entry (2^-24 in diffusers)
+    lookup               how noise scales run between the table's entries: "log" or "linear"
+    time                 what the network is told of a fractional time: "exact", "nearest", "floor"
 
 Index grids divide the table's indices, 0 .. T-1, and fit every path through `path.at_index`. Scale
 grids divide the noise scale `path.k_sigma`; their options are the ends of the range,
@@ -46,20 +48,30 @@ def _register(name: str, *aliases: str) -> Callable[[Callable[..., list[Level]]]
             *,
             end: str = "clean",
             terminal_alpha_bar: float | None = None,
+            lookup: str | None = None,
+            time: str | None = None,
             **options: Any,
         ) -> list[Level]:
             if not 1 <= n <= path.steps:
                 why = f"steps = {n}, the noise path has {path.steps}"
                 raise UsageError("the number of steps does not fit", why)
-            if terminal_alpha_bar is not None:
+            table = {"terminal_alpha_bar": terminal_alpha_bar, "lookup": lookup, "time": time}
+            if table := {name: value for name, value in table.items() if value is not None}:
                 if not isinstance(path, Discrete):
-                    raise UsageError("terminal_alpha_bar belongs to discrete noise paths")
-                path = replace(path, terminal_alpha_bar=terminal_alpha_bar)
-            return _checked(what, _ended(call(what, levels, path, n, **options), path, end), n)
+                    raise UsageError(f"{next(iter(table))} belongs to discrete noise paths")
+                path = call(what, replace, path, **table)
+            found = [_told(level, time) for level in call(what, levels, path, n, **options)]
+            return _checked(what, _ended(found, path, end), n)
 
         return GRIDS.add(name, grid, *aliases)
 
     return add
+
+
+def _told(level: Level, time: str | None) -> Level:
+    """The level at the time that the network is told."""
+    whole = {"nearest": round, "floor": math.floor}.get(time or "")
+    return level if whole is None else level._replace(t=float(whole(level.t)))
 
 
 def _ended(levels: list[Level], path: Path, end: str) -> list[Level]:

@@ -30,11 +30,12 @@ class ImageNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
 
-    def draw(self) -> Tensor:
-        """The next unit noise of each image; [B,C,H,W]."""
+    def draw(self, shape: Sequence[int] | None = None) -> Tensor:
+        """The next unit noise of each image; [B,C,H,W], or of another shape."""
         import torch
 
-        images = [torch.randn(self.shape, generator=g) for g in self.generators]
+        each = self.shape if shape is None else tuple(shape)
+        images = [torch.randn(each, generator=g) for g in self.generators]
         return torch.stack(images).to(self.device)
 
     start = draw

@@ -201,6 +201,8 @@ class Sampler(ABC):
     """Highest rho where it is."""
     brownian: bool = False
     """Whether z is published as the increments of one Brownian path."""
+    paste: Callable[[Tensor, Level], Tensor] | None = None
+    """What becomes of x at every level that is arrived at: inpainting lays what is known over it."""
 
     @abstractmethod
     def __call__(
@@ -217,6 +219,9 @@ class Sampler(ABC):
         kappa = self._kappa(here, there)
         z = self._gain(here, there, kappa) * noise(here, there) if kappa else None
         return transition(*mean, there, kappa, z)
+
+    def _pasted(self, x: Tensor, level: Level) -> Tensor:
+        return x if self.paste is None else self.paste(x, level)
 
     def _churned(self, x: Tensor, here: Level, steps: int, noise: Noise) -> tuple[Tensor, Level]:
         """x and its level with noise put back."""
@@ -304,7 +309,7 @@ class Multistep(Sampler):
                 mean = recover(x, (node.F + self._output(ahead, there)) / 2, here, self.target)
             history = [node, *history][: self.order - 1]
             redo = (x, used) if self._corrects(i, here, u[i], u[i + 1]) else None
-            x = self._go(mean, here, there, noise)
+            x = self._pasted(self._go(mean, here, there, noise), there)
             yield Step(i, there, x, seen.x0)
 
     def _order(self, left: int, steps: int) -> int:
@@ -389,9 +394,10 @@ class TwoStage(Sampler):
             if mid := self._mid(here, there):
                 fresh = self.stage == "fresh"
                 guess = self._go(seen, here, mid, noise) if fresh else transition(*seen, mid)
+                guess = self._pasted(guess, mid)
                 F, F_mid = self._output(seen, here), self._output(denoise(guess, mid), mid)
                 mean = recover(x, F + (F_mid - F) / (2 * self.r), here, self.target)
-            x = self._go(mean, here, there, noise)
+            x = self._pasted(self._go(mean, here, there, noise), there)
             yield Step(i, there, x, seen.x0)
 
     def _mid(self, here: Level, there: Level) -> Level | None:

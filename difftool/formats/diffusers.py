@@ -165,6 +165,8 @@ def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, na
         sample=SampleConfig(
             size=size, steps=pipeline.steps, guidance=pipeline.guidance, **scheduling.sample
         ),
+        scheduler=scheduling.scheduler,
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
         # A pretrained model is fine-tuned, which wants a small learning rate.
         train=TrainConfig(lr=1e-5, size=size[0]) if latent else TrainConfig(),
     )
@@ -544,7 +546,9 @@ def _write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
     for name, config in zip(encoders, preset.text, strict=False):
         configs[f"{name}/config.json"] = networks.write_text(config)
-    configs[SCHEDULER] = write_scheduler(build_path(preset.path), preset.target, preset.sample)
+    configs[SCHEDULER] = write_scheduler(
+        build_path(preset.path), preset.target, preset.sample, preset.scheduler
+    )
     return {INDEX: _index(preset, encoders, configs)} | configs
 
 
@@ -570,7 +574,7 @@ def _index(preset: Preset, encoders: list[str], configs: Configs) -> dict[str, A
             index |= {ENCODERS[0]: nothing, TOKENIZERS[0]: nothing}
             index["requires_aesthetics_score"] = True
         index |= {"feature_extractor": nothing, "image_encoder": nothing}
-        index["force_zeros_for_empty_prompt"] = not refiner
+        index["force_zeros_for_empty_prompt"] = preset.zero_negative
     return index
 
 

@@ -62,6 +62,10 @@ _EDM = {
 }  # fmt: skip
 
 
+PATH_FIELDS = {*_BETAS, "rescale_betas_zero_snr"} - {"steps_offset"}
+"""What a file says of path and target."""
+
+
 class Class(NamedTuple):
     """One of diffusers' schedulers."""
 
@@ -163,6 +167,8 @@ class Scheduling(NamedTuple):
     path: dict[str, Any]
     target: str
     sample: dict[str, Any]
+    scheduler: dict[str, Any]
+    """What it says beside path and target, for other classes too: see Preset.scheduler."""
     says: str
     warnings: tuple[str, ...]
 
@@ -193,11 +199,19 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     sample["sampler"] = sampler
     sample["sampler_options"] = {k: v for k, v in options.items() if v != defaults[k]}
     sample["clip"] = _clip(fields)
+    if sampler == "ddim" and name != "DDIMScheduler" and sample["clip"] != "none":
+        sample["rederive_eps"] = True  # a solver of first order, which goes by x0
     for option, value in fields.values.items():
         if option not in fields.seen and value != fields.defaults[option]:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
     says = f"{name}: target {target}, path {path['kind']}"
-    return Scheduling(path, target, sample, says, tuple(notes))
+    return Scheduling(path, target, sample, kept(config), says, tuple(notes))
+
+
+def kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's file says beside path and target, as far as any class knows it."""
+    known = set().union(*(kind.defaults for kind in CLASSES.values())) - PATH_FIELDS
+    return {k: v for k, v in config.items() if k in known and v != -float("inf")}
 
 
 def _target(f: Fields) -> str:
@@ -222,8 +236,6 @@ def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], s
         path["beta_end"] = float(f.get("beta_end", (int, float)))
     if zero_snr:
         path["zero_snr"] = True
-    if kind.grids == "k":
-        path["lookup"] = "linear"
     target = _target(f)
     if target == "eps" and zero_snr:
         raise InputError(
@@ -261,18 +273,18 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
     }
     for option, (schedule, time) in spaced.items():
         if option in f.values and f.get(option, bool):
-            options = {"range": grid} if kind.grids == "k" else {}
-            if kind.grids == "dpm":
-                path["time"] = time
+            options = {"range": grid} if kind.grids == "k" else {"time": time}
             options |= {
                 key: float(f.get(key, (int, float)))
                 for key in ("sigma_min", "sigma_max")
                 if f.values.get(key) is not None
             }
             grid = {"kind": schedule}
+            if path.get("zero_snr"):  # these divide a finite range
+                options["terminal_alpha_bar"] = FLOOR
             break
-    if path.get("zero_snr") and kind.grids in ("k", "dpm"):
-        options["terminal_alpha_bar"] = FLOOR
+    if grid["kind"] == "normal":  # the one whose times are fractional
+        options["lookup"] = "linear"
     if name in ("DDIMScheduler", "PNDMScheduler"):
         options |= _end("set_alpha_to_one", f)
     elif name == "DEISMultistepScheduler":
@@ -434,8 +446,13 @@ def _taper(f: Fields) -> dict[str, Any]:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def write_scheduler(path: Path, target: str, sample: SampleConfig) -> dict[str, Any]:
-    """The scheduler_config.json that comes nearest to a model's path, target and sampler."""
+def write_scheduler(
+    path: Path, target: str, sample: SampleConfig, scheduler: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The scheduler_config.json that comes nearest to a model's path, target and sampler.
+
+    scheduler: what the model carries for other samplers, Preset.scheduler.
+    """
     from difftool.diffusion.samplers import SAMPLERS
 
     sampler, grid = SAMPLERS.resolve(sample.sampler), GRIDS.resolve(sample.schedule)
@@ -468,6 +485,7 @@ def write_scheduler(path: Path, target: str, sample: SampleConfig) -> dict[str, 
         name, fields = _write_discrete(path, target, sample, sampler, grid)
     defaults = CLASSES[name].defaults
     values = defaults | {key: value for key, value in fields.items() if key in defaults}
+    values |= {key: value for key, value in (scheduler or {}).items() if key not in defaults}
     return {"_class_name": name, "_diffusers_version": VERSION, **dict(sorted(values.items()))}
 
 
@@ -504,8 +522,8 @@ def _write_discrete(
         ),
         "steps_offset": {**within, **options}.get("offset", 0),
         "use_karras_sigmas": grid == "karras",
-        "use_exponential_sigmas": grid == "exponential" and path.time != "nearest",
-        "use_lu_lambdas": grid == "exponential" and path.time == "nearest",
+        "use_exponential_sigmas": grid == "exponential" and options.get("time") != "nearest",
+        "use_lu_lambdas": grid == "exponential" and options.get("time") == "nearest",
         "use_beta_sigmas": grid == "beta_sigma",
         "sigma_min": options.get("sigma_min"),
         "sigma_max": options.get("sigma_max"),

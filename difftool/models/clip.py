@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.models.configs import TextConfig
+from difftool.models.configs import TextConfig, VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -31,9 +31,10 @@ class ClipText(nn.Module):
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, ids: Tensor, hidden: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """hidden: another hidden state than `config.hidden`."""
         config = self.config
-        context, last = self._states(ids, whole=config.pooled)
+        context, last = self._states(ids, whole=config.pooled, hidden=hidden)
         if config.final_norm:
             context = self.text_model.final_layer_norm(context)
         return context, self._pool(ids, last) if config.pooled else None
@@ -42,9 +43,11 @@ class ClipText(nn.Module):
         """The pooled text [B,P] of token ids [B,L], whether or not it conditions the U-Net."""
         return self._pool(ids, self._states(ids, whole=True)[1])
 
-    def _states(self, ids: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    def _states(
+        self, ids: Tensor, whole: bool, hidden: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The chosen hidden state and, of the `whole` network, the last one."""
-        depth = self.config.layers + 1 + self.config.hidden
+        depth = self.config.layers + 1 + (self.config.hidden if hidden is None else hidden)
         x = chosen = self.text_model.embeddings(ids)
         for index, layer in enumerate(self.text_model.encoder.layers, start=1):
             if index > depth and not whole:
@@ -112,13 +115,15 @@ class _Embeddings(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: TextConfig):
+class Layer(nn.Module):
+    """A layer of CLIP's towers; the text's is causal, the picture's is not."""
+
+    def __init__(self, config: TextConfig | VisionConfig, causal: bool = True):
         super().__init__()
-        self.self_attn = _CausalAttention(config.width, config.heads)
+        self.self_attn = _Attention(config.width, config.heads, causal)
         self.layer_norm1 = nn.LayerNorm(config.width)
         self.mlp = _Mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.width)
@@ -128,10 +133,10 @@ class _Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class _CausalAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -142,12 +147,12 @@ class _CausalAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig | VisionConfig):
         super().__init__()
         self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.activation]
         self.fc1 = nn.Linear(config.width, config.mlp)

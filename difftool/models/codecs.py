@@ -84,10 +84,14 @@ class VaeCodec(nn.Module):
         offset, gain = self._affine(latent)
         return (latent - offset) * gain
 
+    def raw(self, x0: Tensor) -> Tensor:
+        """The latent as the network has it, of x0 [B,c,h,w]."""
+        offset, gain = self._affine(x0)
+        return x0.float() / gain + offset
+
     def decode(self, x0: Tensor) -> Tensor:
         vae = self._network()
-        offset, gain = self._affine(x0)
-        return vae.decode((x0.float() / gain + offset).to(vae.dtype)).float()
+        return vae.decode(self.raw(x0).to(vae.dtype)).float()
 
     def _network(self) -> Vae:
         if self.config.force_upcast and self.vae.dtype != torch.float32:

@@ -264,3 +264,26 @@ class TextConfig:
     def end_id(self) -> int:
         """The token whose state is pooled: the vocabulary's end mark."""
         return 49407 if self.tokenizer == "clip" else LEARNED_MARKS.index("<end>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A CLIP picture encoder (SD2 unCLIP's ViT-L or ViT-H)."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    size: int
+    """Side of its pictures in pixels."""
+    patch: int
+    """Side of the patches that are its tokens."""
+    projection: int
+    """Width of a picture's embedding."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.layers, self.heads, self.patch) < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
+        if self.size < 1 or self.size % self.patch:
+            raise ValueError(f"side {self.size} is not a multiple of the patches' {self.patch}")
