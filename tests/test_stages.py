@@ -24,12 +24,12 @@ from difftool.model import Item, Model
 TINY = """
 extends: ldm-small
 about: for tests
-codec: {latent_channels: 4, widths: [8, 16, 16], blocks: 1, groups: 4}
+codec: {patch: 1, latent_channels: 4, widths: [8, 16, 16], blocks: 1, groups: 4}
 unet: {in_channels: 4, out_channels: 4, channels: [16, 16], blocks: 1, head_dim: 8, groups: 8,
-       depth: [0, 1], context_dim: 16}
+       depth: [0, 1], context_dim: 16, vector_dim: 8}
 text:
   - {width: 16, layers: 1, heads: 2, mlp: 32, activation: gelu, vocab_size: 300, length: 16,
-     tokenizer: learned}
+     tokenizer: learned, pooled: true, projection: 8}
 sample: {size: [16, 16], steps: 2}
 train_vae: {steps: 20, batch_size: 4, warmup: 2, adversarial: 0.1, adversarial_from: 8}
 train_clip: {steps: 20, batch_size: 4, warmup: 2, width: 8}

@@ -28,10 +28,10 @@ TINY = {
 TINY_TEXT = {
     "text": [
         {"width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
-         "vocab_size": 300, "length": 16, "tokenizer": "learned"}
+         "vocab_size": 300, "length": 16, "tokenizer": "learned", "pooled": True, "projection": 16}
     ],
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8,
-             "context_dim": 16},
+             "context_dim": 16, "vector_dim": 16},
 }  # fmt: skip
 
 
@@ -148,8 +148,10 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     path = run.finish()
     names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*.*")}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/step-000006.png"} <= names
+    assert {"report.html", "run.json", "samples/step-000012.png"} <= names
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 12]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 12]
+    assert [line["step"] for line in lines if "colours" in line] == [6, 12]
     with Image.open(tmp_path / "run/loss.png") as curve:
         assert curve.size[0] > 400
     model = Model.load(str(path), device="cpu")
