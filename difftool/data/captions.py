@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difftool.data.dataset import uniform
+from difftool.data.dataset import uniforms
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
@@ -27,12 +27,15 @@ class Dice:
     """Uniform numbers in [0, 1), one after the other, that depend on the coordinates alone."""
 
     def __init__(self, *coordinates: object):
-        self._coordinates, self._drawn = coordinates, 0
+        self._coordinates, self._block = coordinates, 0
+        self._ready: list[float] = []
 
     def roll(self) -> float:
         """The next number."""
-        self._drawn += 1
-        return uniform(*self._coordinates, self._drawn)
+        if not self._ready:
+            self._ready = uniforms(*self._coordinates, self._block)
+            self._block += 1
+        return self._ready.pop()
 
     def pick(self, n: int) -> int:
         """One of n; nothing is drawn where there is no choice."""

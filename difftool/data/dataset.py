@@ -73,11 +73,11 @@ def named(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def uniform(*coordinates: object) -> float:
-    """A number in [0, 1) that depends on the coordinates alone, on any machine."""
+def uniforms(*coordinates: object) -> list[float]:
+    """Eight numbers in [0, 1) that depend on the coordinates alone, on any machine."""
     text = "/".join(map(str, coordinates)).encode("utf-8", "surrogateescape")
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / (1 << 53)
+    digest = hashlib.blake2b(text).digest()
+    return [(int.from_bytes(digest[i : i + 8]) >> 11) / (1 << 53) for i in range(0, 64, 8)]
 
 
 class Dataset(ABC):
@@ -161,9 +161,10 @@ class Dataset(ABC):
         UsageError if nothing would be left on one of the sides.
         """
         names = dict.fromkeys(self.name(index) for index in range(len(self)))
-        order = sorted(names, key=lambda name: (uniform("split", seed, name), name))
+        places = {name: uniforms("split", seed, name)[0] for name in names}
+        order = sorted(names, key=lambda name: (places[name], name))
         if amount < 1:
-            wanted = sum(uniform("split", seed, name) < amount for name in names) or 1
+            wanted = sum(place < amount for place in places.values()) or 1
         else:
             wanted = int(amount)
         if amount <= 0 or wanted >= len(order):

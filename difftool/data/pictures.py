@@ -16,7 +16,7 @@ from difftool.config import DataConfig
 from difftool.data.archive import Files
 from difftool.data.buckets import Buckets, Size
 from difftool.data.captions import Caption, Dice, Syntax
-from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniform
+from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniforms
 from difftool.data.images import (
     MAX_BYTES,
     Fit,
@@ -177,7 +177,8 @@ class FolderDataset(Dataset):
         """Where the frame lies in what stands out; None = in the middle."""
         if self.fixed:
             return None
-        return uniform("crop", index, key, 0), uniform("crop", index, key, 1)
+        across, down, *_ = uniforms("crop", index, key)
+        return across, down
 
     def _stored(self, picture: Size, frame: Size) -> Size:
         """The size at which a picture is held: the frame's, or as it is before a random cut."""
