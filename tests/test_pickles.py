@@ -783,7 +783,9 @@ def build(
             **{"size": len(content), "name": name.encode(), "extra": b""},
         }
         inner: dict[str, Any] = fields | ((local or {}) if name == only else {})
-        outer: dict[str, Any] = fields | {"start": len(data)} | ((central or {}) if name == only else {})
+        outer: dict[str, Any] = (
+            fields | {"start": len(data)} | ((central or {}) if name == only else {})
+        )
         numbers = [20, inner["flags"], inner["method"], 0, 0, inner["crc"], inner["packed"]]
         sizes = [inner["size"], len(inner["name"]), len(inner["extra"])]
         data += struct.pack("<4s5H3I2H", b"PK\3\4", *numbers, *sizes)

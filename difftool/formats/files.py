@@ -70,6 +70,8 @@ def open_source(path: Path) -> TensorSource:
 
 
 def _open_file(path: Path) -> TensorSource:
+    if not path.is_file():  # to read a pipe is to wait for it
+        raise InputError(f"cannot read {path}", "it is not a file" if path.exists() else None)
     if looks_like_safetensors(path):
         header = read_header(path)
         tensors = {name: Located(path, name, info) for name, info in header.tensors.items()}
@@ -99,10 +101,12 @@ def _open_shards(index: Path) -> TensorSource:
     beside: dict[str, Located] = {}
     metadata: dict[str, str] = {}
     warnings: list[str] = []
-    for shard in sorted(set(places.values())):
+    shards = sorted(set(places.values()))
+    for shard in shards:
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(suffix):
             why = f"{shard!r} is not the name of a file beside it"
             raise InputError(f"{index} is not safe", why)
+    for shard in shards:
         found = _open_file(index.parent / shard)
         for name in found.tensors:
             if places.get(name) != shard:
