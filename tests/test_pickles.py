@@ -314,6 +314,9 @@ def test_no_file_no_folder_no_kind(tmp_path):
         open_source(tmp_path / "none.ckpt")
     with pytest.raises(InputError, match="0 indices"):
         open_source(tmp_path)
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    with pytest.raises(InputError, match="not a file"):
+        open_source(tmp_path / "pipe.ckpt")
     path = tmp_path / "a.ckpt"
     for data in (
         b"",

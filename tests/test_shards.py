@@ -84,14 +84,14 @@ def test_shards_come_back_as_one_source(tmp_path):
 
 
 def test_the_library_reads_our_shards(tmp_path):
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     def model() -> UNet2DModel:
-        blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-        return UNet2DModel(8, 3, 3, block_out_channels=(32,), norm_num_groups=8, **blocks)
+        types: Any = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        return UNet2DModel(8, 3, 3, block_out_channels=(32,), norm_num_groups=8, **types)
 
     torch.manual_seed(0)
-    theirs = model()
+    theirs: Any = model()
     theirs.save_pretrained(tmp_path / "a", max_shard_size="50KB")
     source = open_source(tmp_path / "a")
     state = theirs.state_dict()
