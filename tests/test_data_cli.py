@@ -48,11 +48,8 @@ def test_flags_reach_the_data_and_the_preset(tmp_path):
     ("flags", "code", "says"),
     [
         (["--crop", "middle"], 2, "choose from: centre, random"),
-        (["--labels", "folder"], 2, 'did you mean "folders"'),
         (["--background", "whit"], 2, 'no colour "whit"'),
-        (["--keep-tokens", "-1"], 2, "-1 tokens"),
         (["--labels", "text"], 3, "has no captions"),
-        (["--labels", "folders"], 3, "lies in no folder"),
     ],
 )
 def test_misuse(tmp_path, flags, code, says):

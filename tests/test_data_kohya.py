@@ -91,6 +91,13 @@ def test_ambiguous_names_in_json_metadata_match_nothing(tmp_path):
         open_dataset(lay(tmp_path, {"meta_cap.json": wrong}))
 
 
+def test_a_name_does_not_fill_the_memory(tmp_path):
+    where = lay(tmp_path, pictures(*(f"999999_x/{i}.png" for i in range(11))))
+    with pytest.raises(InputError, match="too often") as error:
+        open_dataset(where)
+    assert error.value.why and "10,999,989 samples" in error.value.why
+
+
 # --- TOML ------------------------------------------------------------------------------------
 
 DATASET = """

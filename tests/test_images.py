@@ -20,6 +20,7 @@ from difftool.data import images
 from difftool.data.images import (
     encode_png,
     framed,
+    probe,
     read_image,
     read_picture,
     tile,
@@ -181,6 +182,32 @@ def test_only_the_first_frame_is_read():
     picture = read_picture(data)
     assert picture.image.getpixel((1, 1)) == (250, 0, 0)
     assert picture.notes == ("first frame of several",)
+
+
+def test_another_background():
+    image = encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 51)))
+    picture = read_picture(image, "#0000ff")
+    assert picture.image.getpixel((0, 0)) == (0, 0, 204)
+    assert picture.notes == ("alpha composited over #0000ff",)
+    with pytest.raises(UsageError, match="no colour"):
+        read_picture(image, "#12")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_probe_says_what_reading_gives(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for image in (PHOTO, PHOTO.convert("L"), PHOTO.resize((300, 7))):
+        data = encoded(image, format, exif=exif, icc_profile=linear_profile())
+        picture = read_picture(data)
+        assert probe(data) == (picture.image.size, picture.notes)
+    for bad in (b"", encoded(PHOTO, format)[:-60]):
+        with pytest.raises(InputError) as error:
+            probe(bad)
+        with pytest.raises(InputError) as same:
+            read_picture(bad)
+        assert error.value.why == same.value.why
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"

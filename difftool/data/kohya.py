@@ -21,6 +21,8 @@ REGULAR = re.compile(r"reg(ulari[sz]ation)?([ _-](images?|data|dir|imgs?))?", re
 """Names of folders of regularisation pictures."""
 MANY = 1000
 """As many repeats are rather a year, or a number of something else."""
+MOST = 10_000_000
+"""Samples in an epoch."""
 
 
 @dataclass
@@ -73,6 +75,9 @@ def balance(tally: Tally, listing: Listing) -> None:
 
     As kohya does with a prior loss weight of 1, at which they are samples like any others.
     """
+    if (total := sum(tally.repeats.values())) > MOST:
+        why = f"{total:,} samples in an epoch, the limit is {MOST:,}"
+        raise InputError(f"{listing.audit.source} repeats its pictures too often", why)
     chosen = set(tally.regular)
     wanted = sum(n for picture, n in tally.repeats.items() if picture not in chosen)
     if not chosen:
