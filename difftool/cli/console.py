@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -61,6 +63,8 @@ def choice(names: list[str]) -> Callable[[str | None], str | None]:
 
 
 PANEL = "Everywhere"
+MIN_COLUMN = 24
+"""The narrowest column that text is wrapped in."""
 DTYPES = ["auto", "fp32", "fp16", "bf16"]
 Json = Annotated[
     bool,
@@ -178,6 +182,28 @@ def fail(error: DifftoolError) -> None:
             _print(f"  {line}")
 
 
+def table(rows: Iterable[Sequence[str]]) -> None:
+    """Talk in columns: all but the last are as wide as their widest text; on a terminal the last
+    one is wrapped under itself."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    indent = sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - indent if sys.stderr.isatty() else 0
+    for *cells, last in rows:
+        head = "".join(f"{cell:<{w}}  " for cell, w in zip(cells, widths, strict=True))
+        if sys.stderr.isatty() and room < MIN_COLUMN:  # no room beside them: below, a little in
+            say(head.rstrip())
+            lines = textwrap.wrap(last, max(room + indent - 4, MIN_COLUMN))
+            for line in lines:
+                say(f"    {line}")
+            continue
+        lines = textwrap.wrap(last, room) if room else [last]
+        for i, line in enumerate(lines or [""]):
+            say(((head if i == 0 else " " * indent) + line).rstrip())
+
+
 def print_config(rows: Iterator[tuple[str, Any, str]]) -> None:
     """Each value of a resolved configuration with its origin, aligned; JSON under --json."""
     rows = list(rows)  # type: ignore[assignment]
@@ -191,58 +217,134 @@ def print_config(rows: Iterator[tuple[str, Any, str]]) -> None:
         emit(plain(f"{key:<{key_width}}  {value:<{value_width}}  # {origin}"))
 
 
-class PlainProgress:
-    """Progress without a terminal: one line every ten seconds, or every tenth of the work."""
+class Pace:
+    """How far a work is, how fast it goes, and how long it will take."""
 
     def __init__(self, description: str, total: int | None):
         self.description, self.total = description, total
-        self.said_at, self.said_share = time.monotonic(), 0.0
+        self.done, self.fields = 0.0, {}
+        self.began = time.monotonic()
+        self.first: tuple[float, float] | None = None
 
     def update(self, done: float, **fields: Any) -> None:
-        share = done / self.total if self.total else 0.0
-        now = time.monotonic()
-        if now - self.said_at < 10 and share - self.said_share < 0.1 and done != self.total:
+        """Count what is done; a resumed work starts where its first update says."""
+        self.done, self.fields = done, fields
+        if self.first is None:
+            self.first = time.monotonic(), done
+
+    def count(self) -> str:
+        """ "  400/2000" """
+        if not self.total:
+            return f"{self.done:g}"
+        return f"{self.done:>{len(str(self.total))}g}/{self.total}"
+
+    def elapsed(self) -> str:
+        """Since the beginning."""
+        return clock(time.monotonic() - self.began)
+
+    def left(self) -> str | None:
+        """What is left, at the pace so far; None before there is one."""
+        if not self.total or self.first is None or self.done <= self.first[1]:
+            return None
+        pace = (time.monotonic() - self.first[0]) / (self.done - self.first[1])
+        return clock(pace * (self.total - self.done))
+
+
+class PlainProgress:
+    """Progress in a log: a line every tenth of the work, and every ten seconds of a short one; of a
+    long one, a few in a hundred."""
+
+    def __init__(self, description: str, total: int | None):
+        self.pace = Pace(description, total)
+        self.said_at, self.said_share = self.pace.began, 0.0
+
+    def update(self, done: float, **fields: Any) -> None:
+        pace, now = self.pace, time.monotonic()
+        pace.update(done, **fields)
+        share = done / pace.total if pace.total else 0.0
+        waited = now - self.said_at >= max(10, 0.02 * (now - pace.began))
+        if not waited and share - self.said_share < 0.1 and done != pace.total:
             return
         self.said_at, self.said_share = now, share
-        of = f"/{self.total}" if self.total else ""
-        rest = "".join(f"  {name} {value}" for name, value in fields.items())
-        say(f"{self.description} {done:g}{of}{rest}")
+        left = None if done == pace.total else pace.left()
+        words = [f"{name} {value}" for name, value in fields.items()]
+        words += [pace.elapsed(), *([f"eta {left}"] if left else [])]
+        say("  ".join([f"{pace.description} {pace.count()}", *words]))
 
 
 class RichProgress:
-    """Progress on a terminal: a bar that updates in place, with the fields given."""
+    """Progress on a terminal: a bar that moves in place, with the fields that there is room for."""
+
+    BAR = (8, 40)
+    """Shortest and longest bar, in columns."""
 
     def __init__(self, description: str, total: int | None):
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.live import Live
 
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rest]}", style="cyan", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+        self.pace = Pace(description, total)
+        self.bar = Live(
+            self,
             console=Console(stderr=True),
+            refresh_per_second=4,
             # Results that go into a pipe must not be drawn above the bar, on stderr, instead.
             redirect_stdout=sys.stdout.isatty(),
-            expand=True,
         )
-        self.task = self.bar.add_task(description, total=total, rest="")
 
     def update(self, done: float, **fields: Any) -> None:
-        rest = " ".join(f"{name} {value}" for name, value in fields.items())
-        self.bar.update(self.task, completed=done, rest=rest)
+        self.pace.update(done, **fields)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.line(options.max_width)
+
+    def line(self, width: int) -> Any:
+        """The line in that many columns: what matters most, then a bar if there is room."""
+        from rich.text import Text
+
+        pace, gap = self.pace, 2
+        left = pace.left()
+        first, *rest = [f"{name} {value}" for name, value in pace.fields.items()] or [""]
+        # Name, text, style, in the order of the line; below, in that of what is kept longest.
+        pieces = {
+            "description": (pace.description, ""),
+            "bar": (" " * self.BAR[0], ""),
+            "count": (pace.count(), "green"),
+            "first": (first, "cyan"),
+            **{f"rest {i}": (text, "cyan") for i, text in enumerate(rest)},
+            "elapsed": (pace.elapsed(), "dim"),
+            "eta": (f"eta {left}" if left else "", "yellow"),
+        }
+        if not pace.total:
+            del pieces["bar"]
+        others = [name for name in pieces if name.startswith("rest")]
+        kept, used = set(), -gap
+        for name in ("count", "first", "eta", "description", *others, "bar", "elapsed"):
+            text = pieces.get(name, ("", ""))[0]
+            if text and used + gap + len(text) <= width:
+                kept.add(name)
+                used += gap + len(text)
+        line = Text(no_wrap=True, overflow="crop")
+        for name, (text, style) in pieces.items():
+            if name in kept:
+                line.append(" " * gap if line else "")
+                if name == "bar":
+                    self._append_bar(line, min(self.BAR[1], self.BAR[0] + width - used))
+                else:
+                    line.append(plain(text), style)
+        return line
+
+    def _append_bar(self, line: Any, length: int) -> None:
+        full = round(length * min(1.0, self.pace.done / (self.pace.total or 1)))
+        line.append("━" * full, "green").append("─" * (length - full), "dim")
+
+
+def clock(seconds: float) -> str:
+    """ "3:05", "1:03:05", "2d 01:03" """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 @contextmanager
@@ -254,3 +356,4 @@ def progress(description: str, total: int | None) -> Iterator[PlainProgress | Ri
     display = RichProgress(description, total)
     with display.bar:
         yield display
+        display.bar.transient = display.pace.first is None  # of no work no trace is left

@@ -20,6 +20,8 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 PARTS: list[str] = list(RECIPES)
 LABELS, CROPS = ["auto", "none", "text", "folders", "prefix"], ["centre", "random"]
 DATA = "Data"
+KEY, VALUE = 20, 28
+"""Columns of a key and of a value in what is said before a run."""
 
 
 def train(
@@ -143,6 +145,14 @@ def train(
     sample_every: Annotated[
         int, typer.Option("--sample-every", help="Steps between sample sheets.")
     ] = 500,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            "--validation",
+            metavar="SHARE|COUNT",
+            help="Pictures that are measured and never trained on; 0 = none.  \\[chosen]",
+        ),
+    ] = None,
     sample_prompt: Annotated[
         list[str] | None,
         typer.Option("--sample-prompt", help="Prompt of the sample sheets; repeatable."),
@@ -178,6 +188,7 @@ def train(
         "size": size,
         "precision": precision,
         "seed": seed,
+        "validation": validation,
     }
     data_flags: dict[str, Any] = {
         "labels": labels,
@@ -201,6 +212,8 @@ def train(
     for name, value in (("save-every", save_every), ("keep", keep), ("sample-every", sample_every)):
         if value < 1:
             raise UsageError(f"--{name} {value} is not a positive number")
+    if validation is not None and not 0 <= validation < float("inf"):
+        raise UsageError(f"--validation {validation:g} is not a share or a count of pictures")
     if resuming and out is None:
         raise UsageError("--resume needs the run to continue", hint="name it with --out")
 
@@ -219,8 +232,10 @@ def train(
     from difftool.formats import open_model
     from difftool.model import Model, find_model, pick_device
     from difftool.training import stages as staged
+    from difftool.training.estimate import check_disk, estimate
     from difftool.training.plan import plan
-    from difftool.training.run import estimate, is_used, new_folder
+    from difftool.training.report import usage
+    from difftool.training.run import is_used, new_folder
 
     if out is not None and not resuming and is_used(out):
         hint = "give --resume to continue it, or another --out"
@@ -232,12 +247,11 @@ def train(
         said = [*(preset_layers(preset) if preset else ()), *reading]
         config = data_config([*said, *override_layers(settings or [])])
         dataset = open_dataset(data, config, progress=lambda done, total: display.update(done))
-    for line in dataset.audit.lines():
-        console.say(line)
+    console.table(_columns(dataset.audit.lines()))
     where = pick_device(device)
     only = cast("Part | None", part)
     key = RECIPES[only or "unet"]
-    shared = {"seed", "precision"}
+    shared = {"seed", "precision", "validation"}
     given = [
         Layer(
             f"--{name.replace('_', '-')}",
@@ -277,20 +291,22 @@ def train(
     if print_config:
         console.print_config(iter(rows))
         return
-    for name, value, origin in rows:
-        if origin.startswith(("chosen", "data")) or (", chosen" in origin and name == "name"):
-            label = "preset" if name == "name" else name
-            console.say(f"{label} = {_short(value)}  ({origin.removeprefix('chosen: ')})")
-    for line in estimate(resolved, Model(resolved, tokenizer)):
-        console.say(line)
+    chosen = [
+        ("preset" if name == "name" else name, _short(value), origin.rpartition("chosen: ")[2])
+        for name, value, origin in rows
+        if origin.startswith(("chosen", "data")) or (", chosen" in origin and name == "name")
+    ]
+    costs = estimate(Model(resolved, tokenizer), keep, where)
+    console.table([*chosen, *costs.rows()])
     if dry_run:
         return
 
+    check_disk(out or Path("runs"), costs.disk)
     folder = out or new_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
     if not resuming:
         (folder / "config.yaml").write_text(to_yaml(resolved))
-    console.say(f"run folder: {folder}")
+    console.say(f"run folder {folder}")
     stages = [s._replace(folder=folder / s.folder.relative_to(out or Path())) for s in stages]
     runs = staged.runs(
         stages,
@@ -303,19 +319,25 @@ def train(
         keep=keep,
         sample_every=sample_every,
         prompts=sample_prompt or (),
+        argument=data,
+        choices=[row for row in rows if not row[2].startswith(("default", "preset"))],
         progress=console.progress,
     )
-    path = folder
+    path, made = folder, None
     for run in runs:
         path = _train(run)
+        made = run.preset, run.facts
+    hints = [("model", str(path)), ("report", str(folder / "report.html"))]
+    if made is not None:
+        hints += [("next", command) for command in usage(*made, folder)[:1]]
+    console.table(hints)
     result = {"schema": console.SCHEMA, "model": str(path), "steps": resolved.train.steps}
     console.emit(result if json else str(path))
 
 
 def _train(run: Run) -> Path:
     """Take a run to its end, showing how it goes; the model's path."""
-    for note in run.notes:
-        console.warn(note)
+    _tell(run)
     trainer, loss = run.trainer, "-"
     if trainer.step:
         console.say(f"resumed at step {trainer.step}")
@@ -326,7 +348,26 @@ def _train(run: Run) -> Path:
                 loss = f"{step.loss:.4f}"
             speed = f"{step.images_per_second:.1f}/s"
             display.update(step.step, loss=loss, images=speed, lr=f"{step.lr:.1e}")
-    return run.finish()
+            _tell(run)
+    path = run.finish()
+    _tell(run)
+    return path
+
+
+def _tell(run: Run) -> None:
+    """What the run has noted since it was last asked."""
+    while run.notes:
+        console.warn(run.notes.pop(0))
+
+
+def _columns(lines: list[str]) -> list[tuple[str, str]]:
+    """Lines of the audit, "key: value" where the key is short, as rows."""
+    rows = []
+    for line in lines:
+        key, sign, value = line.partition(": ")
+        short = sign and len(key) <= KEY and not line.startswith(" ")
+        rows.append((key, value) if short else ("", line.strip()))
+    return rows
 
 
 def _preset_of_run(folder: Path) -> str | None:
@@ -341,5 +382,5 @@ def _preset_of_run(folder: Path) -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= VALUE else f"{text[: VALUE - 1]}…"

@@ -1,25 +1,31 @@
-"""A run folder: configuration, metrics, sample sheets, checkpoints, loss plot, and the model.
+"""A run folder: configuration, metrics, sample sheets, checkpoints, plots, report, and the model.
 
-config.yaml   metrics.jsonl   samples/step-000500.png   checkpoints/step-000500/
-loss.png      model.safetensors at the end: the averaged weights, self-describing
+config.yaml   metrics.jsonl (see record.py)   samples/step-000500.png   checkpoints/step-000500/
+loss.png      report.html    run.json: what the report tells beside (data, device, time)
+model.safetensors at the end: the averaged weights, self-describing
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from difftool import __version__
 from difftool.config import Part, Preset, to_yaml
 from difftool.data import Dataset
-from difftool.data.images import tile, to_pil, write_png, write_whole
+from difftool.data.dataset import count
+from difftool.data.images import write_png, write_whole
 from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
 from difftool.training import rng
@@ -27,11 +33,20 @@ from difftool.training.batches import to_signal
 from difftool.training.cache import Embeddings, Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 from difftool.training.objectives import Denoising
+from difftool.training.plots import Metrics, loss_figure, png
+from difftool.training.report import FACTS, warnings, write_report
+from difftool.training.sheets import Cell, enlarged, sheet
+from difftool.training.validation import Validation, colours, hold_out
 
 PREVIEWS = 16
-SHEET_TILE = 128
+COLUMNS = range(3, 9)
+"""Prompts asked for by the user, where they are so many, are a column of the sheets each."""
 MEASURED = 4096
 """Pictures by which the latents' mean and deviation are measured."""
+COLOURED = 256
+"""Pictures by which the data's colours are measured."""
+DRAWN_EVERY = 10.0
+"""Seconds between two drawings of plot and report, at least, until the last."""
 
 
 Progress = Callable[[str, int | None], AbstractContextManager[Any]]
@@ -77,22 +92,30 @@ class Run:
         keep: int,
         sample_every: int,
         prompts: Sequence[str] = (),
+        argument: str = "",
+        choices: Sequence[tuple[str, Any, str]] = (),
         progress: Progress = _silent,
     ):
         """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
 
         adopt: the models that parts ("vae", "text", "unet") take their first weights from.
+        argument, choices: for the report, what the user calls the data, and (key, value, origin)
+        of the configuration's values that are not the preset's.
         progress: shows (name, total) as a context whose `update(done)` is called, while pictures
         are read and encoded.
         """
-        self.folder, self.preset, self.dataset, self.part = folder, preset, dataset, part
+        self.folder, self.preset, self.part, self.audit = folder, preset, part, dataset.audit
         self.save_every, self.keep, self.sample_every = save_every, keep, sample_every
         self.prompts = list(prompts)
         self.notes: list[str] = []
+        """What the user should be told; whoever tells it takes it out."""
+        self.worries: set[str] = set()
+        self.drawn = -math.inf
         self.metrics = folder / "metrics.jsonl"
         self.lock = _lock(folder)
         try:
             recipe = preset.recipe(part)
+            self.dataset, self.held = hold_out(dataset, recipe.validation)
             model = Model.fresh(
                 preset, seed=recipe.seed, tokenizer_json=tokenizer_json, device=str(device)
             )
@@ -103,19 +126,25 @@ class Run:
             assert recipe.size
             with progress("reading pictures", len(dataset)) as shown:
                 dataset.prepare(recipe.size, lambda done, _: shown.update(done))
-            self.trainer = Trainer(model, dataset, part)
+            if self.held:
+                self.held.prepare(recipe.size)
+            self.trainer = Trainer(model, self.dataset, part)
+            self.validation = Validation(self.trainer, self.held) if self.held else None
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
             objective = self.trainer.objective
             if isinstance(objective, Denoising) and preset.text and not objective.reads():
                 objective.embeddings = Embeddings(model, folder / "cache")
             if isinstance(objective, Denoising) and preset.codec.kind == "vae":
-                with progress("encoding pictures", len(dataset)) as shown:
+                with progress("encoding pictures", len(self.dataset)) as shown:
                     objective.latents = Latents.make(
-                        model, dataset, recipe.size, flip=bool(recipe.flip),
+                        model, self.dataset, recipe.size, flip=bool(recipe.flip),
                         folder=folder / "cache", progress=lambda done, _: shown.update(done),
                     )  # fmt: skip
             _truncate(self.metrics, self.trainer.step)
+            self.facts = self._facts(argument or dataset.audit.source, choices)
+            self.began, self.session = time.monotonic(), {"from": self.trainer.step}
+            self.facts["sessions"].append(self.session)
         except BaseException:
             self.close()
             raise
@@ -130,19 +159,22 @@ class Run:
         Raises Stopped after a first SIGINT or SIGTERM, once the state is saved.
         """
         trainer, last = self.trainer, self.trainer.config.steps
-        with self.metrics.open("a", buffering=1) as metrics, graceful_stop() as signals:
+        if trainer.step and trainer.step % self.sample_every == 0 and not self._is_shown():
+            self.show()  # it was stopped between the checkpoint and this
+        with graceful_stop() as signals:
             for step in trainer.run():
                 if step.loss is not None:
-                    metrics.write(json.dumps(_line(step)) + "\n")
+                    self._write(_line(step))
                 yield step
                 if signals:
                     where = self.save()
+                    self._state(finished=False)
                     hint = f"continue with --out {self.folder} --resume"
                     raise Stopped(
                         signals[0], f"stopped after step {step.step}, saved {where}", hint
                     )
                 if step.step % self.sample_every == 0 or step.step == last:
-                    self.sheet()
+                    self.show()
                 if step.step % self.save_every == 0 and step.step != last:
                     self.save()
 
@@ -151,7 +183,7 @@ class Run:
         return self.trainer.save(self.folder / "checkpoints", keep=self.keep)
 
     def finish(self) -> Path:
-        """Write the last checkpoint, the plot and the model; the model's path."""
+        """Write the last checkpoint, the model, the plot and the report; the model's path."""
         self.save()
         path = self.folder / "model.safetensors"
         ema = self.trainer.ema
@@ -161,7 +193,8 @@ class Run:
             self.model.preset = self._measured()
         parts = self.trainer.kept_parts()
         self.model.save(path, weights=weights, parts=parts, metadata=note, overwrite=True)
-        plot(self.metrics, self.folder / "loss.png")
+        self._state(finished=True)
+        self._draw()
         self.close()
         return path
 
@@ -179,22 +212,122 @@ class Run:
         """Let other runs have the folder."""
         self.lock.close()
 
-    def sheet(self) -> Path | None:
-        """A sheet of what the averaged weights make of fixed seeds, and the loss plot; for an
-        autoencoder pictures and, below them, their reconstructions."""
-        plot(self.metrics, self.folder / "loss.png")
-        if self.part == "clip":
-            return None
+    # --- what it shows -----------------------------------------------------------------------
+
+    def show(self) -> None:
+        """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
+        with the averaged weights."""
+        lines: list[dict[str, Any]] = []
         with self.averaged():
-            vae = self.part == "vae"
-            images = self._reconstructions() if vae else self.samples(self._items())
+            if self.validation is not None:
+                lines.append({"validation": self.validation.measure()})
+            lines += self._sheet()
+        self._write(*({"step": self.trainer.step, **line} for line in lines))
+        self._state(finished=False)
+        if time.monotonic() - self.drawn > DRAWN_EVERY:
+            self._draw()
+        for kind, words in warnings(Metrics.read(self.metrics), self.facts).items():
+            if kind not in self.worries:
+                self.worries.add(kind)
+                self.notes.append(words)
+
+    def _sheet(self) -> list[dict[str, Any]]:
+        """A sheet of what the model makes of fixed seeds, and what was measured of it."""
+        columns, measured = None, []
+        if self.part == "clip":
+            return []
+        if self.part == "vae":
+            pictures, back = self._reconstructions()
+            errors = ((pictures - back) ** 2).mean(dim=(1, 2, 3)).clamp(min=1e-12)
+            psnr = (10 * (4 / errors).log10()).tolist()  # the range of 2, squared
+            pairs = zip(pictures, back, psnr, strict=True)
+            cells = [Cell([enlarged(a), enlarged(b)], f"{p:.1f} dB") for a, b, p in pairs]
+            measured, columns = [{"psnr": sum(psnr) / len(psnr)}], min(4, len(cells))
+        else:
+            items = self._items()
+            images = self.samples(items)
+            pairs = zip(images, items, strict=True)
+            cells = [Cell([enlarged(image)], self._caption(item)) for image, item in pairs]
+            made = {"samples": colours(images), "data": self._data_colours, "count": len(items)}
+            measured = [{"colours": made}]
+            columns = len(self.prompts) if len(self.prompts) in COLUMNS else None
         path = self.folder / "samples" / f"step-{self.trainer.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        enlarged = max(1, SHEET_TILE // images.shape[-1])  # so that small pictures can be seen
-        large = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
-        columns = len(images) // 2 if self.part == "vae" else None
-        write_png(tile([to_pil(image) for image in large], columns), path, overwrite=True)
-        return path
+        write_png(sheet(cells, columns), path, overwrite=True)
+        return measured
+
+    def _caption(self, item: Item) -> str:
+        return item.prompt if item.label is None else self.preset.classes[item.label]
+
+    @cached_property
+    def _data_colours(self) -> dict[str, list[float]]:
+        size = self.trainer.config.size
+        assert size
+        some = rng.permutation(0, 0, len(self.dataset))[:COLOURED].tolist()
+        return colours(to_signal(self.dataset.images(some, size), torch.device("cpu")))
+
+    def _draw(self) -> None:
+        figure = loss_figure(Metrics.read(self.metrics), self.folder.resolve().name)
+        if figure is not None:
+            write_whole(self.folder / "loss.png", png(figure), overwrite=True)
+        write_report(self.folder)
+        self.drawn = time.monotonic()
+
+    def _write(self, *lines: dict[str, Any]) -> None:
+        """Lines into metrics.jsonl, all at once."""
+        with self.metrics.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _is_shown(self) -> bool:
+        """Whether the present step has been shown."""
+        lines = Metrics.read(self.metrics)
+        shown = (*lines.validation, *lines.colours, *lines.psnr)
+        return any(line["step"] == self.trainer.step for line in shown)
+
+    def _facts(self, argument: str, choices: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
+        """What run.json holds; of a resumed run, its time and first choices as well."""
+        recipe, preset, model = self.trainer.config, self.preset, self.model
+        assert recipe.batch_size
+        device = f"{model.device}, {count(torch.get_num_threads(), 'thread')}"
+        if model.device.type == "cuda":
+            device = torch.cuda.get_device_name(model.device)
+        facts = {
+            "schema": 1,
+            "part": self.part,
+            "data": self.audit.source,
+            "argument": argument,
+            "example": next((item.prompt for item in self._items() if item.prompt), ""),
+            "kind": "text" if preset.text else "class" if preset.classes else "none",
+            "audit": self.audit.lines(),
+            "images": len(self.dataset),
+            "held_out": len(self.held) if self.held else 0,
+            "size": recipe.size,
+            "steps": recipe.steps,
+            "batch": recipe.batch_size * recipe.accumulate,
+            "parameters": {
+                name: sum(p.numel() for p in part.parameters())
+                for name, part in model.parts().items()
+            },
+            "device": device,
+            "version": __version__,
+            "torch": torch.__version__,
+            "choices": [list(choice) for choice in choices],
+            "sessions": [],
+            "finished": False,
+        }
+        path = self.folder / FACTS
+        if self.trainer.step and path.exists():
+            before = json.loads(path.read_text())
+            facts |= {key: before[key] for key in ("choices", "sessions")}
+        return facts
+
+    def _state(self, *, finished: bool) -> None:
+        """Write run.json."""
+        seconds = time.monotonic() - self.began
+        self.session |= {"to": self.trainer.step, "seconds": round(seconds, 1)}
+        self.facts["finished"] = finished
+        text = json.dumps(self.facts, indent=1, ensure_ascii=False)
+        write_whole(self.folder / FACTS, text.encode(), overwrite=True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -216,56 +349,35 @@ class Run:
         return self.model.decode(last.x)
 
     @torch.no_grad()
-    def _reconstructions(self) -> torch.Tensor:
+    def _reconstructions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures, held-out ones where there are, and what the autoencoder gives back."""
         codec, size = self.model.codec, self.trainer.config.size
         assert size
-        shown = rng.permutation(0, 0, len(self.dataset))[: PREVIEWS // 2].tolist()
-        pictures = to_signal(self.dataset.images(shown, size), self.model.device)
-        return torch.cat([pictures, self.model.decode(codec.encode(pictures))])
+        shown = rng.permutation(0, 0, len(self._shown))[: PREVIEWS // 2].tolist()
+        pictures = to_signal(self._shown.images(shown, size), self.model.device)
+        return pictures, self.model.decode(codec.encode(pictures))
+
+    @property
+    def _shown(self) -> Dataset:
+        """What the sheets take their captions and pictures from."""
+        return self.held if self.held and len(self.held) >= PREVIEWS else self.dataset
 
     def _items(self) -> list[Item]:
         """What the sheets show, the same all through the run."""
         names, texts = len(self.preset.classes), [""]
         if self.model.text:
-            shown = rng.permutation(0, 0, len(self.dataset))[:PREVIEWS].tolist()
-            texts = self.prompts or self.dataset.captions(shown)
+            shown = rng.permutation(0, 0, len(self._shown))[:PREVIEWS].tolist()
+            texts = self.prompts or self._shown.captions(shown)
+        number = max(PREVIEWS // len(texts), 1) * len(texts)
         return [
             Item(texts[i % len(texts)], label=i % names if names else None, seed=i)
-            for i in range(max(PREVIEWS, len(texts)))
+            for i in range(number)
         ]
 
 
 def is_used(folder: Path) -> bool:
     """Whether a run folder already holds something."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def plot(metrics: Path, path: Path) -> None:
-    """loss.png: the training loss and its running mean over the steps, both axes logarithmic."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    if not lines:
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [line["step"] for line in lines]
-    losses = [line["loss"] for line in lines]
-    window = max(1, len(losses) // 50)
-    means = [
-        sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
-        for i in range(len(losses))
-    ]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="loss")
-    axes.plot(steps, means, color="#08519c", linewidth=1.8, label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=path.parent.name)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
 
 
 def _line(step: TrainStep) -> dict[str, Any]:
@@ -300,16 +412,3 @@ def _truncate(metrics: Path, step: int) -> None:
     temporary = metrics.with_name(f".{metrics.name}.tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, metrics)
-
-
-def estimate(preset: Preset, model: Model) -> list[str]:
-    """What a run will take: parameters, memory of weights and optimiser, disk a checkpoint."""
-    parts = {n: sum(p.numel() for p in m.parameters()) for n, m in model.parts().items()}
-    total = sum(parts.values())
-    counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
-    copies = 5 if preset.train.ema else 4  # weights, gradients, two moments, moving average
-    return [
-        f"parameters: {counts}",
-        f"memory: {total * 4 * copies / 2**20:.0f} MiB for weights and optimiser, plus activations",
-        f"disk: {total * 4 * (copies - 1) / 2**20:.0f} MiB a checkpoint",
-    ]
