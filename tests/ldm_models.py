@@ -15,7 +15,7 @@ from difftool.formats.layout import Rule
 from difftool.formats.ldm import ema_rules, model_rules, text_places
 from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
 
-VAE = VaeConfig(widths=(32, 64, 64), blocks=1)
+VAE = VaeConfig(widths=(32, 64), blocks=1)
 CLIP = TextConfig(width=24, layers=2, heads=1, mlp=40)
 OPENCLIP = replace(CLIP, width=40, layers=3, mlp=56, activation="gelu", pad_id=0)
 POOLED = replace(OPENCLIP, projection=24, hidden=-2, final_norm=False, pooled=True)
@@ -23,7 +23,7 @@ SD1 = UNetConfig(
     in_channels=4, out_channels=4, channels=(32, 64, 96), blocks=2, attention="transformer",
     depth=(1, 1, 0), context_dim=24, heads=8,
 )  # fmt: skip
-SD2 = replace(SD1, context_dim=40, heads=None, head_dim=32, linear_projection=True)
+SD2 = replace(SD1, blocks=1, context_dim=40, heads=None, head_dim=32, linear_projection=True)
 XL = replace(
     SD2, depth=(0, 2, 3), mid_depth=3, context_dim=64, vector_dim=24 + 6 * 256
 )  # fmt: skip
@@ -36,14 +36,14 @@ SSD = replace(
     mid_depth=0,
 )  # fmt: skip
 UPSCALER = replace(
-    SD2, in_channels=7, channels=(32, 64, 64, 96), depth=(0, 1, 1, 1), only_cross=(0, 1, 2),
+    SD2, in_channels=7, channels=(32, 64, 64, 96), depth=(0, 1, 1, 1), only_cross=(1, 2),
     num_classes=10, heads=8, head_dim=None,
 )  # fmt: skip
 UNETS: dict[str, UNetConfig] = {
     "sd1": SD1,
     "sd1-inpaint": replace(SD1, in_channels=9),
-    "pix2pix": replace(SD1, in_channels=8),
-    "lcm": replace(SD1, guidance_dim=16),
+    "pix2pix": replace(SD1, blocks=1, in_channels=8),
+    "lcm": replace(SD1, blocks=1, guidance_dim=16),
     "sd2": SD2,
     "sd2-inpaint": replace(SD2, in_channels=9),
     "sd2-depth": replace(SD2, in_channels=5),

@@ -24,10 +24,10 @@ KINDS = {
     "lora": r"lora_|\.lora\.|hada_w|lokr_w|dora_scale",
     "controlnet": r"^(control_model\.|controlnet_|input_hint_block\.)",
     "embedding": r"^(emb_params|clip_[lg]|string_to_param.*|<.*>)$",
-    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
-    "text-encoder": r"^(text_model|transformer|cond_stage_model|conditioner\.embedders)\.",
     "unet": r"^(model\.diffusion_model\.)?"
     r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block)\.",
+    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
+    "text-encoder": r"^(text_model|transformer|cond_stage_model|conditioner\.embedders)\.",
 }
 """Kinds of files that are no whole model, by the names of their tensors; the first that fits."""
 PUBLISHED = {

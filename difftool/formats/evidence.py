@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any, NamedTuple
 
-from difftool.errors import InputError
+from difftool.errors import InputError, UsageError
 from difftool.formats.source import Evidence, Told
 from difftool.formats.tensors import Located, piece_of_file
 
@@ -125,6 +125,8 @@ def decide(
         if target == "eps":
             why = "zero terminal SNR, at which eps says nothing, with target eps"
             hint = "--prediction v or --no-zero-snr settles it"
+            if told.prediction or told.zero_snr:
+                raise UsageError("target eps and zero terminal SNR exclude each other", hint=hint)
             raise InputError(f"{where} contradicts itself", why, hint)
     elif not edm and family != "x4-upscaler" and (betas := _custom_betas(find)):
         path |= {"kind": "discrete", "betas": betas}

@@ -309,7 +309,11 @@ def _recognises(path: Path) -> bool:
     source = open_source(path)
     if "difftool" in source.metadata:
         return False
-    return any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in source.tensors)
+    there = {name.split(".")[0] for name in source.tensors}
+    text = {"cond_stage_model", "conditioner"} & there
+    vae = {"first_stage_model", "vae"} & there
+    unet = any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in source.tensors)
+    return bool(text and vae) and unet
 
 
 def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
@@ -320,7 +324,10 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     if len(places) != len(usual):
         raise InputError(f"{path} holds a tensor twice, under an old name and a new one")
     added = header.metadata.get(ADDED, "").split()
-    shapes = {name: place.info.shape for name, place in places.items()}
+    shapes = {
+        name: place.info.shape[:: -1 if _is_turned(name, place) else 1]
+        for name, place in places.items()
+    }
     extra = _read_extra(header.metadata, path)
     meaning = derive(
         str(path),
@@ -401,9 +408,8 @@ def _mapped(
     for rule in rules:
         place = places.get(rule.there)
         given = None if place is None else place.info.shape
-        oriented = place is not None and place.name.endswith("text_projection.weight")
-        plain = rule.op == "reshape" or (rule.op == "transpose" and oriented)
-        if plain and given == rule.shape:
+        turned = place is not None and _is_turned(rule.there, place)
+        if (rule.op == "reshape" or turned) and given == rule.shape:
             flat.append(rule.there)
             rule = rule._replace(op="copy")
         if place is None or given != rule.shape_there:
@@ -417,6 +423,12 @@ def _mapped(
             )
         tensors |= zip(rule.here, parts_of(rule, place), strict=True)
     return tensors, flat
+
+
+def _is_turned(name: str, place: Located) -> bool:
+    """Whether OpenCLIP's text projection lies as in transformers, of which its name is the only
+    evidence."""
+    return name.endswith(".text_projection") and place.name.endswith(".weight")
 
 
 def parts_of(rule: Rule, place: Located) -> list[Located]:
