@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from difftool.errors import UsageError, suggestion
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -42,9 +43,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries[name] = component
         return component
 
-    def register(self, name: str, *aliases: str) -> Callable[[T], T]:
-        """Decorator form of `add`."""
-        return lambda component: self.add(name, component, *aliases)
+    def register(self, name: str, *aliases: str) -> Callable[[S], S]:
+        """Decorator form of `add`; what it decorates keeps its own type."""
+
+        def add(component: S) -> S:
+            self.add(name, cast(T, component), *aliases)
+            return component
+
+        return add
 
     def resolve(self, name: str) -> str:
         """The registered name behind any spelling of it."""
