@@ -251,8 +251,8 @@ class Pace:
 
 
 class PlainProgress:
-    """Progress in a log: a line every tenth of the work, and every ten seconds of a short one; of a
-    long one, a few in a hundred."""
+    """Progress in a log: a line every tenth of the work (not more than one a second), and every ten
+    seconds; as a work gets long, rarer."""
 
     def __init__(self, description: str, total: int | None):
         self.pace = Pace(description, total)
@@ -263,7 +263,8 @@ class PlainProgress:
         pace.update(done, **fields)
         share = done / pace.total if pace.total else 0.0
         waited = now - self.said_at >= max(10, 0.02 * (now - pace.began))
-        if not waited and share - self.said_share < 0.1 and done != pace.total:
+        tenth = share - self.said_share >= 0.1 and now - self.said_at >= 1
+        if not (waited or tenth or done == pace.total):
             return
         self.said_at, self.said_share = now, share
         left = None if done == pace.total else pace.left()

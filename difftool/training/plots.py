@@ -84,6 +84,12 @@ class Metrics(NamedTuple):
         """What the loss is made of."""
         return [key for key in self.training[-1] if key not in KNOWN] if self.training else []
 
+    @property
+    def compared(self) -> str:
+        """By which of their measures training and held-out pictures are compared: the loss, unless
+        a discriminator, which only learns from the former, has a say in it."""
+        return "pixels" if "critic" in self.terms() else "loss"
+
 
 # --- what is drawn ---------------------------------------------------------------------------
 
@@ -155,7 +161,7 @@ def _loss(axes: Axes, metrics: Metrics, title: str) -> None:
     if window > 1:
         mean = running_mean(losses, window)
         _curve(axes, steps, mean, color=BLUE, linewidth=1.9, label="running mean")
-    if metrics.validation:
+    if metrics.validation and metrics.compared == "loss":
         at = [line["step"] for line in metrics.validation]
         held = [line["validation"]["loss"] for line in metrics.validation]
         style = {"color": RED, "linewidth": 1.3, "marker": "o", "markersize": 3.2}
@@ -197,6 +203,8 @@ def _by_level(axes: Axes, metrics: Metrics) -> None:
 
 def _term(axes: Axes, metrics: Metrics, name: str, color: str) -> None:
     """One term of the loss; a share of right answers has an axis from 0 to 100 %."""
+    from matplotlib.ticker import MaxNLocator
+
     steps, values = [line["step"] for line in metrics.training], _column(metrics, name)
     unit = 100 if name == "right" else 1
     scaled = [v if v is None else v * unit for v in values]
@@ -210,9 +218,11 @@ def _term(axes: Axes, metrics: Metrics, name: str, color: str) -> None:
         axes.set_title("captions matched with their picture in a batch")
         axes.set(ylim=(0, 100), ylabel="%")
     else:
-        axes.set_title(name, fontsize=8.5)
+        axes.set_title(name, fontsize=8.5, pad=3)
         axes.set_yscale("log" if min([low, *points]) > 0 else "linear")
     _dress(axes, steps)
+    if name != "right":
+        axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
 
 
 # --- how -------------------------------------------------------------------------------------

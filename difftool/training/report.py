@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from difftool.config import Part, Preset, build_preset, parse_yaml
+from difftool.config import RECIPES, Part, Preset, build_preset, parse_yaml
 from difftool.data.images import write_whole
 from difftool.training.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
 from difftool.training.validation import cast, overfits
@@ -80,7 +80,7 @@ def warnings(metrics: Metrics, facts: dict[str, Any]) -> dict[str, str]:
     """What the measures give reason to worry about, by kind."""
     found = {}
     if metrics.validation:
-        held = [line["validation"]["loss"] for line in metrics.validation]
+        held = [line["validation"][metrics.compared] for line in metrics.validation]
         if overfits(held, training_at(metrics)):
             best = min(range(len(held)), key=held.__getitem__)
             step = metrics.validation[best]["step"]
@@ -96,10 +96,10 @@ def warnings(metrics: Metrics, facts: dict[str, Any]) -> dict[str, str]:
 
 
 def training_at(metrics: Metrics) -> list[float]:
-    """The mean training loss of the time before each measure of the held-out pictures."""
+    """The same measure of the training pictures, its mean over the time before each."""
     means, last = [], 0
     for line in metrics.validation:
-        span = [x["loss"] for x in metrics.training if last < x["step"] <= line["step"]]
+        span = [x[metrics.compared] for x in metrics.training if last < x["step"] <= line["step"]]
         means.append(sum(span) / len(span) if span else float("nan"))
         last = line["step"]
     return means
@@ -119,7 +119,8 @@ def _header(name: str, preset: Preset, facts: dict[str, Any], metrics: Metrics) 
     rows = [
         ("state", f"finished, {done}" if facts["finished"] else done),
         ("loss", f"{metrics.training[-1]['loss']:.4f}" if metrics.training else ""),
-        ("held out", f"{metrics.validation[-1]['validation']['loss']:.4f}"
+        (f"{metrics.compared}, held out",
+         f"{metrics.validation[-1]['validation'][metrics.compared]:.4f}"
          if metrics.validation else ""),
         ("reconstruction", f"{metrics.psnr[-1]['psnr']:.1f} dB" if metrics.psnr else ""),
         ("time", duration(seconds)),
@@ -143,11 +144,12 @@ def _learning(metrics: Metrics, facts: dict[str, Any]) -> str:
         return ""
     words = []
     if metrics.validation:
-        best = min(metrics.validation, key=lambda line: line["validation"]["loss"])
+        name = metrics.compared
+        best = min(metrics.validation, key=lambda line: line["validation"][name])
         words.append(
             f"{facts['held_out']} pictures are held out: never trained on, measured with the "
-            f"averaged weights, always with the same noise. Their loss was lowest, "
-            f"{best['validation']['loss']:.4f}, at step {best['step']:,}."
+            f"averaged weights, always with the same noise. Their {name} was lowest, "
+            f"{best['validation'][name]:.4f}, at step {best['step']:,}."
         )
     return _section("Learning", f"<figure>{svg(figure)}</figure>", *words)
 
@@ -201,10 +203,13 @@ def _data(facts: dict[str, Any]) -> str:
 
 
 def _configuration(facts: dict[str, Any], config: str) -> str:
+    others = set(RECIPES.values()) - {RECIPES[facts["part"]]}
     rows = [
-        [f"<code>{_text(k)}</code>", f"<code>{_text(json.dumps(v))}</code>", _text(o)]
-        for k, v, o in facts["choices"]
-    ]
+        [f"<code>{_text(k)}</code>", f"<code>{_text(_value(v))}</code>",
+         _text(why.rpartition("chosen: ")[2])]
+        for k, v, why in facts["choices"]
+        if k.partition(".")[0] not in others
+    ]  # fmt: skip
     sizes = ", ".join(f"{n} {c / 1e6:,.2f} M" for n, c in facts["parameters"].items())
     return _section(
         "Configuration",
@@ -242,6 +247,11 @@ def duration(seconds: float) -> str:
             more = rest // below[1] if below else 0
             return f"{whole} {unit}" + (f" {more} {below[0]}" if below and more else "")
     return "0 s"
+
+
+def _value(value: Any) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, ensure_ascii=False)
 
 
 def _command(*words: object) -> str:

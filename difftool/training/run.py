@@ -307,6 +307,7 @@ class Run:
             "parameters": {
                 name: sum(p.numel() for p in part.parameters())
                 for name, part in model.parts().items()
+                if name in self.trainer.kept_parts()
             },
             "device": device,
             "version": __version__,
