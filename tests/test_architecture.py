@@ -12,19 +12,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 BASE = {"", "errors", "registry"}
-CORE = BASE | {"config", "configs", "tokenizer", "diffusion", "models", "formats", "model"}
+CORE = BASE | {"files", "config", "configs", "tokenizer", "diffusion", "models", "formats", "model"}
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "registry": BASE,
+    "files": {"errors"},
     "configs": BASE,
     "tokenizer": BASE | {"configs"},
     "config": BASE | {"configs", "diffusion"},
     "diffusion": BASE | {"diffusion"},
     "models": BASE | {"models", "configs", "tokenizer"},
-    "formats": BASE | {"formats", "configs", "config", "diffusion", "tokenizer"},
-    "data": BASE | {"data", "config"},
-    "model": CORE - {"model"},
+    "formats": BASE | {"files", "formats", "configs", "config", "diffusion", "tokenizer"},
+    "data": BASE | {"files", "data", "config"},
+    "model": CORE,
     "forward": CORE,
     "sampling": CORE | {"data", "sampling"},
     "training": CORE | {"data", "training"},
@@ -32,10 +33,12 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 """Parts of the package, "" its root, by the part that imports them."""
-OWN_PARTS = {"models.configs": "configs", "models.tokenizer": "tokenizer"}
+OWN_PARTS = {"models.configs": "configs", "models.tokenizer": "tokenizer"} | dict.fromkeys(
+    ("conditioning", "generation", "decoding"), "model"
+)
 """Modules with friends of their own: tables, and what file formats need of them."""
 TORCH_FREE = (
-    *("errors", "registry", "config", "models.configs", "diffusion", "forward"),
+    *("errors", "registry", "files", "config", "models.configs", "diffusion", "forward"),
     *("formats.safetensors", "formats", "data.images", "cli.app"),
 )
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}

@@ -322,7 +322,7 @@ def test_text_chunks(tmp_path):
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match="there already"):
         write_png(PHOTO, path)
     assert path.read_bytes() == b"mine"
     write_png(PHOTO, path, overwrite=True)

@@ -158,7 +158,7 @@ def test_a_picture_that_appears_meanwhile_is_kept():
     output = Output.parse("[seed].png")
     path = output.path(VALUES)
     Path("7.png").write_text("theirs")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match="there already"):
         output.write(b"ours", path, 7)
     assert Path("7.png").read_text() == "theirs"
 
@@ -173,7 +173,7 @@ def test_links_are_not_followed(overwrite):
             Output.parse(name, overwrite=True).write(b"new", Path(name), 7)
             assert not Path(name).is_symlink()
         else:
-            with pytest.raises(UsageError, match="exists"):
+            with pytest.raises(UsageError, match="there already"):
                 Output(root=Path()).write(b"new", Path(name), 7)
     assert Path("target").read_text() == "precious" and not Path("nowhere").exists()
 

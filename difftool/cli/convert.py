@@ -104,13 +104,14 @@ def convert(
     if to is None:
         hint = "add --to " + " or --to ".join(KINDS)
         raise UsageError("the format to convert to was not given", hint=hint)
-    if report is not None and report.exists() and not overwrite:
-        raise UsageError(f"{report} is there already", hint="--overwrite replaces it")
+    from difftool.files import refuse_existing, write_whole
+
+    if report is not None:
+        refuse_existing(report, overwrite)
 
     from difftool.config import build_preset
     from difftool.formats import convert as formats
     from difftool.formats import open_model
-    from difftool.formats.safetensors import atomic_file
     from difftool.formats.source import Told, choose_weights
     from difftool.model import Model
 
@@ -137,8 +138,7 @@ def convert(
         console.warn(warning)
     _say(ledger)
     if report is not None:
-        with atomic_file(report, overwrite) as file:
-            file.write(jsonlib.dumps(ledger.report(), indent=1).encode())
+        write_whole(report, jsonlib.dumps(ledger.report(), indent=1).encode(), overwrite)
     if json:
         told = {key: value for key, value in ledger.report().items() if key != "entries"}
         console.emit(told | {"path": None if dry_run else str(target)})

@@ -6,10 +6,7 @@ decoded; of every file that can be opened, colour is brought to plain RGB the wa
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
-from difftool.errors import InputError, ResourceError, UsageError
+from difftool.errors import InputError, UsageError
+from difftool.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,43 +306,3 @@ def write_png(
         write_whole(Path(where), data, overwrite)
     else:
         where.write(data)
-
-
-def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
-    """Write a file so that nobody ever sees a part of it.
-
-    Without `overwrite` an existing file is left alone and UsageError is raised, also when it
-    appears in the meantime. ResourceError if the disk is full.
-    """
-    exists = UsageError(f"{path} exists", hint="give --overwrite to replace it")
-    if path.exists() and not overwrite:
-        raise exists
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(part, path)
-        else:
-            _link(part, path)
-    except FileExistsError:
-        raise exists from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"cannot write {path}", error.strerror) from None
-        raise UsageError(f"cannot write {path}", error.strerror) from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _link(part: Path, path: Path) -> None:
-    """Give the finished file its name; FileExistsError if the name is taken."""
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links on this file system: claim the name, then replace the claim
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(part, path)

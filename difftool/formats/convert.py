@@ -18,15 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import CheckError, UsageError
+from difftool.files import make_folder, move, refuse_existing, sync_folder, write_whole
 from difftool.formats.layout import Rule
-from difftool.formats.safetensors import (
-    atomic_file,
-    make_folder,
-    move,
-    refuse_existing,
-    sync_folder,
-    write_pieces,
-)
+from difftool.formats.safetensors import write_pieces
 from difftool.formats.source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.formats.tensors import (
     BITS,
@@ -339,8 +333,7 @@ def _write(
 
     for name, text in plan.texts.items():
         (place / name).parent.mkdir(exist_ok=True)
-        with atomic_file(place / name, overwrite=False) as file:
-            file.write(text.encode())
+        write_whole(place / name, text.encode())
 
     def part(name: str) -> Piece:
         """One of difftool's tensors as it will be, hashed where it lies otherwise there."""

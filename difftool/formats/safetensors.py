@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError
+from difftool.files import atomic_file
 from difftool.formats.strict import parse_json
 from difftool.formats.tensors import (
     BITS,
@@ -217,76 +217,3 @@ def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
     if len(text) > MAX_HEADER:
         raise InputError("the model's metadata is too large", f"{len(text)} bytes of header")
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def atomic_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name when it is whole, and never otherwise.
-
-    Its bytes are on the disk before its name is; its mode follows the umask. UsageError if the name
-    is taken and not to be replaced.
-    """
-    refuse_existing(path, overwrite)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-    with _told(path):
-        descriptor = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        move(temporary, path, overwrite)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder in one that is there; UsageError if that cannot be."""
-    with _told(path):
-        path.mkdir()
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What keeps a place from being written to is the user's to know."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UsageError(f"the folder {path.parent} does not exist") from None
-    except (PermissionError, NotADirectoryError) as error:
-        raise UsageError(f"cannot write {path}", error.strerror) from None
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """UsageError if something is at the path and is not to be replaced."""
-    if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
-
-
-def move(file: Path, path: Path, overwrite: bool) -> None:
-    """Give a file its name; UsageError if somebody has taken the name meanwhile."""
-    try:
-        if overwrite:
-            os.replace(file, path)
-        else:
-            os.link(file, path)
-    except FileExistsError:
-        refuse_existing(path, overwrite=False)
-    except OSError:
-        if overwrite:
-            raise
-        refuse_existing(path, overwrite=False)  # a file system without hard links
-        os.replace(file, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,14 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from difftool.errors import InputError, UsageError
-from difftool.formats.safetensors import (
-    atomic_file,
-    make_folder,
-    move,
-    refuse_existing,
-    sync_folder,
-    write_pieces,
-)
+from difftool.files import make_folder, move, refuse_existing, sync_folder, write_whole
+from difftool.formats.safetensors import write_pieces
 from difftool.formats.strict import read_json
 from difftool.formats.tensors import Piece, byte_size
 
@@ -84,8 +78,8 @@ def write_shards(
             places = {n: name for name, group in zip(names, groups, strict=True) for n in group}
             size = sum(byte_size(piece.dtype, piece.shape) for piece in pieces.values())
             content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-            with atomic_file(place / index.name, overwrite=False) as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            write_whole(place / index.name, text.encode())
             names.append(index.name)
         _put(place, path.parent, names, _former(path, index) if overwrite else [])
     finally:

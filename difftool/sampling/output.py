@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from difftool.data.images import write_whole
 from difftool.errors import UsageError, suggestion
+from difftool.files import write_whole
 
 ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 FORMATS = ("png", "jpg", "webp")
