@@ -39,6 +39,9 @@ def guidance_sinusoids(w: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
 
 
+LOW = (torch.bfloat16, torch.float16)
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """[B,C,H,W] -> [B,N,C]; a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
@@ -47,6 +50,17 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
     """[B,N,C] -> [B,C,H,W], rows and columns as in `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation; on a CPU in fp32, because its bf16 form takes several times as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype not in LOW:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        y = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
+        return y if torch.is_autocast_enabled("cpu") else y.to(x.dtype)
 
 
 class Embed(nn.Module):
@@ -91,11 +105,11 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         if emb_dim is not None:
             self.time_emb_proj = nn.Linear(emb_dim, 2 * channels if scale_shift else channels)
-        self.norm2 = nn.GroupNorm(groups, channels, eps)
+        self.norm2 = GroupNorm(groups, channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
@@ -136,14 +150,38 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size`, then a convolution."""
+    """Nearest-neighbour enlargement to `size`, then a convolution.
+
+    A convolution of doubled pixels is a transposed one of the pixels, with the kernel summed over
+    the copies: 16 products a pixel in place of 36. Training takes it that way on a CPU, where there
+    are more pixels than there are weights to sum.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor | None, size: torch.Size | list[int]) -> Tensor:
+        pixels = len(x) * x[0, 0].numel()
+        doubled = tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+        if doubled and x.device.type == "cpu" and torch.is_grad_enabled() and pixels >= x.shape[1]:
+            return F.conv_transpose2d(x, self._summed(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, size))
+
+    def _summed(self) -> Tensor:
+        """The transposed convolution's kernel [in,out,4,4]."""
+        shifts = ((0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
+        kernel = sum(F.pad(self.conv.weight, shift) for shift in shifts)
+        assert isinstance(kernel, Tensor)
+        return kernel.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot product attention, [B,heads,N,C] each; on a CPU in fp32, which is faster there."""
+    if q.device.type != "cpu" or q.dtype not in LOW:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -163,7 +201,7 @@ class Attention(nn.Module):
             y.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for y in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
@@ -174,7 +212,7 @@ class PlainAttention(Attention):
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float):
         super().__init__(channels, heads, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.group_norm = GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return x + to_picture(super().forward(to_tokens(self.group_norm(x))), like=x)
@@ -251,7 +289,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         project = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(

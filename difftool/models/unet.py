@@ -17,6 +17,7 @@ from difftool.models.configs import UNetConfig
 from difftool.models.layers import (
     Downsample,
     Embed,
+    GroupNorm,
     PlainAttention,
     ResBlock,
     Transformer,
@@ -147,7 +148,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Up(resnets, self._attentions(i, depths), *then))
             before = width
 
-        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def _attentions(self, i: int, depths: tuple[int, ...], middle: bool = False) -> list[nn.Module]:
