@@ -73,7 +73,8 @@ def pictures(tmp_path: Path) -> str:
     for name, shade in (("dark", 30), ("light", 220)):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(6):
-            image = Image.new("RGB", (16, 16), (shade, shade + 5 * i, shade))
+            size = (16, 16) if i else (24, 16)
+            image = Image.new("RGB", size, (shade, shade + 5 * i, shade))
             image.save(tmp_path / "pictures" / name / f"{i}.png")
     return str(tmp_path / "pictures")
 
@@ -97,6 +98,7 @@ def state(run: Run) -> dict[str, torch.Tensor]:
         ({"train": {"ema": 0.0}}, "class"),
         ({"unet": {"dropout": 0.2}}, "class"),
         ({"path": {"kind": "edm"}, "target": "edm", "train": {"time": "log_normal"}}, "class"),
+        ({"data": {"buckets": True}, "train": {"batch_size": 3}}, "class"),
         (TINY_TEXT, "shapes"),
     ],
 )
@@ -213,3 +215,24 @@ def test_what_is_chosen_is_explained(pictures):
     chosen = [layer.origin for layer in layers if layer.origin.startswith("chosen")]
     assert len(chosen) == 4
     assert preset.train.size == 16
+
+
+def test_pictures_of_many_shapes_are_trained_in_their_own_frames(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        size = [(32, 16), (16, 32), (20, 20)][i % 3]
+        Image.new("RGB", size, (20 * i, 100, 100)).save(tmp_path / "photos" / f"{i}.png")
+    run = start(tmp_path / "run", str(tmp_path / "photos"), {"train": {"steps": 24}})
+    assert run.preset.data.buckets is True  # squares would lose a third
+    shapes, seen = set(), []
+    for position in range(24):
+        batch = run.trainer.batches.draw(position * 4, 4)
+        assert batch.pictures is not None
+        shapes.add(tuple(batch.pictures.shape[2:]))
+        seen += batch.indices
+    assert len(shapes) == 3
+    counts = [seen.count(i) for i in range(len(run.dataset))]
+    assert max(counts) - min(counts) <= 2
+    for _ in run.steps():
+        pass
+    run.finish()

@@ -102,6 +102,14 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
+    buckets: Annotated[
+        bool | None,
+        typer.Option(
+            "--buckets/--no-buckets",
+            help="Frames of the pictures' own shapes, not squares.  \\[chosen]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     allow_bad: Annotated[
         bool | None,
         typer.Option(
@@ -197,6 +205,7 @@ def train(
         "keep_tokens": keep_tokens,
         "crop": crop,
         "background": background,
+        "buckets": buckets,
         "allow_bad": allow_bad,
         "allow_uncaptioned": allow_uncaptioned,
     }
@@ -232,6 +241,7 @@ def train(
     from difftool.formats import open_model
     from difftool.model import Model, find_model, pick_device
     from difftool.training import stages as staged
+    from difftool.training.batches import buckets_of
     from difftool.training.estimate import check_disk, estimate
     from difftool.training.plan import plan
     from difftool.training.report import usage
@@ -298,6 +308,10 @@ def train(
     ]
     costs = estimate(Model(resolved, tokenizer), keep, where)
     console.table([*chosen, *costs.rows()])
+    if frames := buckets_of(resolved, resolved.train.size or 0):
+        sizes = [dataset.picture_size(index) for index in range(len(dataset))]
+        for line in frames.lines(size for size in sizes if size):
+            console.say(line)
     if dry_run:
         return
 

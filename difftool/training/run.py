@@ -29,7 +29,7 @@ from difftool.data.images import write_png, write_whole
 from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
 from difftool.training import rng
-from difftool.training.batches import to_signal
+from difftool.training.batches import buckets_of, to_signal
 from difftool.training.cache import Embeddings, Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
 from difftool.training.objectives import Denoising
@@ -124,10 +124,11 @@ class Run:
             if resume is None:
                 write_whole(folder / "config.yaml", to_yaml(preset).encode(), overwrite=True)
             assert recipe.size
+            frame = buckets_of(preset, recipe.size) or recipe.size
             with progress("reading pictures", len(dataset)) as shown:
-                dataset.prepare(recipe.size, lambda done, _: shown.update(done))
+                dataset.prepare(frame, lambda done, _: shown.update(done))
             if self.held:
-                self.held.prepare(recipe.size)
+                self.held.prepare(frame)
             self.trainer = Trainer(model, self.dataset, part)
             self.validation = Validation(self.trainer, self.held) if self.held else None
             if resume is not None:
@@ -135,10 +136,11 @@ class Run:
             objective = self.trainer.objective
             if isinstance(objective, Denoising) and preset.text and not objective.reads():
                 objective.embeddings = Embeddings(model, folder / "cache")
-            if isinstance(objective, Denoising) and preset.codec.kind == "vae":
+            latent = preset.codec.kind == "vae" and self.dataset.fixed
+            if isinstance(objective, Denoising) and latent:
                 with progress("encoding pictures", len(self.dataset)) as shown:
                     objective.latents = Latents.make(
-                        model, self.dataset, recipe.size, flip=bool(recipe.flip),
+                        model, self.dataset, frame, flip=bool(recipe.flip),
                         folder=folder / "cache", progress=lambda done, _: shown.update(done),
                     )  # fmt: skip
             _truncate(self.metrics, self.trainer.step)

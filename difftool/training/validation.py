@@ -7,13 +7,13 @@ of two steps differ by the weights alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from difftool.data import Dataset
-from difftool.training.batches import Batches
 from difftool.training.loop import Trainer
 from difftool.training.record import Record
 
@@ -45,9 +45,7 @@ class Validation:
 
     def __init__(self, trainer: Trainer, dataset: Dataset):
         self.trainer, self.dataset = trainer, dataset
-        size = trainer.config.size
-        assert size
-        self.batches = Batches(trainer.model, dataset, trainer.seed, size, flip=False)
+        self.batches = replace(trainer.batches, dataset=dataset, flip=False, drop=0.0)
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
