@@ -148,7 +148,7 @@ def _learning(metrics: Metrics, facts: dict[str, Any]) -> str:
         best = min(metrics.validation, key=lambda line: line["validation"][name])
         words.append(
             f"{facts['held_out']} pictures are held out: never trained on, measured with the "
-            f"averaged weights, always with the same noise. Their {name} was lowest, "
+            f"averaged weights, always with the same noise. Lowest {name}: "
             f"{best['validation'][name]:.4f}, at step {best['step']:,}."
         )
     return _section("Learning", f"<figure>{svg(figure)}</figure>", *words)

@@ -1,0 +1,107 @@
+"""What the terminal shows: lines that fit, logs without control characters."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from difftool.cli import console
+from difftool.cli.console import PlainProgress, RichProgress, clock
+
+FIELDS = {"loss": "0.1370", "images": "145.3/s", "lr": "7.6e-04"}
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The clock, to be set."""
+    time = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: time[0])
+    return time
+
+
+@pytest.mark.parametrize("width", [10, 20, 40, 60, 80, 120, 200])
+def test_a_line_of_progress_fits_and_keeps_what_matters_most(now, width):
+    display = RichProgress("training", 40000)
+    display.update(100, **FIELDS)
+    now[0] = 3600.0
+    display.update(1234, **FIELDS)
+    line = str(display.line(width))
+    assert len(line) <= width
+    assert " 1234/40000" in line or width < 11
+    wanted = [("loss 0.1370", 40), ("eta 1d 10:12", 80), ("training", 60), ("images 145.3/s", 80)]
+    wanted += [("lr 7.6e-04", 80), ("━─", 120), ("1:00:00", 120)]
+    for text, least in wanted:
+        assert text in line or width < least, text
+
+
+def test_the_bar_is_as_full_as_the_work_is_done(now):
+    display = RichProgress("training", 100)
+    for done in (1, 50, 100):
+        display.update(done)
+        line = str(display.line(80))
+        full, empty = line.count("━"), line.count("─")
+        assert full / (full + empty) == pytest.approx(done / 100, abs=0.02)
+
+
+def test_what_is_left_is_reckoned_from_where_a_resumed_work_began(now):
+    display = RichProgress("training", 1000)
+    now[0] = 100.0  # reading the pictures
+    display.update(901)
+    assert "eta" not in str(display.line(80))
+    now[0] = 110.0
+    display.update(911)
+    assert "eta 1:29" in str(display.line(80))
+
+
+def test_a_log_has_a_line_a_tenth_and_ever_fewer(now, capsys):
+    display = PlainProgress("training", 1_000_000)
+    for minute in range(1, 60 * 48):
+        now[0] = 60.0 * minute
+        display.update(minute, **FIELDS)
+    lines = capsys.readouterr().err.splitlines()
+    assert 100 < len(lines) < 400
+    assert lines[0].startswith("training       1/1000000  loss 0.1370  images 145.3/s  lr 7.6e-04")
+    assert "eta" in lines[-1]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_short_work_leaves_one_line_in_a_log(now, capsys):
+    display = PlainProgress("reading", 500)
+    for done in range(501):
+        now[0] = done / 1000
+        display.update(done)
+    assert capsys.readouterr().err == "reading 500/500  0:00\n"
+
+
+def test_a_table_is_wrapped_on_a_terminal_only(monkeypatch, capsys):
+    rows = [
+        ("train.size", "28", "pictures are 28, cpu affords 32, in multiples of 4"),
+        ("a", "b", ""),
+    ]
+    console.table(rows)
+    assert capsys.readouterr().err.splitlines() == [
+        "train.size  28  pictures are 28, cpu affords 32, in multiples of 4",
+        "a           b",
+    ]
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    console.table(rows)
+    assert capsys.readouterr().err.splitlines() == [
+        "train.size  28  pictures are 28, cpu affords 32,",
+        "                in multiples of 4",
+        "a           b",
+    ]
+    monkeypatch.setenv("COLUMNS", "30")
+    console.table(rows)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["train.size  28", "    pictures are 28, cpu"]
+    assert max(map(len, lines)) <= 30
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (185, "3:05"), (3785, "1:03:05"), (176580, "2d 01:03")]
+)
+def test_times_are_short(seconds, shown):
+    assert clock(seconds) == shown

@@ -1,0 +1,255 @@
+"""What a run measures beside its loss: held-out pictures, colours, memory and disk beforehand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from difftool.config import Layer
+from difftool.data import open_dataset
+from difftool.data.shapes import ShapesDataset
+from difftool.errors import ResourceError, Stopped, UsageError
+from difftool.model import Model
+from difftool.training.checkpoint import newest_good
+from difftool.training.estimate import _kept, activation_bytes, check_disk, estimate
+from difftool.training.plan import plan
+from difftool.training.plots import Metrics
+from difftool.training.run import Run
+from difftool.training.sheets import Cell, sheet
+from difftool.training.validation import MEASURES, cast, colours, hold_out, overfits
+
+TINY = {
+    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
+    "train": {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2, "flip": False},
+    "sample": {"steps": 2},
+}
+RUNS: list[Run] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while RUNS:
+        RUNS.pop().close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (215 + 2 * i, 220, 240 - i)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def start(folder: Path, data: str, values: dict, *, every: int = 6, resume: bool = False) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(data)
+    given = [Layer("test", TINY), Layer("test", values)]
+    preset, tokenizer_json, _ = plan(dataset, "cpu", "pixel-small", given)
+    run = Run(
+        folder,
+        preset,
+        dataset,
+        device=torch.device("cpu"),
+        tokenizer_json=tokenizer_json,
+        resume=newest_good(folder / "checkpoints")[0] if resume else None,
+        save_every=100,
+        keep=2,
+        sample_every=every,
+    )
+    RUNS.append(run)
+    return run
+
+
+def finish(run: Run) -> bytes:
+    for _ in run.steps():
+        pass
+    return run.finish().read_bytes()
+
+
+# --- held-out pictures -----------------------------------------------------------------------
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
+    assert run.held is not None
+    assert run.validation is not None
+    sides = [{s.name(i) for i in range(len(s))} for s in (run.dataset, run.held)]
+    assert [len(side) for side in sides] == [15, 5]
+    assert not sides[0] & sides[1]
+    assert run.trainer.batches.dataset is run.dataset
+    assert run.validation.batches.dataset is run.held
+
+
+def test_measuring_changes_nothing_and_gives_the_same_twice(tmp_path, pictures):
+    values = {"train": {"validation": 5}, "unet": {"dropout": 0.2}}
+    often = start(tmp_path / "often", pictures, values, every=3)
+    assert finish(often) == finish(start(tmp_path / "once", pictures, values, every=12))
+    lines = Metrics.read(often.metrics).validation
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert often.validation is not None
+    with often.averaged():
+        first, second = (often.validation.measure() for _ in range(2))
+    assert first == second == lines[-1]["validation"]
+
+
+def test_the_measure_is_the_error_of_the_prediction(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
+    assert run.held is not None
+    assert run.validation is not None
+    network = run.model.denoiser.network
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()  # F = 0, so that the loss of flow's target is (eps - x0)^2
+    x0 = run.held.images(range(5), 16).float() / 127.5 - 1
+    measured = run.validation.measure()
+    assert measured["loss"] == pytest.approx(1 + float((x0**2).mean()), rel=0.02)
+    counted = [v for v in measured["levels"] if v is not None]
+    assert len(counted) >= 5
+    assert counted == pytest.approx([measured["loss"]] * len(counted), rel=0.2)
+
+
+def test_the_times_of_a_measure_cover_the_training_times_evenly(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
+    assert run.validation is not None
+    objective = run.trainer.objective
+    batch = run.validation.batches.draw(0, MEASURES)
+    with torch.no_grad():
+        seen = objective.held_out(batch).log_snr
+    assert seen is not None
+    even = (torch.arange(MEASURES) + 0.5) / MEASURES
+    alpha, sigma = run.model.denoiser.path.coefficients(objective.times(even))  # type: ignore[attr-defined]
+    wanted = 2 * (alpha / sigma).log().flatten()
+    ranks = torch.searchsorted(seen.sort().values, wanted.sort().values) / MEASURES
+    assert float((ranks - even).abs().max()) < 0.02
+
+
+def test_a_run_stopped_where_it_would_have_shown_shows_it_when_it_goes_on(tmp_path, pictures):
+    values = {"train": {"validation": 5}}
+    whole = start(tmp_path / "whole", pictures, values)
+    model = finish(whole)
+    stopped = start(tmp_path / "stopped", pictures, values)
+    with pytest.raises(Stopped):
+        for step in stopped.steps():
+            if step.step == 6:
+                signal.raise_signal(signal.SIGTERM)
+    stopped.close()
+    assert not Metrics.read(stopped.metrics).validation
+    resumed = start(tmp_path / "stopped", pictures, values, resume=True)
+    assert finish(resumed) == model
+    assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+    names = [
+        sorted(p.name for p in (tmp_path / r / "samples").iterdir()) for r in ("whole", "stopped")
+    ]
+    assert names[0] == names[1] == ["step-000006.png", "step-000012.png"]
+    sessions = json.loads((tmp_path / "stopped" / "run.json").read_text())["sessions"]
+    assert [(s["from"], s["to"]) for s in sessions] == [(0, 6), (6, 12)]
+
+
+@pytest.mark.parametrize(("wanted", "held"), [(None, 256), (0, None), (5, 5), (0.1, 5000)])
+def test_how_much_is_held_out(wanted, held):
+    dataset = ShapesDataset()
+    dataset.held_out = ShapesDataset()
+    kept, left = hold_out(dataset, wanted)
+    assert (left and len(left)) == pytest.approx(held, rel=0.05)
+    own = wanted is None or not wanted
+    assert len(kept) + (len(left) if left and not own else 0) == len(dataset)
+
+
+def test_holding_out_all_is_refused(tmp_path, pictures):
+    with pytest.raises(UsageError, match="hold out that much"):
+        start(tmp_path / "run", pictures, {"train": {"validation": 20}})
+
+
+@pytest.mark.parametrize(
+    ("validation", "training", "expected"),
+    [
+        ([1.0, 0.5, 0.6, 0.7, 0.8], [1.0, 0.5, 0.4, 0.3, 0.2], True),
+        ([1.0, 0.5, 0.6, 0.7, 0.8], [1.0, 0.5, 0.6, 0.7, 0.8], False),  # training rises too
+        ([1.0, 0.5, 0.6, 0.51, 0.6], [1.0, 0.5, 0.4, 0.3, 0.2], False),  # it comes and goes
+        ([1.0, 0.5, 0.6, 0.7], [1.0, 0.5, 0.4, 0.3], False),  # too early to tell
+        ([1.0, 0.9, 0.8, 0.7, 0.6], [1.0, 0.5, 0.4, 0.3, 0.2], False),
+    ],
+)
+def test_overfitting_is_a_rise_that_lasts_while_training_falls(validation, training, expected):
+    assert overfits(validation, training) is expected
+
+
+# --- colours and sheets ----------------------------------------------------------------------
+
+
+def test_a_colour_cast_is_found_and_chance_is_not():
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(256, 3, 8, 8, generator=generator) - 0.5
+    good = colours(data[:16])
+    assert cast(good, colours(data), 16) is None
+    tinted = data[:16] + torch.tensor([0.0, 0.0, 0.3])[:, None, None]
+    assert cast(colours(tinted), colours(data), 16) == "samples are more blue (+0.30) than the data"
+    assert "darker" in str(cast(colours(data[:16] - 0.4), colours(data), 16))
+    assert "less varied" in str(cast(colours(data[:16] * 0.3), colours(data), 16))
+    shades = torch.randn(256, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8) * 0.5
+    assert cast(colours(shades[:4]), colours(shades), 4) is None  # four are too few to tell
+
+
+def test_what_is_worrying_is_said_once(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {"train": {"lr": 1e-9}}, every=2)
+    finish(run)
+    assert len(Metrics.read(run.metrics).colours) == 6
+    [note] = run.notes  # untrained samples are grey, the pictures nearly white
+    assert "darker" in note
+    assert note[1:] in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_sheet_writes_below_each_picture_what_fits():
+    cells = [Cell([Image.new("RGB", (64, 64), "red")], text) for text in ("", "short", "x y " * 99)]
+    drawn = sheet(cells, columns=3)
+    columns = [drawn.crop((i * 74 + 10, 75, i * 74 + 74, drawn.height)) for i in range(3)]
+    inked = [sum(column.convert("L").histogram()[:128]) for column in columns]
+    assert inked[0] == 0 < inked[1] < inked[2]
+    assert drawn.height < 64 + 4 * 15 + 20
+
+
+# --- beforehand ------------------------------------------------------------------------------
+
+
+def test_activations_are_counted_as_the_backward_pass_keeps_them():
+    dataset = ShapesDataset()
+    preset, vocabulary, _ = plan(dataset, "cpu", "text-small", [])
+    counted = activation_bytes(Model(preset, vocabulary), "unet")
+    model = Model.fresh(preset, seed=0, tokenizer_json=vocabulary)
+    cond = model.cond(["a red circle"], [None], (64, 64))
+    x = torch.randn(1, model.codec.channels, 64 // model.codec.factor, 64 // model.codec.factor)
+    level = model.denoiser.path.level(0.5)
+    with _kept() as tensors:
+        model.denoiser(x, level, cond)
+    own = sum(t.untyped_storage().nbytes() for t in tensors)
+    assert counted == pytest.approx(own, rel=0.1)
+
+
+def test_the_estimate_counts_weights_gradients_moments_and_average():
+    preset, _, _ = plan(ShapesDataset(), "cpu", "text-small", [])
+    model = Model(preset, plan(ShapesDataset(), "cpu", "text-small", [])[1])
+    costs = estimate(model, 2, torch.device("cpu"))
+    total = sum(costs.parameters.values())
+    assert costs.weights == 5 * 4 * total
+    assert costs.checkpoint == 4 * 4 * total
+    assert costs.disk == 3 * costs.checkpoint + 4 * total
+    assert costs.activations == costs.batch * activation_bytes(model, "unet")
+
+
+def test_a_disk_that_is_too_full_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 20))
+    check_disk(tmp_path / "new" / "run", 5 << 20)
+    with pytest.raises(ResourceError, match="too full") as caught:
+        check_disk(tmp_path / "new" / "run", 20 << 20)
+    assert "20 MiB" in str(caught.value)
+    assert not (tmp_path / "new").exists()
