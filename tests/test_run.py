@@ -155,14 +155,14 @@ def test_a_run_stopped_where_it_would_have_shown_shows_it_when_it_goes_on(tmp_pa
     assert [(s["from"], s["to"]) for s in sessions] == [(0, 6), (6, 12)]
 
 
-@pytest.mark.parametrize(("wanted", "held"), [(None, 256), (0, None), (5, 5), (0.1, 5000)])
+@pytest.mark.parametrize(("wanted", "held"), [(None, 256), (0, 0), (5, 5), (0.1, 5000)])
 def test_how_much_is_held_out(wanted, held):
     dataset = ShapesDataset()
     dataset.held_out = ShapesDataset()
     kept, left = hold_out(dataset, wanted)
-    assert (left and len(left)) == pytest.approx(held, rel=0.05)
-    own = wanted is None or not wanted
-    assert len(kept) + (len(left) if left and not own else 0) == len(dataset)
+    count = len(left) if left is not None else 0
+    assert count == pytest.approx(held, rel=0.05)
+    assert len(kept) == len(dataset) - (count if wanted else 0)
 
 
 def test_holding_out_all_is_refused(tmp_path, pictures):
