@@ -353,8 +353,8 @@ def _train(run: Run) -> Path:
     """Take a run to its end, showing how it goes; the model's path."""
     _tell(run)
     trainer, loss = run.trainer, "-"
-    if trainer.step:
-        console.say(f"resumed at step {trainer.step}")
+    if run.resumed:
+        console.say(f"resumed from {run.resumed}")
     name = "training" if run.part == "unet" else f"training the {run.part}"
     with console.progress(name, trainer.config.steps) as display:
         for step in run.steps():

@@ -107,6 +107,7 @@ class Run:
         self.folder, self.preset, self.part, self.audit = folder, preset, part, dataset.audit
         self.save_every, self.keep, self.sample_every = save_every, keep, sample_every
         self.prompts = list(prompts)
+        self.resumed = resume
         self.notes: list[str] = []
         """What the user should be told; whoever tells it takes it out."""
         self.worries: set[str] = set()
