@@ -100,7 +100,8 @@ def cond(
     if vector is None and unet.vector_dim and pooled is not None:
         width, height = size
         # SDXL: original size, crop, target size. The refiner: its aesthetic score comes last.
-        numbers: list[float] = [height, width, 0, 0, height, width][: model.preset.size_numbers]
+        numbers = [float(n) for n in (height, width, 0, 0, height, width)]
+        numbers = numbers[: model.preset.size_numbers]
         if model.preset.size_numbers == 5:
             numbers[4] = AESTHETICS[negative]
         values = torch.tensor(numbers, device=model.device, dtype=torch.float32)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from difftool.conditioning import Embed, cond, embed
 from difftool.config import (
     Preset,
     SampleConfig,
@@ -24,37 +26,29 @@ from difftool.config import (
     to_values,
     validate,
 )
+from difftool.decoding import decode
 from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.grids import GRIDS
-from difftool.diffusion.guidance import guided
-from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import build_path
 from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.native import write_native
-from difftool.formats.source import UNKNOWN
+from difftool.formats.recipes import switched
+from difftool.formats.source import EXTRA, UNKNOWN, ModelSource
+from difftool.formats.vision import read_vision
+from difftool.generation import Item, Second, generate, plan
 from difftool.models.clip import ClipText
-from difftool.models.codecs import Codec, build_codec
-from difftool.models.layers import sinusoids
+from difftool.models.codecs import Codec, VaeCodec, build_codec
+from difftool.models.configs import VaeConfig
 from difftool.models.tokenizer import Tokenizer
 from difftool.models.unet import UNet
+from difftool.models.vision import ClipVision, Normalizer
+
+__all__ = ["DTYPES", "Embed", "Item", "Model", "Second", "find_model", "pick_device"]
 
 DEFAULT_MODEL = "shapes"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-Embed = Callable[[Sequence[str]], tuple[Tensor | None, Tensor | None]]
-"""Prompts to context [B,L,D] and pooled text [B,P]."""
-
-
-class Item(NamedTuple):
-    """One picture to make."""
-
-    prompt: str = ""
-    negative: str = ""
-    label: int | None = None
-    seed: int = 0
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -98,12 +92,17 @@ class Model:
         self.notes: list[str] = []
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
+        self.low_memory = False
+        self.vision: ClipVision | None = None
+        self.normalizer: Normalizer | None = None
+        self.vision_path: Any = None
         with torch.device("meta"), _Unwritten():
             self.codec: Codec = build_codec(preset.codec)
             network = UNet(preset.unet)
             self.text = nn.ModuleList(ClipText(config) for config in preset.text)
         self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
         self.tokenizers = [self._tokenizer(config) for config in preset.text]
+        self._sources: dict[str, Callable[[], None]] = {}
 
     def _tokenizer(self, config: Any) -> Tokenizer:
         if config.tokenizer == "clip":
@@ -129,6 +128,11 @@ class Model:
             for name, tensor in part.state_dict().items()
         }
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the U-Net's weights."""
+        return self.denoiser.dtype
+
     @classmethod
     def fresh(
         cls, preset: Preset, *, seed: int, tokenizer_json: str | None = None, device: str = "cpu"
@@ -143,17 +147,31 @@ class Model:
         return model
 
     @classmethod
-    def load(cls, where: str | None = None, *, device: str = "auto", dtype: str = "auto") -> Model:
+    def load(
+        cls,
+        where: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        vae: str | None = None,
+        low_memory: bool = False,
+    ) -> Model:
         """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
 
-        UsageError if nothing is there, InputError if it is malformed or not supported.
+        vae: another model, whose autoencoder stands in. low_memory: a network's weights are there
+        only while it is at work. UsageError if nothing is there, InputError if it is malformed or
+        not supported.
         """
         path = find_model(where)
         source = open_model(path)
         target = pick_device(device)
         if dtype == "auto":
             dtype = "fp32" if target.type != "cuda" else "fp16"
-        model = cls(build_preset(source.values, str(path)), source.tokenizer_json)
+        preset, other = build_preset(source.values, str(path)), None
+        if vae is not None:
+            other = open_model(find_model(vae))
+            preset = _with_codec(preset, build_preset(other.values, vae), vae)
+        model = cls(preset, source.tokenizer_json)
         model.device = target
         if not any(name.startswith("unet.") for name in source.tensors):
             hint = "train the rest of the model with it: --vae, or --part unet"
@@ -161,12 +179,66 @@ class Model:
         if strange := [name for name in source.tensors if name.startswith(UNKNOWN)]:
             name = source.tensors[strange[0]].name
             raise InputError(f"{path} has an unknown tensor {name}", f"and {len(strange)} in all")
-        for prefix, part in model.parts().items():
-            tensors = source.load(f"{prefix}.", str(target))
-            model._fill(part, tensors, prefix, DTYPES[dtype], str(path))
+        model._see(source)
+        for prefix, part in model._all_parts().items():
+            origin = other if other is not None and prefix == "vae" else source
+            model._sources[prefix] = model._loader(part, origin, prefix, DTYPES[dtype])
+        model.low_memory = low_memory
+        if not low_memory:
+            for fill in model._sources.values():
+                fill()
         model.hash = file_hash(source.file)[:10]
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
         return model
+
+    def _see(self, source: ModelSource) -> None:
+        """Build the picture encoder that an unCLIP model comes with."""
+        seen = read_vision(source.configs)
+        if seen is None or self.preset.family != "sd2-unclip":
+            return
+        with torch.device("meta"), _Unwritten():
+            self.vision = ClipVision(seen.config)
+            self.normalizer = Normalizer(seen.config.projection)
+        self.vision_path = seen.path
+
+    def _all_parts(self) -> dict[str, nn.Module]:
+        """The parts, and the picture encoder, whose tensors lie elsewhere in a file."""
+        seen = {"vision.image_encoder": self.vision, "vision.image_normalizer": self.normalizer}
+        return self.parts() | {name: part for name, part in seen.items() if part is not None}
+
+    def _loader(
+        self, part: nn.Module, source: ModelSource, prefix: str, dtype: torch.dtype
+    ) -> Callable[[], None]:
+        """What gives a part its weights."""
+        there = prefix.replace("vision.", f"{EXTRA}diffusers.") + "."
+        if prefix == "vision.image_normalizer":
+            dtype = torch.float32
+
+        def fill() -> None:
+            tensors = source.load(there, str(self.device))
+            if prefix == "vision.image_encoder":
+                kept = (name for name in tensors if "position_ids" not in name)
+                tensors = {_vision_name(name): tensors[name] for name in kept}
+            self._fill(part, tensors, prefix, dtype, str(source.path))
+
+        return fill
+
+    def need(self, kind: str) -> None:
+        """See to it that the weights of "text", "unet", "vae" or "vision" are there; with little
+        memory, that no others are."""
+        if not self.low_memory:
+            return
+        for prefix, part in self._all_parts().items():
+            here = not next(part.parameters()).is_meta
+            if prefix.partition(".")[0] != kind:
+                if here:
+                    part.to("meta")
+            elif not here:
+                self._sources[prefix]()
+
+    def give_back(self) -> None:
+        """With little memory, drop all weights until they are needed again."""
+        self.need("nothing")
 
     def _fill(
         self, part: nn.Module, tensors: Mapping[str, Tensor], prefix: str, dtype: Any, source: str
@@ -193,8 +265,7 @@ class Model:
         source = open_model(path)
         for prefix, network in self.parts().items():
             if prefix.partition(".")[0] == part:
-                tensors = source.load(f"{prefix}.", str(self.device))
-                self._fill(network, tensors, prefix, torch.float32, str(path))
+                self._loader(network, source, prefix, torch.float32)()
 
     def save(
         self,
@@ -250,16 +321,11 @@ class Model:
         pairs = zip(self.tokenizers, self.preset.text, strict=True)
         return max(((t.count(prompt), c.length - 2) for t, c in pairs), default=(0, 0))
 
-    def embed(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+    def embed(
+        self, prompts: Sequence[str], clip_skip: int | None = None, syntax: str = "none"
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Context [B,L,D] and pooled [B,P] of prompts; None where the model has none."""
-        if not self.text:
-            return None, None
-        contexts, pooled = [], None
-        for encoder, ids in zip(self.text, self._ids(prompts), strict=True):
-            context, pool = encoder(ids)
-            contexts.append(context)
-            pooled = pooled if pool is None else pool
-        return torch.cat(contexts, dim=-1), pooled
+        return embed(self, prompts, clip_skip, syntax)
 
     def pooled(self, prompts: Sequence[str]) -> list[Tensor]:
         """The pooled text [B,P] of prompts, of each text encoder."""
@@ -275,31 +341,10 @@ class Model:
 
     def cond(
         self, prompts: Sequence[str], labels: Sequence[int | None], size: tuple[int, int],
-        guidance: float = 1.0, embed: Embed | None = None,
+        guidance: float = 1.0, embed: Embed | None = None, **more: Any,
     ) -> Cond:  # fmt: skip
-        """What conditions the U-Net for a batch; size (width, height) in pixels. `embed` stands in
-        for the model's own (a cache of it, say)."""
-        context, pooled = (embed or self.embed)(prompts)
-        unet, count = self.preset.unet, len(prompts)
-        vector = label = scale = None
-        if unet.vector_dim and pooled is not None:
-            width, height = size
-            # SDXL: original size, crop, target size. The refiner: its aesthetic score comes last.
-            numbers = [height, width, 0, 0, height, width][: self.preset.size_numbers]
-            if self.preset.size_numbers == 5:
-                numbers[4] = 6
-            values = torch.tensor(numbers, device=self.device, dtype=torch.float32)
-            sizes = sinusoids(values, 256).flatten().expand(count, -1)
-            vector = torch.cat([pooled, sizes.to(pooled.dtype)], dim=1)
-        if unet.num_classes:
-            null = self.null_label
-            filled = [null if value is None else value for value in labels]
-            if None in filled:
-                raise UsageError(f"the model {self.name} needs a class", hint="give --label")
-            label = torch.tensor(filled, device=self.device)
-        if unet.guidance_dim:
-            scale = torch.full((count,), guidance - 1.0, device=self.device)
-        return Cond(context=context, vector=vector, label=label, guidance=scale)
+        """What conditions the U-Net for a batch; see `conditioning.cond`."""
+        return cond(self, prompts, labels, size, guidance, embed, **more)
 
     # --- sampling ----------------------------------------------------------------------------
 
@@ -309,7 +354,12 @@ class Model:
         for key, registry in (("sampler", SAMPLERS), ("schedule", GRIDS)):
             if key in given:
                 given[key] = registry.resolve(given[key])
-        values = merge(to_values(self.preset.sample), given)
+        values = to_values(self.preset.sample)
+        match = given.pop("match", None)
+        if self.preset.scheduler and (match or {"sampler", "schedule"} & given.keys()):
+            names = (given.get("sampler"), given.get("schedule"))
+            values |= switched(self.preset, *names, floor=match == "diffusers")
+        values = merge(values, given)
         settings = validate(SampleConfig, values, "the sampling settings")
         self.check(settings)
         return settings
@@ -339,51 +389,56 @@ class Model:
         """Whether there is something to guide away from: an empty prompt, or a null label."""
         return bool(self.text) or self.null_label is not None
 
-    @torch.no_grad()
-    def generate(self, items: Sequence[Item], settings: SampleConfig) -> Iterator[Step]:
-        """Pictures from pure noise, step by step; the last step's `.x` is x0 [B,C,H,W].
+    @property
+    def concat(self) -> Literal["none", "inpaint", "edit", "other"]:
+        """What the U-Net sees beside x_t: nothing, a mask and the masked picture, or a picture."""
+        more, own = self.preset.unet.in_channels - self.codec.channels, self.codec.channels
+        kinds: dict[int, Literal["none", "inpaint", "edit"]] = {
+            0: "none", own: "edit", own + 1: "inpaint",
+        }  # fmt: skip
+        return kinds.get(more, "other") if more == 0 or self.text else "other"
+
+    def raw(self, x0: Tensor) -> Tensor:
+        """The latent as the autoencoder has it, of x0 [B,c,h,w]."""
+        return self.codec.raw(x0) if isinstance(self.codec, VaeCodec) else x0
+
+    def steps(self, settings: SampleConfig, *, init: bool = False) -> int:
+        """How many steps are run; from a picture it is fewer than are asked for."""
+        return plan(self, settings, init=init).steps
+
+    def generate(
+        self, items: Sequence[Item], settings: SampleConfig, second: Second | None = None
+    ) -> Iterator[Step]:
+        """Pictures from pure noise, or from given ones, step by step; the last step's `.x` is x0
+        [B,C,H,W].
 
         Everything random about a picture comes from its own seed, so it is the same alone and in
-        any batch.
+        any batch. second: a model that takes over for the last steps.
         """
         self.check(settings)
-        path, size = self.denoiser.path, settings.size
-        levels = GRIDS[settings.schedule](path, settings.steps, **settings.schedule_options)
-        sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
-        shape = (self.codec.channels, *(side // self.codec.factor for side in reversed(size)))
-        seeds = [item.seed for item in items]
-        source = ImageNoise(seeds, shape, device=self.device)
-        amplitude = {
-            "unit": 1.0,
-            "sigma": levels[0].sigma,
-            "hypot": (levels[0].alpha ** 2 + levels[0].sigma ** 2) ** 0.5,
-        }[settings.start_noise]
-        x = amplitude * source.start()
-        noise = (
-            BrownianNoise(seeds, shape, levels, device=self.device) if sampler.brownian else source
-        )
-        terms: list[tuple[Cond, float]] = []
-        guide = 1.0 if self.preset.unet.guidance_dim else max(settings.guidance, 1.0)
-        labels = [item.label for item in items]
-        cond = self.cond([item.prompt for item in items], labels, size, settings.guidance)
-        terms.append((cond, guide))
-        if guide > 1:
-            none: list[int | None] = [None] * len(items)
-            negative = self.cond([item.negative for item in items], none, size)
-            terms.append((negative, 1 - guide))
-        denoise = guided(
-            self.denoiser,
-            terms,
-            rescale=settings.guidance_rescale,
-            clip=None if settings.clip == "none" else settings.clip,
-            interval=settings.guidance_interval,
-        )
-        yield from sampler(denoise, x, levels, noise)
+        return generate(self, items, settings, second)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Images [B,3,H,W], fp32 in [-1, 1], of x0 [B,C,h,w]."""
-        return self.codec.decode(x0).float().clamp(-1, 1)
+        self.need("vae")
+        return decode(self.codec, x0).clamp(-1, 1)
+
+
+def _vision_name(name: str) -> str:
+    """Newer transformers leave the prefix out."""
+    return name if name.startswith("vis") else f"vision_model.{name}"
+
+
+def _with_codec(preset: Preset, other: Preset, where: str) -> Preset:
+    """A preset with another's autoencoder; UsageError if their latents differ."""
+    ours, theirs = preset.codec, other.codec
+    if not isinstance(theirs, VaeConfig) or (
+        (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor)
+    ):
+        why = f"{theirs.latent_channels} channels, {theirs.factor} times smaller"
+        raise UsageError(f"the autoencoder of {where} does not fit the model {preset.name}", why)
+    return replace(preset, codec=theirs)
 
 
 class _Unwritten(TorchFunctionMode):

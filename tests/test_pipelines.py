@@ -1,4 +1,4 @@
-"""Whole pictures of every published family against diffusers' pipelines: same weights, same seed."""
+"""Whole pictures of every published family against diffusers' pipelines, seed for seed."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from difftool.config import Preset, load_preset, preset_names
+from difftool.config import Preset, load_preset, preset_names, to_values
 from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
+from difftool.formats.recipes import switched
 from difftool.models.clip import ClipText
 from difftool.models.codecs import build_codec
 from difftool.models.configs import UNetConfig, VaeConfig
@@ -161,9 +163,10 @@ def test_parts_fit_together(name):
 @pytest.mark.parametrize(
     "name,times",
     [
-        ("sd15", [40 * i + 1 for i in range(24, -1, -1)]),
-        ("sd21-v", [40 * i + 1 for i in range(24, -1, -1)]),
-        ("sdxl", [33 * i + 1 for i in range(29, -1, -1)]),
+        # diffusers' DPM-Solver, built from the published configuration.
+        ("sd15", [38 * i + 1 for i in range(25, 0, -1)]),
+        ("sd21-v", [38 * i + 1 for i in range(25, 0, -1)]),
+        ("sdxl", [32 * i + 1 for i in range(30, 0, -1)]),
         ("sd-turbo", [999, 749, 499, 249]),
         ("sdxl-turbo", [999, 749, 499, 249]),
         ("lcm", [999, 759, 499, 259]),
@@ -190,6 +193,15 @@ def test_networks_are_asked_at_the_published_times(name, times):
 def test_paths_end_where_the_published_ones_do(name, alpha_bar):
     path = build_path(load_preset(name).path)
     assert path.level(path.t_max).alpha ** 2 == pytest.approx(alpha_bar, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-v", "sdxl", "lcm", "sd-turbo", "sdxl-turbo"])
+def test_the_default_sampler_is_diffusers_own(name):
+    """What a preset samples with by itself is what it samples with when that is asked for."""
+    preset = load_preset(name)
+    values = to_values(preset.sample)
+    found = switched(preset, preset.sample.sampler, None)
+    assert {key: values[key] for key in found} == json.loads(json.dumps(found))
 
 
 def test_what_makes_each_family_itself():

@@ -1,4 +1,4 @@
-"""`--sampler X` on a published model: diffusers' X, built from the model's scheduler. Torch-free."""
+"""`--sampler X` on a published model: diffusers' X built from its scheduler. Torch-free."""
 
 from __future__ import annotations
 
