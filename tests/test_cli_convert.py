@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ldm_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -93,7 +94,7 @@ def test_the_report_is_the_ledger(convert):
     entry = report["entries"][0]
     assert entry.keys() == {
         "source", "source_file", "target", "target_file", "op", "shape", "source_dtype",
-        "target_dtype", "source_sha256", "target_sha256",
+        "target_dtype", "source_sha256", "target_sha256", "source_shape", "target_shape",
     }  # fmt: skip
     assert entry["source_sha256"] == entry["target_sha256"]
 
@@ -302,3 +303,105 @@ def test_help_shows_examples_and_every_choice():
     assert shown.exit_code == 0
     for text in ("Examples", "--inspect", "--dry-run", "--strip-metadata", "--weights", "ldm,"):
         assert text in shown.output
+
+
+# --- single files ----------------------------------------------------------------------------
+
+
+def test_a_single_file_goes_to_a_folder_and_back(convert):
+    tensors = ldm_models.write(Path("sd.safetensors"), "sd1", {"format": "pt"}, ema=True)
+    ran = convert("sd.safetensors", "sd", "--to", "diffusers", "--report", "r.json")
+    assert (ran.code, ran.out) == (0, "sd\n")
+    report = json.loads(Path("r.json").read_text())
+    assert {entry["source"] for entry in report["entries"]} == tensors.keys()
+    there = {entry["source"]: entry for entry in report["entries"]}
+    entry = there["first_stage_model.encoder.mid.attn_1.q.weight"]
+    assert entry["op"] == "reshape"
+    assert entry["source_shape"] == [*entry["target_shape"], 1, 1]
+    assert entry["source_sha256"] == entry["target_sha256"]
+    assert report["verified"].startswith("identical")
+    assert convert("sd", "back.safetensors", "--to", "ldm").code == 0
+    back = load_file("back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(back[name].equal(tensor) for name, tensor in tensors.items())
+    assert safetensors.read_header(Path("back.safetensors")).metadata == {"format": "pt"}
+
+
+def test_weights_are_chosen_by_a_flag(convert):
+    tensors = ldm_models.write(Path("sd.safetensors"), "sd1", ema=True)
+    shown = convert("sd.safetensors", "--inspect", "--json").object
+    assert shown["weights"] == ["live", "ema"]
+    ran = convert("sd.safetensors", "x.safetensors", "--to", "ldm", "--weights", "ema", "--json")
+    assert ran.object["counts"]["drop"] == sum(n.startswith("model_ema") for n in tensors)
+    name = "model.diffusion_model.out.0.bias"
+    assert load_file("x.safetensors")[name].equal(tensors["model_ema.diffusion_modelout0bias"])
+    ran = convert("x.safetensors", "y", "--to", "diffusers", "--weights", "live")
+    assert ran.code == 2
+    assert "no live weights" in ran.err
+    assert convert("sd.safetensors", "z", "--to", "ldm", "--weights", "both").code == 2
+
+
+def test_a_contradiction_is_settled_by_a_flag(convert):
+    tensors = ldm_models.state("sdxl") | {"v_pred": torch.ones(0)}
+    notes = {"modelspec.prediction_type": "epsilon"}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, "xl.safetensors", notes)
+    for args in (["out", "--to", "diffusers"], ["--inspect"]):
+        ran = convert("xl.safetensors", *args)
+        assert ran.code == 3
+        assert "--prediction" in ran.err
+        assert len(ran.err.splitlines()) <= 3
+    shown = convert("xl.safetensors", "--inspect", "--json", "--prediction", "v").object
+    assert (shown["prediction"], shown["family"]) == ("v", "sdxl")
+    ran = convert("xl.safetensors", "out", "--to", "diffusers", "--prediction", "v")
+    assert ran.code == 0
+    scheduler = json.loads(Path("out/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    ran = convert("xl.safetensors", "o", "--to", "ldm", "--prediction", "eps", "--zero-snr")
+    assert ran.code == 2
+    assert convert("xl.safetensors", "o", "--to", "ldm", "--prediction", "x0").code == 2
+
+
+def test_what_is_not_explained_in_a_single_file_is_exit_4(convert):
+    tensors = ldm_models.state("sd1") | {"model.diffusion_model.nobody_knows": torch.ones(1)}
+    save_file(tensors, "odd.safetensors")
+    for kind in ("ldm", "diffusers", "difftool"):
+        ran = convert("odd.safetensors", "out", "--to", kind)
+        assert (ran.code, ran.out) == (4, "")
+        assert "nobody_knows" in ran.err
+    tensors.pop("model.diffusion_model.input_blocks.1.0.in_layers.2.weight")
+    save_file(tensors, "cut.safetensors")
+    ran = convert("cut.safetensors", "out", "--to", "diffusers")
+    assert ran.code == 3
+    assert "nearest family: sd" in ran.err
+    assert left() == {"odd.safetensors", "cut.safetensors"}
+
+
+def test_inspection_of_a_single_file_imports_no_torch(convert):
+    ldm_models.write(Path("sd.safetensors"), "sd2")
+    code = """
+import sys
+from difftool.cli.app import main
+sys.argv = ["difftool", "convert", sys.argv[1], "--inspect"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, os.path.abspath("sd.safetensors")]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "sd2" in done.stdout
+
+
+def test_a_single_file_is_sampled(convert, monkeypatch):
+    """The text encoder, U-Net and decoder of a single file make a picture."""
+    ldm_models.write(Path("sd.safetensors"), "sd1")
+    monkeypatch.setattr(
+        sys, "argv", "difftool sample fox -m sd.safetensors --steps 1 --size 32x32 -o a.png".split()
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
