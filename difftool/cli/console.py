@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from difftool.errors import DifftoolError, UsageError, suggestion
+from difftool.errors import DifftoolError, Stopped, UsageError, suggestion
 
 SCHEMA = 1
 
@@ -31,6 +31,8 @@ class Mode:
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    follower: bool = int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("RANK") != "0"
+    """Another process of a parallel run speaks for this one."""
 
 
 mode = Mode()
@@ -154,23 +156,27 @@ def _print(text: str, style: str | None = None) -> None:
 
 def say(text: str) -> None:
     """Talk: what was decided, what happens. Silent under --quiet."""
-    if not mode.quiet:
+    if not (mode.quiet or mode.follower):
         _print(text)
 
 
 def warn(text: str) -> None:
     """A warning; shown under --quiet too."""
-    _print(f"warning: {text}", "yellow")
+    if not mode.follower:
+        _print(f"warning: {text}", "yellow")
 
 
 def emit(result: str | Mapping[str, Any]) -> None:
     """A result on stdout, at once: a line of text, or a JSON object."""
     text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    print(text, file=sys.stdout, flush=True)
+    if not mode.follower:
+        print(text, file=sys.stdout, flush=True)
 
 
 def fail(error: DifftoolError) -> None:
     """An error in up to three lines on stderr, or as JSON on stdout under --json."""
+    if mode.follower and isinstance(error, UsageError | Stopped):
+        return  # the first process says the same
     if mode.json:
         message = ": ".join(part for part in (error.what, error.why) if part)
         detail = {"code": error.code, "message": message, "hint": error.hint}
@@ -351,7 +357,7 @@ def clock(seconds: float) -> str:
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[PlainProgress | RichProgress]:
     """A progress display; call `.update(done, field=value, ...)` on what it yields."""
-    if mode.quiet or not interactive():
+    if mode.quiet or mode.follower or not interactive():
         yield PlainProgress(description, total)
         return
     display = RichProgress(description, total)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from difftool.training.run import Run
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
+OPTIMIZERS = ["adamw", "muon"]
+MAX_WORKERS = 256
 PARTS: list[str] = list(RECIPES)
 LABELS, CROPS = ["auto", "none", "text", "folders", "prefix"], ["centre", "random"]
 DATA = "Data"
@@ -137,6 +139,21 @@ def train(
             "--precision", callback=choice(PRECISIONS), help=choices("Arithmetic", PRECISIONS)
         ),
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer", callback=choice(OPTIMIZERS), help=choices("Optimiser", OPTIMIZERS)
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run the U-Net through torch's compiler.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", help="Threads that prepare batches ahead.  \\[0 on CPU, up to 4 on GPU]"
+        ),
+    ] = None,
     ema: Annotated[
         bool | None, typer.Option("--ema/--no-ema", help="Moving average of the weights.")
     ] = None,
@@ -196,6 +213,7 @@ def train(
         "size": size,
         "precision": precision,
         "seed": seed,
+        "optimizer": optimizer,
         "validation": validation,
     }
     data_flags: dict[str, Any] = {
@@ -221,6 +239,8 @@ def train(
     for name, value in (("save-every", save_every), ("keep", keep), ("sample-every", sample_every)):
         if value < 1:
             raise UsageError(f"--{name} {value} is not a positive number")
+    if workers is not None and not 0 <= workers <= MAX_WORKERS:
+        raise UsageError(f"--workers {workers} is not a number from 0 to {MAX_WORKERS}")
     if validation is not None and not 0 <= validation < float("inf"):
         raise UsageError(f"--validation {validation:g} is not a share or a count of pictures")
     if resuming and out is None:
@@ -240,13 +260,16 @@ def train(
     from difftool.data import open_dataset
     from difftool.formats import open_model
     from difftool.model import Model, find_model, pick_device
+    from difftool.training import parallel
     from difftool.training import stages as staged
     from difftool.training.batches import buckets_of
     from difftool.training.estimate import check_disk, estimate
+    from difftool.training.loop import compiler_problem
     from difftool.training.plan import plan
     from difftool.training.report import usage
     from difftool.training.run import is_used, new_folder
 
+    where = parallel.join(pick_device(device))
     if out is not None and not resuming and is_used(out):
         hint = "give --resume to continue it, or another --out"
         raise UsageError(f"the run folder {out} is not empty", hint=hint)
@@ -258,7 +281,6 @@ def train(
         config = data_config([*said, *override_layers(settings or [])])
         dataset = open_dataset(data, config, progress=lambda done, total: display.update(done))
     console.table(_columns(dataset.audit.lines()))
-    where = pick_device(device)
     only = cast("Part | None", part)
     key = RECIPES[only or "unet"]
     shared = {"seed", "precision", "validation"}
@@ -316,11 +338,14 @@ def train(
         return
 
     check_disk(out or Path("runs"), costs.disk)
-    folder = out or new_folder(data)
+    folder = parallel.from_first(lambda: out or new_folder(data))
     folder.mkdir(parents=True, exist_ok=True)
-    if not resuming:
+    if not resuming and parallel.leads():
         (folder / "config.yaml").write_text(to_yaml(resolved))
     console.say(f"run folder {folder}")
+    if compiled and (problem := compiler_problem(where)):
+        console.warn(f"going on without --compile: {problem}")
+        compiled = False
     stages = [s._replace(folder=folder / s.folder.relative_to(out or Path())) for s in stages]
     runs = staged.runs(
         stages,
@@ -334,6 +359,8 @@ def train(
         sample_every=sample_every,
         prompts=sample_prompt or (),
         argument=data,
+        workers=workers,
+        compiled=compiled,
         choices=[row for row in rows if not row[2].startswith(("default", "preset"))],
         progress=console.progress,
     )

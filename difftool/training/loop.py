@@ -322,7 +322,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 numbers natively; of CPUs, those with AVX-512 BF16 or AMX."""
+    """Whether a device multiplies bf16 numbers natively (CPUs: with AVX-512 BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -6,6 +6,7 @@ here does nothing. Collectives on CPU tensors go through gloo, on CUDA tensors t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,21 +43,17 @@ def leads() -> bool:
     return rank() == 0
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
-    """In the block this process is one of those that torchrun has started; gives its device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
+def join(device: torch.device) -> torch.device:
+    """Become one of the processes that torchrun has started, if it has; this process's device."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
+    return device
 
 
 # --- agreements ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from difftool.data.dataset import count
 from difftool.data.images import write_png, write_whole
 from difftool.errors import Stopped, UsageError
 from difftool.model import Item, Model
-from difftool.training import rng
+from difftool.training import parallel, rng
 from difftool.training.batches import buckets_of, to_signal
 from difftool.training.cache import Embeddings, Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
@@ -94,6 +94,8 @@ class Run:
         prompts: Sequence[str] = (),
         argument: str = "",
         choices: Sequence[tuple[str, Any, str]] = (),
+        workers: int | None = None,
+        compiled: bool = False,
         progress: Progress = _silent,
     ):
         """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
@@ -101,6 +103,7 @@ class Run:
         adopt: the models that parts ("vae", "text", "unet") take their first weights from.
         argument, choices: for the report, what the user calls the data, and (key, value, origin)
         of the configuration's values that are not the preset's.
+        workers, compiled: see Trainer.
         progress: shows (name, total) as a context whose `update(done)` is called, while pictures
         are read and encoded.
         """
@@ -113,7 +116,9 @@ class Run:
         self.worries: set[str] = set()
         self.drawn = -math.inf
         self.metrics = folder / "metrics.jsonl"
-        self.lock = _lock(folder)
+        self.leads = parallel.leads()
+        """Of several processes the first writes; the others only train."""
+        self.lock = _lock(folder) if self.leads else None
         try:
             recipe = preset.recipe(part)
             self.dataset, self.held = hold_out(dataset, recipe.validation)
@@ -122,7 +127,7 @@ class Run:
             )
             for name, path in (adopt or {}).items():
                 model.adopt(path, name)
-            if resume is None:
+            if resume is None and self.leads:
                 write_whole(folder / "config.yaml", to_yaml(preset).encode(), overwrite=True)
             assert recipe.size
             frame = buckets_of(preset, recipe.size) or recipe.size
@@ -130,7 +135,7 @@ class Run:
                 dataset.prepare(frame, lambda done, _: shown.update(done))
             if self.held:
                 self.held.prepare(frame)
-            self.trainer = Trainer(model, self.dataset, part)
+            self.trainer = Trainer(model, self.dataset, part, workers=workers, compiled=compiled)
             self.validation = Validation(self.trainer, self.held) if self.held else None
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
@@ -139,12 +144,16 @@ class Run:
                 objective.embeddings = Embeddings(model, folder / "cache")
             latent = preset.codec.kind == "vae" and self.dataset.fixed
             if isinstance(objective, Denoising) and latent:
-                with progress("encoding pictures", len(self.dataset)) as shown:
+                with (
+                    parallel.first_before_others(),
+                    progress("encoding pictures", len(self.dataset)) as shown,
+                ):
                     objective.latents = Latents.make(
                         model, self.dataset, frame, flip=bool(recipe.flip),
                         folder=folder / "cache", progress=lambda done, _: shown.update(done),
                     )  # fmt: skip
-            _truncate(self.metrics, self.trainer.step)
+            if self.leads:
+                _truncate(self.metrics, self.trainer.step)
             self.facts = self._facts(argument or dataset.audit.source, choices)
             self.began, self.session = time.monotonic(), {"from": self.trainer.step}
             self.facts["sessions"].append(self.session)
@@ -169,13 +178,11 @@ class Run:
                 if step.loss is not None:
                     self._write(_line(step))
                 yield step
-                if signals:
+                if signum := parallel.highest(signals[0] if signals else 0):
                     where = self.save()
                     self._state(finished=False)
                     hint = f"continue with --out {self.folder} --resume"
-                    raise Stopped(
-                        signals[0], f"stopped after step {step.step}, saved {where}", hint
-                    )
+                    raise Stopped(signum, f"stopped after step {step.step}, saved {where}", hint)
                 if step.step % self.sample_every == 0 or step.step == last:
                     self.show()
                 if step.step % self.save_every == 0 and step.step != last:
@@ -189,6 +196,12 @@ class Run:
         """Write the last checkpoint, the model, the plot and the report; the model's path."""
         self.save()
         path = self.folder / "model.safetensors"
+        if self.leads:
+            self._finish(path)
+        parallel.wait()
+        return path
+
+    def _finish(self, path: Path) -> None:
         ema = self.trainer.ema
         note = {"difftool.weights": "ema" if ema else "live"}
         weights = ema.average if ema else None
@@ -199,7 +212,6 @@ class Run:
         self._state(finished=True)
         self._draw()
         self.close()
-        return path
 
     def _measured(self) -> Preset:
         """The preset with the latents' own mean and deviation, by which x0 has unit variance."""
@@ -213,13 +225,16 @@ class Run:
 
     def close(self) -> None:
         """Let other runs have the folder."""
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
 
     # --- what it shows -----------------------------------------------------------------------
 
     def show(self) -> None:
         """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
         with the averaged weights."""
+        if not self.leads:
+            return
         lines: list[dict[str, Any]] = []
         with self.averaged():
             if self.validation is not None:
@@ -278,6 +293,8 @@ class Run:
 
     def _write(self, *lines: dict[str, Any]) -> None:
         """Lines into metrics.jsonl, all at once."""
+        if not self.leads:
+            return
         with self.metrics.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -327,6 +344,8 @@ class Run:
 
     def _state(self, *, finished: bool) -> None:
         """Write run.json."""
+        if not self.leads:
+            return
         seconds = time.monotonic() - self.began
         self.session |= {"to": self.trainer.step, "seconds": round(seconds, 1)}
         self.facts["finished"] = finished
@@ -341,7 +360,7 @@ class Run:
         for part in parts.values():
             part.eval()
         try:
-            with ema.swapped() if ema else nullcontext():
+            with ema.swapped() if ema else nullcontext(), self.trainer.eager():
                 yield
         finally:
             for name, part in parts.items():
