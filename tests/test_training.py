@@ -213,7 +213,7 @@ def test_what_is_chosen_is_explained(pictures):
     assert preset.classes == ("dark", "light")
     assert preset.unet.num_classes == 3
     chosen = [layer.origin for layer in layers if layer.origin.startswith("chosen")]
-    assert len(chosen) == 4
+    assert len(chosen) == 5
     assert preset.train.size == 16
 
 
