@@ -28,7 +28,7 @@ Rule = Callable[[int], float]
 LONGEST = 0.28
 """The relative deviation of a flat profile, 12^-1/2, is the end of what power functions reach."""
 SNAPSHOTS = 32
-"""From so many on every second one is given up."""
+"""As many are kept, spread evenly over the run."""
 MISFIT = 0.1
 """Largest share of a wanted profile that stored ones may leave unexplained."""
 
@@ -110,9 +110,9 @@ class Ema:
         found = snapshots(folder)
         for later in [step for step in found if step > self.updates]:
             found.pop(later).unlink()  # of a future that a resumed run will make anew
-        if len(found) > SNAPSHOTS:
-            for step in list(found)[:-1:2]:
-                found[step].unlink()
+        while len(found) > SNAPSHOTS:  # the one whose neighbours are nearest to one another
+            around = zip(found, list(found)[1:], list(found)[2:], strict=False)
+            found.pop(min((after - before, step) for before, step, after in around)[1]).unlink()
 
 
 # --- the choice afterwards -------------------------------------------------------------------
