@@ -235,6 +235,15 @@ def test_activations_are_counted_as_the_backward_pass_keeps_them():
     assert counted == pytest.approx(own, rel=0.1)
 
 
+def test_recomputing_blocks_takes_less_memory():
+    given = [Layer("test", {"train": {"checkpointing": True}})]
+    counts = []
+    for layers in ([], given):
+        preset, vocabulary, _ = plan(ShapesDataset(), "cpu", "text-small", layers)
+        counts.append(activation_bytes(Model(preset, vocabulary), "unet"))
+    assert counts[1] < 0.6 * counts[0]
+
+
 def test_the_estimate_counts_weights_gradients_moments_and_average():
     preset, _, _ = plan(ShapesDataset(), "cpu", "text-small", [])
     model = Model(preset, plan(ShapesDataset(), "cpu", "text-small", [])[1])

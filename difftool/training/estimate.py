@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from difftool.config import Part, Preset
+from difftool.config import Part, Preset, TrainConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError
@@ -57,7 +57,8 @@ def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
         recipe = preset.recipe(part)
         assert recipe.batch_size
         learning = sum(counts.get(name, 0) for name in _trained(preset)[part])
-        averages = bool(recipe.ema)
+        averages = len(recipe.ema_lengths) if recipe.ema_profile == "power" else 1
+        averages = averages if recipe.ema else 0
         kept = total if part == "unet" else learning
         saved = FP32 * (kept * (1 + averages) + 2 * learning)
         checkpoint = max(checkpoint, saved)
@@ -75,11 +76,14 @@ def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
 def activation_bytes(model: Model, part: Part) -> int:
     """What autograd keeps of one fp32 sample, counted by running the networks, still without
     weights, on no memory at all; 0 for a text encoder alone, which keeps little."""
-    side = model.preset.recipe(part).size
+    recipe = model.preset.recipe(part)
+    side = recipe.size
     if part == "clip" or side is None:
         return 0
     for name, network in model.parts().items():
         network.requires_grad_(name in _trained(model.preset)[part])
+    if isinstance(recipe, TrainConfig):
+        model.denoiser.network.checkpoint(recipe.checkpointing)  # type: ignore[operator]
     with _kept() as tensors, torch.device("meta"):
         if part == "vae":
             assert isinstance(model.codec, VaeCodec)
