@@ -26,6 +26,7 @@ from difftool.formats.extra import checked_extra, differing, make_extra, with_ex
 from difftool.formats.files import TensorSource, open_source
 from difftool.formats.layout import Rule
 from difftool.formats.networks import VERSION
+from difftool.formats.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
 from difftool.formats.schedulers import read_scheduler, write_scheduler
 from difftool.formats.source import (
     EMA,
@@ -71,6 +72,12 @@ PLAIN_FILES = {
     "feature_extractor": "preprocessor_config.json",
 }
 """Components without tensors, and the file that describes each."""
+IMAGE_PROCESSORS = {
+    f"{kind}{name}"
+    for kind in ("CLIP", "DPT")
+    for name in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+}
+"""Classes of the component feature_extractor."""
 LEFT_OUT = {"safety_checker": "the safety checker is no part of a difftool model"}
 """Components whose tensors are dropped, and why."""
 CLASSES = {
@@ -110,6 +117,21 @@ PIPELINES = {
     "PNDMPipeline": Pipeline(),
 }
 """The pipeline classes that difftool knows; no other is read."""
+
+CLASSES_OF_FAMILIES = {
+    "sd2-depth": "StableDiffusionDepth2ImgPipeline",
+    "sd2-unclip": "StableUnCLIPImg2ImgPipeline",
+    "x4-upscaler": "StableDiffusionUpscalePipeline",
+}
+NEEDED = {
+    "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
+    "StableUnCLIPImg2ImgPipeline": (
+        *("image_encoder", "image_normalizer", "image_noising_scheduler", "feature_extractor"),
+    ),
+}
+"""Components without which a pipeline class does not load, and that difftool does not make."""
+LOW_RES_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}
+"""Fields of the DDPMScheduler with which the upscaler adds noise to the small picture."""
 
 Configs = Mapping[str, Any]
 """Configuration files of a folder by their place in it."""
@@ -299,6 +321,7 @@ def _foreign(configs: Configs, values: Mapping[str, Any]) -> dict[str, Any]:
     except CheckError:
         return dict(configs)
     ours["unet_ema/config.json"] = ours["unet/config.json"]
+    ours[INDEX] |= _foreign_index(configs)
     return {path: config for path, config in configs.items() if config != ours.get(path)}
 
 
@@ -321,7 +344,7 @@ def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
         if name in CLASSES and value[1] not in CLASSES[name]:
             what = f"{where} names a class that difftool does not have"
             raise InputError(what, f"{name}: {value[1]}")
-        if name not in (*CLASSES, *LEFT_OUT, *PLAIN_FILES):
+        if name not in (*CLASSES, *LEFT_OUT, *PLAIN_FILES, "watermarker"):
             raise InputError(f"{where} names a component that difftool does not have", name)
         present.add(name)
     if missing := [name for name in ("unet", "scheduler") if name not in present]:
@@ -465,6 +488,7 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     if "ema" in source.weights[1:]:
         configs["unet_ema/config.json"] = configs["unet/config.json"]
     configs |= _foreign_components(source, files)
+    configs[INDEX] |= _foreign_index(configs)
     pads = {
         TOKENIZERS[ENCODERS.index(name)]: config.pad_id
         for name, config in zip(names, preset.text, strict=False)
@@ -512,11 +536,28 @@ def _placed(source: ModelSource, encoders: list[str]) -> Iterator[tuple[str, str
 
 def _foreign_components(source: ModelSource, files: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration files of the components that difftool has no network for, as they were."""
-    there = {file.partition("/")[0] for file in files}
-    wanted = {f"{name}/config.json" for name in FOREIGN if name in there}
-    wanted |= {f"{name}/{file}" for name, file in PLAIN_FILES.items() if name != "scheduler"}
+    there = {name for name in FOREIGN if any(file.startswith(f"{name}/") for file in files)}
+    wanted = {f"{name}/config.json" for name in there}
+    beside = {name for name in PLAIN_FILES if name != "scheduler"} if there else set()
+    wanted |= {f"{name}/{PLAIN_FILES[name]}" for name in beside | {"low_res_scheduler"}}
     configs = {path: source.configs[path] for path in wanted if path in source.configs}
     return {path: config for path, config in configs.items() if isinstance(config, dict)}
+
+
+def _foreign_index(configs: Configs) -> dict[str, list[str]]:
+    """The index's lines on the components that difftool has no network for; known classes only."""
+    lines = {
+        name: list(names)
+        for name, (_, names) in FOREIGN.items()
+        if f"{name}/config.json" in configs
+    }
+    for name, file in PLAIN_FILES.items():
+        config = configs.get(f"{name}/{file}", {})
+        if config.get("_class_name") in CLASSES_OF_SCHEDULERS:
+            lines[name] = ["diffusers", config["_class_name"]]
+        elif config.get("image_processor_type") in IMAGE_PROCESSORS:
+            lines[name] = ["transformers", config["image_processor_type"]]
+    return lines
 
 
 def _pipeline(preset: Preset) -> str:
@@ -530,6 +571,9 @@ def _pipeline(preset: Preset) -> str:
         return f"StableDiffusionXL{kind}Pipeline"
     if preset.unet.guidance_dim:
         return "LatentConsistencyModelPipeline"
+    family = family_of(preset.unet, preset.codec, preset.text)
+    if family in CLASSES_OF_FAMILIES:
+        return CLASSES_OF_FAMILIES[family]
     edits = preset.unet.in_channels == 2 * preset.codec.latent_channels
     kind = "Inpaint" if inpaints else "InstructPix2Pix" if edits else ""
     return f"StableDiffusion{kind}Pipeline"
@@ -549,6 +593,10 @@ def _write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     configs[SCHEDULER] = write_scheduler(
         build_path(preset.path), preset.target, preset.sample, preset.scheduler
     )
+    if _pipeline(preset) == CLASSES_OF_FAMILIES["x4-upscaler"]:
+        fields = CLASSES_OF_SCHEDULERS["DDPMScheduler"].defaults | LOW_RES_SCHEDULER
+        about = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
+        configs["low_res_scheduler/scheduler_config.json"] = about | dict(sorted(fields.items()))
     return {INDEX: _index(preset, encoders, configs)} | configs
 
 
@@ -565,7 +613,12 @@ def _index(preset: Preset, encoders: list[str], configs: Configs) -> dict[str, A
         clip = config.tokenizer == "clip"
         index[tokenizer] = ["transformers", "CLIPTokenizer"] if clip else [None, None]
     nothing: list[None] = [None, None]
-    if PIPELINES[kind].text == "sd":
+    if kind == CLASSES_OF_FAMILIES["x4-upscaler"]:
+        index |= {"safety_checker": nothing, "feature_extractor": nothing, "watermarker": nothing}
+        index["max_noise_level"] = 350
+    elif kind in NEEDED:
+        index |= dict.fromkeys(NEEDED[kind], nothing)
+    elif PIPELINES[kind].text == "sd":
         index |= {"safety_checker": nothing, "feature_extractor": nothing, "image_encoder": nothing}
         index["requires_safety_checker"] = False
     elif PIPELINES[kind].text == "xl":
@@ -605,6 +658,9 @@ def _published_index(published: Mapping[str, Any], configs: Configs) -> dict[str
     """The index that a folder had, of which only what does not name code is taken over."""
     ours = configs[INDEX] | {"scheduler": ["diffusers", configs[SCHEDULER]["_class_name"]]}
     components = {name: value for name, value in ours.items() if isinstance(value, list)}
+    processor = published.get("feature_extractor")
+    if components.get("feature_extractor", [None])[0] and _is_processor(processor):
+        components["feature_extractor"] = processor
     gone = {name: [None, None] for name, value in published.items() if isinstance(value, list)}
     plain = {
         name: value
@@ -615,6 +671,11 @@ def _published_index(published: Mapping[str, Any], configs: Configs) -> dict[str
     if "requires_safety_checker" in published:
         index["requires_safety_checker"] = False
     return index
+
+
+def _is_processor(line: Any) -> bool:
+    """Whether an index's line names an image processor, of which there are several spellings."""
+    return isinstance(line, list) and len(line) == 2 and line[1] in IMAGE_PROCESSORS
 
 
 def _losses(
@@ -633,6 +694,9 @@ def _losses(
         yield "diffusers has no pipeline from text to pixels: its components load one by one"
     elif derived["text"] != values["text"]:
         yield f"diffusers reads text encoders in another way than this model: {kept}"
+    needed = NEEDED.get(configs[INDEX]["_class_name"], ())
+    if missing := [name for name in needed if configs[INDEX].get(name) in (None, [None, None])]:
+        yield f"diffusers' pipeline wants components that are not there: {', '.join(missing)}"
     if preset.unet.num_classes and configs[INDEX]["_class_name"] == "DDPMPipeline":
         yield "diffusers' DDPMPipeline asks for no class, which this model needs"
 

@@ -29,7 +29,6 @@ EMA, EXTRA, UNKNOWN = "ema.", "extra.", "unknown."
 """Before the names of tensors beside the model: averaged weights (ema.unet.*), what no network of
 difftool's has but other tools want back (extra.ldm.*, extra.diffusers.*), and what nobody knows."""
 LAYOUT = "ldm"
-WEIGHTS = ("live", "ema")
 
 
 class Evidence(NamedTuple):
