@@ -130,12 +130,12 @@ def test_snapshots_are_thinned_and_never_of_a_lost_future(tmp_path):
 
 def test_a_recipe_asks_for_one_average_for_two_or_for_none():
     p = {"unet.p": torch.zeros(1)}
-    for values, rules in (
-        ({"ema": 0.9}, ["decay"]),
-        ({"ema_profile": "power"}, ["0.05", "0.1"]),
-        ({"ema_profile": "power", "ema_lengths": (0.2,)}, ["0.2"]),
+    for config, rules in (
+        (TrainConfig(ema=0.9), ["decay"]),
+        (TrainConfig(ema_profile="power"), ["0.05", "0.1"]),
+        (TrainConfig(ema_profile="power", ema_lengths=(0.2,)), ["0.2"]),
     ):
-        made = Ema.of(TrainConfig(**values), p)
+        made = Ema.of(config, p)
         assert made is not None
         assert list(made.rules) == rules
         assert made.average is made.tracks[rules[-1]]

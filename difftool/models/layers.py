@@ -55,7 +55,8 @@ def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation; on a CPU in fp32, because its bf16 form takes several times as long."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if x.device.type != "cpu" or x.dtype not in LOW:
             return super().forward(x)
         weight, bias = self.weight.float(), self.bias.float()

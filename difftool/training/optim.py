@@ -82,6 +82,7 @@ class Muon(Optimizer):
         for shape, group in by_shape.items():  # equal shapes in one go
             ahead = []
             for p in group:
+                assert p.grad is not None
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
                 ahead.append(p.grad.lerp(momentum, MOMENTUM).flatten(1))
