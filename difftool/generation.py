@@ -79,8 +79,6 @@ def check_items(model: Model, item: Item) -> None:
         raise UsageError("--mask has nothing to mask", hint="give --init")
     if model.vision is not None and item.image is None:
         raise UsageError(f"the model {name} varies a picture", hint="give --image-prompt")
-    if model.vision is None and item.image is not None:
-        raise UsageError(f"the model {name} takes no --image-prompt", hint="unCLIP models do")
     if model.preset.family == "sd2-unclip" and model.vision is None:
         raise UsageError(f"the model {name} has no picture encoder that difftool can read")
 

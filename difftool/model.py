@@ -21,6 +21,7 @@ from difftool.config import (
     Preset,
     SampleConfig,
     build_preset,
+    load_preset,
     merge,
     preset_folder,
     to_values,
@@ -29,7 +30,7 @@ from difftool.config import (
 from difftool.decoding import decode
 from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.grids import GRIDS
-from difftool.diffusion.path import build_path
+from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
@@ -154,13 +155,15 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         vae: str | None = None,
+        recipe: str | None = None,
         low_memory: bool = False,
     ) -> Model:
         """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
 
-        vae: another model, whose autoencoder stands in. low_memory: a network's weights are there
-        only while it is at work. UsageError if nothing is there, InputError if it is malformed or
-        not supported.
+        vae: another model, whose autoencoder stands in. recipe: a preset, by whose way of sampling
+        it is sampled (Turbo's, say, which no tensor shows). low_memory: the weights of a network
+        are there only while it is at work. UsageError if nothing is there, InputError if it is
+        malformed or not supported.
         """
         path = find_model(where)
         source = open_model(path)
@@ -171,6 +174,9 @@ class Model:
         if vae is not None:
             other = open_model(find_model(vae))
             preset = _with_codec(preset, build_preset(other.values, vae), vae)
+        if recipe is not None:
+            chosen = load_preset(recipe)
+            preset = replace(preset, sample=chosen.sample, scheduler=chosen.scheduler)
         model = cls(preset, source.tokenizer_json)
         model.device = target
         if not any(name.startswith("unet.") for name in source.tensors):
@@ -189,6 +195,8 @@ class Model:
                 fill()
         model.hash = file_hash(source.file)[:10]
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
+        model.notes += [f"sampled as by preset {recipe}"] if recipe else []
+        model.notes += [f"autoencoder of {vae}"] if vae else []
         return model
 
     def _see(self, source: ModelSource) -> None:
@@ -308,7 +316,8 @@ class Model:
         """The label of a class given by name or index; UsageError if there is none."""
         classes, count = self.preset.classes, self.preset.unet.num_classes
         if not count:
-            raise UsageError(f"the model {self.name} has no classes", hint="leave --label out")
+            why = f"the model {self.name} has no classes"
+            raise UsageError(f'there is no class "{name}"', why, "leave --label out")
         if name in classes:
             return classes.index(name)
         if name.isdecimal() and int(name) < (len(classes) or count):
@@ -356,7 +365,7 @@ class Model:
                 given[key] = registry.resolve(given[key])
         values = to_values(self.preset.sample)
         match = given.pop("match", None)
-        if self.preset.scheduler and (match or {"sampler", "schedule"} & given.keys()):
+        if self.switches and (match or {"sampler", "schedule"} & given.keys()):
             names = (given.get("sampler"), given.get("schedule"))
             values |= switched(self.preset, *names, floor=match == "diffusers")
         values = merge(values, given)
@@ -380,9 +389,21 @@ class Model:
         if settings.guidance > 1 and not self.preset.unet.guidance_dim and not self.guidable:
             why = "it was trained without an empty caption or label to guide from"
             raise UsageError(f"the model {self.name} cannot be guided", why, "use --guidance 1")
+        if not 0 < settings.strength <= 1:
+            raise UsageError(f"strength {settings.strength:g} is not above 0 and at most 1")
+        if settings.image_guidance < 1:
+            why, hint = "the picture would be kept away from", "1 is off"
+            raise UsageError(f"image guidance {settings.image_guidance:g} is not usable", why, hint)
+        if not 0 <= settings.noise_level < 1000:
+            raise UsageError(f"noise level {settings.noise_level} is not from 0 to 999")
         path = self.denoiser.path
         SAMPLERS[settings.sampler](path, **settings.sampler_options)
         GRIDS[settings.schedule](path, settings.steps, **settings.schedule_options)
+
+    @property
+    def switches(self) -> bool:
+        """Whether samplers are built from the model's scheduler, as diffusers builds them."""
+        return bool(self.preset.scheduler) and isinstance(self.denoiser.path, Discrete)
 
     @property
     def guidable(self) -> bool:

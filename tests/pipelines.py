@@ -55,7 +55,7 @@ def tokenizer(folder: Path, pad: int | None) -> Any:
 def text(seed: int, width: int, layers: int, act: str, projection: int | None = None) -> Any:
     config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=2, hidden_act=act, projection_dim=projection or width,
+        num_attention_heads=width // 8, hidden_act=act, projection_dim=projection or width,
         bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
@@ -63,12 +63,12 @@ def text(seed: int, width: int, layers: int, act: str, projection: int | None = 
 
 
 def unet(seed: int, **config: Any) -> Any:
-    """Two levels, attention at the second."""
+    """Two levels, attention at the second; as many heads and groups as single files imply."""
     values = {
         "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
-        "block_out_channels": (32, 64), "cross_attention_dim": 24, "attention_head_dim": 4,
+        "block_out_channels": (32, 64), "cross_attention_dim": 24, "attention_head_dim": 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 32,
     } | config  # fmt: skip
     made = scaled(diffusers.UNet2DConditionModel(**values), seed, 0.8)
     for name, parameter in made.named_parameters():
@@ -77,12 +77,12 @@ def unet(seed: int, **config: Any) -> Any:
     return made
 
 
-def vae(seed: int = 9) -> Any:
+def vae(seed: int = 9, scale: float = 0.18215) -> Any:
     """Four times smaller latents, whose pictures have contrast."""
     made = scaled(
         diffusers.AutoencoderKL(
             block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=4,
-            norm_num_groups=4, sample_size=64, scaling_factor=0.18215,
+            norm_num_groups=8, sample_size=64, scaling_factor=scale,
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         ),
         seed,
@@ -95,13 +95,13 @@ def vae(seed: int = 9) -> Any:
 SDXL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 20 + 6 * 256, "cross_attention_dim": 24 + 40,
-    "attention_head_dim": (2, 4), "use_linear_projection": True,
+    "attention_head_dim": (1, 2), "use_linear_projection": True,
     "transformer_layers_per_block": (1, 2),
 }  # fmt: skip
 REFINER = SDXL | {
     "projection_class_embeddings_input_dim": 20 + 5 * 256, "cross_attention_dim": 40,
 }  # fmt: skip
-SD2 = {"cross_attention_dim": 40, "attention_head_dim": (2, 4), "use_linear_projection": True}
+SD2 = {"cross_attention_dim": 40, "attention_head_dim": (1, 2), "use_linear_projection": True}
 
 
 def build(family: str, folder: Path) -> Any:
@@ -129,7 +129,7 @@ def _build(family: str, folder: Path) -> Any:
     }  # fmt: skip
     sd2 = sd1 | {"tokenizer": marked, "text_encoder": text(2, 40, 3, "gelu")}
     xl = {
-        "vae": vae(), "tokenizer": plain, "tokenizer_2": marked,
+        "vae": vae(scale=0.13025), "tokenizer": plain, "tokenizer_2": marked,
         "text_encoder": text(1, 24, 2, "quick_gelu"),
         "text_encoder_2": text(2, 40, 3, "gelu", 20),
         "scheduler": diffusers.EulerDiscreteScheduler(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +14,11 @@ from PIL import Image
 from pipelines import SCHEDULERS, WORDS, build, diffusers, reschedule
 from torch import Tensor
 
+from difftool.cli.app import main
 from difftool.config import SampleConfig
 from difftool.errors import UsageError
+from difftool.formats import open_model
+from difftool.formats.convert import convert
 from difftool.generation import Second
 from difftool.model import Item, Model
 
@@ -282,3 +287,178 @@ def test_a_refiner_takes_over(pairs, sampler):
     taking_over = Second(second, settings(second, sampler), 0.7)
     assert difference(ours(model, settings(model, sampler), taking_over), expected) <= 1
     assert difference(ours(model, settings(model, sampler)), expected) > 3
+
+
+# --- from the command line --------------------------------------------------------------------
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch, capsys):
+    """Run `difftool sample` in an empty folder; the picture [H,W,3], and what was said."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object, code: int = 0) -> tuple[Tensor, str]:
+        common = ("--device", "cpu", "--seed", SEED, "-o", "made.png", "--overwrite")
+        monkeypatch.setattr(sys, "argv", ["difftool", "sample", *map(str, (*args, *common))])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == code, said
+        if code:
+            return torch.empty(0), said
+        with Image.open("made.png") as image:
+            return torch.from_numpy(np.array(image)).float() / 255, said
+
+    return run
+
+
+def flags(family: str, **more: object) -> list[object]:
+    values = {"guidance": 3, "steps": STEPS, "size": "x".join(map(str, SIZE))} | more
+    prompts = [WORDS, "--negative", NEGATIVE]
+    return [*prompts, *(part for n, v in values.items() for part in (f"--{n}", v))]
+
+
+SINGLE = ["sd1", "sd2-v", "sd2-zsnr", "sdxl", "lcm", "inpaint", "pix2pix"]
+
+
+@pytest.mark.parametrize("family", SINGLE)
+def test_folders_and_single_files_give_the_same_picture(pairs, sample, family):
+    """The published configuration of a family is that of its single files."""
+    pipe, _, folder = pairs(family)
+    sampler = "lcm" if family == "lcm" else "euler"
+    more: dict[str, Any] = {"sampler": sampler, "match": "diffusers"}
+    given: dict[str, Any] = dict(SHAPE)
+    image = Path("init.png")
+    if family in ("inpaint", "pix2pix"):
+        picture().save(image)
+        half_mask().save("mask.png")
+        more |= {"init": image}
+        given = {"image": picture()}
+    if family == "inpaint":
+        more |= {"mask": "mask.png", "strength": 1}
+        given |= SHAPE | {"mask_image": half_mask(), "strength": 1.0}
+    if family == "pix2pix":
+        more |= {"image-guidance": 1.5}
+    if family == "lcm":
+        given |= {"negative_prompt": ...}
+    expected = theirs(pipe, sampler, **given)
+    convert(open_model(Path(folder)), Path("single.safetensors"), "ldm")
+    for where in (folder, "single.safetensors"):
+        found, said = sample(*flags(family, **more), "-m", where)
+        if family == "inpaint":
+            outside = half_mask_array() == 0
+            kept = torch.from_numpy(np.array(picture())).float() / 255
+            assert found[outside].equal(kept[outside])
+            found = torch.where(outside[..., None], expected, found)
+        assert difference(found, expected) <= 1, where
+        assert f"steps of {sampler}" in said
+
+
+def half_mask_array() -> Tensor:
+    return torch.from_numpy(np.array(half_mask()))
+
+
+def test_what_is_not_masked_stays_to_the_bit(pairs, sample):
+    _, _, folder = pairs("sd1")
+    picture(5, (34, 50)).save("init.png")
+    soft = np.full((48, 32), 128, np.uint8)
+    soft[:, :10], soft[:, 20:] = 0, 255
+    Image.fromarray(soft).save("mask.png")
+    arguments = (WORDS, "-m", folder, "--steps", 8, "--sampler", "ddim", "--init", "init.png")
+    whole, said = sample(*arguments, "--strength", 0.5)
+    assert whole.shape == (48, 32, 3) and "4 of 8 steps are run" in said  # sides of multiples of 4
+    found, _ = sample(*arguments, "--strength", 0.5, "--mask", "mask.png")
+    init = torch.from_numpy(np.array(picture(5, (34, 50)).resize((32, 48), 1))).float() / 255
+    assert found[:, :10].equal(init[:, :10])
+    for part, least in ((slice(10, 20), 1), (slice(20, 32), 5)):
+        assert difference(found[:, part], init[:, part]) > least
+    again, _ = sample("--from-image", "made.png", "-m", folder)
+    assert again.equal(found)
+    _, said = sample(*arguments, "--strength", 0.1, code=2)
+    assert "no step" in said
+
+
+def test_little_memory_makes_the_same_picture(pairs, sample):
+    _, model, folder = pairs("sdxl")
+    _, _, refiner = pairs("refiner")
+    arguments = [*flags("sdxl"), "-m", folder, "--refiner", refiner, "--refiner-start", 0.6]
+    found, _ = sample(*arguments)
+    assert sample(*arguments, "--low-memory")[0].equal(found)
+    assert not sample(*flags("sdxl"), "-m", folder)[0].equal(found)
+    staged = Model.load(folder, device="cpu", low_memory=True)
+
+    def here() -> set[str]:
+        parts = staged.parts().items()
+        return {name for name, part in parts if not next(part.parameters()).is_meta}
+
+    seen = []
+    staged.denoiser.network.register_forward_pre_hook(lambda *_: seen.append(here()))
+    *_, last = staged.generate([Item(WORDS, seed=1)], model.settings(steps=2, size=SIZE))
+    staged.decode(last.x)
+    assert seen[0] == {"unet"} and here() == {"vae"}
+
+
+def test_another_autoencoder(pairs, sample):
+    _, _, folder = pairs("sd1")
+    _, _, other = pairs("sdxl")
+    common = (*flags("sd1"), "-m", folder)
+    with_other, said = sample(*common, "--vae", other)
+    assert difference(with_other, sample(*common)[0]) > 3 and "autoencoder of" in said
+
+
+def test_a_preset_settles_how_a_model_is_sampled(pairs, sample):
+    pipe, _, folder = pairs("sdxl")
+    told = {"timestep_spacing": "trailing"}
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(
+        pipe.saved_scheduler, **told
+    )
+    generator = torch.Generator().manual_seed(SEED)
+    made = pipe(WORDS, num_inference_steps=4, guidance_scale=0.0, generator=generator, **SHAPE,
+                output_type="np")  # fmt: skip
+    found, said = sample(WORDS, "-m", folder, "--preset", "sdxl-turbo", "--size", "32x48")
+    assert difference(found, torch.tensor(made.images[0])) <= 1
+    assert "4 steps of euler_a, schedule trailing, guidance 1" in said
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_clip_skip_counts_from_the_end(pairs, family):
+    """As A1111 does: 1 is the last layer, with the final norm where the family has it."""
+    pipe, model, _ = pairs(family)
+    ids = torch.tensor(pipe.tokenizer([WORDS], padding="max_length", max_length=77).input_ids)
+    encoder = pipe.text_encoder
+    states = encoder(ids, output_hidden_states=True).hidden_states
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    for skip in (1, 2):
+        expected = norm(states[-skip]) if family == "sd1" else states[-skip]
+        found, _ = model.embed([WORDS], clip_skip=skip)
+        assert found is not None
+        assert (found[..., : expected.shape[-1]] - expected).abs().max() < 1e-5
+    own, _ = model.embed([WORDS])
+    assert own is not None
+    assert own.equal(model.embed([WORDS], clip_skip=1 if family == "sd1" else 2)[0])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="clip-skip"):
+        ours(model, settings(model, "ddim", clip_skip=4))
+
+
+def test_what_a_model_lacks_is_said(pairs, sample):
+    for family, more, says in (
+        ("inpaint", (), "--init and --mask"),
+        ("pix2pix", (), "--init"),
+        ("unclip", (), "--image-prompt"),
+        ("sd1", ("--mask", "mask.png"), "--init"),
+        ("sd1", ("--image-prompt", "init.png"), "unCLIP"),
+        ("sd1", ("--refiner-start", 0.5), "--refiner"),
+    ):
+        picture().save("init.png")
+        half_mask().save("mask.png")
+        _, said = sample(*flags(family), "-m", pairs(family).folder, *more, code=2)
+        assert says in said, (family, said)
+
+
+def test_a_picture_is_varied_from_the_command_line(pairs, sample):
+    pipe, _, folder = pairs("unclip")
+    picture(size=(32, 32)).save("init.png")
+    expected = theirs(pipe, "euler", image=picture(size=(32, 32)), noise_level=100, **SHAPE)
+    more = {"sampler": "euler", "image-prompt": "init.png", "noise-level": 100}
+    found, _ = sample(*flags("unclip", **more), "-m", folder)
+    assert difference(found, expected) <= 1

@@ -104,6 +104,10 @@ def test_every_key_of_a_json_line():
         "height": 32,
         "sampler_name": "Euler a",
         "scheduler": "karras",
+        "init_images": ["photo.png"],
+        "mask": "mask.png",
+        "image_prompt": "other.png",
+        "denoising_strength": 0.5,
     }
     assert set(values) == set(KEYS)
     assert parse_line(json.dumps(values)) == Request(
@@ -112,7 +116,11 @@ def test_every_key_of_a_json_line():
         label="3",
         seeds=(7,),
         out="fox.png",
+        init="photo.png",
+        mask="mask.png",
+        image="other.png",
         settings={
+            "strength": 0.5,
             "steps": 5,
             "guidance": 4.0,
             "width": 64,
@@ -124,6 +132,28 @@ def test_every_key_of_a_json_line():
     assert parse_line('{"prompt": "x", "seed": "1,3-4", "steps": null}') == Request(
         prompt="x", seeds=(1, 3, 4)
     )
+
+
+def test_options_on_a_line_of_text():
+    kohya = "a fox --n blurry -- bad --w 64 --h 32 --s 5 --d 1,3-4 --l 4 --t 0.5 --ss euler_a"
+    kohya += " --f x.png"
+    settings = {"width": 64, "height": 32, "steps": 5, "guidance": 4.0}
+    settings |= {"strength": 0.5, "sampler": "euler_a"}
+    assert parse_line(kohya) == Request(
+        prompt="a fox", negative="blurry -- bad", seeds=(1, 3, 4), out="x.png", settings=settings
+    )
+    webui = '--prompt "a fox, red" --negative_prompt "bad" --steps 5 --seed 7'
+    webui += ' --sampler_name "Euler a"'
+    assert parse_line(webui) == Request(
+        prompt="a fox, red",
+        negative="bad",
+        seeds=(7,),
+        settings={"steps": 5, "sampler": "Euler a"},
+    )
+    assert parse_line("a fox -- 5 - 3") == Request(prompt="a fox -- 5 - 3")
+    for wrong in ("a fox --ar 16:9", "a --s many", "a --s 5 --s 6", "a --w 0"):
+        with pytest.raises(UsageError):
+            parse_line(wrong)
 
 
 @pytest.mark.parametrize(

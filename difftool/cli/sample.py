@@ -29,11 +29,13 @@ from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import DifftoolError, UsageError
 
 if TYPE_CHECKING:
-    from difftool.config import Layer
+    from difftool.config import Layer, SampleConfig
     from difftool.model import Model
     from difftool.sampling.run import Event, Result
 
 FORMATS = ["png", "jpg", "webp"]
+SYNTAXES = ["none", "a1111", "comfy"]
+MATCHES = ["diffusers"]
 
 
 def _sampler(value: str | None) -> str | None:
@@ -107,6 +109,69 @@ def sample(
             "--prompts", metavar="FILE|-", help="A prompt or a JSON object a line; - is stdin."
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", help="Picture to start from; to repaint with --mask; to edit."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength", help="Share of the steps run on --init, above 0 to 1.  \\[0.75]"
+        ),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option("--mask", help="White is repainted, grey is soft; the rest of --init stays."),
+    ] = None,
+    image_guidance: Annotated[
+        float | None,
+        typer.Option("--image-guidance", help="How closely an edit follows --init.  \\[1.5]"),
+    ] = None,
+    image_prompt: Annotated[
+        str | None, typer.Option("--image-prompt", help="Picture to vary (unCLIP models).")
+    ] = None,
+    noise_level: Annotated[
+        int | None,
+        typer.Option("--noise-level", help="How freely --image-prompt is varied, 0 to 999."),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option("--refiner", metavar="MODEL", help="Takes over for the last steps."),
+    ] = None,
+    refiner_start: Annotated[
+        float | None,
+        typer.Option("--refiner-start", min=0, max=1, help="Share of the path before it.  \\[0.8]"),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option("--vae", metavar="MODEL", help="Model whose autoencoder is taken."),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option("--clip-skip", min=1, help="Text encoder's layer from the end; 1 = the last."),
+    ] = None,
+    prompt_syntax: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-syntax",
+            callback=choice(SYNTAXES),
+            help=choices("Weights and long prompts as in", SYNTAXES),
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Sample as this preset does: sdxl-turbo, lcm, ..."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            "--match", callback=choice(MATCHES), help=choices("Numbers exactly as in", MATCHES)
+        ),
+    ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="Hold one network at a time; slower."),
+    ] = False,
     strict_prompt: Annotated[
         bool, typer.Option("--strict-prompt", help="Refuse prompts longer than the model reads.")
     ] = False,
@@ -159,6 +224,8 @@ def sample(
       difftool sample --prompts prompts.txt -o out/ --json | jq -r .path
       generate-prompts | difftool sample --prompts - -o out/
       difftool sample --from-image castle.png --steps 40
+      difftool sample "as a watercolour" -m sd15 --init photo.png --strength 0.6
+      difftool sample "a castle" -m sdxl --refiner sdxl-refiner --refiner-start 0.8
     """
     from difftool.sampling.output import Output
     from difftool.sampling.requests import (
@@ -173,6 +240,10 @@ def sample(
         raise UsageError("prompts are given twice", hint="leave out PROMPT or --prompts")
     if from_latents and (prompts or prompt_file or from_image):
         raise UsageError("--from-latents decodes and reads no prompt", hint="leave one of them out")
+    if refiner_start is not None and refiner is None:
+        raise UsageError("--refiner-start has no model to start", hint="give --refiner")
+    if from_latents and (init or image_prompt or refiner):
+        raise UsageError("--from-latents decodes and nothing else", hint="leave the others out")
     if exact and batch_size not in (None, 1):
         raise UsageError(f"--exact and --batch-size {batch_size} exclude each other")
     if skip_existing and overwrite:
@@ -187,6 +258,11 @@ def sample(
             "guidance_rescale": guidance_rescale,
             "guidance_interval": parse_interval(guidance_interval) if guidance_interval else None,
             "eta": eta,
+            "strength": strength,
+            "image_guidance": image_guidance,
+            "noise_level": noise_level,
+            "clip_skip": clip_skip,
+            "prompt_syntax": prompt_syntax,
         },
         settings or [],
     )
@@ -194,6 +270,9 @@ def sample(
         negative=negative,
         seeds=None if seed is None else parse_seeds(seed),
         num=num,
+        init=init,
+        mask=mask,
+        image=image_prompt,
         settings=_asked(layers),
     )
     labels = [part for text in label or [] for part in text.split(",")] or [None]
@@ -227,10 +306,16 @@ def sample(
     from difftool.model import Model
     from difftool.sampling.run import Run, resolve_settings
 
-    loaded = Model.load(model, device=device, dtype=dtype)
-    for note in loaded.notes:
+    loaded = Model.load(
+        model, device=device, dtype=dtype, vae=vae, recipe=preset, low_memory=low_memory
+    )
+    second = None
+    if refiner:
+        second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)
+    for note in (*loaded.notes, *(second.notes if second else ())):
         console.say(note)
-    resolved = resolve_settings(loaded, base.settings)
+    resolved = resolve_settings(loaded, base.settings, match)
+    console.say(_recipe(resolved))
     if print_config:
         below = [Layer(f"model {loaded.name}", to_values(loaded.preset))]
         if from_image:
@@ -246,9 +331,19 @@ def sample(
         latents=save_latents,
         strict=strict_prompt,
         grid=grid,
+        match=match,
+        refiner=second,
+        refiner_start=0.8 if refiner_start is None else refiner_start,
     )
     events = run.decode(from_latents) if from_latents else run.events(stream)
     raise typer.Exit(_show(events, loaded, total, resolved.steps))
+
+
+def _recipe(settings: SampleConfig) -> str:
+    """How pictures are made, in a line."""
+    width, height = settings.size
+    how = f"{settings.steps} steps of {settings.sampler}, schedule {settings.schedule}"
+    return f"{how}, guidance {settings.guidance:g}, {width}x{height}"
 
 
 def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
@@ -353,4 +448,6 @@ def _report(result: Result, model: Model) -> dict[str, Any]:
         "model_hash": model.hash,
         "seconds": round(result.seconds, 3),
     }
-    return report | ({"latents": str(result.latents)} if result.latents else {})
+    more = {"init": recipe.init, "mask": recipe.mask, "image_prompt": recipe.image}
+    more |= {"refiner": recipe.refiner, "latents": result.latents}
+    return report | {name: str(value) for name, value in more.items() if value is not None}

@@ -202,7 +202,7 @@ class Sampler(ABC):
     brownian: bool = False
     """Whether z is published as the increments of one Brownian path."""
     paste: Callable[[Tensor, Level], Tensor] | None = None
-    """What becomes of x at every level that is arrived at: inpainting lays what is known over it."""
+    """What becomes of x wherever it arrives: inpainting lays what is known over it."""
 
     @abstractmethod
     def __call__(

@@ -57,6 +57,11 @@ OURS, ADDED, SETTLED = "difftool.extra", "difftool.markers", "difftool.settled"
 """Metadata: what LDM's layout has no place for; markers that were added; what the user decided."""
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 POSITIONS = "embeddings.position_ids"
+OLD_TEXT = re.compile(
+    r"((?:cond_stage_model|conditioner\.embedders\.\d)\.transformer\.)"
+    r"(?:embeddings|encoder|final_layer_norm)\."
+)
+"""Names of text encoders from before, and after, transformers put text_model. there."""
 KNOWN = re.compile(
     r"[^.]+"  # tables of the noise schedule, markers
     r"|(model_ema|denoiser|edm_\w+|loss|first_stage_model\.loss)\..+"
@@ -86,11 +91,8 @@ def usual_names(names: Iterable[str]) -> dict[str, str]:
                 usual = VAE + usual.removeprefix(VAE).partition(".")[2]
         if not vector and usual.startswith("conditioner.embedders.0."):
             usual = "cond_stage_model." + usual.removeprefix("conditioner.embedders.0.")
-        usual = re.sub(
-            r"^(.+\.transformer\.)(embeddings|encoder|final_layer_norm)\.",
-            lambda m: m[0] if "diffusion_model" in m[1] else f"{m[1]}text_model.{m[2]}.",
-            usual,
-        ) if ".transformer.text_model." not in usual else usual  # fmt: skip
+        if found_old := OLD_TEXT.match(usual):
+            usual = f"{found_old[1]}text_model.{usual.removeprefix(found_old[1])}"
         usual = usual.replace("text_projection.weight.weight", "text_projection.weight")
         if usual.endswith(".model.text_projection.weight"):
             usual = usual.removesuffix(".weight")
@@ -378,6 +380,10 @@ def plan_ldm(source: ModelSource, keep_metadata: bool) -> Plan:
     if markers:
         metadata[ADDED] = " ".join(marker.there for marker in markers)
     warnings = [*_complete(source, metadata, rules, kept, markers, keep_metadata)]
+    if any(rule.there.endswith(".resblocks.22.ln_1.weight") for rule in rules) and not any(
+        ".resblocks.23." in rule.there for rule in (*rules, *kept)
+    ):
+        warnings.append("the text encoder's unused last layer, which strict loaders want, is lost")
     if preset.unet.guidance_dim:
         warnings.append("no other tool reads LCM's guidance layer in a single file")
     return Plan(

@@ -69,11 +69,20 @@ class Recipe(NamedTuple):
     label: str | None
     seed: int | None
     settings: SampleConfig
+    init: str | None = None
+    mask: str | None = None
+    image: str | None = None
+    refiner: str | None = None
+
+
+PICTURES = ("init", "mask", "image")
+"""Paths of pictures that a recipe goes by."""
 
 
 def parameters(recipe: Recipe, model: Model) -> str:
     """A1111's text: the prompt, the negative prompt, and one line of settings."""
     settings = recipe.settings
+    edits = model.preset.family == "pix2pix"
     sampler, schedule = SAMPLERS.resolve(settings.sampler), GRIDS.resolve(settings.schedule)
     values = {
         "Steps": settings.steps,
@@ -84,6 +93,10 @@ def parameters(recipe: Recipe, model: Model) -> str:
         "Size": "x".join(map(str, settings.size)),
         "Model hash": model.hash or None,
         "Model": model.name,
+        "Image CFG scale": settings.image_guidance if edits else None,
+        "Denoising strength": settings.strength if recipe.init and not edits else None,
+        "Clip skip": settings.clip_skip if settings.clip_skip not in (None, 1) else None,
+        "Refiner": recipe.refiner,
         "RNG": "CPU",
         "Class": recipe.label,
         "Version": f"difftool-{__version__}",
@@ -129,6 +142,7 @@ def _unquoted(value: str) -> str:
 def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
     """Plain values for JSON: the request, and the whole preset with the settings as resolved."""
     request = {name: getattr(recipe, name) for name in ("prompt", "negative", "label", "seed")}
+    request |= {n: v for n in (*PICTURES, "refiner") if (v := getattr(recipe, n)) is not None}
     preset = to_values(model.preset) | {"sample": to_values(recipe.settings)}
     return {
         "schema": SCHEMA,
@@ -199,8 +213,10 @@ def from_chunk(text: str, source: str) -> Request:
             "negative": request["negative"],
             "label": request["label"],
         }
+        own |= {name: request.get(name) for name in PICTURES}
         for name, value in own.items():
-            if not isinstance(value, str) and not (name == "label" and value is None):
+            optional = name in ("label", *PICTURES)
+            if not isinstance(value, str) and not (optional and value is None):
                 raise ValueError(f"{name} is {type(value).__name__}")
         seed, made_by = request["seed"], str(values.get("model_hash") or "")
         if type(seed) not in (int, type(None)) or not isinstance(settings, dict):
@@ -218,8 +234,15 @@ def from_parameters(text: str, source: str) -> Request:
         settings: dict[str, Any] = {}
         if "Steps" in values:
             settings["steps"] = int(values["Steps"])
-        if "CFG scale" in values:
-            settings["guidance"] = float(values["CFG scale"])
+        for key, name in (
+            ("CFG scale", "guidance"),
+            ("Image CFG scale", "image_guidance"),
+            ("Denoising strength", "strength"),
+        ):
+            if key in values:
+                settings[name] = float(values[key])
+        if "Clip skip" in values:
+            settings["clip_skip"] = int(values["Clip skip"])
         if "Size" in values:
             width, height = values["Size"].split("x")
             settings["size"] = (int(width), int(height))

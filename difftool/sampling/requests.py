@@ -36,6 +36,12 @@ class Request:
     num: int | None = None
     out: str | None = None
     """Name of the picture below the output folder."""
+    init: str | None = None
+    """Path of the picture to start from, to repaint or to edit."""
+    mask: str | None = None
+    """Path of the picture whose white is repainted."""
+    image: str | None = None
+    """Path of the picture to vary (unCLIP)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of SampleConfig, and `width`, `height`."""
     source: str = ""
@@ -65,9 +71,7 @@ class Request:
     def over(self, base: Request) -> Request:
         """This request, with what it leaves open taken from `base`."""
         own = {
-            name: value
-            for name in ("prompt", "negative", "label", "seeds", "num", "out")
-            if (value := getattr(self, name)) is not None
+            name: value for name in (*FIELDS, "num") if (value := getattr(self, name)) is not None
         }
         return replace(base, **own, settings=overlay(base.settings, self.settings))
 
@@ -168,6 +172,15 @@ def _label(value: Any) -> str:
     return str(value)
 
 
+def _picture(value: Any) -> str:
+    """A1111 takes a list of them."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, str):
+        raise ValueError("the path of one picture")
+    return value
+
+
 # Keys of a JSON line (A1111's web interface): the field or the setting they fill, and the reader.
 KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "prompt": ("prompt", _text),
@@ -181,22 +194,65 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "height": ("height", _side),
     "sampler_name": ("sampler", _text),
     "scheduler": ("schedule", _text),
+    "init_images": ("init", _picture),
+    "mask": ("mask", _text),
+    "image_prompt": ("image", _text),
+    "denoising_strength": ("strength", _number),
 }
-FIELDS = ("prompt", "negative", "label", "seeds", "out")
+FIELDS = ("prompt", "negative", "label", "seeds", "out", "init", "mask", "image")
+
+# Options on a line of text: sd-scripts' and A1111's, by the key that they are here.
+OPTIONS = {
+    "n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "d": "seed",
+    "l": "cfg_scale", "t": "denoising_strength", "ss": "sampler_name", "f": "out",
+} | {name: name for name in KEYS}  # fmt: skip
 
 
 def parse_line(line: str) -> Request | None:
-    """The request of one line: a prompt, or a JSON object; None for blanks and # comments."""
+    """The request of one line: a prompt, maybe with options, or a JSON object; None for blanks and
+    # comments."""
     line = line.strip()
     if not line or line.startswith("#"):
         return None
     # A brace may open a prompt too, "{red|blue} fox"; JSON's is followed by a key or its end.
     if not re.match(r'\{\s*["}]', line):
-        return Request(prompt=line)
+        return _request(_with_options(line))
     try:
         values = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UsageError("not a JSON object", str(error)) from None
+    return _request(values)
+
+
+def _with_options(line: str) -> dict[str, Any]:
+    """The values of a line in the manner of sd-scripts, `a fox --n bad --s 30`, or of A1111,
+    `--prompt "a fox" --steps 30`."""
+    first, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
+    values: dict[str, Any] = {"prompt": first.strip()} if first.strip() else {}
+    for option in options:
+        name, _, text = option.partition(" ")
+        if name not in OPTIONS:
+            raise UsageError(f'there is no option "--{name}"', hint=suggestion(name, OPTIONS))
+        key = OPTIONS[name]
+        if key in values:
+            raise UsageError(f'"{key}" is given twice')
+        text = text.strip()
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+            text = text[1:-1]
+        values[key] = _as_written(key, text)
+    return values
+
+
+def _as_written(key: str, text: str) -> Any:
+    """The value that a text stands for: the readers of numbers take no texts."""
+    readers = {_number: float, _count: int, _side: int}
+    try:
+        return readers.get(KEYS[key][1], str)(text)
+    except ValueError:
+        return text
+
+
+def _request(values: Mapping[str, Any]) -> Request:
     fields, settings = {}, {}
     for key, value in values.items():
         if key not in KEYS:

@@ -14,13 +14,16 @@ import torch
 
 from difftool.config import SampleConfig
 from difftool.data.images import tile, to_pil
+from difftool.decoding import out_of_memory
 from difftool.diffusion.samplers import split_spelling
 from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
 from difftool.formats.safetensors import load_tensors, read_header, save_tensors
-from difftool.model import Item, Model
+from difftool.generation import Item, Second, check_items, plan
+from difftool.model import Model
 from difftool.sampling import metadata
 from difftool.sampling.metadata import Recipe
 from difftool.sampling.output import Output
+from difftool.sampling.pictures import mask, picture, seen, size_of
 from difftool.sampling.requests import Request, located
 
 if TYPE_CHECKING:
@@ -102,9 +105,14 @@ class Job:
 Entry = Job | Failure | Skipped | Note
 
 
-def resolve_settings(model: Model, asked: Mapping[str, Any]) -> SampleConfig:
-    """The model's sampling settings with those of a Request; UsageError if they are not usable."""
-    asked = dict(asked)
+def resolve_settings(
+    model: Model, asked: Mapping[str, Any], match: str | None = None
+) -> SampleConfig:
+    """The model's sampling settings with those of a Request; UsageError if they are not usable.
+
+    match: another tool, whose numbers are wanted where it has its own.
+    """
+    asked = dict(asked) | ({"match": match} if match else {})
     if "sampler" in asked:
         asked["sampler"], schedule = split_spelling(asked["sampler"])
         if schedule and "schedule" not in asked:
@@ -139,6 +147,11 @@ class Run:
     """Refuse a prompt that the model cannot read to its end."""
     grid: bool = False
     """One sheet of all the pictures at the end; on stdout it stands for them."""
+    match: str | None = None
+    """Another tool, whose numbers are wanted where it has its own."""
+    refiner: Model | None = None
+    """Takes over for the last steps."""
+    refiner_start: float = 0.8
     limit: int = field(default=1 << 30, init=False)
     """Images that fit in memory, as far as is known."""
     noted: set[str] = field(default_factory=set, init=False)
@@ -207,8 +220,11 @@ class Run:
 
     def _checked(self, request: Request) -> tuple[SampleConfig, int | None]:
         """The settings and the label of a request; UsageError if the model cannot do it."""
-        model = self.model
-        settings = resolve_settings(model, request.settings)
+        model, asked = self.model, dict(request.settings)
+        if request.init and not {"size", "width", "height"} & asked.keys():
+            factor = model.codec.factor
+            asked["size"] = tuple(side - side % factor for side in size_of(request.init))
+        settings = resolve_settings(model, asked, self.match)
         if model.preset.text and request.prompt is None:
             raise UsageError(f"the model {model.name} needs a prompt", hint="give a PROMPT")
         if not model.preset.text and (request.prompt or request.negative):
@@ -218,13 +234,51 @@ class Run:
         if label is None and model.preset.unet.num_classes and model.null_label is None:
             hint = f"give --label, one of {', '.join(model.preset.classes)}"
             raise UsageError(f"the model {model.name} needs a class", hint=hint)
+        check_items(model, self._item(request, settings, label, 0))
         return settings, label
+
+    def _item(self, request: Request, settings: SampleConfig, label: int | None, seed: int) -> Item:
+        """What is to be made, pictures included; InputError if one cannot be read."""
+        vision = self.model.vision
+        if request.image and vision is None:
+            hint = "unCLIP models do"
+            raise UsageError(f"the model {self.model.name} takes no --image-prompt", hint=hint)
+        return Item(
+            request.prompt or "",
+            request.negative or "",
+            label,
+            seed,
+            init=picture(request.init, settings.size) if request.init else None,
+            mask=mask(request.mask, settings.size) if request.mask else None,
+            image=seen(request.image, vision.config.size) if request.image and vision else None,
+        )
+
+    def _second(self, settings: SampleConfig) -> Second | None:
+        """The refiner, told the same."""
+        if self.refiner is None:
+            return None
+        names = ("sampler", "schedule", "steps", "guidance", "size")
+        asked = {name: getattr(settings, name) for name in names}
+        chosen = resolve_settings(self.refiner, asked, self.match)
+        return Second(self.refiner, chosen, self.refiner_start)
+
+    def _steps(self, settings: SampleConfig, init: bool) -> int:
+        """How many steps are run."""
+        if not init and self.refiner is None:
+            return settings.steps
+        return plan(self.model, settings, init=init, second=self._second(settings)).steps
 
     def _notes(self, request: Request, settings: SampleConfig) -> Iterator[Note]:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
         texts = []
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
+        run = self._steps(settings, request.init is not None)
+        if run != settings.steps:
+            text = f"{run} of {settings.steps} steps are run (strength {settings.strength:g})"
+            if text not in self.noted:
+                yield Note(text, warning=False)
+                self.noted.add(text)
         if request.negative and settings.guidance in (0, 1):
             texts.append("a negative prompt has no effect without guidance")
         if request.model_hash not in ("", self.model.hash):
@@ -234,7 +288,7 @@ class Run:
             if not prompt:
                 continue
             count, limit = self.model.tokens(prompt)
-            if count > limit:
+            if count > limit and (settings.prompt_syntax == "none" or self.strict):
                 what = (
                     f'the {name} "{prompt[:40]}..." has {count} tokens, of which {limit} are read'
                 )
@@ -247,9 +301,13 @@ class Run:
     def _job(
         self, index: int, request: Request, settings: SampleConfig, label: int | None, seed: int
     ) -> Entry:
-        recipe = Recipe(request.prompt or "", request.negative or "", request.label, seed, settings)
-        item = Item(recipe.prompt, recipe.negative, label, seed)
+        refiner = None if self.refiner is None else self.refiner.name
+        recipe = Recipe(
+            request.prompt or "", request.negative or "", request.label, seed, settings,
+            request.init, request.mask, request.image, refiner,
+        )  # fmt: skip
         try:
+            item = self._item(request, settings, label, seed)
             path = self.output.path(self._fields(index, recipe), request.out)
             if path in self.planned:
                 what = f"{path} would be the name of two pictures"
@@ -280,13 +338,14 @@ class Run:
         """Entries in order, cut so that the jobs of each batch have like settings and fit."""
         batch: list[Entry] = []
         settings: SampleConfig | None = None
+        like: Any = None
         count = 0
         for entry in entries:
             if isinstance(entry, Job):
-                if count and entry.recipe.settings != settings:
+                if count and _like(entry.recipe) != like:
                     yield batch
                     batch, count = [], 0
-                settings = entry.recipe.settings
+                settings, like = entry.recipe.settings, _like(entry.recipe)
                 count += 1
             if entry is not None:
                 batch.append(entry)
@@ -308,7 +367,7 @@ class Run:
             try:
                 made += yield from self._generate(part)
             except RuntimeError as error:
-                if len(part) == 1 or not _out_of_memory(error):
+                if len(part) == 1 or not out_of_memory(error):
                     raise
                 self.limit = size = len(part) // 2
             else:
@@ -319,13 +378,37 @@ class Run:
         return made
 
     def _generate(self, jobs: list[Job]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
-        settings = jobs[0].recipe.settings
+        settings, items = jobs[0].recipe.settings, [job.item for job in jobs]
+        steps, second = self._steps(settings, items[0].init is not None), self._second(settings)
+        given = () if second is None else (second,)
         x0 = torch.empty(0)
-        for step in self.model.generate([job.item for job in jobs], settings):
+        for step in self.model.generate(items, settings, *given):
             x0 = step.x
-            yield Working(len(jobs), step.index + 1, settings.steps)
-        images = self.model.decode(x0)
+            yield Working(len(jobs), step.index + 1, steps)
+        try:
+            images = self.model.decode(x0)
+        except Exception as error:
+            self._rescue(jobs, x0, error)
+            raise
+        for image, item in zip(images, items, strict=True):
+            if item.mask is not None and item.init is not None:  # what was not asked for stays
+                mask, init = item.mask.to(image), item.init.to(image)
+                image.copy_(mask * image + (1 - mask) * init)
         return list(zip(x0.float().cpu(), images.cpu(), strict=True))
+
+    def _rescue(self, jobs: list[Job], x0: Tensor, error: Exception) -> None:
+        """Latents that could not be decoded, onto the disk: ResourceError that says where."""
+        if isinstance(error, RuntimeError) and out_of_memory(error) and len(jobs) > 1:
+            return  # a smaller batch may do
+        files = []
+        for job, latent in zip(jobs, x0.float().cpu(), strict=True):
+            stem = job.path or self.output.root / f"undecoded-{job.recipe.seed}.png"
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            files.append(stem.with_suffix(".latents.safetensors"))
+            save_tensors(files[-1], {"latents": latent.contiguous()}, {}, overwrite=True)
+        what = f"the latents are kept in {files[0]}" + (" and beside it" if files[1:] else "")
+        why, hint = str(error).splitlines()[0], "decode them with --from-latents"
+        raise ResourceError(f"decoding failed; {what}", why, hint) from error
 
     # --- writing it --------------------------------------------------------------------------
 
@@ -401,6 +484,7 @@ class Run:
         return x0, Recipe("", "", None, None, resolve_settings(self.model, {"size": size}))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
+def _like(recipe: Recipe) -> tuple[object, ...]:
+    """What pictures of one batch have in common."""
+    given = (recipe.init, recipe.mask, recipe.image)
+    return (recipe.settings, *(path is not None for path in given))
