@@ -490,6 +490,21 @@ def test_what_ldm_cannot_hold_is_refused(change, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_would_meet_stop_a_conversion(tmp_path):
+    """What a folder remembers of a single file's names may have been tampered with."""
+    ldms.write(tmp_path / "m.safetensors", "sd1")
+    source = open_model(tmp_path / "m.safetensors")
+    one, other = "first_stage_model.quant_conv.bias", "first_stage_model.decoder.conv_out.bias"
+    record = source.configs["ldm"] | {"names": {one: other}}
+    for configs in ({"ldm": record}, {"ldm": record | {"names": {one: 1}}}, {"ldm": [1]}):
+        spoilt = replace(source, configs=configs)
+        if configs["ldm"] == record:
+            with pytest.raises(CheckError, match="would be called"):
+                run(spoilt, tmp_path / "out", "ldm")
+        else:
+            run(spoilt, tmp_path / "out", "ldm", overwrite=True)
+
+
 # --- the ledger ------------------------------------------------------------------------------
 
 

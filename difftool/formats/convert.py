@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -180,6 +181,11 @@ def _check_complete(source: ModelSource, plan: Plan) -> None:
             why = f"{name} has no place there"
             raise CheckError(f"converting {source.path} would lose a tensor", why)
     assert not places, "a plan names only tensors that there are"
+    for rules in plan.files.values():
+        names = Counter(rule.there for rule in rules)
+        if twice := [name for name, count in names.items() if count > 1]:
+            why = f"two of its tensors would be called {twice[0]}"
+            raise CheckError(f"converting {source.path} would lose a tensor", why)
 
 
 def _check_expected(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -107,7 +107,7 @@ def decide(
     target = target or next(iter(spoken), None)
     if target is None:
         target, source, guess = _usual(family, find)
-        findings.append(Evidence(source, f"target {target}"))
+        findings.append(Evidence(source, f"target {target}{', a guess' * guess}"))
         if guess:
             warnings.append(f"that {where} predicts {target} is a guess ({source}): --prediction")
 

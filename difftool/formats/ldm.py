@@ -383,7 +383,7 @@ def plan_ldm(source: ModelSource, keep_metadata: bool) -> Plan:
     if any(rule.there.endswith(".resblocks.22.ln_1.weight") for rule in rules) and not any(
         ".resblocks.23." in rule.there for rule in (*rules, *kept)
     ):
-        warnings.append("the text encoder's unused last layer, which strict loaders want, is lost")
+        warnings.append("the text encoder has its 23 layers; strict loaders want an unused 24th")
     if preset.unet.guidance_dim:
         warnings.append("no other tool reads LCM's guidance layer in a single file")
     return Plan(
