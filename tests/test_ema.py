@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 from scipy.integrate import quad
 
-from difftool.config import TrainConfig
+from difftool.config import Layer, TrainConfig, preset_layers, resolve
+from difftool.data import open_dataset
 from difftool.errors import UsageError
+from difftool.formats.safetensors import read_header
+from difftool.model import Model
 from difftool.training.ema import (
     SNAPSHOTS,
     Ema,
@@ -19,7 +24,9 @@ from difftool.training.ema import (
     power,
     reconstruct,
     snapshots,
+    write_model,
 )
+from difftool.training.loop import Trainer
 
 STEPS, EVERY = 400, 25
 
@@ -105,6 +112,53 @@ def test_a_length_far_below_the_stored_ones_is_refused(walk):
 def test_nothing_stored_is_an_error_with_the_way_out(tmp_path):
     with pytest.raises(UsageError, match="ema_profile=power"):
         reconstruct(tmp_path / "ema", 0.1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a model, its snapshots, and the averages that the run tracked itself."""
+    tiny = {
+        "unet": {"channels": [8, 8], "blocks": 1, "groups": 4, "head_dim": 4},
+        "train": {"size": 16, "batch_size": 2, "steps": 20, "warmup": 0, "flip": False,
+                  "ema_profile": "power"},
+    }  # fmt: skip
+    preset = resolve([*preset_layers("pixel-small"), Layer("tiny", tiny)])
+    trainer = Trainer(Model.fresh(preset, seed=0), open_dataset("shapes"))
+    for step in trainer.run():
+        if step.step % 5 == 0:
+            trainer.save(tmp_path / "run/checkpoints", keep=1)
+    trainer.model.save(tmp_path / "run/model.safetensors")
+    assert trainer.ema is not None
+    return tmp_path / "run", trainer.ema.tracks
+
+
+def test_a_model_is_written_with_the_average_that_is_chosen(run, tmp_path):
+    folder, tracks = run
+    for length, wanted in (("0.05", tracks["0.05"]), ("0.1", tracks["0.1"])):
+        path = tmp_path / f"{length}.safetensors"
+        assert write_model(folder, float(length), path) < 1e-6
+        made = Model.load(str(path), device="cpu").tensors()
+        assert made.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(made[name], value, atol=1e-6, rtol=2**-10, msg=name)
+
+
+def test_convert_chooses_the_average(run, tmp_path):
+    folder, _ = run
+    line = [sys.executable, "-m", "difftool", "convert", str(folder), "out.safetensors"]
+    done = subprocess.run(
+        [*line, "--ema-length", "0.08"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out.safetensors\n"
+    assert "averaged over 0.08 of the run" in done.stderr
+    metadata = read_header(tmp_path / "out.safetensors").metadata
+    assert metadata["difftool.ema_length"] == "0.08"
+    refused = subprocess.run(
+        [*line, "--ema-length", "0.5", "--overwrite"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "at most 0.28" in refused.stderr
 
 
 def test_shares_of_equal_profiles_are_one_and_nothing():

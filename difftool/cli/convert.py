@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json as jsonlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,6 +68,14 @@ def convert(
         bool | None,
         typer.Option("--zero-snr/--no-zero-snr", help="Whether its noise ends in pure noise."),
     ] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(
+            "--ema-length",
+            metavar="SHARE",
+            help="Average a run's weights over this share of it (train.ema_profile=power).",
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write the ledger of tensors here, as JSON.")
     ] = None,
@@ -94,13 +104,17 @@ def convert(
     """
     source = _found(source)
     if inspect:
-        if target or to or dtype or weights or report or dry_run:
+        if target or to or dtype or weights or ema_length or report or dry_run:
             hint = "leave out DST and what belongs to it"
             raise UsageError("--inspect says what is in SRC and writes nothing", hint=hint)
         _inspect(source, json, prediction, zero_snr)
         return
     if target is None:
         raise UsageError("no DST was given", hint="name what to write, or ask for --inspect")
+    if ema_length is not None and weights:
+        raise UsageError("--weights says what --ema-length says otherwise", hint="give one of them")
+    if to is None and ema_length is not None:
+        to = "difftool"
     if to is None:
         hint = "add --to " + " or --to ".join(KINDS)
         raise UsageError("the format to convert to was not given", hint=hint)
@@ -115,25 +129,28 @@ def convert(
     from difftool.formats.source import Told, choose_weights
     from difftool.model import Model
 
-    opened = choose_weights(open_model(source, Told(prediction, zero_snr)), weights)
-    for line in opened.evidence:
-        console.say(line)
-    networks = Model(build_preset(opened.values, str(source)), opened.tokenizer_json)
-    size = sum(place.info.end - place.info.start for place in opened.tensors.values())
-    shown = console.progress("converting", len(opened.tensors)) if size > SLOW else nullcontext()
-    with shown as bar:
-        ledger = formats.convert(
-            opened,
-            target,
-            to,
-            dtype=dtype,
-            keep_metadata=not strip_metadata,
-            expected={name: tuple(t.shape) for name, t in networks.tensors().items()},
-            verify=verify,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            progress=lambda done: bar.update(done) if bar else None,
+    with _averaged(source, ema_length) as source:
+        opened = choose_weights(open_model(source, Told(prediction, zero_snr)), weights)
+        for line in opened.evidence:
+            console.say(line)
+        networks = Model(build_preset(opened.values, str(source)), opened.tokenizer_json)
+        size = sum(place.info.end - place.info.start for place in opened.tensors.values())
+        shown = (
+            console.progress("converting", len(opened.tensors)) if size > SLOW else nullcontext()
         )
+        with shown as bar:
+            ledger = formats.convert(
+                opened,
+                target,
+                to,
+                dtype=dtype,
+                keep_metadata=not strip_metadata,
+                expected={name: tuple(t.shape) for name, t in networks.tensors().items()},
+                verify=verify,
+                dry_run=dry_run,
+                overwrite=overwrite,
+                progress=lambda done: bar.update(done) if bar else None,
+            )
     for warning in ledger.warnings:
         console.warn(warning)
     _say(ledger)
@@ -144,6 +161,21 @@ def convert(
         console.emit(told | {"path": None if dry_run else str(target)})
     elif not dry_run:
         console.emit(console.plain(target))
+
+
+@contextmanager
+def _averaged(source: Path, length: float | None) -> Iterator[Path]:
+    """SRC, or for the time being its model with the weights averaged over a share of its run."""
+    if length is None:
+        yield source
+        return
+    from difftool.training.ema import write_model
+
+    with TemporaryDirectory(prefix="difftool-") as folder:
+        path = Path(folder) / "model.safetensors"
+        misfit = write_model(source, length, path)
+        console.say(f"averaged over {length:g} of the run, to {misfit:.1%}")
+        yield path
 
 
 def _found(source: Path) -> Path:

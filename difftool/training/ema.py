@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from difftool.errors import InputError, UsageError
+from difftool.formats import open_model
+from difftool.formats.native import write_native
 from difftool.formats.safetensors import load_tensors, read_header, save_tensors
 
 if TYPE_CHECKING:
@@ -153,6 +155,23 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], float]:
                 name, value = name.removeprefix(prefix), value.float() * share
                 total[name] = total[name].add_(value) if name in total else value
     return total, misfit
+
+
+def write_model(run: Path, length: float, path: Path) -> float:
+    """The model of a run folder with its weights averaged over `length`, as a difftool file; the
+    share of that average that could not be made."""
+    made, misfit = reconstruct(run / "ema", length)
+    source = open_model(run)
+    tensors = source.load()
+    if unknown := made.keys() - tensors.keys():
+        why = f"the model has no {sorted(unknown)[0]}"
+        raise InputError(f"the averages in {run / 'ema'} are another model's", why)
+    note = {"difftool.weights": "ema", "difftool.ema_length": f"{length:g}"}
+    write_native(
+        path, source.values, tensors | made, tokenizer_json=source.tokenizer_json,
+        extra_metadata=note,
+    )  # fmt: skip
+    return misfit
 
 
 def combine(
