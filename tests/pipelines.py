@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from difftool.models.configs import TextConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import diffusers
-    import transformers
+    diffusers: Any = import_module("diffusers")
+    transformers: Any = import_module("transformers")
 
 SD_SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -169,17 +170,15 @@ def _build(family: str, folder: Path) -> Any:
 
 
 def _unclip(sd2: dict[str, Any]) -> Any:
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
-        StableUnCLIPImageNormalizer,
-    )
-
+    stable = "diffusers.pipelines.stable_diffusion"
+    normal: Any = import_module(f"{stable}.stable_unclip_image_normalizer")
     vision = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             image_size=32, patch_size=8, projection_dim=20, hidden_act="gelu",
         )
     )  # fmt: skip
-    normalizer = StableUnCLIPImageNormalizer(20)
+    normalizer = normal.StableUnCLIPImageNormalizer(20)
     normalizer.mean.data = torch.linspace(-1, 1, 20)[None]
     normalizer.std.data = torch.linspace(0.5, 1.5, 20)[None]
     net = unet(4, **SD2, class_embed_type="projection", projection_class_embeddings_input_dim=40)

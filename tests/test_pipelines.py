@@ -176,7 +176,7 @@ def test_distilled_models_as_they_come(pairs, family, steps):
     """What the folder says is what is done, without a word about the sampler."""
     pipe, model, _ = pairs(family)
     lcm = family == "lcm"
-    more = {"negative_prompt": ...} if lcm else {"negative_prompt": None}
+    more: dict[str, Any] = {"negative_prompt": ... if lcm else None}
     guidance = 8.5 if lcm else 1.0
     asked = 8.5 if lcm else 0.0
     expected = theirs(pipe, steps=steps, guidance_scale=asked, **SHAPE, **more)
@@ -226,7 +226,7 @@ def test_masks_with_a_plain_model(pairs, sampler):
     given = {"image": picture(), "mask_image": half_mask(), "strength": 0.75}
     expected = theirs(other, sampler, **given, **SHAPE)
     chosen = settings(model, sampler, strength=0.75)
-    masked = {"init": tensor(picture()), "mask": mask_tensor(half_mask())}
+    masked: dict[str, Any] = {"init": tensor(picture()), "mask": mask_tensor(half_mask())}
     found = ours(model, chosen, **masked)
     assert difference(found, expected) <= 1
     assert difference(ours(model, chosen, init=masked["init"]), expected) > 3
@@ -239,7 +239,7 @@ def test_inpaint_checkpoints(pairs, sampler, strength):
     given = {"image": picture(), "mask_image": half_mask(), "strength": strength}
     expected = theirs(pipe, sampler, **given, **SHAPE)
     chosen = settings(model, sampler, strength=strength)
-    masked = {"init": tensor(picture()), "mask": mask_tensor(half_mask())}
+    masked: dict[str, Any] = {"init": tensor(picture()), "mask": mask_tensor(half_mask())}
     assert difference(ours(model, chosen, **masked), expected) <= 1
     with pytest.raises(UsageError, match="repaints"):
         ours(model, chosen)

@@ -1,0 +1,154 @@
+"""Weights and chunks of prompts, in the syntax of other tools."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from difftool.config import load_preset
+from difftool.errors import UsageError
+from difftool.model import Model
+from difftool.models.prompts import chunks, nested, weighted
+from difftool.models.tokenizer import Tokenizer
+
+CLIP = Tokenizer.clip()
+LENGTH = 77
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a fox", [("a fox", 1)]),
+        ("a (red) fox", [("a ", 1), ("red", 1.1), (" fox", 1)]),
+        ("((red))", [("red", 1.1**2)]),
+        ("[red]", [("red", 1 / 1.1)]),
+        ("([red])", [("red", 1)]),
+        ("(red:1.3)", [("red", 1.3)]),
+        ("(a (red:1.5) b)", [("a ", 1.1), ("red", 1.65), (" b", 1.1)]),
+        ("[red:1.3]x", None),
+        (r"\(red\)", [("(red)", 1)]),
+        (r"a \\ b", [("a \\ b", 1)]),
+        ("(red", [("red", 1.1)]),
+        ("red)", [("red)", 1)]),
+        ("(red:x)", [("red:x", 1.1)]),
+        ("a:1.3", [("a:1.3", 1)]),
+        ("", []),
+    ],
+)
+def test_a1111_weights(prompt, pieces):
+    if pieces is None:
+        with pytest.raises(UsageError, match="change with the step"):
+            chunks(CLIP, prompt, LENGTH, "a1111")
+        return
+    found = weighted(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [w for _, w in found] == pytest.approx([w for _, w in pieces])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a (red) fox", [("a ", 1), ("red", 1.1), (" fox", 1)]),
+        ("(a (red:1.5) b)", [("a ", 1.1), ("red", 1.5), (" b", 1.1)]),
+        ("((red))", [("red", 1.1**2)]),
+        ("[red]", [("[red]", 1)]),
+        (r"\(red\) (x)", [("(red) ", 1), ("x", 1.1)]),
+        ("(red", [("(red", 1)]),
+    ],
+)
+def test_comfy_weights(prompt, pieces):
+    found = nested(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [w for _, w in found] == pytest.approx([w for _, w in pieces])
+
+
+def test_without_a_syntax_brackets_are_text_and_the_rest_is_cut():
+    (chunk,) = chunks(CLIP, "(red:1.3)", LENGTH)
+    assert [chunk.ids] == CLIP.encode(["(red:1.3)"], LENGTH) and set(chunk.weights) == {1.0}
+    assert len(chunks(CLIP, "fox " * 200, LENGTH)) == 1
+
+
+@pytest.mark.parametrize("syntax", ["none", "a1111", "comfy"])
+def test_a_short_prompt_is_read_alike(syntax):
+    for prompt in ("", "a red fox, on a hill"):
+        (chunk,) = chunks(CLIP, prompt, LENGTH, syntax)
+        assert [chunk.ids] == CLIP.encode([prompt], LENGTH)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfy"])
+def test_long_prompts_are_chunks_that_lose_nothing(syntax):
+    prompt = "a (red:1.4) fox on hills, " * 40
+    found = chunks(CLIP, prompt, LENGTH, syntax)
+    tokens = [
+        (id, weight)
+        for chunk in found
+        for id, weight in zip(chunk.ids[1:], chunk.weights[1:], strict=True)
+        if id != CLIP.end_id
+    ]
+    assert [id for id, _ in tokens] == CLIP.tokens("a red fox on hills, " * 40)
+    (red,) = CLIP.tokens("red")
+    assert all((weight == 1.4) == (id == red) for id, weight in tokens)
+    assert len(found) > 2 and all(len(chunk.ids) == LENGTH for chunk in found)
+    assert all(chunk.ids[0] == CLIP.start_id for chunk in found)
+
+
+def test_a1111_parts_chunks_at_commas_and_breaks():
+    found = chunks(CLIP, "fox " * 70 + ", " + "owl " * 20, LENGTH, "a1111")
+    (comma,), (owl,) = CLIP.tokens(","), CLIP.tokens("owl")
+    assert found[0].ids[71] == comma and owl not in found[0].ids
+    found = chunks(CLIP, "fox , " + "owl " * 90, LENGTH, "a1111")  # too far back
+    assert found[0].ids.count(owl) == 73
+    one, two = chunks(CLIP, "a fox BREAK an owl", LENGTH, "a1111")
+    assert [one.ids] == CLIP.encode(["a fox"], LENGTH)
+    assert [two.ids] == CLIP.encode(["an owl"], LENGTH)
+
+
+def test_comfy_parts_no_short_word():
+    word = "antidisestablishmentarianism"
+    assert 1 < len(CLIP.tokens(word)) < 8
+    found = chunks(CLIP, "fox " * 74 + word, LENGTH, "comfy")
+    assert found[0].ids[75] == CLIP.end_id and found[1].ids[1:4] == CLIP.tokens(word)[:3]
+
+
+@pytest.mark.parametrize("prompt", ["a <lora:x:1>", "a AND b", "[fox|owl]", "[fox:owl:0.5]"])
+def test_what_a1111_has_more_is_refused(prompt):
+    with pytest.raises(UsageError, match="not supported"):
+        chunks(CLIP, prompt, LENGTH, "a1111")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    small = [
+        "unet.channels=[8,8]", "unet.depth=[1,1]", "unet.groups=4", "unet.heads=2", "unet.blocks=1",
+        "unet.context_dim=16", "codec={kind: vae, widths: [8,8], groups: 4, blocks: 1}",
+        "text=[{width: 16, layers: 2, heads: 2, mlp: 16}]",
+    ]  # fmt: skip
+    return Model.fresh(load_preset("sd15", small), seed=1)
+
+
+def test_weights_scale_tokens_and_keep_the_mean(model):
+    plain, _ = model.embed(["a red fox"])
+    found, _ = model.embed(["a (red:1.5) fox"], syntax="a1111")
+    scaled = plain.clone()
+    scaled[:, 2] *= 1.5
+    assert torch.allclose(found, scaled * (plain.mean() / scaled.mean()), rtol=1e-4, atol=1e-5)
+
+
+def test_comfy_weights_go_away_from_nothing(model):
+    plain, _ = model.embed(["a red fox"])
+    nothing, _ = model.embed([""])
+    found, _ = model.embed(["a (red:1.5) fox"], syntax="comfy")
+    expected = plain.clone()
+    expected[:, 2] = (plain[:, 2] - nothing[:, 2]) * 1.5 + nothing[:, 2]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_chunks_are_joined_and_short_prompts_filled(model):
+    long = "a fox, " * 40
+    both, _ = model.embed([long, "an owl"], syntax="a1111")
+    alone, _ = model.embed(["an owl"])
+    empty, _ = model.embed([""])
+    count = both.shape[1] // LENGTH
+    assert count == len(chunks(CLIP, long, LENGTH, "a1111")) > 1
+    assert torch.allclose(both[1, :LENGTH], alone[0], atol=1e-5)
+    assert torch.allclose(both[1, LENGTH : 2 * LENGTH], empty[0], atol=1e-5)
