@@ -153,7 +153,7 @@ def test_convert_chooses_the_average(run, tmp_path):
     assert done.stdout == "out.safetensors\n"
     assert "averaged over 0.08 of the run" in done.stderr
     metadata = read_header(tmp_path / "out.safetensors").metadata
-    assert metadata["difftool.ema_length"] == "0.08"
+    assert metadata["ema_length"] == "0.08"
     refused = subprocess.run(
         [*line, "--ema-length", "0.5", "--overwrite"], cwd=tmp_path, capture_output=True, text=True
     )

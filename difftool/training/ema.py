@@ -166,7 +166,7 @@ def write_model(run: Path, length: float, path: Path) -> float:
     if unknown := made.keys() - tensors.keys():
         why = f"the model has no {sorted(unknown)[0]}"
         raise InputError(f"the averages in {run / 'ema'} are another model's", why)
-    note = {"difftool.weights": "ema", "difftool.ema_length": f"{length:g}"}
+    note = {"difftool.weights": "ema", "ema_length": f"{length:g}"}
     write_native(
         path, source.values, tensors | made, tokenizer_json=source.tokenizer_json,
         extra_metadata=note,
