@@ -231,6 +231,11 @@ class Model:
 
         return fill
 
+    def match(self, tool: str | None) -> None:
+        """Read prompts as another tool does where that is not how the model was trained."""
+        for tokenizer, config in zip(self.tokenizers, self.preset.text, strict=True):
+            tokenizer.reads_padding = tool == "diffusers" and config.pad_id is not None
+
     def need(self, kind: str) -> None:
         """See to it that the weights of "text", "unet", "vae" or "vision" are there; with little
         memory, that no others are."""

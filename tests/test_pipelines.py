@@ -440,6 +440,18 @@ def test_clip_skip_counts_from_the_end(pairs, family):
         ours(model, settings(model, "ddim", clip_skip=4))
 
 
+def test_exclamation_marks_are_padding_where_diffusers_is_matched(pairs):
+    pipe, model, _ = pairs("sd2-v")
+    prompt = "a fox! don't, !! it's a!b"
+    found = []
+    for tool in ("diffusers", None):
+        model.match(tool)
+        found.append(model.tokenizers[0].encode([prompt], 77)[0])
+    expected = pipe.tokenizer(prompt, padding="max_length", max_length=77).input_ids
+    assert found[0] == expected and found[1] != expected
+    assert model.tokens(prompt)[0] < 77
+
+
 def test_what_a_model_lacks_is_said(pairs, sample):
     for family, more, says in (
         ("inpaint", (), "--init and --mask"),
@@ -448,6 +460,10 @@ def test_what_a_model_lacks_is_said(pairs, sample):
         ("sd1", ("--mask", "mask.png"), "--init"),
         ("sd1", ("--image-prompt", "init.png"), "unCLIP"),
         ("sd1", ("--refiner-start", 0.5), "--refiner"),
+        ("sd1", ("--strength", 1.5, "--init", "init.png"), "strength 1.5"),
+        ("sd1", ("--init", "none.png"), "none.png"),
+        ("pix2pix", ("--init", "init.png", "--image-guidance", 0.5), "image guidance 0.5"),
+        ("unclip", ("--image-prompt", "init.png", "--noise-level", 1000), "noise level 1000"),
     ):
         picture().save("init.png")
         half_mask().save("mask.png")

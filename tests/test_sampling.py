@@ -263,6 +263,29 @@ def test_latents_are_saved_and_decode_to_the_same_picture():
     assert Path("again/10.png").read_bytes() == Path("out/10.png").read_bytes()
 
 
+def test_latents_that_cannot_be_decoded_are_kept(monkeypatch):
+    def broken(self: Any, x0: Tensor) -> Tensor:
+        raise RuntimeError("the decoder is broken")
+
+    monkeypatch.setattr(FakeModel, "decode", broken)
+    with pytest.raises(ResourceError, match=r"10\.latents") as stopped:
+        make([ask("a", 10, 20)])
+    assert "--from-latents" in str(stopped.value)
+    files = sorted(Path("out").glob("*.latents.safetensors"))
+    assert [file.name for file in files] == ["10.latents.safetensors", "20.latents.safetensors"]
+    latents = load_tensors(files[1])["latents"]
+    assert latents.unique().tolist() == [pytest.approx(0.2)]
+
+
+def test_options_without_effect_are_said():
+    events, _ = make([ask("a", 1, strength=0.5, noise_level=3)])
+    texts = [event.text for event in events if isinstance(event, Note) and event.warning]
+    assert any("--strength 0.5 has no effect" in text for text in texts)
+    assert any("--noise-level 3 has no effect" in text for text in texts)
+    events, _ = make([ask("a", 2)])
+    assert not any("no effect" in e.text for e in events if isinstance(e, Note))
+
+
 def test_latents_that_do_not_fit_are_refused(tmp_path):
     files = [tmp_path / f"{n}.safetensors" for n in range(5)]
     save_tensors(files[0], {"other": torch.zeros(3, 4, 4)}, {})

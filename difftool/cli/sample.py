@@ -312,6 +312,8 @@ def sample(
     second = None
     if refiner:
         second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)
+    for each in (loaded, second) if second else (loaded,):
+        each.match(match)
     for note in (*loaded.notes, *(second.notes if second else ())):
         console.say(note)
     resolved = resolve_settings(loaded, base.settings, match)

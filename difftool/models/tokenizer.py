@@ -41,6 +41,9 @@ class Tokenizer:
         self._description = description
         self.vocab_size = vocab_size
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        self.reads_padding = False
+        """Whether the padding token's text in a prompt reads as padding: with OpenCLIP's "!" it
+        does in transformers, and it did not where the models were trained."""
 
     @classmethod
     def clip(cls, pad_id: int | None = None) -> Tokenizer:
@@ -114,6 +117,13 @@ class Tokenizer:
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a prompt, all of them, without marks."""
+        if not self.reads_padding:
+            return self._tokens(prompt)
+        text = str(self._backend.id_to_token(self.pad_id))
+        first, *rest = (self._tokens(part) for part in prompt.split(text))
+        return first + [token for part in rest for token in (self.pad_id, *part)]
+
+    def _tokens(self, prompt: str) -> list[int]:
         # One at a time: batches start threads, which forked data loader workers warn about.
         return self._backend.encode(_valid(prompt), add_special_tokens=False).ids
 

@@ -271,6 +271,13 @@ class Run:
     def _notes(self, request: Request, settings: SampleConfig) -> Iterator[Note]:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
         texts = []
+        for name, flag, there in (
+            ("strength", "--strength", request.init and self.model.concat != "edit"),
+            ("image_guidance", "--image-guidance", self.model.concat == "edit"),
+            ("noise_level", "--noise-level", request.image),
+        ):
+            if not there and getattr(settings, name) != getattr(self.model.preset.sample, name):
+                texts.append(f"{flag} {getattr(settings, name):g} has no effect here")
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
         run = self._steps(settings, request.init is not None)
