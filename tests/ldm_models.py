@@ -98,7 +98,8 @@ def state(
                 there
             ]
         shapes[f"{prefix}text_projection"] = (OPENCLIP.width, OPENCLIP.width)
-    tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    # small enough that the networks of such weights give finite values
+    tensors = {n: (torch.randn(s, generator=generator) / 20).to(dtype) for n, s in shapes.items()}
     for n in [n for n in tensors if n.endswith(".ln_final.weight")]:
         tensors[n.replace("ln_final.weight", "logit_scale")] = torch.tensor(4.6)
     for n in [n for n in tensors if n.endswith("token_embedding.weight") and "text_model" in n]:
