@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import published
 import torch
 from torch import nn
 
@@ -167,6 +168,32 @@ def _build(family: str, folder: Path) -> Any:
         case "unclip":
             return _unclip(sd2)
     raise ValueError(family)
+
+
+def build_whole(family: str, folder: Path) -> Any:
+    """The pipeline of a family at its published size: sd15, or sd21-v."""
+    config, told = (published.SD1, {}) if family == "sd15" else (published.SD2, V)
+    width, layers, act = (768, 12, "quick_gelu") if family == "sd15" else (1024, 23, "gelu")
+    encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 64, hidden_act=act, projection_dim=width,
+            bos_token_id=49406, eos_token_id=49407,
+        )
+    )  # fmt: skip
+    decoder = scaled(published.build(published.VAE), 9)
+    decoder.decoder.conv_out.weight.data *= 0.6
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=scaled(published.build(config), 3, 0.8),
+        vae=decoder,
+        text_encoder=scaled(encoder, 1),
+        tokenizer=tokenizer(folder / "words", None if family == "sd15" else 0),
+        scheduler=diffusers.DDIMScheduler(**_of(diffusers.DDIMScheduler, SD_SCHEDULER | told)),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / family, max_shard_size="1GB")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _unclip(sd2: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import SCHEDULERS, WORDS, build, diffusers, reschedule
+from pipelines import SCHEDULERS, WORDS, build, build_whole, diffusers, reschedule
 from torch import Tensor
 
 from difftool.cli.app import main
@@ -190,6 +190,20 @@ def test_an_empty_negative_prompt_is_zeros_in_sdxl(pairs):
     expected = theirs(pipe, "euler", negative_prompt=None, **SHAPE)
     assert difference(ours(model, settings(model, "euler"), negative=""), expected) <= 1
     assert difference(ours(model, settings(model, "euler"), negative=" "), expected) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd21-v"])
+def test_the_published_configurations_at_full_size(tmp_path, family):
+    """Some gigabytes of weights, in shards; small pictures, so that it takes a minute."""
+    pipe = build_whole(family, tmp_path)
+    pipe.saved_scheduler = pipe.scheduler.config
+    model = Model.load(str(tmp_path / family), device="cpu")
+    size = (64, 128)
+    for sampler in ("ddim", "dpmpp_2m karras"):
+        expected = theirs(pipe, sampler, steps=3, width=size[0], height=size[1])
+        found = ours(model, settings(model, sampler, steps=3, size=size))
+        assert difference(found, expected) <= 1
 
 
 # --- from pictures ---------------------------------------------------------------------------
