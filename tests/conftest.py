@@ -1,5 +1,33 @@
 """One thread a test process: small tensors are slower on more, and sums are the same everywhere."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
 import torch
+from commands import Ran
+
+from difftool.cli import console
+from difftool.cli.app import main
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def difftool(tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
+    """Run a command in this process, in an empty folder: difftool("noise", "photo.png")."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(console, "mode", console.Mode())
+        monkeypatch.setattr(sys, "argv", ["difftool", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Ran(stopped.value.code, captured.out, captured.err)
+
+    return run

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "formats": BASE | {"files", "formats", "configs", "config", "diffusion", "tokenizer"},
     "data": BASE | {"files", "data", "config"},
     "model": CORE,
-    "forward": CORE,
+    "forward": CORE | {"data", "forward"},
     "sampling": CORE | {"data", "sampling"},
     "training": CORE | {"data", "training"},
     "cli": CORE | {"data", "sampling", "training", "forward", "cli"},
@@ -38,7 +38,8 @@ OWN_PARTS = {"models.configs": "configs", "models.tokenizer": "tokenizer"} | dic
 )
 """Modules with friends of their own: tables, and what file formats need of them."""
 TORCH_FREE = (
-    *("errors", "registry", "files", "config", "models.configs", "diffusion", "forward"),
+    *("errors", "registry", "files", "config", "models.configs", "diffusion"),
+    *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
     *("formats.safetensors", "formats", "data.images", "cli.app"),
 )
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}

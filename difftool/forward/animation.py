@@ -1,0 +1,81 @@
+"""A sheet as a moving picture: GIF, every frame with a palette of its own, or WebP. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import cycle
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+
+from difftool.forward.drawing import COLORS, INK, MUTED, PAPER, TRACK, Moment, moments
+from difftool.forward.process import Pixels
+from difftool.forward.sheets import Sheet
+
+PACE, FIRST, LAST = 80, 1000, 1400
+"""Milliseconds of a frame, of the picture, and of the static at the end."""
+SHADES = 6
+"""Steps from paper to each ink: the edges of the type."""
+EFFORT = 20
+"""Of the lossless encoder, to 100; noise cannot be packed any better."""
+
+
+def gif(sheet: Sheet) -> bytes:
+    """The sheet as a GIF that plays for ever."""
+    inks = _inks(sheet)
+    frames = [_indexed(moment, inks) for moment in moments(sheet)]
+    return _saved(frames, "GIF", optimize=False, disposal=1)
+
+
+def webp(sheet: Sheet) -> bytes:
+    """The sheet as an animated WebP that plays for ever; lossless, for else it has no fine colour,
+    of which noise is full."""
+    frames = [moment.page for moment in moments(sheet)]
+    return _saved(frames, "WEBP", lossless=True, quality=EFFORT, method=2)
+
+
+def _saved(frames: Sequence[Image.Image], format: str, **options: object) -> bytes:
+    duration = [PACE] * len(frames)
+    duration[0], duration[-1] = FIRST, LAST
+    file, (first, *rest) = BytesIO(), frames
+    if rest:
+        options |= {"save_all": True, "append_images": rest, "duration": duration, "loop": 0}
+    first.save(file, format, **options)
+    return file.getvalue()
+
+
+def _inks(sheet: Sheet) -> Pixels:
+    """Paper, inks and what lies between them [N,3]: in every frame, so that nothing flickers."""
+    names = [INK, MUTED, TRACK, *(c for _, c in zip(sheet.bands, cycle(COLORS), strict=False))]
+    paper = np.array(ImageColor.getrgb(PAPER))
+    steps = np.linspace(0, 1, SHADES + 1)[1:, None]
+    mixed = [paper + steps * (ImageColor.getrgb(ink) - paper) for ink in dict.fromkeys(names)]
+    return np.concatenate([paper[None], *mixed]).round().astype(np.uint8)
+
+
+def _indexed(moment: Moment, inks: Pixels) -> Image.Image:
+    """A frame in 256 colours: the page's few, exactly, and the rest chosen for the pictures, which
+    are dithered."""
+    page, own = np.asarray(moment.page), len(inks)
+    indices = _nearest(page, inks)
+    crops = [page[top:bottom, left:right] for left, top, right, bottom in moment.boxes]
+    joined = Image.fromarray(np.concatenate([crop.reshape(1, -1, 3) for crop in crops], axis=1))
+    chosen = joined.quantize(256 - own, Image.Quantize.MEDIANCUT)
+    for (left, top, right, bottom), crop in zip(moment.boxes, crops, strict=True):
+        picture = Image.fromarray(crop).quantize(palette=chosen, dither=Image.Dither.FLOYDSTEINBERG)
+        corners = (crop == inks[0]).all(axis=2)
+        indices[top:bottom, left:right] = np.where(corners, 0, np.asarray(picture) + own)
+    frame = Image.fromarray(indices, "P")
+    frame.putpalette(inks.tobytes() + bytes(chosen.getpalette() or ())[: 3 * (256 - own)])
+    return frame
+
+
+def _nearest(page: Pixels, colors: Pixels) -> NDArray[np.uint8]:
+    """The index of the nearest colour of each pixel [H,W]."""
+    packed = page.astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    found, where = np.unique(packed, return_inverse=True)
+    parts = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+    distance = np.square(parts[:, None] - colors.astype(np.int64)).sum(axis=2)
+    return distance.argmin(axis=1).astype(np.uint8)[where].reshape(page.shape[:2])

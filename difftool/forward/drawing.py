@@ -1,0 +1,248 @@
+"""A sheet as one picture, or as a moving one: frames labelled with t, SNR and a bar. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import cycle, groupby
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from difftool.diffusion.path import Level
+from difftool.forward.levels import decibels, psnr, short, signal_share, typeset
+from difftool.forward.process import Pixels
+from difftool.forward.sheets import Band, Sheet, zoom
+
+PAPER, INK, MUTED, TRACK = "#fbfaf7", "#1c1b19", "#85817a", "#e3dfd6"
+COLORS = ("#d1495b", "#00798c", "#e09f3e", "#5b8c5a", "#6c5b9e", "#2e4057")
+"""Of the bands, in turn."""
+LINE_MAX = 10
+"""Frames on a line; longer bands are broken into lines of equal length."""
+UNIT = 14.5
+"""How many times larger than the labels a frame is."""
+FORMULA = "𝑥ₜ = 𝛼 𝑥₀ + 𝜎 𝜀"
+SIGNATURE = "difftool noise"
+LEAST_PLOT = 11
+"""Least height of the panel of curves, in labels."""
+
+
+def labels(band: Band, index: int) -> tuple[str, str]:
+    """What is written under a frame, on the left and on the right."""
+    if band.errors:
+        error = band.errors[index]
+        return f"RMSE {error:.3f}", f"PSNR {typeset(psnr(error))} dB"
+    level = band.levels[index]
+    time = f"𝑡 = {short(level.t)}" if level.t >= 0 else "𝑥₀"
+    return time, f"SNR {typeset(decibels(level))} dB"
+
+
+class Metrics(NamedTuple):
+    """The measures of a sheet's cells, in pixels."""
+
+    unit: float
+    """Size of the labels."""
+    width: int
+    height: int
+    """Of a frame, magnified."""
+    cell: int
+    """Width of a frame and of its labels."""
+    gap: int
+    margin: int
+    label: int
+    """Height of what is under a frame."""
+    title: int
+    """Height of a band's title."""
+
+    @classmethod
+    def of(cls, sheet: Sheet) -> Metrics:
+        width, height = (side * zoom(sheet.size) for side in sheet.size)
+        unit = min(max(max(width, height) / UNIT, 14), 40)
+        pairs = [labels(band, i) for band in sheet.bands for i in range(len(band.frames))]
+        needed = max(length(left, unit) + length(right, unit) for left, right in pairs)
+        return cls(
+            unit=unit,
+            width=width,
+            height=height,
+            cell=max(width, math.ceil(needed + 1.2 * unit)),
+            gap=round(0.8 * unit),
+            margin=round(2.2 * unit),
+            label=round(3.2 * unit),
+            title=round(2.1 * unit) if len(sheet.bands) > 1 else 0,
+        )
+
+
+def draw(sheet: Sheet) -> Image.Image:
+    """The picture of a sheet: a row of frames a band, and the curves beside them."""
+    m = Metrics.of(sheet)
+    unit, margin = m.unit, m.margin
+    count = max(len(band.frames) for band in sheet.bands)
+    lines = math.ceil(count / LINE_MAX)
+    columns = math.ceil(count / lines)
+    band_height = m.title + lines * (m.height + m.label)
+    frames_width = columns * (m.cell + m.gap) - m.gap
+    body = len(sheet.bands) * band_height
+    panel = plot_height = 0
+    if sheet.curves:
+        body = max(body, m.title + m.label + round(LEAST_PLOT * unit))
+        plot_height = body - m.title - m.label
+        panel = round(max(min(max(22 * unit, 0.45 * plot_height), 1.3 * plot_height), 17 * unit))
+
+    headline = length(sheet.title, 1.75 * unit) + length(sheet.note, 1.1 * unit) + 0.8 * unit
+    titles = [length(b.title, 1.2 * unit) + length(b.note, unit) + 0.6 * unit for b in sheet.bands]
+    caption = length(sheet.caption, 0.95 * unit)
+    inner = math.ceil(max(frames_width + panel, headline, *titles, caption))
+    head = round(3.4 * unit)
+    size = 2 * margin + inner, margin + head + body + round(1.7 * unit)
+    page = Image.new("RGB", size, PAPER)
+    pen = Pen(page, unit)
+    right, baseline = margin + inner, margin + 0.9 * unit
+    end = pen.write(margin, baseline, sheet.title, 1.75)
+    end = pen.write(end + 0.8 * unit, baseline, sheet.note, 1.1, MUTED)
+    if right - end > length(FORMULA, 1.35 * unit) + 2 * unit:
+        pen.write(right, baseline, FORMULA, 1.35, MUTED, align="right")
+
+    top = margin + round(2.3 * unit)
+    for band, color in zip(sheet.bands, cycle(COLORS), strict=False):
+        if m.title:
+            end = pen.write(margin, top + 1.15 * unit, band.title, 1.2, color)
+            pen.write(end + 0.6 * unit, top + 1.15 * unit, band.note, 1.0, MUTED)
+        for index in range(len(band.frames)):
+            line, column = divmod(index, columns)
+            x = margin + column * (m.cell + m.gap)
+            pen.cell(x, top + m.title + line * (m.height + m.label), m, band, index, color)
+        top += band_height
+    if sheet.curves:
+        from difftool.forward.plots import panel as plot
+
+        shown = [band.levels for band in sheet.bands]
+        curves = plot(sheet.curves, shown, (panel - 2.5 * unit, plot_height + 2.2 * unit), unit)
+        page.paste(curves, (right - curves.width, margin + round(2.3 * unit) + m.title))
+    bottom = page.height - 1.6 * unit
+    end = pen.write(margin, bottom, sheet.caption, 0.95, MUTED)
+    if right - end > length(SIGNATURE, 0.95 * unit) + 2 * unit:
+        pen.write(right, bottom, SIGNATURE, 0.95, MUTED, align="right")
+    return page
+
+
+class Moment(NamedTuple):
+    """One picture of a moving sheet."""
+
+    page: Image.Image
+    boxes: Sequence[tuple[int, int, int, int]]
+    """Where the frames are: left, top, right, bottom."""
+
+
+def moments(sheet: Sheet) -> Iterator[Moment]:
+    """A sheet as a moving picture: its bands beside each other, one level after the other."""
+    m = Metrics.of(sheet)
+    titles = [length(band.title, 1.2 * m.unit) for band in sheet.bands if m.title]
+    m = m._replace(cell=max(m.cell, *map(math.ceil, titles), 0))
+    count, margin = len(sheet.bands), round(0.8 * m.margin)
+    width, height = m.cell + m.gap, m.title + m.height + m.label
+    columns = min(  # whatever is nearest to 3:2, with the fewest places left empty
+        range(1, count + 1),
+        key=lambda c: abs(math.log(c * width / (-(-count // c) * height) / 1.5)) + (-count % c),
+    )
+    lines = -(-count // columns)
+    size = 2 * margin + columns * width - m.gap, 2 * margin + lines * height - round(m.unit)
+    for moment in range(max(len(band.frames) for band in sheet.bands)):
+        page, boxes = Image.new("RGB", size, PAPER), []
+        pen = Pen(page, m.unit)
+        for place, (band, color) in enumerate(zip(sheet.bands, cycle(COLORS), strict=False)):
+            x, y = margin + place % columns * width, margin + place // columns * height
+            index = min(moment, len(band.frames) - 1)
+            if m.title:
+                end = pen.write(x, y + 1.15 * m.unit, band.title, 1.2, color)
+                if end + 0.6 * m.unit + length(band.note, m.unit) <= x + m.cell:
+                    pen.write(end + 0.6 * m.unit, y + 1.15 * m.unit, band.note, 1.0, MUTED)
+            boxes.append(pen.cell(x, y + m.title, m, band, index, color))
+        yield Moment(page, boxes)
+
+
+# --- the pen ---------------------------------------------------------------------------------
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """STIX, the scientific journals' type, in the copy that comes with matplotlib."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/STIXGeneral.ttf", size)
+
+
+SUBSCRIPTS = {"₀": "0", "₁": "1", "₋": "−", "ₜ": "𝑡"}
+Run = tuple[str, ImageFont.FreeTypeFont, float]
+
+
+def _runs(text: str, size: float) -> list[Run]:
+    """Text, font and lowering of its parts.
+
+    STIX lacks the subscript characters, so they are set as small lowered ones.
+    """
+    runs = []
+    for low, part in groupby(text, SUBSCRIPTS.__contains__):
+        run = "".join(SUBSCRIPTS.get(c, c) for c in part)
+        runs.append((run, _font(round(size * (0.7 if low else 1))), 0.2 * size if low else 0.0))
+    return runs
+
+
+def length(text: str, size: float) -> float:
+    """How wide a text is, in pixels."""
+    return sum(font.getlength(run) for run, font, _ in _runs(text, size))
+
+
+class Pen:
+    """Draws text, frames and bars on a page; sizes are in units of the labels' size."""
+
+    def __init__(self, page: Image.Image, unit: float):
+        self.page, self.unit, self.draw = page, unit, ImageDraw.Draw(page)
+
+    def write(
+        self, x: float, y: float, text: str, size: float, fill: str = INK, align: str = "left"
+    ) -> float:
+        """Write text on the baseline y and return where it ends."""
+        runs = _runs(text, size * self.unit)
+        if align == "right":
+            x -= sum(font.getlength(run) for run, font, _ in runs)
+        for run, font, lowered in runs:
+            self.draw.text((x, y + lowered), run, fill, font, anchor="ls")
+            x += font.getlength(run)
+        return x
+
+    def cell(
+        self, x: int, y: int, m: Metrics, band: Band, index: int, color: str
+    ) -> tuple[int, int, int, int]:
+        """A frame of a band, its labels, and its signal as a bar; where the frame is."""
+        left = x + (m.cell - m.width) // 2
+        self.frame(left, y, band.frames[index], (m.width, m.height))
+        if not band.errors:
+            level: Level = band.levels[index]
+            self.bar(x, y + m.height + 0.5 * m.unit, m.cell, signal_share(level), color)
+        under = y + m.height + (1.35 if band.errors else 1.85) * m.unit
+        first, last = labels(band, index)
+        self.write(x, under, first, 1.0)
+        self.write(x + m.cell, under, last, 1.0, MUTED, align="right")
+        return left, y, left + m.width, y + m.height
+
+    def frame(self, x: int, y: int, pixels: Pixels, size: tuple[int, int]) -> None:
+        """A picture of that size with slightly rounded corners."""
+        picture = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+        radius = min(round(0.3 * self.unit), min(size) // 3)
+        mask = Image.new("L", (4 * size[0], 4 * size[1]))
+        edge = 0, 0, mask.width - 1, mask.height - 1
+        ImageDraw.Draw(mask).rounded_rectangle(edge, 4 * radius, 255)
+        self.page.paste(picture, (x, y), mask.resize(size))
+
+    def bar(self, x: float, y: float, width: float, share: float, color: str) -> None:
+        """A track of the width with its share filled."""
+        thick = max(3, round(0.24 * self.unit))
+        box = Image.new("RGB", (round(width) * 4, thick * 4), PAPER)
+        draw = ImageDraw.Draw(box)
+        for part, fill in ((1.0, TRACK), (share, color)):
+            if part * width >= 1:
+                end = max(part * box.width, box.height)
+                draw.rounded_rectangle((0, 0, end - 1, box.height - 1), box.height / 2, fill)
+        small = box.resize((round(width), thick), Image.Resampling.LANCZOS)
+        self.page.paste(small, (round(x), round(y)))

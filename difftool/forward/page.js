@@ -1,0 +1,286 @@
+"use strict";
+
+// --- numbers ---------------------------------------------------------------------------------
+
+const logSnr = ([, alpha, sigma]) =>
+  alpha === 0 ? -Infinity : sigma === 0 ? Infinity : 2 * Math.log(alpha / sigma);
+const decibels = (level) => (10 * logSnr(level)) / Math.LN10;
+const share = ([, alpha, sigma]) => alpha ** 2 / (alpha ** 2 + sigma ** 2);
+const psnr = (rmse) => (rmse === 0 ? Infinity : 20 * Math.log10(2 / rmse));
+
+function typeset(value, digits) {
+  const text = Number.isFinite(value) ? Math.abs(value).toFixed(digits) : "∞";
+  return (value < 0 && !/^[0.]+$/.test(text) ? "−" : "") + text;
+}
+
+const short = (t) => (Math.abs(t) >= 100 ? t.toFixed(0) : String(Number(t.toPrecision(3))));
+
+// Whatever is read off at a level: name and value.
+function readings(level, error) {
+  const found = [
+    ["t", level[0] < 0 ? "clean" : short(level[0])],
+    ["α", level[1].toFixed(4)],
+    ["σ", level[2] >= 100 ? level[2].toFixed(1) : level[2].toFixed(4)],
+    ["SNR", typeset(decibels(level), 1) + " dB"],
+    ["log SNR", typeset(logSnr(level), 2)],
+  ];
+  if (error !== undefined) {
+    found.push(["RMSE", error.toFixed(3)], ["PSNR", typeset(psnr(error), 1) + " dB"]);
+  }
+  return found;
+}
+
+// The level of a band at a place of the slider, which has `last` + 1 of them.
+const indexAt = (band, place, last) =>
+  Math.round((place / Math.max(last, 1)) * (band.levels.length - 1));
+
+// --- pictures --------------------------------------------------------------------------------
+
+function bytes(base64) {
+  return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+}
+
+// x_t = alpha x0 + sigma z as RGBA; where the variance grows (EDM), at unit variance.
+function mix(x0, z, step, [, alpha, sigma], rgba) {
+  const unit = 1 / Math.max(1, Math.hypot(alpha, sigma));
+  const signal = alpha * unit;
+  const noise = sigma * unit * step * 127.5;
+  const grey = 127.5 * (1 - signal);
+  for (let from = 0, to = 0; from < x0.length; from += 3, to += 4) {
+    rgba[to] = signal * x0[from] + noise * z[from] + grey;
+    rgba[to + 1] = signal * x0[from + 1] + noise * z[from + 1] + grey;
+    rgba[to + 2] = signal * x0[from + 2] + noise * z[from + 2] + grey;
+    rgba[to + 3] = 255;
+  }
+  return rgba;
+}
+
+// --- the plot --------------------------------------------------------------------------------
+
+const FRAME = { left: 38, right: 392, top: 14, bottom: 268 };
+const LIMIT = 14;
+const across = (way) => FRAME.left + way * (FRAME.right - FRAME.left);
+const down = (value) =>
+  FRAME.top + ((1 - Math.max(-1, Math.min(1, value / LIMIT))) / 2) * (FRAME.bottom - FRAME.top);
+
+// The log SNR of levels as an SVG path; it ends where it leaves the plot.
+function outline(levels) {
+  const points = levels.map((level, i) => [i / Math.max(levels.length - 1, 1), logSnr(level)]);
+  return points
+    .filter(([, value]) => Number.isFinite(value))
+    .map(([way, value], i) => `${i ? "L" : "M"}${across(way).toFixed(2)} ${down(value).toFixed(2)}`)
+    .join("");
+}
+
+// --- the page --------------------------------------------------------------------------------
+
+function start(data) {
+  const $ = (id) => document.getElementById(id);
+  const make = (name, attributes = {}, ...children) => {
+    const svg = ["line", "text", "path", "circle"].includes(name);
+    const node = svg
+      ? document.createElementNS("http://www.w3.org/2000/svg", name)
+      : document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    node.append(...children);
+    return node;
+  };
+  const slider = $("slider");
+  const last = Math.max(...data.bands.map((band) => band.levels.length)) - 1;
+  const x0 = data.x0 && bytes(data.x0);
+  const z = data.z && new Int8Array(bytes(data.z).buffer);
+  let chosen = 0;
+  let tabled = null;
+  let playing = null;
+
+  for (const name of ["title", "note", "caption"]) $(name).replaceChildren(...subscripts(data[name]));
+  slider.max = last;
+
+  // Of rivals one is seen at a time; views of one path are seen together.
+  const seen = data.width ? (data.rivals ? [data.bands[0]] : data.bands) : [];
+  const views = seen.map((band) => {
+    const canvas = make("canvas", { width: data.width, height: data.height });
+    const side = Math.max(data.width, data.height);
+    const zoom = Math.max(1, Math.round((seen.length > 1 ? 256 : 512) / side));
+    canvas.style.width = `${data.width * zoom}px`;
+    canvas.classList.toggle("large", zoom > 1);
+    const fill = make("div");
+    const bar = make("div", { class: "bar" }, fill);
+    const figure = make("figure", { class: "own" }, canvas, bar);
+    if (seen.length > 1) {
+      const title = make("b", {}, ...subscripts(band.title));
+      figure.prepend(make("figcaption", {}, title, " ", ...subscripts(band.note)));
+    }
+    $("pictures").append(figure);
+    return { figure, fill, bar, pen: canvas.getContext("2d"), band };
+  });
+  document.querySelector("main").classList.toggle("alone", !views.length);
+  document.querySelector(".stage").hidden =
+    !views.length && !data.rivals && !data.bands[0].visited.length;
+  for (const band of data.bands) {
+    band.pictures = band.frames.map((uri) => {
+      const picture = new Image();
+      picture.onload = () => show();
+      picture.src = uri;
+      return picture;
+    });
+  }
+
+  const choices = !data.rivals ? [] : data.bands.map((band, k) => {
+    const button = make("button", { type: "button", role: "radio", class: "own" }, band.title);
+    button.style.setProperty("--own", band.color);
+    button.onclick = () => choose(k);
+    $("choices").append(button);
+    return button;
+  });
+
+  // Without a picture there is room for the levels that a sampler visits; a click goes there.
+  function tabulate(band) {
+    const head = ["", ...readings(band.levels[0]).map(([name]) => name)];
+    const body = band.visited.map((level, k) => {
+      const cells = [k, ...readings(level).map(([, value]) => value)];
+      const row = make("tr", {}, ...cells.map((text) => make("td", {}, text)));
+      row.onclick = () => move(Math.round(band.dots[k] * last));
+      return row;
+    });
+    const names = make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)));
+    const table = make("table", { class: "own" }, make("thead", {}, names), make("tbody", {}, ...body));
+    table.style.setProperty("--own", band.color);
+    $("pictures").replaceChildren(table);
+  }
+
+  const plot = $("plot");
+  for (const value of [-10, -5, 0, 5, 10]) {
+    const y = down(value);
+    plot.append(make("line", { x1: FRAME.left, x2: FRAME.right, y1: y, y2: y, class: "grid" }));
+    plot.append(make("text", { x: FRAME.left - 7, y: y + 4, "text-anchor": "end" }, typeset(value, 0)));
+  }
+  const times = data.bands[0].levels.map(([t]) => `t = ${short(t)}`);
+  const ends = data.rivals ? ["picture", "static"] : [times[0], times.at(-1)];
+  plot.append(make("text", { x: FRAME.left, y: 290 }, ends[0]));
+  plot.append(make("text", { x: FRAME.right, y: 290, "text-anchor": "end" }, ends[1]));
+  plot.append(make("text", { x: FRAME.right, y: 10, "text-anchor": "end" }, "log SNR"));
+  const drawn = data.rivals ? data.bands : data.bands.slice(0, 1);
+  const curves = drawn.map((band) => {
+    const curve = make("path", { class: "curve own", d: outline(band.levels) });
+    const dots = band.dots.map((way) => {
+      const level = band.levels[Math.round(way * (band.levels.length - 1))];
+      return make("circle", { cx: across(way), cy: down(logSnr(level)), r: 3.2, class: "own" });
+    });
+    for (const node of [curve, ...dots]) node.style.setProperty("--own", band.color);
+    plot.append(curve, ...dots);
+    return curve;
+  });
+  const dot = make("circle", { r: 6.5, "stroke-width": 2, class: "own" });
+  plot.append(dot);
+
+  function show() {
+    const place = Number(slider.value);
+    const band = data.bands[data.rivals ? chosen : 0];
+    const index = indexAt(band, place, last);
+    const level = band.levels[index];
+    for (const view of views) {
+      const own = data.rivals ? band : view.band;
+      const at = indexAt(own, place, last);
+      if (x0) {
+        const image = view.pen.createImageData(data.width, data.height);
+        mix(x0, z, data.step, own.levels[at], image.data);
+        view.pen.putImageData(image, 0, 0);
+      } else if (own.pictures[at].complete) {
+        view.pen.drawImage(own.pictures[at], 0, 0);
+      }
+      view.bar.style.visibility = own.errors.length ? "hidden" : "visible";
+      view.fill.style.width = `${100 * share(own.levels[at])}%`;
+      view.figure.style.setProperty("--own", own.color);
+    }
+    const error = data.bands.map((each) => each.errors[index]).find((value) => value !== undefined);
+    $("readings").replaceChildren(...readings(level, error).map(([name, value]) =>
+      make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+    dot.setAttribute("cx", across(index / Math.max(band.levels.length - 1, 1)));
+    dot.setAttribute("cy", down(logSnr(level)));
+    for (const node of [dot, $("slider").parentNode]) node.style.setProperty("--own", band.color);
+    slider.setAttribute("aria-valuetext", `t ${short(level[0])}, SNR ${typeset(decibels(level), 1)} dB`);
+    if (!views.length && band.visited.length && tabled !== band) tabulate((tabled = band));
+    if (data.rivals) $("note").replaceChildren(...subscripts(band.note));
+    curves.forEach((curve, k) => curve.classList.toggle("other", data.rivals && k !== chosen));
+    choices.forEach((button, k) => button.setAttribute("aria-checked", String(k === chosen)));
+  }
+
+  function choose(k) {
+    chosen = k;
+    show();
+  }
+
+  function move(to) {
+    slider.value = Math.max(0, Math.min(last, to));
+    show();
+  }
+
+  // All levels in five seconds, from the picture on.
+  function play(on) {
+    if (playing !== null) cancelAnimationFrame(playing);
+    playing = null;
+    $("sign").setAttribute("d", on ? "M4 3h4v14H4zM12 3h4v14h-4z" : "M5 3l12 7-12 7z");
+    $("play").setAttribute("aria-label", on ? "Pause" : "Play");
+    if (!on) return;
+    const from = Number(slider.value) >= last ? 0 : Number(slider.value);
+    let begun = null;
+    const tick = (now) => {
+      begun ??= now;
+      const to = from + ((now - begun) / 5000) * last;
+      move(Math.round(to));
+      if (to < last) playing = requestAnimationFrame(tick);
+      else play(false);
+    };
+    playing = requestAnimationFrame(tick);
+  }
+
+  slider.oninput = () => {
+    play(false);
+    show();
+  };
+  $("play").onclick = () => play(playing === null);
+  const drag = (event) => {
+    if (!event.buttons) return;
+    const box = plot.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * 400;
+    play(false);
+    move(Math.round(((x - FRAME.left) / (FRAME.right - FRAME.left)) * last));
+  };
+  plot.onpointerdown = drag;
+  plot.onpointermove = drag;
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 };
+    const pages = { PageDown: -1, PageUp: 1 };
+    const place = Number(slider.value);
+    if (event.key === " " && event.target.tagName !== "BUTTON") play(playing === null);
+    else if (data.rivals && data.bands[Number(event.key) - 1]) choose(Number(event.key) - 1);
+    else if (event.target === slider) return; // which has keys of its own
+    else if (steps[event.key]) move(place + steps[event.key]);
+    else if (pages[event.key]) move(place + pages[event.key] * Math.ceil(last / 10));
+    else if (event.key === "Home") move(0);
+    else if (event.key === "End") move(last);
+    else return;
+    event.preventDefault();
+  });
+  play(false);
+  show();
+}
+
+// Text with its subscript characters as sub elements, which every font has.
+function subscripts(text) {
+  const lowered = { "₀": "0", "₁": "1", "₋": "−", "ₜ": "t" };
+  return text.split(/([₀₁₋ₜ]+)/).filter(Boolean).map((part) => {
+    if (!(part[0] in lowered)) return part;
+    const node = document.createElement("sub");
+    node.textContent = Array.from(part, (c) => lowered[c]).join("");
+    return node;
+  });
+}
+
+if (typeof document === "undefined") {
+  module.exports = { bytes, decibels, indexAt, mix, outline, psnr, readings, short, typeset };
+} else {
+  start(JSON.parse(document.getElementById("data").textContent));
+}
