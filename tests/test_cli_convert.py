@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ldm_models
 import pytest
@@ -18,8 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from difftool.cli import console
-from difftool.cli.app import app, main
+from difftool.cli.app import app
 from difftool.config import SampleConfig, load_preset
 from difftool.formats import open_model, safetensors
 from difftool.model import Model
@@ -37,32 +37,11 @@ PRESET = replace(
 )  # fmt: skip
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def object(self) -> dict[str, Any]:
-        return json.loads(self.out, parse_constant=pytest.fail)
-
-
 @pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
+def convert(difftool):
     """Run `difftool convert` in a folder with the model m.safetensors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "mode", console.Mode())
     Model.fresh(PRESET, seed=0).save(Path("m.safetensors"), metadata={"k": "a \x1b[31m note"})
-
-    def run(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["difftool", "convert", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return Ran(stopped.value.code, captured.out, captured.err)
-
-    return run
+    return partial(difftool, "convert")
 
 
 def left() -> set[str]:
@@ -395,13 +374,9 @@ assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
     assert "sd2" in done.stdout
 
 
-def test_a_single_file_is_sampled(convert, monkeypatch):
+def test_a_single_file_is_sampled(difftool):
     """The text encoder, U-Net and decoder of a single file make a picture."""
     ldm_models.write(Path("sd.safetensors"), "sd1")
-    monkeypatch.setattr(
-        sys, "argv", "difftool sample fox -m sd.safetensors --steps 1 --size 32x32 -o a.png".split()
-    )
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
+    words = "sample fox -m sd.safetensors --steps 1 --size 32x32 -o a.png"
+    assert difftool(*words.split()).code == 0
     assert Path("a.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from commands import ENVIRONMENT, Ran
 from PIL import Image
 
-from difftool.cli.app import main
 from difftool.config import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
@@ -65,35 +64,13 @@ def models(tmp_path_factory) -> dict[str, str]:
     return files
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-    @property
-    def objects(self) -> list[dict]:
-        return [json.loads(line) for line in self.lines]
-
-
 @pytest.fixture
-def sample(models, tmp_path, monkeypatch, capsys):
+def sample(models, difftool):
     """Run `difftool sample` in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
 
     def run(*args: object, model: str | None = "text") -> Ran:
         where = ["--model", models.get(model, model)] if model else []
-        argv = ["difftool", "sample", *where, "--device", "cpu", *map(str, args)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return Ran(stopped.value.code, captured.out, captured.err)
+        return difftool("sample", *where, "--device", "cpu", *args)
 
     return run
 
@@ -101,10 +78,6 @@ def sample(models, tmp_path, monkeypatch, capsys):
 def command(model: str, *args: str) -> list[str]:
     """The same as a process of its own."""
     return [sys.executable, "-m", "difftool", "sample", "-m", model, "--device", "cpu", *args]
-
-
-ROOT = str(Path(__file__).parent.parent)
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CI"} | {"PYTHONPATH": ROOT}
 
 
 def test_a_picture_and_its_path(sample):

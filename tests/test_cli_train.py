@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import spawn
 from PIL import Image
 
 TINY = [
@@ -20,12 +20,6 @@ TINY = [
     "--set", "unet.blocks=1", "--set", "sample.steps=2",
     "--steps", "4", "--batch-size", "2", "--size", "16",
 ]  # fmt: skip
-
-
-def difftool(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "difftool", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -38,15 +32,13 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_model_that_samples(pictures):
-    done = difftool("train", "photos", *TINY, cwd=pictures)
+    done = spawn("train", "photos", *TINY, cwd=pictures)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "runs/photos-001/model.safetensors\n"
     assert "3 images" in done.stderr
     assert re.search(r"^preset +pixel-small ", done.stderr, re.MULTILINE)
     assert "next    difftool sample -m runs/photos-001" in done.stderr
-    sampled = difftool(
-        "sample", "-m", "runs/photos-001", "--steps", "2", "-o", "a.png", cwd=pictures
-    )
+    sampled = spawn("sample", "-m", "runs/photos-001", "--steps", "2", "-o", "a.png", cwd=pictures)
     assert sampled.returncode == 0, sampled.stderr
     with Image.open(pictures / "a.png") as image:
         assert image.size == (16, 16)
@@ -54,7 +46,7 @@ def test_a_folder_becomes_a_model_that_samples(pictures):
 
 def test_a_dry_run_plans_and_writes_nothing(pictures):
     before = sorted(pictures.rglob("*"))
-    done = difftool("train", "photos", "--dry-run", cwd=pictures)
+    done = spawn("train", "photos", "--dry-run", cwd=pictures)
     assert done.returncode == 0
     assert done.stdout == ""
     for word in ("3 images", "pixel-small", "train.steps", "memory", "disk"):
@@ -63,7 +55,7 @@ def test_a_dry_run_plans_and_writes_nothing(pictures):
 
 
 def test_the_configuration_is_printed_with_its_origins(pictures):
-    done = difftool("train", "photos", "--print-config", "--json", "--lr", "0.5", cwd=pictures)
+    done = spawn("train", "photos", "--print-config", "--json", "--lr", "0.5", cwd=pictures)
     config = json.loads(done.stdout)["config"]
     assert config["train.lr"] == {"value": 0.5, "origin": "--lr"}
     assert config["unet.groups"]["origin"] == "default"
@@ -92,7 +84,7 @@ MISUSE = [
 @pytest.mark.parametrize(("arguments", "code", "says"), MISUSE)
 def test_misuse_is_told_in_a_few_lines_and_leaves_nothing(pictures, arguments, code, says):
     before = sorted(pictures.rglob("*"))
-    done = difftool("train", *arguments, cwd=pictures)
+    done = spawn("train", *arguments, cwd=pictures)
     assert done.returncode == code
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -101,7 +93,7 @@ def test_misuse_is_told_in_a_few_lines_and_leaves_nothing(pictures, arguments, c
 
 
 def test_an_error_is_json_where_json_is_asked_for(pictures):
-    done = difftool("train", "photos", "--steps", "-3", "--json", cwd=pictures)
+    done = spawn("train", "photos", "--steps", "-3", "--json", cwd=pictures)
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, error["code"]) == (2, 2)
     assert "--steps" in error["message"]
@@ -121,7 +113,7 @@ def test_sigterm_saves_and_resume_goes_on(pictures):
     assert "--resume" in talk
     [checkpoint] = (pictures / "run/checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    done = difftool(
+    done = spawn(
         "train", "photos", "--out", "run", "--resume", "--steps", str(step + 2), cwd=pictures
     )
     assert done.returncode == 0, done.stderr
@@ -133,7 +125,7 @@ def test_sigterm_saves_and_resume_goes_on(pictures):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_runs_on_cuda(pictures, precision):
-    done = difftool(
+    done = spawn(
         "train", "photos", *TINY, "--device", "cuda", "--precision", precision, cwd=pictures
     )
     assert done.returncode == 0, done.stderr

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import spawn
 from folders import lay, pictures
 
 from difftool.config import DataConfig, data_config, load_preset, override_layers, preset_layers
@@ -26,9 +25,7 @@ FLAGS = {
 
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "difftool", "train", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    return spawn("train", *arguments, cwd=cwd)
 
 
 def test_flags_reach_the_data_and_the_preset(tmp_path):
