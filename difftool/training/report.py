@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from difftool.config import RECIPES, Part, Preset, build_preset, parse_yaml
-from difftool.data.images import write_whole
+from difftool.files import write_whole
 from difftool.training.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
 from difftool.training.validation import cast, overfits
 

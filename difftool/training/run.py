@@ -25,8 +25,9 @@ from difftool import __version__
 from difftool.config import Part, Preset, to_yaml
 from difftool.data import Dataset
 from difftool.data.dataset import count
-from difftool.data.images import write_png, write_whole
+from difftool.data.images import write_png
 from difftool.errors import Stopped, UsageError
+from difftool.files import write_whole
 from difftool.model import Item, Model
 from difftool.training import parallel, rng
 from difftool.training.batches import buckets_of, to_signal
