@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
 from difftool.diffusion.path import Discrete, build_path
@@ -673,7 +673,7 @@ def _published_index(published: Mapping[str, Any], configs: Configs) -> dict[str
     return index
 
 
-def _is_processor(line: Any) -> bool:
+def _is_processor(line: Any) -> TypeGuard[list[str]]:
     """Whether an index's line names an image processor, of which there are several spellings."""
     return isinstance(line, list) and len(line) == 2 and line[1] in IMAGE_PROCESSORS
 
