@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from difftool.config import Layer, preset_layers, resolve
 from difftool.data import open_dataset
 from difftool.model import Model
+from difftool.models import layers
 from difftool.models.configs import UNetConfig
 from difftool.models.layers import GroupNorm, Upsample, attend
 from difftool.models.unet import UNet
@@ -172,6 +173,24 @@ def test_doubled_pixels_are_convolved_as_they_were(sides):
         assert torch.equal(module(x, None, size), plain)
     odd = [2 * sides[0] - 1, 2 * sides[1]]
     assert module(x, None, odd).shape[2:] == torch.Size(odd)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_tokens_are_multiplied_the_same_as_pictures(monkeypatch, bias):
+    monkeypatch.setattr(layers, "_slow_mkl", lambda: True)
+    module = layers.Linear(6, 4, bias=bias)
+    x = torch.randn(3, 8, 6, requires_grad=True)
+    weights = torch.randn(3, 8, 4)
+    fast, plain = module(x), F.linear(x, module.weight, module.bias)
+    assert fast.grad_fn is not None
+    assert fast.grad_fn.name() == "TransposeBackward0" != plain.grad_fn.name()
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-6)
+    inputs = (x, *module.parameters())
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), inputs) for y in (fast, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for other in (x[:, :7], x[0], x[:, :2, :].bfloat16().float()[:1]):
+        torch.testing.assert_close(module(other), F.linear(other, module.weight, module.bias))
 
 
 def test_low_precision_on_a_cpu_takes_its_detours_in_fp32():

@@ -7,7 +7,8 @@ E the width of the time embedding.
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -62,6 +63,40 @@ class GroupNorm(nn.GroupNorm):
         weight, bias = self.weight.float(), self.bias.float()
         y = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         return y if torch.is_autocast_enabled("cpu") else y.to(x.dtype)
+
+
+@cache
+def _slow_mkl() -> bool:
+    """Whether torch multiplies matrices by MKL on a processor that MKL does not favour."""
+    try:
+        maker = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return maker and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+class Linear(nn.Linear):
+    """A linear layer of tokens [B,N,C].
+
+    In fp32 on AMD's processors oneDNN's convolutions do twice the work of MKL's products; where
+    there are more tokens than features, training computes it as a 1x1 convolution of N = 2 (N/2).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        tokens = input.shape[:-1].numel()
+        if (
+            input.dim() != 3
+            or input.device.type != "cpu"
+            or input.dtype != torch.float32
+            or input.shape[1] % 2
+            or tokens < 2 * self.out_features
+            or not torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or not _slow_mkl()
+        ):
+            return super().forward(input)
+        picture = input.transpose(1, 2).unflatten(2, (2, -1))
+        return to_tokens(F.conv2d(picture, self.weight[:, :, None, None], self.bias))
 
 
 class Embed(nn.Module):
@@ -191,10 +226,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=bias)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias=bias)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=bias)
+        self.to_k = Linear(context_dim or channels, channels, bias=bias)
+        self.to_v = Linear(context_dim or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
@@ -224,7 +259,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -238,7 +273,7 @@ class FeedForward(nn.Module):
         super().__init__()
         # The middle is diffusers' dropout, unused by every published U-Net; it fixes the names.
         self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+            GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,7 +326,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        project = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        project = Linear if linear else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, only_cross) for _ in range(depth)
