@@ -409,6 +409,22 @@ def test_quiet_prints_the_result_alone(noise):
     assert (ran.out, ran.err) == ("small-noise.png\n", "")
 
 
+def test_the_configuration_says_where_each_value_is_from(noise):
+    ran = noise("--curve", "--set", "steps=50", "--schedule", "karras", "--print-config", "--json")
+    config = ran.object["config"]
+    assert config["sd15.steps"] == {"value": 50, "origin": "--set steps=50"}
+    assert config["sd15.beta_end"] == {"value": 0.012, "origin": "path sd15"}
+    assert config["schedule"]["origin"] == "--schedule" and config["seed"]["origin"] == "default"
+
+
+def test_a_long_prompt_is_cut_on_the_picture(noise):
+    words = "a large red circle " * 40
+    ran = noise("small.png", "--reverse", "--prompt", words, "--steps", 2, "--json")
+    assert ran.object["prompt"] == words and "of the prompt's" in ran.err
+    with Image.open("small-noise.png") as page:
+        assert page.width < 1000
+
+
 def test_help_lists_the_values_of_every_choice(noise, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     ran = noise("--help")

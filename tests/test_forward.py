@@ -227,7 +227,9 @@ def test_the_sheets_of_chain_and_comparison():
     assert check.transitions == 50
     assert sheet.rows() == rows(levels)
     paths = {name: build_path({"kind": name}) for name in PATHS}
-    compared = compare_sheet(SPACE, paths, lambda path: even_levels(path, 4), 0)
+    compared = compare_sheet(
+        SPACE, paths, {name: even_levels(path, 4) for name, path in paths.items()}, 0
+    )
     assert [band.title for band in compared.bands] == list(PATHS)
     assert [row["path"] for row in compared.rows()] == [name for name in PATHS for _ in range(4)]
 

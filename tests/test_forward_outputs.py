@@ -49,7 +49,8 @@ def strip(space=SPACE, path=SD15, count=4, seed=0):
 
 
 def compared(space=SPACE, paths=TWO, count=3):
-    return compare_sheet(space, paths, lambda path: even_levels(path, count), 0)
+    levels = {name: even_levels(path, count) for name, path in paths.items()}
+    return compare_sheet(space, paths, levels, 0)
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from difftool.cli import console
-from difftool.cli.console import Debug, Device, Dtype, Json, Overwrite, Quiet, choice, choices
+from difftool.cli.console import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Overwrite,
+    PrintConfig,
+    Quiet,
+    choice,
+    choices,
+)
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS
 from difftool.errors import DifftoolError, UsageError, suggestion
 
 if TYPE_CHECKING:
-    from difftool.diffusion.path import Level
     from difftool.diffusion.path import Path as NoisePath
-    from difftool.forward.sheets import Sheet
+    from difftool.forward.show import Show
     from difftool.model import Model
 
 DEFAULT_PATH = "sd15"
 FORMATS = ["png", "gif", "webp", "html", "csv"]
 CURVE_FORMATS = ["csv", "png", "html"]
-FRAMES, SAMPLER_STEPS, TABLE_LINES = 8, 20, 21
 
 
 def _grid(value: str | None) -> str | None:
@@ -72,8 +80,7 @@ def noise(
             min=1,
             max=100_000,
             metavar="N",
-            help=f"Levels shown, or steps of the sampler.  \\[{FRAMES}, as many as a moving "
-            f"picture needs, or {SAMPLER_STEPS}]",
+            help="Levels shown, or steps of the sampler.  \\[8, 40 of a moving picture; 20]",
         ),
     ] = None,
     schedule: Annotated[
@@ -126,6 +133,7 @@ def noise(
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    print_config: PrintConfig = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -171,24 +179,43 @@ def noise(
         targets = _targets(images or [], output, kind)
     _check_free(targets, overwrite)
 
-    work = _Work(schedule=schedule, steps=steps, seed=seed or 0, size=size, markov=markov)
+    from difftool.forward.show import Show
+
+    loaded = None
     if latent or reverse:
-        work.load(model, device, dtype, prompt, label, reverse)
+        loaded = _load(model, device, dtype)
+        paths = {loaded.name: loaded.denoiser.path}
     elif model:
-        work.paths = _model_path(model)
+        paths = _model_path(model)
     else:
         names = compare.split(",") if compare is not None else [path or DEFAULT_PATH]
-        work.paths = dict(_path(name.strip(), settings) for name in names)
-        if len(work.paths) < len(names):
+        paths = dict(_path(name.strip(), settings) for name in names)
+        if len(paths) < len(names):
             raise UsageError("a path is compared with itself", f"--compare {compare}")
-    if curve:
-        _curve(work, targets, kind, overwrite)
+    show = Show(
+        paths=paths,
+        model=loaded,
+        schedule=schedule,
+        steps=steps,
+        seed=seed or 0,
+        size=size,
+        markov=markov,
+        reverse=reverse,
+        prompt=prompt,
+        label=label,
+    )
+    if print_config:
+        console.print_config(_config(show, settings))
         return
-
+    if curve:
+        _curve(show, targets, kind, overwrite)
+        return
+    if loaded and reverse:
+        _check_told(loaded, prompt, label)
     failed = 0
     for image, target in zip(images or [], targets, strict=True):
         try:
-            result = _show(work, image, target, kind, overwrite)
+            result = _show(show, image, target, kind, overwrite)
             console.emit(result if json else str(target))
         except DifftoolError as error:
             if len(targets) == 1:
@@ -303,159 +330,89 @@ def _model_path(where: str) -> dict[str, NoisePath]:
     return {preset.name: build_path(preset.path)}
 
 
-@dataclass
-class _Work:
-    """What is shown of each picture."""
+def _load(where: str | None, device: str, dtype: str) -> Model:
+    from difftool.model import Model
 
-    schedule: str | None
-    steps: int | None
-    seed: int
-    size: int | None
-    markov: bool
-    paths: dict[str, NoisePath] = field(default_factory=dict)
-    model: Model | None = None
-    reverse: bool = False
-    prompt: str | None = None
-    label: str | None = None
-
-    def load(
-        self,
-        where: str | None,
-        device: str,
-        dtype: str,
-        prompt: str | None,
-        label: str | None,
-        reverse: bool,
-    ) -> None:
-        """Load the model in whose space noise is added; UsageError if it cannot be told that."""
-        from difftool.forward.reverse import condition
-        from difftool.model import Model
-
-        self.model = Model.load(where, device=device, dtype=dtype)
-        for note in self.model.notes:
-            console.say(note)
-        self.paths = {self.model.name: self.model.denoiser.path}
-        self.prompt, self.label, self.reverse = prompt, label, reverse
-        if reverse:
-            condition(self.model, (8, 8), prompt, label)
-            tokens, read = self.model.tokens(prompt or "")
-            if tokens > read:
-                console.warn(f"the model reads {read} of the prompt's {tokens} tokens")
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.paths))
-
-    @property
-    def path(self) -> NoisePath:
-        return self.paths[self.name]
-
-    def levels(self, path: NoisePath, usual: int | None) -> list[Level]:
-        """The levels shown, clean to noisy: a sampler's, or `usual` even ones (None: all)."""
-        from difftool.forward.levels import even_levels
-
-        if self.schedule:
-            return GRIDS[self.schedule](path, self.steps or SAMPLER_STEPS)[::-1]
-        count = self.steps or (usual and min(usual, path.steps))
-        return even_levels(path, count)
-
-    def sheet(self, image: Any, kind: str) -> tuple[Sheet, dict[str, Any]]:
-        """What is drawn of a picture, and what is told of it."""
-        from difftool.forward import sheets
-        from difftool.forward.outputs import OUTPUTS
-        from difftool.forward.process import PixelSpace
-
-        def shown(path: NoisePath) -> list[Level]:
-            return self.levels(path, OUTPUTS[kind].steps)
-
-        seed, levels = self.seed, shown(self.path)
-        if self.model:
-            from difftool.forward.reverse import ModelSpace, condition
-
-            space = ModelSpace(self.model, image, self.size)
-            told = {"model": self.model.name, "model_hash": self.model.hash}
-            if self.reverse:
-                cond = condition(self.model, space.size, self.prompt, self.label)
-                about = f'"{self.prompt}"' if self.prompt else self.label or ""
-                with console.progress("predicting", len(levels)) as bar:
-                    sheet = sheets.reverse_sheet(space, levels, seed, cond, about, bar.update)
-                return sheet, told | {"prompt": self.prompt, "label": self.label}
-        else:
-            space, told = PixelSpace(image, self.size), {}
-        if self.markov:
-            sheet, check = sheets.markov_sheet(space, self.name, self.path, levels, seed)
-            return sheet, told | {"chain": check._asdict()}
-        if kind == "html" and not self.model:
-            every = {n: self.levels(p, None) for n, p in self.paths.items()}
-            return sheets.live_sheet(space, self.paths, every, seed), told
-        if len(self.paths) > 1:
-            return sheets.compare_sheet(space, self.paths, shown, seed), told
-        return sheets.strip_sheet(space, self.name, self.path, levels, seed), told
+    model = Model.load(where, device=device, dtype=dtype)
+    for note in model.notes:
+        console.say(note)
+    return model
 
 
-def _show(work: _Work, image: Path, target: Path, kind: str, overwrite: bool) -> dict[str, Any]:
+def _check_told(model: Model, prompt: str | None, label: str | None) -> None:
+    """UsageError, before any picture, for what a model cannot be told; what it does not read."""
+    from difftool.forward.reverse import condition
+
+    condition(model, model.preset.sample.size, prompt, label)
+    tokens, read = model.tokens(prompt or "")
+    if tokens > read:
+        console.warn(f"the model reads {read} of the prompt's {tokens} tokens")
+
+
+def _config(show: Show, settings: Sequence[str] | None) -> Iterator[tuple[str, Any, str]]:
+    """Every value of what is shown, with its origin."""
+    given = {text.partition("=")[0].strip(): f"--set {text}" for text in settings or []}
+    for name, path in show.paths.items():
+        for key in fields(path):  # type: ignore[arg-type]
+            value = getattr(path, key.name)
+            if value is not None:
+                yield f"{name}.{key.name}", value, given.get(key.name, f"path {name}")
+    for flag in ("schedule", "steps", "seed", "size"):
+        value = getattr(show, flag)
+        yield flag, value, f"--{flag}" if value else "default"
+
+
+def _show(show: Show, image: Path, target: Path, kind: str, overwrite: bool) -> dict[str, Any]:
     """Show one picture in a file; what is told of it under --json."""
     from difftool.data.images import read_picture
     from difftool.forward.levels import finite
     from difftool.forward.outputs import OUTPUTS
 
     picture = read_picture(image)
-    sheet, told = work.sheet(picture.image, kind)
-    bands = sheet.bands
+    if show.reverse:
+        with console.progress("predicting", len(show.shown(kind))) as bar:
+            sheet, facts = show.sheet(picture.image, kind, bar.update)
+    else:
+        sheet, facts = show.sheet(picture.image, kind)
     width, height = sheet.size
-    notes = [f"{width}x{height}", *picture.notes, ", ".join(work.paths)]
-    console.say(f"{image}: {', '.join(notes)}, {len(bands[0].levels)} levels, seed {work.seed}")
+    said = [f"{width}x{height}", *picture.notes, *show.paths]
+    said += [f"{len(sheet.bands[0].levels)} levels", f"seed {show.seed}"]
+    console.say(f"{image}: {', '.join(said)}")
     _write(target, OUTPUTS[kind].write(sheet), overwrite)
     result: dict[str, Any] = {"schema": console.SCHEMA, "path": str(target), "image": str(image)}
-    result |= {"width": width, "height": height, "seed": work.seed}
+    result |= {"width": width, "height": height, "seed": show.seed}
     if sheet.rivals:
-        result["noise_paths"] = {band.title: finite(band.rows()) for band in bands}
+        result["noise_paths"] = {band.title: finite(band.rows()) for band in sheet.bands}
     else:
-        result |= {"noise_path": work.name, "levels": finite(sheet.rows())}
-    return result | told
+        result |= {"noise_path": show.name, "levels": finite(sheet.rows())}
+    return result | facts
 
 
-def _curve(work: _Work, targets: Sequence[Path], kind: str, overwrite: bool) -> None:
+def _curve(show: Show, targets: Sequence[Path], kind: str, overwrite: bool) -> None:
     """The numbers: all levels as JSON or in a file, a readable choice of them on the terminal."""
-    from difftool.forward import sheets
     from difftool.forward.levels import finite, table
     from difftool.forward.outputs import CURVES
+    from difftool.forward.show import TABLE_LINES
 
-    readable = not (targets or console.mode.json)
-    drawn = bool(targets) and kind != "csv"
-    visited = {}
-    for name, path in work.paths.items():
-        if work.schedule:
-            visited[name] = GRIDS[work.schedule](path, work.steps or SAMPLER_STEPS)
-        elif drawn:
-            visited[name] = work.levels(path, 0) if work.steps else []
-        else:
-            visited[name] = work.levels(path, TABLE_LINES if readable else None)
-    sheet = sheets.curve_sheet(work.paths, visited)
-    if work.schedule:
-        steps = work.steps or SAMPLER_STEPS
-        sheet = sheet._replace(caption=f"dots: the levels of {work.schedule} in {steps} steps")
     for target in targets:
+        sheet = show.curves(None if kind == "csv" else 0)
         _write(target, CURVES[kind](sheet), overwrite)
     if console.mode.json:
         result: dict[str, Any] = {"schema": console.SCHEMA}
         result |= {"path": str(targets[0])} if targets else {}
-        tables = {
-            band.title: finite((band if band.levels else band._replace(levels=curve)).rows())
-            for band, curve in zip(sheet.bands, sheet.curves, strict=True)
-        }
-        if len(tables) > 1:
-            console.emit(result | {"noise_paths": tables})
-        else:
-            console.emit(result | {"noise_path": work.name, "rows": tables[work.name]})
-        return
-    for target in targets:
-        console.emit(str(target))
-    for band in sheet.bands if readable else ():
-        whole = work.paths[band.title].steps
-        if not (work.schedule or work.steps) and len(band.levels) < whole:
-            console.say(f"{len(band.levels)} levels of {band.title}; all: --json or -o FILE.csv")
-        if len(sheet.bands) > 1:
-            console.emit(band.title)
-        for line in table(band.levels, bars=sys.stdout.isatty()):
-            console.emit(line)
+        tables = {band.title: finite(band.rows()) for band in show.curves(None).bands}
+        one = {"noise_path": show.name, "rows": tables[show.name]}
+        console.emit(result | (one if len(tables) == 1 else {"noise_paths": tables}))
+    elif targets:
+        console.emit(str(targets[0]))
+    else:
+        bands = show.curves(TABLE_LINES).bands
+        for band in bands:
+            whole = show.paths[band.title].steps
+            if not (show.schedule or show.steps) and len(band.levels) < whole:
+                text = f"{len(band.levels)} levels of {band.title}; all of them: --json"
+                console.say(f"{text} or -o FILE.csv")
+            if len(bands) > 1:
+                console.emit(band.title)
+            for line in table(band.levels, bars=sys.stdout.isatty()):
+                console.emit(line)

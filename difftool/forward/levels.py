@@ -117,6 +117,12 @@ def typeset(value: float, digits: int = 1) -> str:
     return ("−" if value < 0 and text.strip("0.") else "") + text
 
 
+def brief(text: str, most: int = 60) -> str:
+    """A user's words, cut to fit on a sheet."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
 def describe(path: Path) -> str:
     """What a path is, in a few words."""
     if isinstance(path, Edm):

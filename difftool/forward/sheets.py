@@ -10,7 +10,7 @@ import numpy as np
 
 from difftool.diffusion.path import Level, Path
 from difftool.errors import UsageError
-from difftool.forward.levels import describe, even_levels, rows, terminal
+from difftool.forward.levels import brief, describe, even_levels, rows, terminal
 from difftool.forward.process import (
     ChainCheck,
     Pixels,
@@ -83,18 +83,16 @@ class Sheet(NamedTuple):
         return self.bands[-1].rows()
 
 
-def strip_sheet(
-    space: Space, name: str, path: Path, levels: Sequence[Level], seed: int, note: str = ""
-) -> Sheet:
+def strip_sheet(space: Space, name: str, path: Path, levels: Sequence[Level], seed: int) -> Sheet:
     """The marginals of one path, from picture to static."""
     check_room(space.size, len(levels))
-    note = note or describe(path)
+    note = describe(path)
     band = Band(name, note, levels, _marginal_frames(space, levels, seed))
-    return Sheet(name, note, [band], f"{terminal(path)} · seed {seed}")
+    return Sheet(brief(name), note, [band], f"{terminal(path)} · seed {seed}")
 
 
 def markov_sheet(
-    space: Space, name: str, path: Path, levels: Sequence[Level], seed: int, note: str = ""
+    space: Space, name: str, path: Path, levels: Sequence[Level], seed: int
 ) -> tuple[Sheet, ChainCheck]:
     """The chain beside the marginals, and how far the two are apart."""
     check_room(space.size, 2 * len(levels))
@@ -108,19 +106,19 @@ def markov_sheet(
         f"the chain's (𝑥ₜ − 𝛼 𝑥₀) / 𝜎 has mean 0 within {check.mean:.4f} "
         f"and deviation 1 within {check.std:.4f} · seed {seed}"
     )
-    return Sheet(name, note or describe(path), bands, caption), check
+    return Sheet(brief(name), describe(path), bands, caption), check
 
 
 def compare_sheet(
     space: Space,
     paths: Mapping[str, Path],
-    levels: Callable[[Path], Sequence[Level]],
+    levels: Mapping[str, Sequence[Level]],
     seed: int,
 ) -> Sheet:
     """A band a path, all with the same noise, and their SNR beside them."""
     bands = []
     for name, path in paths.items():
-        shown = levels(path)
+        shown = levels[name]
         check_room(space.size, len(shown) * len(paths))
         note = f"{describe(path)} · {terminal(path)}"
         bands.append(Band(name, note, shown, _marginal_frames(space, shown, seed)))
@@ -153,7 +151,7 @@ def reverse_sheet(
     ]
     caption = f"RMSE against the picture, in [−1, 1]; PSNR with peak 2 · seed {seed}"
     about = f"{model.denoiser.target}-prediction, {describe(path)}"
-    return Sheet(model.name, about + (f" · {told}" if told else ""), bands, caption)
+    return Sheet(brief(model.name), about + (f" · {brief(told)}" if told else ""), bands, caption)
 
 
 def live_sheet(
@@ -172,7 +170,7 @@ def curve_sheet(paths: Mapping[str, Path], levels: Mapping[str, Sequence[Level]]
     """Paths without a picture: all of their levels, and those that a sampler visits."""
     bands = [Band(n, f"{describe(p)} · {terminal(p)}", levels[n]) for n, p in paths.items()]
     curves = [even_levels(path) for path in paths.values()]
-    title, note = (bands[0].title, bands[0].note) if len(bands) == 1 else ("noise paths", "")
+    title, note = (brief(bands[0].title), bands[0].note) if len(bands) == 1 else ("noise paths", "")
     return Sheet(title, note, bands, "", curves, rivals=len(bands) > 1)
 
 
