@@ -291,7 +291,8 @@ def test_a_page_has_all_levels_and_what_its_pictures_are_made_of():
 def test_a_page_of_what_cannot_be_computed_holds_pictures():
     sheet, _ = markov_sheet(SPACE, "sd15", SD15, even_levels(SD15, 3), 0)
     data = data_of(page(sheet))
-    assert "x0" not in data and not data["rivals"]
+    assert "x0" not in data and not data["rivals"] and len(data["whole"]) == 200
+    assert data["bands"][0]["ways"] == pytest.approx([0, 0.5, 1], abs=2e-3)
     for band, shown in zip(data["bands"], sheet.bands, strict=True):
         for uri, frame in zip(band["frames"], shown.frames, strict=True):
             head, _, body = uri.partition(",")

@@ -102,11 +102,11 @@ function start(data) {
     const canvas = make("canvas", { width: data.width, height: data.height });
     const side = Math.max(data.width, data.height);
     const zoom = Math.max(1, Math.round((seen.length > 1 ? 256 : 512) / side));
-    canvas.style.width = `${data.width * zoom}px`;
     canvas.classList.toggle("large", zoom > 1);
     const fill = make("div");
     const bar = make("div", { class: "bar" }, fill);
     const figure = make("figure", { class: "own" }, canvas, bar);
+    figure.style.width = `${data.width * zoom}px`;
     if (seen.length > 1) {
       const title = make("b", {}, ...subscripts(band.title));
       figure.prepend(make("figcaption", {}, title, " ", ...subscripts(band.note)));
@@ -155,14 +155,14 @@ function start(data) {
     plot.append(make("line", { x1: FRAME.left, x2: FRAME.right, y1: y, y2: y, class: "grid" }));
     plot.append(make("text", { x: FRAME.left - 7, y: y + 4, "text-anchor": "end" }, typeset(value, 0)));
   }
-  const times = data.bands[0].levels.map(([t]) => `t = ${short(t)}`);
+  const times = (data.whole ?? data.bands[0].levels).map(([t]) => `t = ${short(t)}`);
   const ends = data.rivals ? ["picture", "static"] : [times[0], times.at(-1)];
   plot.append(make("text", { x: FRAME.left, y: 290 }, ends[0]));
   plot.append(make("text", { x: FRAME.right, y: 290, "text-anchor": "end" }, ends[1]));
   plot.append(make("text", { x: FRAME.right, y: 10, "text-anchor": "end" }, "log SNR"));
   const drawn = data.rivals ? data.bands : data.bands.slice(0, 1);
   const curves = drawn.map((band) => {
-    const curve = make("path", { class: "curve own", d: outline(band.levels) });
+    const curve = make("path", { class: "curve own", d: outline(data.whole ?? band.levels) });
     const dots = band.dots.map((way) => {
       const level = band.levels[Math.round(way * (band.levels.length - 1))];
       return make("circle", { cx: across(way), cy: down(logSnr(level)), r: 3.2, class: "own" });
@@ -196,7 +196,8 @@ function start(data) {
     const error = data.bands.map((each) => each.errors[index]).find((value) => value !== undefined);
     $("readings").replaceChildren(...readings(level, error).map(([name, value]) =>
       make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-    dot.setAttribute("cx", across(index / Math.max(band.levels.length - 1, 1)));
+    const way = band.ways ? band.ways[index] : index / Math.max(band.levels.length - 1, 1);
+    dot.setAttribute("cx", across(way));
     dot.setAttribute("cy", down(logSnr(level)));
     for (const node of [dot, $("slider").parentNode]) node.style.setProperty("--own", band.color);
     slider.setAttribute("aria-valuetext", `t ${short(level[0])}, SNR ${typeset(decibels(level), 1)} dB`);

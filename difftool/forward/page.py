@@ -59,8 +59,12 @@ def _data(sheet: Sheet) -> dict[str, Any]:
     }
     if sheet.curves:  # all levels of the paths, on which a sampler's are dots
         for band, about, curve in zip(sheet.bands, data["bands"], sheet.curves, strict=True):
-            about["dots"] = [round(way, DIGITS) for way in ways(curve, band.levels)]
+            about["dots"] = _ways(curve, band.levels)
             about |= {"visited": about["levels"], "levels": _levels(curve)}
+    if sheet.whole:
+        data["whole"] = _levels(sheet.whole)
+        for band, about in zip(sheet.bands, data["bands"], strict=True):
+            about["ways"] = _ways(sheet.whole, band.levels)
     if sheet.live:
         x0 = ((sheet.live.x0 + 1) * 127.5).round().astype(np.uint8)
         z = (sheet.live.z / NOISE_STEP).round().clip(-127, 127).astype(np.int8)
@@ -80,6 +84,10 @@ def _band(band: Band, color: str) -> dict[str, Any]:
         "errors": [round(error, DIGITS) for error in band.errors],
         "frames": [_jpeg(frame) for frame in band.frames],
     }
+
+
+def _ways(curve: Sequence[Level], levels: Sequence[Level]) -> list[float]:
+    return [round(way, DIGITS) for way in ways(curve, levels)]
 
 
 def _levels(levels: Sequence[Level]) -> list[list[float]]:

@@ -63,7 +63,7 @@ def _picture(figure: Figure) -> Image.Image:
 
 
 def _plain(axes: Axes) -> None:
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
     axes.grid(True)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)

@@ -64,6 +64,8 @@ class Sheet(NamedTuple):
     caption: str
     curves: Sequence[Sequence[Level]] = ()
     """Levels of each band, close enough together to draw its SNR beside it."""
+    whole: Sequence[Level] = ()
+    """Levels all along the path of bands that have but one."""
     live: Live | None = None
     """What its frames can be computed from, where it has none."""
     rivals: bool = False
@@ -88,7 +90,8 @@ def strip_sheet(space: Space, name: str, path: Path, levels: Sequence[Level], se
     check_room(space.size, len(levels))
     note = describe(path)
     band = Band(name, note, levels, _marginal_frames(space, levels, seed))
-    return Sheet(brief(name), note, [band], f"{terminal(path)} · seed {seed}")
+    caption = f"{terminal(path)} · seed {seed}"
+    return Sheet(brief(name), note, [band], caption, whole=_whole(path))
 
 
 def markov_sheet(
@@ -106,7 +109,7 @@ def markov_sheet(
         f"the chain's (𝑥ₜ − 𝛼 𝑥₀) / 𝜎 has mean 0 within {check.mean:.4f} "
         f"and deviation 1 within {check.std:.4f} · seed {seed}"
     )
-    return Sheet(brief(name), describe(path), bands, caption), check
+    return Sheet(brief(name), describe(path), bands, caption, whole=_whole(path)), check
 
 
 def compare_sheet(
@@ -151,7 +154,8 @@ def reverse_sheet(
     ]
     caption = f"RMSE against the picture, in [−1, 1]; PSNR with peak 2 · seed {seed}"
     about = f"{model.denoiser.target}-prediction, {describe(path)}"
-    return Sheet(brief(model.name), about + (f" · {brief(told)}" if told else ""), bands, caption)
+    about += f" · {brief(told)}" if told else ""
+    return Sheet(brief(model.name), about, bands, caption, whole=_whole(path))
 
 
 def live_sheet(
@@ -172,6 +176,10 @@ def curve_sheet(paths: Mapping[str, Path], levels: Mapping[str, Sequence[Level]]
     curves = [even_levels(path) for path in paths.values()]
     title, note = (brief(bands[0].title), bands[0].note) if len(bands) == 1 else ("noise paths", "")
     return Sheet(title, note, bands, "", curves, rivals=len(bands) > 1)
+
+
+def _whole(path: Path, count: int = 200) -> list[Level]:
+    return even_levels(path, min(count, path.steps))
 
 
 def _marginal_frames(space: Space, levels: Sequence[Level], seed: int) -> list[Pixels]:
