@@ -250,7 +250,7 @@ def test_what_is_no_model_is_refused_by_kind(tmp_path):
         open_model(tmp_path)
     for name, content in (("a.ckpt", b"PK"), ("a.bin", b"\x80"), ("a.pt", b"PK")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="not a|not safe"):
+        with pytest.raises(InputError, match=r"not a|not safe"):
             open_model(tmp_path / name)
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(InputError, match="not a model"):

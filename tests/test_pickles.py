@@ -293,7 +293,7 @@ def test_whole_modules_are_no_checkpoints(tmp_path):
         ({"\ud800": T}, "is no text"),
         ({"a": torch.randn(2, dtype=torch.complex64).conj()}, "conjugate"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "tree",
 )
 def test_trees_without_a_meaning_are_refused(tree, says, tmp_path):
     with pytest.raises(InputError, match=says):

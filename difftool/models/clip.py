@@ -43,9 +43,7 @@ class ClipText(nn.Module):
         """The pooled text [B,P] of token ids [B,L], whether or not it conditions the U-Net."""
         return self._pool(ids, self._states(ids, whole=True)[1])
 
-    def _states(
-        self, ids: Tensor, whole: bool, hidden: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _states(self, ids: Tensor, whole: bool, hidden: int | None = None) -> tuple[Tensor, Tensor]:
         """The chosen hidden state and, of the `whole` network, the last one."""
         depth = self.config.layers + 1 + (self.config.hidden if hidden is None else hidden)
         x = chosen = self.text_model.embeddings(ids)
