@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from difftool.config import ClipTrainConfig, TrainConfig, VaeTrainConfig
 from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
 from difftool.diffusion.path import call
-from difftool.errors import UsageError
 from difftool.model import Model
 from difftool.models.codecs import VaeCodec
 from difftool.registry import Registry
@@ -158,9 +157,7 @@ class Reconstruction(Objective):
 
     def __init__(self, model: Model, config: VaeTrainConfig):
         super().__init__(model, config)
-        if not isinstance(model.codec, VaeCodec):
-            why = f"its codec is {model.preset.codec.kind}"
-            raise UsageError(f"the preset {model.preset.name} has no autoencoder to train", why)
+        assert isinstance(model.codec, VaeCodec)
         self.vae = model.codec.vae
         self.critic: PatchDiscriminator | None = None
         if config.adversarial:
@@ -209,8 +206,6 @@ class Contrast(Objective):
     def __init__(self, model: Model, config: ClipTrainConfig):
         super().__init__(model, config)
         widths = [t.projection or t.width for t in model.preset.text]
-        if not widths:
-            raise UsageError(f"the preset {model.preset.name} has no text encoder to train")
         self.encoder = PictureEncoder(config.width, widths)
         self.encoder.init_weights(torch.Generator().manual_seed(config.seed))
         self.encoder.to(model.device)

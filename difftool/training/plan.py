@@ -138,6 +138,12 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         raise UsageError(
             "cannot train on this data", why, "lay the pictures out in one folder a class"
         )
+    if "vae" in preset.parts and preset.codec.kind != "vae":
+        why = f"its codec is {preset.codec.kind}"
+        hint = "--preset vae-small and ldm-small have one"
+        raise UsageError(f"the preset {preset.name} has no autoencoder to train", why, hint)
+    if "clip" in preset.parts and not preset.text:
+        raise UsageError(f"the preset {preset.name} has no text encoder to train")
     for name in preset.parts:
         recipe = preset.recipe(name)
         for key in ("size", "steps", "batch_size", "accumulate"):
