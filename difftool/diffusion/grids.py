@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any
 
@@ -59,7 +59,7 @@ def _register(name: str, *aliases: str) -> Callable[[Callable[..., list[Level]]]
             if table := {name: value for name, value in table.items() if value is not None}:
                 if not isinstance(path, Discrete):
                     raise UsageError(f"{next(iter(table))} belongs to discrete noise paths")
-                path = call(what, replace, path, **table)
+                path = call(what, partial(replace, path), **table)
             found = [_told(level, time) for level in call(what, levels, path, n, **options)]
             return _checked(what, _ended(found, path, end), n)
 
