@@ -32,6 +32,7 @@ from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS, Step
+from difftool.embeddings import Word
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.native import write_native
@@ -91,6 +92,7 @@ class Model:
         self.name = preset.name
         self.hash = ""
         self.notes: list[str] = []
+        self.words: list[Word] = []
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
         self.low_memory = False

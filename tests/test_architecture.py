@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 """Parts of the package, "" its root, by the part that imports them."""
 OWN_PARTS = {"models.configs": "configs", "models.tokenizer": "tokenizer"} | dict.fromkeys(
-    ("conditioning", "generation", "decoding"), "model"
+    ("conditioning", "embeddings", "generation", "decoding"), "model"
 )
 """Modules with friends of their own: tables, and what file formats need of them."""
 TORCH_FREE = (

@@ -142,6 +142,12 @@ def sample(
         float | None,
         typer.Option("--refiner-start", min=0, max=1, help="Share of the path before it.  \\[0.8]"),
     ] = None,
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--embedding", help="Textual inversion: a word, as its file is called; repeatable."
+        ),
+    ] = None,
     vae: Annotated[
         str | None,
         typer.Option("--vae", metavar="MODEL", help="Model whose autoencoder is taken."),
@@ -303,6 +309,7 @@ def sample(
         stream = read_requests(prompt_file, requests[0])
 
     from difftool.config import Layer, origins, to_values
+    from difftool.embeddings import add_embeddings
     from difftool.model import Model
     from difftool.sampling.run import Run, resolve_settings
 
@@ -314,8 +321,11 @@ def sample(
         second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)
     for each in (loaded, second) if second else (loaded,):
         each.match(match)
+        add_embeddings(each, embedding or ())
     for note in (*loaded.notes, *(second.notes if second else ())):
         console.say(note)
+    for word in loaded.words:
+        console.say(f"word {word} ({word.path})")
     resolved = resolve_settings(loaded, base.settings, match)
     console.say(_recipe(resolved))
     if print_config:

@@ -102,12 +102,23 @@ class _Embeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.length, config.width)
+        self.learned: Tensor | None = None
+        """Vectors [n,width] of words learned elsewhere, whose ids follow the vocabulary's; they
+        are no part of the weights."""
 
     def forward(self, ids: Tensor) -> Tensor:
         length, limit = ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(f"{length} tokens exceed the encoder's length of {limit}")
-        return self.token_embedding(ids) + self.position_embedding.weight[:length]
+        return self._tokens(ids) + self.position_embedding.weight[:length]
+
+    def _tokens(self, ids: Tensor) -> Tensor:
+        if self.learned is None:
+            return self.token_embedding(ids)
+        size = self.token_embedding.num_embeddings
+        x, new = self.token_embedding(ids.clamp(max=size - 1)), ids >= size
+        x[new] = self.learned[ids[new] - size].to(x.dtype)
+        return x
 
 
 class _Encoder(nn.Module):

@@ -120,15 +120,18 @@ def _by_commas(
     (comma,) = tokenizer.tokens(",")[-1:]
     chunk: list[tuple[int, float]] = []
     for text, weight in pieces:
-        for token in tokenizer.tokens(text):
+        for unit in tokenizer.units(text):
             if len(chunk) == room:
                 commas = [i for i, (id, _) in enumerate(chunk) if id == comma]
                 cut = commas[-1] + 1 if commas else 0
-                near = token != comma and commas and room - commas[-1] <= BACKTRACK
+                near = unit[0] != comma and commas and room - commas[-1] <= BACKTRACK
                 cut = cut if near else room
                 yield chunk[:cut]
                 chunk = chunk[cut:]
-            chunk.append((token, weight))
+            if len(chunk) + len(unit) > room:
+                yield chunk
+                chunk = []
+            chunk += [(token, weight) for token in unit]
     yield chunk
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ class Tokenizer:
         self.reads_padding = False
         """Whether the padding token's text in a prompt reads as padding: with OpenCLIP's "!" it
         does in transformers, and it did not where the models were trained."""
+        self.learned: Mapping[str, Sequence[int]] = {}
+        """Ids of words learned elsewhere, beyond the vocabulary, by the word."""
 
     @classmethod
     def clip(cls, pad_id: int | None = None) -> Tokenizer:
@@ -117,6 +120,21 @@ class Tokenizer:
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a prompt, all of them, without marks."""
+        if not self.learned:
+            return self._text(prompt)
+        return [token for ids in self.units(prompt) for token in ids]
+
+    def units(self, prompt: str) -> Iterator[Sequence[int]]:
+        """The same, by what must not be parted: a token, or all of a word learned elsewhere."""
+        pattern, end = _spelled(self.learned) if self.learned else r"(?!)", 0
+        for match in re.finditer(pattern, prompt, re.IGNORECASE):
+            yield from ([token] for token in self._text(prompt[end : match.start()]))
+            end = match.end()
+            same = (w for w in self.learned if re.fullmatch(re.escape(w), match[2], re.IGNORECASE))
+            yield self.learned[next(same)]
+        yield from ([token] for token in self._text(prompt[end:]))
+
+    def _text(self, prompt: str) -> list[int]:
         if not self.reads_padding:
             return self._tokens(prompt)
         text = str(self._backend.id_to_token(self.pad_id))
@@ -139,6 +157,18 @@ class Tokenizer:
             [self.start_id, *self.tokens(prompt)[: length - 2], self.end_id] for prompt in prompts
         ]
         return [row + [self.pad_id] * (length - len(row)) for row in rows]
+
+
+def _spelled(words: Iterable[str]) -> str:
+    """A pattern of words, the longest first; as ComfyUI and InvokeAI write them, embedding:WORD and
+    <WORD>, too. What begins or ends with a letter does not do so within another word."""
+
+    def bounded(word: str) -> str:
+        edges = [r"\b" if re.match(r"\w", letter) else "" for letter in (word[0], word[-1])]
+        return edges[0] + re.escape(word) + edges[1]
+
+    names = "|".join(map(bounded, sorted(words, key=len, reverse=True)))
+    return rf"(?:\bembedding:|(<))?({names})(?(1)>)"
 
 
 def _valid(text: str) -> str:

@@ -16,6 +16,7 @@ from difftool.config import SampleConfig
 from difftool.data.images import tile, to_pil
 from difftool.decoding import out_of_memory
 from difftool.diffusion.samplers import split_spelling
+from difftool.embeddings import Word, used
 from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
 from difftool.formats.safetensors import load_tensors, read_header, save_tensors
 from difftool.generation import Item, Second, check_items, plan
@@ -156,6 +157,8 @@ class Run:
     """Images that fit in memory, as far as is known."""
     noted: set[str] = field(default_factory=set, init=False)
     planned: set[Path] = field(default_factory=set, init=False)
+    used: set[Word] = field(default_factory=set, init=False)
+    """Learned words that some prompt has had."""
 
     def events(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
@@ -207,6 +210,7 @@ class Run:
             try:
                 settings, label = self._checked(request)
                 seeds = request.images()
+                self.used |= used(self.model, (request.prompt or "", request.negative or ""))
                 yield from self._notes(request, settings)
                 if not request.seeds:
                     yield Note(f"seed {seeds[0]}", warning=False)
@@ -217,6 +221,9 @@ class Run:
             for seed in seeds:
                 yield self._job(index, request, settings, label, seed)
                 index += 1
+        for word in self.model.words:
+            if word not in self.used:
+                yield Note(f"no prompt has the word {word}: {word.path} was not used")
 
     def _checked(self, request: Request) -> tuple[SampleConfig, int | None]:
         """The settings and the label of a request; UsageError if the model cannot do it."""
