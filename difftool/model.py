@@ -35,6 +35,7 @@ from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.embeddings import Word
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
+from difftool.formats.autoencoder import open_autoencoder
 from difftool.formats.native import write_native
 from difftool.formats.recipes import switched
 from difftool.formats.source import EXTRA, UNKNOWN, ModelSource
@@ -42,7 +43,7 @@ from difftool.formats.vision import read_vision
 from difftool.generation import Item, Second, generate, plan
 from difftool.models.clip import ClipText
 from difftool.models.codecs import Codec, VaeCodec, build_codec
-from difftool.models.configs import VaeConfig
+from difftool.models.configs import CodecConfig, VaeConfig
 from difftool.models.tokenizer import Tokenizer
 from difftool.models.unet import UNet
 from difftool.models.vision import ClipVision, Normalizer
@@ -162,10 +163,10 @@ class Model:
     ) -> Model:
         """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
 
-        vae: another model, whose autoencoder stands in. recipe: a preset, by whose way of sampling
-        it is sampled (Turbo's, say, which no tensor shows). low_memory: the weights of a network
-        are there only while it is at work. UsageError if nothing is there, InputError if it is
-        malformed or not supported.
+        vae: an autoencoder, or another model with one, that stands in. recipe: a preset, by whose
+        way of sampling it is sampled (Turbo's, say, which no tensor shows). low_memory: the weights
+        of a network are there only while it is at work. UsageError if nothing is there, InputError
+        if it is malformed or not supported.
         """
         path = find_model(where)
         source = open_model(path)
@@ -174,8 +175,8 @@ class Model:
             dtype = "fp32" if target.type != "cuda" else "fp16"
         preset, other = build_preset(source.values, str(path)), None
         if vae is not None:
-            other = open_model(find_model(vae))
-            preset = _with_codec(preset, build_preset(other.values, vae), vae)
+            codec, other = open_autoencoder(find_model(vae), preset.codec)
+            preset = _with_codec(preset, codec, vae)
         if recipe is not None:
             chosen = load_preset(recipe)
             preset = replace(preset, sample=chosen.sample, scheduler=chosen.scheduler)
@@ -458,9 +459,9 @@ def _vision_name(name: str) -> str:
     return name if name.startswith("vis") else f"vision_model.{name}"
 
 
-def _with_codec(preset: Preset, other: Preset, where: str) -> Preset:
-    """A preset with another's autoencoder; UsageError if their latents differ."""
-    ours, theirs = preset.codec, other.codec
+def _with_codec(preset: Preset, theirs: CodecConfig, where: str) -> Preset:
+    """A preset with another autoencoder; UsageError if their latents differ."""
+    ours = preset.codec
     if not isinstance(theirs, VaeConfig) or (
         (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor)
     ):

@@ -150,7 +150,7 @@ def sample(
     ] = None,
     vae: Annotated[
         str | None,
-        typer.Option("--vae", metavar="MODEL", help="Model whose autoencoder is taken."),
+        typer.Option("--vae", metavar="MODEL", help="Autoencoder, or a model whose is taken."),
     ] = None,
     clip_skip: Annotated[
         int | None,

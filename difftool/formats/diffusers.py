@@ -258,11 +258,11 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
             prefix = f"{EXTRA}diffusers.{name}."
         if name in ENCODERS:
             prefix, encoders = f"text.{encoders}.", encoders + 1
-        source = _component_tensors(folder / name, _stem(name))
+        source = component_tensors(folder / name, _stem(name))
         warnings += source.warnings
         dropped += [Drop(place, "no part of the model") for place in source.beside.values()]
         for their, place in source.tensors.items():
-            ours = _our_name(name, their)
+            ours = our_name(name, their)
             if ours is None:
                 dropped.append(Drop(place, _positions(place, warnings)))
             elif prefix + ours in tensors:
@@ -357,7 +357,7 @@ def _stem(component: str) -> str:
     return WEIGHTS[component] if component in WEIGHTS else FOREIGN[component][0]
 
 
-def _our_name(component: str, name: str) -> str | None:
+def our_name(component: str, name: str) -> str | None:
     """difftool's name of a component's tensor, without its prefix; None: it is no weight."""
     if component in ENCODERS:
         if name.endswith("embeddings.position_ids"):
@@ -386,7 +386,7 @@ def _positions(place: Located, warnings: list[str]) -> str:
     return "position_ids are 0, 1, 2, ... and are not stored"
 
 
-def _component_tensors(folder: Path, stem: str) -> TensorSource:
+def component_tensors(folder: Path, stem: str) -> TensorSource:
     """Tensors of a component, in one file or in shards, of full or of half precision."""
     for start, suffix in ((stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")):
         for variant in ("", ".fp16", ".bf16"):
@@ -400,7 +400,7 @@ def _left_out(folder: Path) -> list[Located]:
     """The tensors of a component that is not read, as far as they are in one file."""
     for stem in ("model", "diffusion_pytorch_model"):
         if (folder / f"{stem}.safetensors").is_file():
-            return [*_component_tensors(folder, stem).tensors.values()]
+            return [*component_tensors(folder, stem).tensors.values()]
     return []
 
 

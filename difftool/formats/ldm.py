@@ -184,11 +184,11 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         rules = model_rules(preset)
     except CheckError as error:
         raise InputError(f"{path} is malformed", error.what) from None
-    tensors, flat = _mapped(rules, places, str(path))
+    tensors, flat = mapped(rules, places, str(path))
     averaged = [*ema_rules(rules)]
     has_ema = averaged[0].there in places
     if has_ema:
-        more, flatter = _mapped(averaged, places, str(path))
+        more, flatter = mapped(averaged, places, str(path))
         tensors, flat = tensors | more, [*flat, *flatter]
     dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
     warnings = [*header.warnings]
@@ -238,7 +238,7 @@ def _settled(metadata: Mapping[str, str], told: Told) -> Told:
     return Told(target, zero_snr == "zero-snr")
 
 
-def _mapped(
+def mapped(
     rules: Iterable[Rule], places: Mapping[str, Located], where: str
 ) -> tuple[dict[str, Located], list[str]]:
     """The tensors here, and names of those there that lie as they do here where others do not."""

@@ -1,0 +1,101 @@
+"""Autoencoders on their own: a file of one, in LDM's or diffusers' names, with or without a prefix,
+or diffusers' folder of one. Torch-free.
+
+No tensor says how large latents are meant to be: that is the configuration's, or the model's that
+the autoencoder is for.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from difftool.config import build_preset, to_values
+from difftool.errors import InputError
+from difftool.formats import detect
+from difftool.formats.diffusers import WEIGHTS, component_tensors, our_name
+from difftool.formats.families import VAE
+from difftool.formats.files import is_source, open_source
+from difftool.formats.layout import vae_rules
+from difftool.formats.ldm import mapped, usual_names
+from difftool.formats.networks import read_vae
+from difftool.formats.source import FORMATS, Evidence, ModelSource, locate, open_model
+from difftool.formats.strict import read_json
+from difftool.models.configs import CodecConfig, VaeConfig
+
+PREFIXES = ("first_stage_model.", "vae.", "")
+BESIDE = re.compile(r"(loss|model_ema)\..+|(decay|num_updates|global_step)")
+"""What training an autoencoder leaves beside it."""
+LDM_NAMES = (
+    (r"^(encoder|decoder)\.(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2.\3.block."),
+    (r"^encoder\.mid_block\.attentions\.0\.to_q\.", "encoder.mid.attn_1.q."),
+)
+"""From diffusers' names to LDM's, as far as they tell an autoencoder's structure."""
+
+
+def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelSource]:
+    """The autoencoder of a model of any format, or in a file or a folder of its own; its tensors
+    are the source's vae.*.
+
+    like: whose latents a file's are taken to be. UsageError if there is nothing at the path,
+    InputError if there is no sound autoencoder.
+    """
+    path = locate(path)
+    config = path / "config.json"
+    whole = any(format.recognises(path) for format in FORMATS.values())
+    if whole or not (config.is_file() or is_source(path)):  # or what is neither, which is told
+        source = open_model(path)
+        return build_preset(source.values, str(path)).codec, source
+    if config.is_file():
+        codec = read_vae(read_json(config), str(config))
+        source = component_tensors(path, WEIGHTS["vae"])
+        says = "its configuration"
+    else:
+        codec, source = None, open_source(path)
+        says = "names and shapes of its tensors"
+    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in source.tensors))
+    places = {n.removeprefix(prefix): p for n, p in source.tensors.items() if n.startswith(prefix)}
+    places = {name: place for name, place in places.items() if not BESIDE.fullmatch(name)}
+    theirs = any(".down_blocks." in name for name in places)
+    if theirs:
+        places = {our_name("vae", name) or name: place for name, place in places.items()}
+    else:
+        usual = usual_names(VAE + name for name in places)
+        places = {usual[VAE + n].removeprefix(VAE): place for n, place in places.items()}
+    if codec is None:
+        shapes = {_ldm_name(name): place.info.shape for name, place in places.items()}
+        try:
+            codec = _like(detect.vae_config(shapes), like)
+        except (KeyError, IndexError, ValueError, StopIteration):
+            what, hint = f"{path} is not an autoencoder", "difftool convert FILE --inspect"
+            raise InputError(what, detect.kind_of(source.tensors)[1], hint) from None
+    if not theirs:
+        known = {rule.there for rule in vae_rules(codec)}
+        if strange := [name for name in places if name not in known]:
+            why = f"its tensor {places[strange[0]].name} is not known"
+            raise InputError(f"{path} is not an autoencoder", why)
+        places, _ = mapped(vae_rules(codec), places, str(path))
+    return codec, ModelSource(
+        kind="vae",
+        path=path,
+        file=path,
+        values={"codec": to_values(codec)},
+        tensors={f"vae.{name}": place for name, place in places.items()},
+        findings=(Evidence(says, "an autoencoder"),),
+        warnings=source.warnings,
+    )
+
+
+def _ldm_name(name: str) -> str:
+    for pattern, new in LDM_NAMES:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _like(codec: VaeConfig, model: CodecConfig) -> VaeConfig:
+    """An autoencoder with a model's scale of latents, where it has as many channels."""
+    if not isinstance(model, VaeConfig) or model.latent_channels != codec.latent_channels:
+        return codec
+    told = ("scale", "shift", "force_upcast", "latents_mean", "latents_std")
+    return replace(codec, **{name: getattr(model, name) for name in told})
