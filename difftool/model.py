@@ -6,7 +6,6 @@ Training, sampling and previews share `Model.generate`; nothing else assembles a
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from difftool.config import (
     build_preset,
     load_preset,
     merge,
-    preset_folder,
     to_values,
     validate,
 )
@@ -36,6 +34,7 @@ from difftool.embeddings import Word
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
+from difftool.formats.find import find_model
 from difftool.formats.native import write_native
 from difftool.formats.recipes import switched
 from difftool.formats.source import EXTRA, UNKNOWN, ModelSource
@@ -48,9 +47,8 @@ from difftool.models.tokenizer import Tokenizer
 from difftool.models.unet import UNet
 from difftool.models.vision import ClipVision, Normalizer
 
-__all__ = ["DTYPES", "Embed", "Item", "Model", "Second", "find_model", "pick_device"]
+__all__ = ["DTYPES", "Embed", "Item", "Model", "Second", "pick_device"]
 
-DEFAULT_MODEL = "shapes"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -66,22 +64,6 @@ def pick_device(name: str = "auto") -> torch.device:
         why = str(error).splitlines()[0]
         raise UsageError(f'device "{name}" cannot be used', why, "try --device cpu") from None
     return device
-
-
-def find_model(where: str | None) -> Path:
-    """The file or folder behind a MODEL argument: a path, or a preset that ships weights.
-
-    None is DIFFTOOL_MODEL, else the bundled default model.
-    """
-    where = where or os.environ.get("DIFFTOOL_MODEL") or DEFAULT_MODEL
-    bundled = {p.parent.name: p for p in preset_folder().glob("*/model.safetensors")}
-    path = Path(where)
-    if path.exists():
-        return path
-    if where in bundled:
-        return bundled[where]
-    hint = "give a model file, a run folder, a diffusers folder, or a bundled model: "
-    raise UsageError(f'there is no model "{where}"', hint=hint + suggestion(where, bundled))
 
 
 class Model:
@@ -168,14 +150,15 @@ class Model:
         of a network are there only while it is at work. UsageError if nothing is there, InputError
         if it is malformed or not supported.
         """
-        path = find_model(where)
-        source = open_model(path)
         target = pick_device(device)
         if dtype == "auto":
             dtype = "fp32" if target.type != "cuda" else "fp16"
+        half = dtype != "fp32"
+        path = find_model(where, half=half)
+        source = open_model(path)
         preset, other = build_preset(source.values, str(path)), None
         if vae is not None:
-            codec, other = open_autoencoder(find_model(vae), preset.codec)
+            codec, other = open_autoencoder(find_model(vae, half=half), preset.codec)
             preset = _with_codec(preset, codec, vae)
         if recipe is not None:
             chosen = load_preset(recipe)

@@ -20,6 +20,8 @@ def difftool(tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
     """Run a command in this process, in an empty folder: difftool("noise", "photo.png")."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no hub"))
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(console, "mode", console.Mode())

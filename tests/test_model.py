@@ -10,7 +10,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from difftool.config import load_preset
 from difftool.errors import InputError, UsageError
-from difftool.model import Item, Model, find_model, pick_device
+from difftool.formats.find import find_model
+from difftool.model import Item, Model, pick_device
 
 SMALL = ["unet.channels=[8,8]", "unet.groups=4", "unet.head_dim=4", "unet.blocks=1"]
 CLASSES = [*SMALL, "unet.num_classes=4", "classes=[cat, dog, owl]", "sample.size=[16,16]"]

@@ -99,6 +99,23 @@ Debug = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+
+
+def _offline(value: bool) -> bool:
+    if value:  # what the hub's own package goes by, in processes started from here too
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_offline,
+        help="Never use the network: models of the hub from its cache only.",
+        rich_help_panel=PANEL,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=PANEL),

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from difftool.cli import console
-from difftool.cli.console import Debug, Json, Overwrite, Quiet, choice, choices
-from difftool.config import preset_folder
+from difftool.cli.console import Debug, Json, Offline, Overwrite, Quiet, choice, choices
 from difftool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ SLOW = 256 << 20
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A model: file, run folder or diffusers folder.")
+        str,
+        typer.Argument(metavar="SRC", help="A model: file, folder or name."),
     ],
     target: Annotated[
         Path | None, typer.Argument(metavar="DST", help="The file or folder to write.")
@@ -89,6 +89,7 @@ def convert(
         bool, typer.Option("--strip-metadata", help="Leave out notes that no tool needs.")
     ] = False,
     overwrite: Overwrite = False,
+    offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -102,12 +103,13 @@ def convert(
       difftool convert sd15/ sd15.safetensors --to ldm --dtype fp16
       difftool convert model.safetensors --inspect --json
     """
-    source = _found(source)
+    from difftool.formats.find import find_model
+
     if inspect:
         if target or to or dtype or weights or ema_length or report or dry_run:
             hint = "leave out DST and what belongs to it"
             raise UsageError("--inspect says what is in SRC and writes nothing", hint=hint)
-        _inspect(source, json, prediction, zero_snr)
+        _inspect(find_model(source), json, prediction, zero_snr)
         return
     if target is None:
         raise UsageError("no DST was given", hint="name what to write, or ask for --inspect")
@@ -129,11 +131,11 @@ def convert(
     from difftool.formats.source import Told, choose_weights
     from difftool.model import Model
 
-    with _averaged(source, ema_length) as source:
-        opened = choose_weights(open_model(source, Told(prediction, zero_snr)), weights)
+    with _averaged(find_model(source), ema_length) as path:
+        opened = choose_weights(open_model(path, Told(prediction, zero_snr)), weights)
         for line in opened.evidence:
             console.say(line)
-        networks = Model(build_preset(opened.values, str(source)), opened.tokenizer_json)
+        networks = Model(build_preset(opened.values, str(path)), opened.tokenizer_json)
         size = sum(place.info.end - place.info.start for place in opened.tensors.values())
         shown = (
             console.progress("converting", len(opened.tensors)) if size > SLOW else nullcontext()
@@ -176,12 +178,6 @@ def _averaged(source: Path, length: float | None) -> Iterator[Path]:
         misfit = write_model(source, length, path)
         console.say(f"averaged over {length:g} of the run, to {misfit:.1%}")
         yield path
-
-
-def _found(source: Path) -> Path:
-    """SRC, or the model that ships with the preset of that name."""
-    bundled = preset_folder() / source / "model.safetensors"
-    return bundled if not source.exists() and bundled.is_file() else source
 
 
 def _inspect(source: Path, json: bool, prediction: str | None, zero_snr: bool | None) -> None:

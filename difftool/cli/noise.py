@@ -17,6 +17,7 @@ from difftool.cli.console import (
     Device,
     Dtype,
     Json,
+    Offline,
     Overwrite,
     PrintConfig,
     Quiet,
@@ -134,6 +135,7 @@ def noise(
     device: Device = "auto",
     dtype: Dtype = "auto",
     print_config: PrintConfig = False,
+    offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -320,7 +322,7 @@ def _model_path(where: str) -> dict[str, NoisePath]:
     from difftool.config import build_preset
     from difftool.diffusion.path import build_path
     from difftool.formats import open_model
-    from difftool.model import find_model
+    from difftool.formats.find import find_model
 
     file = find_model(where)
     source = open_model(file)

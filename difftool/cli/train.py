@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from difftool.cli import console
-from difftool.cli.console import Debug, Device, Json, PrintConfig, Quiet, Set, choice, choices
+from difftool.cli.console import (
+    Debug,
+    Device,
+    Json,
+    Offline,
+    PrintConfig,
+    Quiet,
+    Set,
+    choice,
+    choices,
+)
 from difftool.config import RECIPES, Layer, Part, preset_names
 from difftool.errors import UsageError
 
@@ -188,6 +198,7 @@ def train(
     device: Device = "auto",
     settings: Set = None,
     print_config: PrintConfig = False,
+    offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -259,7 +270,8 @@ def train(
     )
     from difftool.data import open_dataset
     from difftool.formats import open_model
-    from difftool.model import Model, find_model, pick_device
+    from difftool.formats.find import find_model
+    from difftool.model import Model, pick_device
     from difftool.training import parallel
     from difftool.training import stages as staged
     from difftool.training.batches import buckets_of

@@ -54,7 +54,7 @@ def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelS
     else:
         codec, source = None, open_source(path)
         says = "names and shapes of its tensors"
-    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in source.tensors))
+    prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in source.tensors)), "")
     places = {n.removeprefix(prefix): p for n, p in source.tensors.items() if n.startswith(prefix)}
     places = {name: place for name, place in places.items() if not BESIDE.fullmatch(name)}
     theirs = any(".down_blocks." in name for name in places)

@@ -258,7 +258,7 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
             prefix = f"{EXTRA}diffusers.{name}."
         if name in ENCODERS:
             prefix, encoders = f"text.{encoders}.", encoders + 1
-        source = component_tensors(folder / name, _stem(name))
+        source = component_tensors(folder / name, stem_of(name))
         warnings += source.warnings
         dropped += [Drop(place, "no part of the model") for place in source.beside.values()]
         for their, place in source.tensors.items():
@@ -326,7 +326,11 @@ def _foreign(configs: Configs, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name(folder: Path) -> str:
-    return folder.resolve().name or "model"
+    folder = folder.resolve()
+    repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    if repository.startswith("models--"):  # in the hub's cache, where folders are called by hashes
+        return repository.rpartition("--")[2]
+    return folder.name or "model"
 
 
 def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
@@ -352,7 +356,7 @@ def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
     return present
 
 
-def _stem(component: str) -> str:
+def stem_of(component: str) -> str:
     """The stem of a component's file of weights."""
     return WEIGHTS[component] if component in WEIGHTS else FOREIGN[component][0]
 
@@ -386,13 +390,20 @@ def _positions(place: Located, warnings: list[str]) -> str:
     return "position_ids are 0, 1, 2, ... and are not stored"
 
 
-def component_tensors(folder: Path, stem: str) -> TensorSource:
-    """Tensors of a component, in one file or in shards, of full or of half precision."""
+def weight_names(stem: str) -> Iterator[str]:
+    """Names of the file, or of the index of shards, that a component's weights may have; the
+    preferred ones first."""
     for start, suffix in ((stem, "safetensors"), (stem, "bin"), ("pytorch_model", "bin")):
         for variant in ("", ".fp16", ".bf16"):
-            for name in (f"{start}{variant}.{suffix}", f"{start}.{suffix}.index{variant}.json"):
-                if (folder / name).is_file():
-                    return open_source(folder / name)
+            yield f"{start}{variant}.{suffix}"
+            yield f"{start}.{suffix}.index{variant}.json"
+
+
+def component_tensors(folder: Path, stem: str) -> TensorSource:
+    """Tensors of a component, in one file or in shards, of full or of half precision."""
+    for name in weight_names(stem):
+        if (folder / name).is_file():
+            return open_source(folder / name)
     raise InputError(f"{folder} has no weights", f"{stem}.safetensors is not there")
 
 
@@ -481,7 +492,7 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     names = _encoder_names(preset)
     files: dict[str, list[Rule]] = {}
     for name, component, theirs in _placed(source, names):
-        file = f"{component}/{_stem(component)}.safetensors" if component else EXTRA_TENSORS
+        file = f"{component}/{stem_of(component)}.safetensors" if component else EXTRA_TENSORS
         rule = Rule(theirs, (name,), source.tensors[name].info.shape)
         files.setdefault(file, []).append(rule)
     configs = _write_configs(preset, names)
