@@ -53,6 +53,8 @@ DRIFT = 0.08
 relation's axis, which is well under any distance along it. All as shares of the side."""
 HELD_OUT = 10
 """One in this many pair captions is kept out of training."""
+SINGLES = 0.25
+"""Share of single things: they are learned long before pairs."""
 LENGTH = 50_000
 """Samples in what counts as one epoch."""
 
@@ -258,7 +260,7 @@ def draw(caption: str, size: int, key: int) -> Array:
 
 
 class ShapesDataset(Dataset):
-    """The built-in set "shapes": half single things, half pairs, endlessly varied."""
+    """The built-in set "shapes": a quarter single things, the rest pairs, endlessly varied."""
 
     kind = "text"
     fixed = False
@@ -313,7 +315,7 @@ class ShapesDataset(Dataset):
         for attempt in count():
             pair, first, relation, second, *_ = _uniforms("caption", index, key, attempt)
             thing = things()[int(first * len(things()))]
-            if pair < 0.5:
+            if pair < SINGLES:
                 return str(thing)
             other = things()[int(second * len(things()))]
             caption = str(Scene(thing, names[int(relation * len(names))], other))
