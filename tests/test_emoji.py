@@ -39,7 +39,7 @@ def test_one_pair_in_twenty_five_is_held_out():
     pairs = [(f"{n:X}", style) for n in range(0x1F300, 0x1F700) for style in emoji.STYLES]
     held = [pair for pair in pairs if emoji.held_out(*pair)]
     assert 0.03 < len(held) / len(pairs) < 0.05
-    assert held[0] == ("1F30C", "fluent-3d")
+    assert held[0] == ("1F300", "twemoji") and ("1F30B", "fluent-3d") in held
     assert not emoji.held_out("1F98A", "fluent-3d")
 
 
@@ -136,14 +136,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small packages of the same form: the 3d style has three emoji, the others have none."""
     skins = [{"label": "hand: dark skin tone", "hexcode": "270B-1F3FF"}]
     data = [
-        {"label": "galaxy", "hexcode": "1F30C", "tags": ["milky way"]},
+        {"label": "volcano", "hexcode": "1F30B", "tags": ["lava flow"]},
         {"label": "hand", "hexcode": "270B-FE0F", "tags": ["five"], "skins": skins},
         {"label": "ghost", "hexcode": "1F47B"},
     ]
     empty = {"icons.json": b'{"icons": {}}', "chars.json": b"{}"}
     contents = {
         emoji.FLUENT_3D: {
-            "assets/1f30c.webp": webp("navy"),
+            "assets/1f30b.webp": webp("navy"),
             "assets/270b-fe0f.webp": webp("gold"),
             "assets/270b-1f3ff.webp": webp("brown"),
             "assets/e50a.webp": webp("red"),
@@ -154,7 +154,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         emoji.EMOJIBASE: {
             "en/data.json": json.dumps(data).encode(),
             "en/shortcodes/emojibase.json": json.dumps(
-                {"1F30C": ["galaxy", "milky_way"], "270B-FE0F": "family_mwg"}
+                {"1F30B": ["volcano", "lava_flow"], "270B-FE0F": "family_mwg"}
             ).encode(),
         },
     }
@@ -176,20 +176,21 @@ def test_the_folder_holds_what_is_labelled_and_is_the_same_again(packages: Path,
     assert files[0] == files[1] and len(files[0]) == 5
 
     train, held = (emoji.read(where[0] / split) for split in ("train", "heldout"))
-    assert [row["file_name"] for row in held] == ["fluent-3d_1f30c.png"]
+    assert [row["file_name"] for row in held] == ["fluent-3d_1f30b.png"]
     assert [(r["base"], r["style"], r["tone"]) for r in train] == [
         ("270B", "fluent-3d", ""),
         ("270B", "fluent-3d", "dark"),
     ]
-    assert "milky way" in held[0]["text"]
+    assert "lava flow" in held[0]["text"]
     assert not any("mwg" in text for row in train for text in row["text"])
     assert np.asarray(Image.open(where[0] / "train" / "fluent-3d_270b.png")).shape == (32, 32, 3)
     assert emoji.count(where[0]).splitlines()[-1].split() == ["all", "2", "2", "1", "1"]
 
     dataset = open_dataset(str(where[0] / "train"))
     assert dataset.kind == "text" and len(dataset) == 2
-    drawn = {dataset.captions([0], [key])[0] for key in range(200)}
-    assert drawn == set(train[0]["text"])
+    for place, row in enumerate(sorted(train, key=lambda row: row["file_name"])):
+        drawn = {dataset.captions([place], [key])[0] for key in range(200)}
+        assert drawn == set(row["text"])
 
 
 def test_a_package_of_another_hash_is_refused(packages: Path):
@@ -305,15 +306,15 @@ def test_perturbed_pictures_differ_and_stay_near():
 def test_the_encoder_learns_and_its_judgement_tells_right_from_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    shapes = {"circle": "ellipse", "box": "rectangle"}
+    widths = {"noto": 20, "twemoji": 3}  # of the line around a disc: one is full, one is a ring
     colours = ("red", "green", "blue", "black", "orange", "purple")
     for split in ("train", "heldout"):
         (tmp_path / split).mkdir()
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
-    for style, shape in zip(("noto", "twemoji"), shapes.values(), strict=True):
+    for style, width in widths.items():
         for colour in colours:
             picture = Image.new("RGB", (32, 32), "white")
-            getattr(ImageDraw.Draw(picture), shape)((4, 4, 27, 27), colour)
+            ImageDraw.Draw(picture).ellipse((4, 4, 27, 27), outline=colour, width=width)
             split = "heldout" if emoji.held_out(colour, style) else "train"
             row = {"file_name": f"{style}_{colour}.png", "text": [colour], "base": colour}
             rows[split].append(row | {"style": style, "label": colour, "tone": ""})
