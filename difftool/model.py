@@ -210,6 +210,8 @@ class Model:
 
         def fill() -> None:
             tensors = source.load(there, str(self.device))
+            if isinstance(part, Normalizer):  # OpenCLIP's embeddings are not normed
+                tensors = tensors or part.nothing()
             if prefix == "vision.image_encoder":
                 kept = (name for name in tensors if "position_ids" not in name)
                 tensors = {_vision_name(name): tensors[name] for name in kept}
@@ -275,10 +277,12 @@ class Model:
         dtype: str | None = None,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        limit: int | None = None,
     ) -> None:
         """Write a self-describing model file; `weights` (the EMA, say) replace the live ones.
 
-        With `parts` only those are in it, for another model to adopt.
+        With `parts` only those are in it, for another model to adopt. limit: bytes beyond which it
+        is split into shards with an index; None: none.
         """
         tensors = self.tensors() | dict(weights or {})
         if parts is not None:
@@ -293,6 +297,7 @@ class Model:
             tokenizer_json=self.tokenizer_json,
             extra_metadata=dict(metadata or {}),
             overwrite=overwrite,
+            limit=limit,
         )
 
     # --- conditioning ------------------------------------------------------------------------

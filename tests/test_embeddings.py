@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pipelines import WORDS, build
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -265,6 +266,10 @@ def test_the_command(families, difftool, tmp_path):
     used = difftool("sample", "a toy", "-o", "a.png", "--embedding", "toy.pt", *common)
     assert used.code == 0 and "word other or toy (toy.pt)" in used.err
     assert "was not used" not in used.err
+    again = difftool("sample", "--from-image", "a.png", "-o", "e.png", "-m", families / "sd1")
+    assert again.code == 0, again.err
+    with Image.open("a.png") as first, Image.open("e.png") as second:
+        assert first.tobytes() == second.tobytes(), "a picture remembers its words"
     unused = difftool("sample", WORDS, "-o", "b.png", "--embedding", "toy.pt", *common)
     assert unused.code == 0 and "no prompt has the word other or toy" in unused.err
     plain = difftool("sample", "a toy", "-o", "c.png", *common)

@@ -28,7 +28,7 @@ from difftool.config import (
 )
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
-from difftool.formats import FORMATS, convert, diffusers, networks, open_model, schedulers
+from difftool.formats import FORMATS, convert, diffusers, networks, open_model, schedulers, shards
 from difftool.formats.convert import Ledger
 from difftool.formats.detect import family_of
 from difftool.formats.inspect import inspect
@@ -965,7 +965,7 @@ def test_a_swapped_tensor_is_found_when_reading_back(tmp_path, monkeypatch):
 
 def test_a_byte_changed_on_the_disk_is_found_when_reading_back(tmp_path, monkeypatch):
     source = write(PRESETS["pixel"], tmp_path / "m")
-    real = convert.write_pieces
+    real = shards.write_pieces
 
     def flipped(path: Path, *args: Any) -> Any:
         hashes = real(path, *args)
@@ -974,7 +974,7 @@ def test_a_byte_changed_on_the_disk_is_found_when_reading_back(tmp_path, monkeyp
         path.write_bytes(data)
         return hashes
 
-    monkeypatch.setattr(convert, "write_pieces", flipped)
+    monkeypatch.setattr(shards, "write_pieces", flipped)
     for kind in ("difftool", "diffusers"):
         with pytest.raises(CheckError, match="bytes"):
             run(source, tmp_path / "out", kind)

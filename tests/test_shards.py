@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ldm_models as ldms
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from difftool.errors import DifftoolError, InputError, UsageError
+from difftool.errors import CheckError, DifftoolError, InputError, UsageError
+from difftool.formats import ModelSource, open_model
+from difftool.formats import shards as shards_module
+from difftool.formats.convert import convert
 from difftool.formats.files import is_source, open_source
 from difftool.formats.safetensors import DATA_HASH, save_tensors
 from difftool.formats.shards import index_of, parse_size, split, write_shards
-from difftool.formats.tensors import Piece, piece_of_tensor
+from difftool.formats.tensors import Piece, digest_of, piece_of_file, piece_of_tensor
+from difftool.model import Model
 
 TENSORS = {f"t{k}": torch.full((10,), float(k)) for k in range(7)}
 """Of 40 bytes each."""
@@ -265,3 +271,115 @@ def test_a_failure_at_any_moment_leaves_what_was_there(former, tmp_path, monkeyp
             (tmp_path / name).write_bytes(data)
     assert failures >= 4
     assert listed(tmp_path) == SET
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+BUNDLED = Path(__file__).parent.parent / "presets/shapes/model.safetensors"
+LIMIT = 1_000_000
+
+
+def data_of(source: ModelSource) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Of each tensor its dtype, its shape and the hash of its bytes."""
+    return {
+        name: (p.info.dtype, p.info.shape, digest_of(piece_of_file(p.file, p.info)))
+        for name, p in source.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["difftool", "diffusers"])
+def test_models_in_shards_come_back_bit_for_bit(kind, tmp_path):
+    source = open_model(BUNDLED)
+    target = tmp_path / ("m.safetensors" if kind == "difftool" else "m")
+    convert(source, target, kind, shard_size=LIMIT)
+    weights = target if kind == "difftool" else target / "unet/diffusion_pytorch_model.safetensors"
+    shards = sorted(weights.parent.glob("*-of-*.safetensors"))
+    assert len(shards) > 2 and index_of(weights).is_file() and not weights.exists()
+    assert all(shard.stat().st_size < LIMIT + 100_000 for shard in shards)
+    split_up = open_model(target)
+    assert data_of(split_up) == data_of(source) and split_up.values == source.values
+    assert split_up.file in shards, "by its hash a model is known"
+    convert(split_up, tmp_path / "again.safetensors", "difftool")
+    convert(source, tmp_path / "whole.safetensors", "difftool")
+    whole, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "again"))
+    assert data_of(open_model(again)) == data_of(open_model(whole))
+    if kind == "difftool":
+        for other in (index_of(target), shards[0], shards[-1]):
+            assert open_model(other).values == source.values, "any of its files stands for it"
+        loaded, plain = (Model.load(str(p), device="cpu") for p in (target, BUNDLED))
+        assert all(t.equal(plain.tensors()[name]) for name, t in loaded.tensors().items())
+
+
+def test_converting_to_shards_holds_no_more_than_before(tmp_path, monkeypatch):
+    """No piece is larger than a chunk, and no more than one is there at a time."""
+    real, largest = shards_module.write_pieces, 0
+
+    def measured(path: Path, pieces: dict[str, Piece], *rest: Any) -> dict[str, str]:
+        def watched(piece: Piece) -> Piece:
+            def chunks() -> Iterator[Any]:
+                nonlocal largest
+                for chunk in piece.chunks():
+                    largest = max(largest, len(chunk))
+                    yield chunk
+
+            return piece._replace(chunks=chunks)
+
+        return real(path, {name: watched(piece) for name, piece in pieces.items()}, *rest)
+
+    monkeypatch.setattr(shards_module, "write_pieces", measured)
+    monkeypatch.setattr("difftool.formats.tensors.CHUNK", 4096)
+    convert(open_model(BUNDLED), tmp_path / "m.safetensors", "difftool", shard_size=LIMIT)
+    assert 0 < largest <= 4096
+
+
+def test_a_failed_conversion_to_shards_leaves_nothing(tmp_path):
+    target = tmp_path / "m.safetensors"
+    index_of(target).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError if not overwrite else CheckError):
+            convert(
+                open_model(BUNDLED), target, "difftool", shard_size=LIMIT, overwrite=overwrite,
+                expected={"unet.nothing": (1,)},
+            )  # fmt: skip
+        assert listed(tmp_path) == [index_of(target).name]
+    convert(open_model(BUNDLED), target, "difftool", shard_size=LIMIT, overwrite=True)
+    convert(open_model(BUNDLED), target, "difftool", overwrite=True)
+    assert listed(tmp_path) == ["m.safetensors"]
+
+
+def test_single_files_of_ldm_are_split_only_where_asked(tmp_path):
+    ldms.write(tmp_path / "m.safetensors", "sd1")
+    source, target = open_model(tmp_path / "m.safetensors"), tmp_path / "n.safetensors"
+    ledger = convert(source, target, "ldm", shard_size=100_000)
+    assert "other tools read no shards of a single file" in ledger.warnings
+    assert index_of(target).is_file() and data_of(open_model(target)) == data_of(source)
+
+
+def test_the_command_names_the_index(difftool):
+    ran = difftool("convert", "shapes", "m.safetensors", "--to", "difftool",
+                   "--max-shard-size", "1MB")  # fmt: skip
+    assert ran.code == 0 and ran.out == "m.safetensors.index.json\n"
+    ran = difftool("convert", "m.safetensors", "n", "--to", "diffusers", "--max-shard-size", "1MB")
+    assert ran.code == 0 and ran.out == "n\n"
+    ran = difftool("convert", "n", "--inspect", "--json")
+    assert ran.code == 0 and ran.object["components"].keys() >= {"unet", "text.0"}
+    ran = difftool("convert", "n", "o", "--to", "diffusers", "--max-shard-size", "much")
+    assert ran.code == 2 and "not a size" in ran.err
+
+
+def test_training_writes_shards_and_goes_on_from_them(difftool):
+    Path("photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 100, 200)).save(f"photos/{i}.png")
+    sizes = ("channels=[8,8]", "groups=4", "head_dim=4", "blocks=1")
+    common = ["train", "photos", "--device", "cpu", "--batch-size", 2, "--size", 16]
+    common += [part for size in sizes for part in ("--set", f"unet.{size}")]
+    ran = difftool(*common, "--steps", 2, "--out", "run", "--max-shard-size", "20KB")
+    assert ran.code == 0, ran.err
+    assert ran.out == "run/model.safetensors.index.json\n"
+    assert not Path("run/model.safetensors").exists()
+    assert open_model(Path("run")).path == Path("run/model.safetensors.index.json")
+    again = difftool(*common, "--steps", 3, "--out", "run", "--resume")
+    assert again.code == 0 and again.out == "run/model.safetensors\n", again.err
+    assert not Path("run/model.safetensors.index.json").exists()

@@ -85,6 +85,14 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and say what would be written; write nothing.")
     ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            metavar="SIZE",
+            help="Split larger files: 500MB, 2GiB.  \\[5GB; ldm is not split]",
+        ),
+    ] = None,
     strip_metadata: Annotated[
         bool, typer.Option("--strip-metadata", help="Leave out notes that no tool needs.")
     ] = False,
@@ -121,6 +129,9 @@ def convert(
         hint = "add --to " + " or --to ".join(KINDS)
         raise UsageError("the format to convert to was not given", hint=hint)
     from difftool.files import refuse_existing, write_whole
+    from difftool.formats.shards import parse_size, written_at
+
+    shard_size = None if max_shard_size is None else parse_size(max_shard_size)
 
     if report is not None:
         refuse_existing(report, overwrite)
@@ -151,6 +162,7 @@ def convert(
                 verify=verify,
                 dry_run=dry_run,
                 overwrite=overwrite,
+                shard_size=shard_size,
                 progress=lambda done: bar.update(done) if bar else None,
             )
     for warning in ledger.warnings:
@@ -160,9 +172,9 @@ def convert(
         write_whole(report, jsonlib.dumps(ledger.report(), indent=1).encode(), overwrite)
     if json:
         told = {key: value for key, value in ledger.report().items() if key != "entries"}
-        console.emit(told | {"path": None if dry_run else str(target)})
+        console.emit(told | {"path": None if dry_run else str(written_at(target))})
     elif not dry_run:
-        console.emit(console.plain(target))
+        console.emit(console.plain(written_at(target)))
 
 
 @contextmanager

@@ -323,7 +323,7 @@ def sample(
         second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)
     for each in (loaded, second) if second else (loaded,):
         each.match(match)
-        add_embeddings(each, embedding or ())
+        add_embeddings(each, embedding or map(Path, base.embeddings))
     for note in (*loaded.notes, *(second.notes if second else ())):
         console.say(note)
     for word in loaded.words:

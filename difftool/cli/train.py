@@ -177,6 +177,12 @@ def train(
         int, typer.Option("--save-every", help="Steps between checkpoints.")
     ] = 500,
     keep: Annotated[int, typer.Option("--keep", help="Checkpoints kept.")] = 2,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", help="Split a larger model: 500MB.  \\[5GB]"
+        ),
+    ] = None,
     sample_every: Annotated[
         int, typer.Option("--sample-every", help="Steps between sample sheets.")
     ] = 500,
@@ -271,6 +277,7 @@ def train(
     from difftool.data import open_dataset
     from difftool.formats import open_model
     from difftool.formats.find import find_model
+    from difftool.formats.shards import parse_size
     from difftool.model import Model, pick_device
     from difftool.training import parallel
     from difftool.training import stages as staged
@@ -281,6 +288,7 @@ def train(
     from difftool.training.report import usage
     from difftool.training.run import is_used, new_folder
 
+    shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     where = parallel.join(pick_device(device))
     if out is not None and not resuming and is_used(out):
         hint = "give --resume to continue it, or another --out"
@@ -368,6 +376,7 @@ def train(
         tokenizer_json=tokenizer,
         save_every=save_every,
         keep=keep,
+        shard_size=shard_size,
         sample_every=sample_every,
         prompts=sample_prompt or (),
         argument=data,

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import CheckError, UsageError
-from difftool.files import make_folder, move, refuse_existing, sync_folder, write_whole
+from difftool.files import make_folder, refuse_existing, sync_folder, write_whole
 from difftool.formats.layout import Rule
-from difftool.formats.safetensors import write_pieces
+from difftool.formats.shards import MAX_SHARD_SIZE, index_of, move_set, parse_size, write_set
 from difftool.formats.source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.formats.tensors import (
     BITS,
@@ -123,17 +123,22 @@ def convert(
     verify: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
+    shard_size: int | None = None,
     progress: Callable[[int], None] = lambda tensors: None,
 ) -> Ledger:
     """Write a model in another format, whole or not at all.
 
     dtype: fp32, fp16 or bf16; None keeps each tensor's own. expected: shapes of the tensors that
-    the preset's networks have, by name; the source must hold exactly these. CheckError if anything
-    would be lost or reads back otherwise; UsageError if the target is there already.
+    the preset's networks have, by name; the source must hold exactly these. shard_size: bytes from
+    which on a file is split into shards with an index; None: 5 GB, and never one of LDM's, whose
+    other readers know no shards. CheckError if anything would be lost or reads back otherwise;
+    UsageError if the target is there already.
     """
     refuse_existing(target, overwrite)
     _refuse_inside(source, target)
     plan = FORMATS[kind].plan(source, keep_metadata)
+    if "" in plan.files:
+        refuse_existing(index_of(target), overwrite)
     ledger = Ledger(
         source=str(source.path),
         target=str(target),
@@ -148,8 +153,13 @@ def convert(
     if dry_run:
         ledger.entries = [*_entries(source, plan, wanted, {}, {}), *_drops(source, plan)]
         return ledger
+    limit = shard_size
+    if limit is None and kind != "ldm":
+        limit = parse_size(MAX_SHARD_SIZE)
     with _target(target, "" in plan.files, overwrite) as place:
-        hashes = _write(source, plan, place, wanted, ledger, progress)
+        hashes = _write(source, plan, place, wanted, ledger, limit, progress)
+        if kind == "ldm" and not place.exists():
+            ledger.warnings.append("other tools read no shards of a single file")
         ledger.entries = [*_entries(source, plan, wanted, *hashes), *_drops(source, plan)]
         _check_casts(ledger)
         if verify:
@@ -284,7 +294,7 @@ def _drops(source: ModelSource, plan: Plan) -> Iterator[Entry]:
 
 
 def _relative(file: Path, root: Path) -> str:
-    return file.name if file == root else str(file.relative_to(root))
+    return str(file.relative_to(root if root.is_dir() else root.parent))
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -292,27 +302,23 @@ def _relative(file: Path, root: Path) -> str:
 
 @contextmanager
 def _target(target: Path, is_file: bool, overwrite: bool) -> Iterator[Path]:
-    """A temporary place beside the target, which becomes the target if all goes well."""
+    """A temporary place beside the target, from where all goes to the target if it goes well: the
+    folder that it becomes, or the file, which may have become shards."""
     if target.is_dir() and (is_file or not _replaceable(target)):
         why = "a folder is replaced by a folder only, and only if that holds a model or nothing"
         raise UsageError(f"{target} cannot be replaced", why)
     place = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    make_folder(place)
     try:
-        if not is_file:
-            make_folder(place)
-        yield place
-        if not is_file:
-            for folder in {file.parent for file in place.glob("**/*")}:
-                sync_folder(folder)
+        yield place / target.name if is_file else place
+        for folder in {file.parent for file in place.glob("**/*")}:
+            sync_folder(folder)
         if is_file:
-            move(place, target, overwrite)
+            move_set(place, target, overwrite)
         else:
             _move_folder(place, target)
     finally:
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            place.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _replaceable(folder: Path) -> bool:
@@ -337,6 +343,7 @@ def _write(
     place: Path,
     wanted: str | None,
     ledger: Ledger,
+    limit: int | None,
     progress: Callable[[int], None],
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write all files of a plan; SHA-256 of every tensor before and after, by difftool's name."""
@@ -385,7 +392,7 @@ def _write(
             if rule.op in ("stack", "transpose"):
                 parts = [hashed(*pair) for pair in zip(rule.here, parts, strict=True)]
             pieces[rule.there] = assembled(rule, parts)
-        hashes = write_pieces(path, pieces, plan.metadata)
+        hashes = write_set(path, pieces, plan.metadata, None if name in plan.sidecars else limit)
         after |= {
             rule.here[0]: hashes[rule.there] for rule in rules if rule.op in ("copy", "reshape")
             and rule.here

@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import count
-from math import gcd
+from math import gcd, isqrt
 from typing import Any
 
 from difftool.formats.layout import Shape, unet_rules
-from difftool.models.configs import CodecConfig, Depth, TextConfig, UNetConfig, VaeConfig
+from difftool.models.configs import (
+    CodecConfig,
+    Depth,
+    TextConfig,
+    UNetConfig,
+    VaeConfig,
+    VisionConfig,
+)
 
 Shapes = Mapping[str, Shape]
 
@@ -201,6 +208,24 @@ def text_config(s: Shapes, openclip: bool, spare: int = 0) -> TextConfig:
         length=places[0],
         projection=projection[-1] or None,
         pad_id=0 if openclip else None,
+    )
+
+
+def vision_config(s: Shapes) -> VisionConfig:
+    """The picture encoder that tensors under OpenCLIP's names make; errors as `unet_config`. No
+    tensor shows how many heads attend and by which activation: as published."""
+    width, _, _, patch = s["conv1.weight"]
+    projection = s["proj"][1]
+    dim = 80 if width == 1280 else 64  # ViT-H's, and all others'
+    return VisionConfig(
+        width=width,
+        layers=next(i for i in count() if f"transformer.resblocks.{i}.mlp.c_fc.weight" not in s),
+        heads=width // gcd(width, dim),
+        mlp=s["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        size=isqrt(s["positional_embedding"][0] - 1) * patch,
+        patch=patch,
+        projection=projection,
+        activation="quick_gelu" if projection == 768 else "gelu",  # OpenAI's ViT-L
     )
 
 

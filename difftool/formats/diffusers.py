@@ -369,6 +369,9 @@ def our_name(component: str, name: str) -> str | None:
         # Newer transformers leave the prefix out.
         known = name.startswith(("text_model.", "text_projection."))
         return name if known else f"text_model.{name}"
+    if component == "image_encoder":
+        known = name.startswith(("vision_model.", "visual_projection."))
+        return name if known else f"vision_model.{name}"
     for old, new in LEGACY.items():
         if f".{old}." in name and ".attentions." in name:
             return name.replace(f".{old}.", f".{new}.")

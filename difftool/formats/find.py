@@ -9,6 +9,7 @@ from pathlib import Path
 from difftool.config import preset_folder
 from difftool.errors import UsageError, suggestion
 from difftool.formats.hub import cached, download, parse_name
+from difftool.formats.shards import written_at
 
 DEFAULT_MODEL = "shapes"
 
@@ -21,7 +22,7 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     """
     where = where or os.environ.get("DIFFTOOL_MODEL") or DEFAULT_MODEL
     path = Path(where)
-    if path.exists():
+    if written_at(path) is not None:
         return path
     bundled = {p.parent.name: p for p in preset_folder().glob("*/model.safetensors")}
     if where in bundled:

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Literal, NamedTuple
 
 from difftool.errors import CheckError
-from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
+from difftool.models.configs import TextConfig, UNetConfig, VaeConfig, VisionConfig
 
 Op = Literal["copy", "reshape", "stack", "transpose"]
 Shape = tuple[int, ...]
@@ -239,20 +239,40 @@ def openclip_rules(c: TextConfig) -> Iterator[Rule]:
     yield Rule("token_embedding.weight", (f"{here}.token_embedding.weight",), shape)
     name = f"{here}.position_embedding.weight"
     yield Rule("positional_embedding", (name,), (c.length, width))
-    for i in range(c.layers):
-        there, here = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
-        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
-            names = tuple(f"{here}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            yield Rule(f"{there}.attn.in_proj_{kind}", names, shape, "stack")
-        for theirs, ours, shape in (
-            ("attn.out_proj", "self_attn.out_proj", (width, width)),
-            ("ln_1", "layer_norm1", (width,)),
-            ("ln_2", "layer_norm2", (width,)),
-            ("mlp.c_fc", "mlp.fc1", (c.mlp, width)),
-            ("mlp.c_proj", "mlp.fc2", (width, c.mlp)),
-        ):
-            yield from _layer(f"{there}.{theirs}", f"{here}.{ours}", shape)
+    yield from _blocks("text_model", c.layers, width, c.mlp)
     yield from _layer("ln_final", "text_model.final_layer_norm", (width,))
     if c.projection is not None:
         name = ("text_projection.weight",)
         yield Rule("text_projection", name, (c.projection, width), "transpose")
+
+
+def _blocks(here: str, layers: int, width: int, mlp: int) -> Iterator[Rule]:
+    """The transformer of one of OpenCLIP's towers."""
+    for i in range(layers):
+        there, ours = f"transformer.resblocks.{i}", f"{here}.encoder.layers.{i}"
+        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+            names = tuple(f"{ours}.self_attn.{part}_proj.{kind}" for part in "qkv")
+            yield Rule(f"{there}.attn.in_proj_{kind}", names, shape, "stack")
+        for theirs, name, shape in (
+            ("attn.out_proj", "self_attn.out_proj", (width, width)),
+            ("ln_1", "layer_norm1", (width,)),
+            ("ln_2", "layer_norm2", (width,)),
+            ("mlp.c_fc", "mlp.fc1", (mlp, width)),
+            ("mlp.c_proj", "mlp.fc2", (width, mlp)),
+        ):
+            yield from _layer(f"{there}.{theirs}", f"{ours}.{name}", shape)
+
+
+def vision_rules(c: VisionConfig) -> Iterator[Rule]:
+    """The table of a picture encoder under OpenCLIP's names, which are OpenAI's too."""
+    width, here = c.width, "vision_model"
+    name = f"{here}.embeddings.patch_embedding.weight"
+    yield Rule("class_embedding", (f"{here}.embeddings.class_embedding",), (width,))
+    yield Rule("conv1.weight", (name,), (width, 3, c.patch, c.patch))
+    places = (c.size // c.patch) ** 2 + 1
+    name = f"{here}.embeddings.position_embedding.weight"
+    yield Rule("positional_embedding", (name,), (places, width))
+    yield from _layer("ln_pre", f"{here}.pre_layrnorm", (width,))
+    yield from _blocks(here, c.layers, width, c.mlp)
+    yield from _layer("ln_post", f"{here}.post_layernorm", (width,))
+    yield Rule("proj", ("visual_projection.weight",), (c.projection, width), "transpose")

@@ -49,6 +49,7 @@ from difftool.formats.source import (
 )
 from difftool.formats.strict import parse_json
 from difftool.formats.tensors import Info, Located, piece_of_file, rows_strides
+from difftool.formats.unclip import NOTHING, rules_back, seen_in
 from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
 
 AVERAGED = "model_ema."
@@ -190,9 +191,13 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     if has_ema:
         more, flatter = mapped(averaged, places, str(path))
         tensors, flat = tensors | more, [*flat, *flatter]
+    seen = seen_in(shapes) if values["family"] == "sd2-unclip" else NOTHING
+    more, _ = mapped(seen.rules, places, str(path))
+    tensors |= more
     dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
-    warnings = [*header.warnings]
-    used = {id(places[rule.there]) for rule in (*rules, *(averaged if has_ema else ()))}
+    warnings = [*header.warnings, *seen.warnings]
+    taken = (*rules, *(averaged if has_ema else ()), *seen.rules)
+    used = {id(places[rule.there]) for rule in taken}
     for name, place in places.items():
         if id(place) in used:
             continue
@@ -214,7 +219,9 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         weights=(*extra.get("weights", ("live",))[:1], *(("ema",) if has_ema else ())),
         tokenizer_json=extra.get("tokenizer"),
         metadata=free_metadata(header.metadata),
-        configs=extra.get("configs", {}) | {LAYOUT: _record(usual, flat, header, preset)},
+        configs=seen.configs
+        | extra.get("configs", {})
+        | {LAYOUT: _record(usual, flat, header, preset)},
         dropped=tuple(dropped),
         warnings=(*warnings, *meaning.warnings),
     )
@@ -410,12 +417,16 @@ def _kept_rules(
     source: ModelSource, preset: Preset, same: bool
 ) -> tuple[list[Rule], dict[str, str]]:
     """Places of the tensors beside the model, and those that would now say something wrong."""
-    rules, dropped = [], {}
+    shapes = {name: place.info.shape for name, place in source.tensors.items()}
+    rules, dropped = rules_back(shapes, source.configs), {}
+    placed_already = {name for rule in rules for name in rule.here}
     wrong = set()
     if not same:
         wrong = {"v_pred"} if preset.target != "v" else set()
         wrong |= set() if preset.path.get("zero_snr") else {"ztsnr"}
     for name, place in source.tensors.items():
+        if name in placed_already:
+            continue
         if name.removeprefix(KEPT) in wrong:
             dropped[name] = "the model predicts otherwise now"
         elif name.startswith(KEPT):
@@ -490,7 +501,9 @@ def _complete(
     extra = make_extra(source, found, keep_metadata=False)
     same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items()
                                          if k != "about")  # fmt: skip
-    configs = {k: v for k, v in source.configs.items() if k != LAYOUT} if keep_metadata else {}
+    told = seen_in(shapes).configs if source.values["family"] == "sd2-unclip" else {}
+    configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != told.get(k)}
+    configs = configs if keep_metadata else {}
     if same and not configs and source.tokenizer_json is None and source.weights[0] == "live":
         return
     metadata[OURS] = json.dumps(extra | {"configs": configs}, ensure_ascii=False)

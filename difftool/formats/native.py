@@ -1,4 +1,5 @@
-"""difftool's own model file: one safetensors file that describes itself. Torch-free.
+"""difftool's own model file: one safetensors file, or shards of one, that describes itself.
+Torch-free.
 
 Tensors: unet.* vae.* text.0.* text.1.*, within each the names of diffusers and transformers.
 Metadata: "difftool", a JSON object with the resolved preset; "difftool.tokenizer", a learned
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import InputError
+from difftool.formats.files import TensorSource, is_index, open_source
 from difftool.formats.layout import Rule
 from difftool.formats.safetensors import (
     DATA_HASH,
-    Header,
     looks_like_safetensors,
     read_header,
     save_tensors,
 )
+from difftool.formats.shards import write_shards
 from difftool.formats.source import (
     EMA,
     FORMATS,
@@ -36,7 +38,7 @@ from difftool.formats.source import (
     free_metadata,
 )
 from difftool.formats.strict import parse_json
-from difftool.formats.tensors import Located
+from difftool.formats.tensors import piece_of_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +61,10 @@ ARCHITECTURES = {
 """modelspec's names of families; it has none for others."""
 
 
-def read_native(path: Path) -> tuple[dict[str, Any], str | None, Header]:
-    """Preset values, learned vocabulary and header of a model file; InputError if it is not one."""
-    header = read_header(path)
+def read_native(path: Path) -> tuple[dict[str, Any], str | None, TensorSource]:
+    """Preset values, learned vocabulary and tensors of a model file, or of the index of its shards;
+    InputError if it is not one."""
+    header = open_source(path)
     if KEY not in header.metadata:
         raise InputError(f"{path} is not a difftool model", 'its metadata has no key "difftool"')
     about = parse_json(header.metadata[KEY], f"the metadata of {path}", infinite=True)
@@ -83,13 +86,18 @@ def write_native(
     tokenizer_json: str | None = None,
     extra_metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    limit: int | None = None,
 ) -> dict[str, str]:
-    """Write a model file, whole or not at all; SHA-256 of each tensor, by name.
+    """Write a model file, or beyond a limit in bytes its shards, whole or not at all; SHA-256 of
+    each tensor, by name.
 
     values: the preset as plain values. UsageError if the file exists and is not to be replaced.
     """
     metadata = native_metadata(values, tokenizer_json) | dict(extra_metadata or {})
-    return save_tensors(path, tensors, metadata, overwrite)
+    if limit is None:
+        return save_tensors(path, tensors, metadata, overwrite)
+    pieces = {name: piece_of_tensor(tensor) for name, tensor in tensors.items()}
+    return write_shards(path, pieces, metadata, overwrite, limit)
 
 
 def native_metadata(values: Mapping[str, Any], tokenizer_json: str | None) -> dict[str, str]:
@@ -127,13 +135,15 @@ def modelspec(values: Mapping[str, Any], implementation: str | None = None) -> d
 
 
 def _recognises(path: Path) -> bool:
+    if is_index(path):
+        return KEY in open_source(path).metadata
     if not path.is_file() or not looks_like_safetensors(path):
         return False
     return KEY in read_header(path).metadata
 
 
 def open_native(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
-    """A difftool model file as a source."""
+    """A difftool model file, or the index of its shards, as a source."""
     values, tokenizer_json, header = read_native(path)
     values = checked_values(values, str(path))
     kept = header.metadata.get(DIFFUSERS)
@@ -142,9 +152,9 @@ def open_native(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     return ModelSource(
         kind="difftool",
         path=path,
-        file=path,
+        file=next((p.file for n, p in header.tensors.items() if n.startswith("unet.")), path),
         values=values,
-        tensors={name: Located(path, name, info) for name, info in header.tensors.items()},
+        tensors=header.tensors,
         findings=(Evidence("its own preset", says), Evidence(WEIGHTS, f"{weights} weights")),
         weights=(weights, *(("ema",) if any(n.startswith(EMA) for n in header.tensors) else ())),
         tokenizer_json=tokenizer_json,

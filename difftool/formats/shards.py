@@ -60,31 +60,61 @@ def write_shards(
     All files appear when each of them is whole, the index last; or none does. UsageError if one of
     them exists and is not to be replaced.
     """
-    groups = split(pieces, parse_size(MAX_SHARD_SIZE) if limit is None else limit)
-    index = index_of(path)
-    names = [path.name]
-    if len(groups) > 1:
-        many = f"{len(groups):05}"
-        names = [f"{path.stem}-{k:05}-of-{many}{path.suffix}" for k in range(1, len(groups) + 1)]
-    for file in (path, index, *(path.with_name(name) for name in names)):
+    for file in (path, index_of(path)):
         refuse_existing(file, overwrite)
     place = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     make_folder(place)
     try:
-        hashes: dict[str, str] = {}
-        for name, group in zip(names, groups, strict=True):
-            hashes |= write_pieces(place / name, group, metadata)
-        if len(groups) > 1:
-            places = {n: name for name, group in zip(names, groups, strict=True) for n in group}
-            size = sum(byte_size(piece.dtype, piece.shape) for piece in pieces.values())
-            content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            write_whole(place / index.name, text.encode())
-            names.append(index.name)
-        _put(place, path.parent, names, _former(path, index) if overwrite else [])
+        limit = parse_size(MAX_SHARD_SIZE) if limit is None else limit
+        hashes = write_set(place / path.name, pieces, metadata, limit)
+        move_set(place, path, overwrite)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return hashes
+
+
+def write_set(
+    path: Path,
+    pieces: Mapping[str, Piece],
+    metadata: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> dict[str, str]:
+    """The same into a folder where nobody looks yet, file by file; None: no limit."""
+    groups = [dict(pieces)] if limit is None else split(pieces, limit)
+    if len(groups) == 1:
+        return write_pieces(path, pieces, metadata)
+    many = f"{len(groups):05}"
+    names = [f"{path.stem}-{k:05}-of-{many}{path.suffix}" for k in range(1, len(groups) + 1)]
+    hashes: dict[str, str] = {}
+    for name, group in zip(names, groups, strict=True):
+        hashes |= write_pieces(path.with_name(name), group, metadata)
+    places = {n: name for name, group in zip(names, groups, strict=True) for n in group}
+    size = sum(byte_size(piece.dtype, piece.shape) for piece in pieces.values())
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(index_of(path), text.encode())
+    return hashes
+
+
+def move_set(place: Path, path: Path, overwrite: bool) -> None:
+    """Move what `write_set` has written for place/NAME to where `path`, of that name, is; all files
+    or none. UsageError if one of them exists and is not to be replaced."""
+    index = index_of(path)
+    names = sorted(file.name for file in place.iterdir() if file.name != index.name)
+    for name in (*names, path.name, index.name):
+        refuse_existing(path.with_name(name), overwrite)
+    names += [index.name] if (place / index.name).is_file() else []
+    _put(place, path.parent, names, _former(path, index) if overwrite else [])
+
+
+def written_at(path: Path) -> Path | None:
+    """What is read where a file was asked for: that, or the index of its shards, if one is there;
+    for one of the shards their index."""
+    whole = re.sub(r"-\d{5}-of-\d{5}(?=\.\w+$)", "", path.name)
+    for file in (index_of(path), index_of(path.with_name(whole))):
+        if file.is_file() and (whole != path.name or not path.exists()):
+            return file
+    return path if path.exists() else None
 
 
 def _former(path: Path, index: Path) -> list[Path]:

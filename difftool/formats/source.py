@@ -17,6 +17,7 @@ from difftool.errors import InputError, UsageError
 from difftool.formats.detect import kind_of
 from difftool.formats.files import is_source, open_source
 from difftool.formats.layout import Rule
+from difftool.formats.shards import written_at
 from difftool.formats.tensors import Located, load_located
 from difftool.registry import Registry
 
@@ -188,15 +189,19 @@ def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
 
 
 def locate(path: Path) -> Path:
-    """The model behind a path: a run folder stands for its model, or its newest checkpoint's."""
-    if not path.exists():
+    """The model behind a path: a run folder stands for its model, or its newest checkpoint's; a
+    file that was split, or one of its shards, for their index."""
+    found = written_at(path)
+    if found is None:
         raise UsageError(f"{path} does not exist")
+    path = found
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     candidates = [path / "model.safetensors"]
     steps = sorted((path / "checkpoints").glob("step-*"), key=_step, reverse=True)
     candidates += [step / f"{name}.safetensors" for step in steps for name in ("ema", "model")]
-    return next((file for file in candidates if file.is_file()), path)
+    there = (file for file in map(written_at, candidates) if file is not None)
+    return next((file for file in there if file.is_file()), path)
 
 
 def _step(folder: Path) -> int:

@@ -266,6 +266,11 @@ class TextConfig:
         return 49407 if self.tokenizer == "clip" else LEARNED_MARKS.index("<end>")
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pictures that CLIP was trained on, by channel, in [0, 1]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A CLIP picture encoder (SD2 unCLIP's ViT-L or ViT-H)."""

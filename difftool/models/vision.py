@@ -13,13 +13,9 @@ from difftool.models.clip import Layer
 from difftool.models.configs import VisionConfig
 from difftool.models.layers import sinusoids
 
-# Of the pictures that CLIP was trained on, by channel, in [0, 1].
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class ClipVision(nn.Module):
-    """Pictures [B,3,size,size], normed by MEAN and STD, to embeddings [B,P]."""
+    """Pictures [B,3,size,size], normed by CLIP_MEAN and CLIP_STD, to embeddings [B,P]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -73,6 +69,11 @@ class Normalizer(nn.Module):
         super().__init__()
         self.mean = nn.Parameter(torch.empty(1, width))
         self.std = nn.Parameter(torch.empty(1, width))
+
+    def nothing(self) -> dict[str, Tensor]:
+        """The weights that change no embedding."""
+        shape = self.mean.shape
+        return {"mean": torch.zeros(shape), "std": torch.ones(shape)}
 
     def forward(
         self, embeddings: Tensor, noise: Tensor, alpha: float, sigma: float, level: int

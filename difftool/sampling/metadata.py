@@ -73,6 +73,8 @@ class Recipe(NamedTuple):
     mask: str | None = None
     image: str | None = None
     refiner: str | None = None
+    embeddings: tuple[str, ...] = ()
+    """Paths of the learned words that its prompts have."""
 
 
 PICTURES = ("init", "mask", "image")
@@ -143,6 +145,7 @@ def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
     """Plain values for JSON: the request, and the whole preset with the settings as resolved."""
     request = {name: getattr(recipe, name) for name in ("prompt", "negative", "label", "seed")}
     request |= {n: v for n in (*PICTURES, "refiner") if (v := getattr(recipe, n)) is not None}
+    request |= {"embeddings": list(recipe.embeddings)} if recipe.embeddings else {}
     preset = to_values(model.preset) | {"sample": to_values(recipe.settings)}
     return {
         "schema": SCHEMA,
@@ -218,13 +221,18 @@ def from_chunk(text: str, source: str) -> Request:
             optional = name in ("label", *PICTURES)
             if not isinstance(value, str) and not (optional and value is None):
                 raise ValueError(f"{name} is {type(value).__name__}")
+        words = request.get("embeddings", [])
+        if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
+            raise ValueError("embeddings of the wrong type")
         seed, made_by = request["seed"], str(values.get("model_hash") or "")
         if type(seed) not in (int, type(None)) or not isinstance(settings, dict):
             raise ValueError("seed or settings of the wrong type")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     seeds = None if seed is None else (seed,)
-    return Request(**own, seeds=seeds, settings=settings, model_hash=made_by)
+    return Request(
+        **own, seeds=seeds, settings=settings, model_hash=made_by, embeddings=tuple(words)
+    )
 
 
 def from_parameters(text: str, source: str) -> Request:

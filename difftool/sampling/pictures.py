@@ -86,7 +86,7 @@ def _mask(file: File, size: tuple[int, int]) -> Tensor:
 def _seen(file: File, side: int) -> Tensor:
     import torch
 
-    from difftool.models.vision import MEAN, STD
+    from difftool.models.configs import CLIP_MEAN, CLIP_STD
 
     image = _read(file)
     short = min(image.size)
@@ -94,5 +94,5 @@ def _seen(file: File, side: int) -> Tensor:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return ((to_tensor(image) + 1) / 2 - mean) / std

@@ -48,6 +48,8 @@ class Request:
     """Where it was read, for messages."""
     model_hash: str = ""
     """Hash of the model that the request was made for; empty = any."""
+    embeddings: tuple[str, ...] = ()
+    """Paths of the learned words that it was made with."""
 
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):

@@ -316,9 +316,11 @@ class Run:
         self, index: int, request: Request, settings: SampleConfig, label: int | None, seed: int
     ) -> Entry:
         refiner = None if self.refiner is None else self.refiner.name
+        words = used(self.model, (request.prompt or "", request.negative or ""))
         recipe = Recipe(
             request.prompt or "", request.negative or "", request.label, seed, settings,
             request.init, request.mask, request.image, refiner,
+            tuple(dict.fromkeys(str(w.path) for w in self.model.words if w in words)),
         )  # fmt: skip
         try:
             item = self._item(request, settings, label, seed)

@@ -28,6 +28,7 @@ from difftool.data.dataset import count
 from difftool.data.images import write_png
 from difftool.errors import Stopped, UsageError
 from difftool.files import write_whole
+from difftool.formats.shards import MAX_SHARD_SIZE, parse_size, written_at
 from difftool.model import Item, Model
 from difftool.training import parallel, rng
 from difftool.training.batches import buckets_of, to_signal
@@ -97,6 +98,7 @@ class Run:
         choices: Sequence[tuple[str, Any, str]] = (),
         workers: int | None = None,
         compiled: bool = False,
+        shard_size: int | None = None,
         progress: Progress = _silent,
     ):
         """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
@@ -104,12 +106,14 @@ class Run:
         adopt: the models that parts ("vae", "text", "unet") take their first weights from.
         argument, choices: for the report, what the user calls the data, and (key, value, origin)
         of the configuration's values that are not the preset's.
-        workers, compiled: see Trainer.
+        workers, compiled: see Trainer. shard_size: bytes beyond which the finished model is split
+        into shards; None: 5 GB.
         progress: shows (name, total) as a context whose `update(done)` is called, while pictures
         are read and encoded.
         """
         self.folder, self.preset, self.part, self.audit = folder, preset, part, dataset.audit
         self.save_every, self.keep, self.sample_every = save_every, keep, sample_every
+        self.shard_size = shard_size or parse_size(MAX_SHARD_SIZE)
         self.prompts = list(prompts)
         self.resumed = resume
         self.notes: list[str] = []
@@ -200,7 +204,7 @@ class Run:
         if self.leads:
             self._finish(path)
         parallel.wait()
-        return path
+        return written_at(path) or path
 
     def _finish(self, path: Path) -> None:
         ema = self.trainer.ema
@@ -209,7 +213,9 @@ class Run:
         if self.part == "vae":
             self.model.preset = self._measured()
         parts = self.trainer.kept_parts()
-        self.model.save(path, weights=weights, parts=parts, metadata=note, overwrite=True)
+        self.model.save(
+            path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=self.shard_size
+        )
         self._state(finished=True)
         self._draw()
         self.close()

@@ -15,6 +15,7 @@ from difftool.config import Layer, Part, Preset, build_preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.formats import open_model
+from difftool.formats.shards import written_at
 from difftool.training.checkpoint import checkpoints, newest_good, verify_checkpoint
 from difftool.training.run import Run
 
@@ -48,7 +49,7 @@ def survey(
         last = part == parts[-1]
         folder = out if last else out / part
         model, checkpoint = folder / "model.safetensors", None
-        done = model if resume and not last and model.is_file() else None
+        done = written_at(model) if resume and not last else None
         if resume_from is not None and last:
             checkpoint = _sound(resume_from)
         elif resume and not done and (len(parts) == 1 or checkpoints(folder / "checkpoints")):

@@ -1,0 +1,113 @@
+"""What a single file of SD2 unCLIP sees pictures with, as diffusers has it. Torch-free.
+
+The encoder is OpenCLIP's ViT-H, or OpenAI's ViT-L, under embedder.model.visual.; the statistics of
+its embeddings are under noise_augmentor. where a file has them. Nothing says how embeddings are
+noised: as the published configurations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from difftool.errors import InputError
+from difftool.formats import detect
+from difftool.formats.layout import Rule, Shape, placed, vision_rules
+from difftool.formats.networks import VERSION
+from difftool.formats.schedulers import CLASSES
+from difftool.formats.source import EXTRA
+from difftool.formats.vision import ENCODER, FIELDS, NOISING, read_vision
+from difftool.models.configs import CLIP_MEAN, CLIP_STD, VisionConfig
+
+VISUAL, AUGMENTOR = "embedder.model.visual.", "noise_augmentor.data_"
+SEES, NORMS = f"{EXTRA}diffusers.image_encoder.", f"{EXTRA}diffusers.image_normalizer."
+NORMALIZER = "image_normalizer/config.json"
+PROCESSOR = "feature_extractor/preprocessor_config.json"
+
+
+class Seen(NamedTuple):
+    """The picture encoder of a file."""
+
+    rules: list[Rule]
+    configs: dict[str, Any]
+    """diffusers' configuration files of it, by their place in a folder."""
+    warnings: tuple[str, ...] = ()
+
+
+NOTHING = Seen([], {})
+
+
+def seen_in(shapes: Mapping[str, Shape]) -> Seen:
+    """The picture encoder among the tensors of a single file; nothing if it is not whole."""
+    part = {n.removeprefix(VISUAL): s for n, s in shapes.items() if n.startswith(VISUAL)}
+    try:
+        config = detect.vision_config(part)
+    except (KeyError, IndexError, ValueError, StopIteration):
+        return NOTHING
+    rules = [*placed(vision_rules(config), VISUAL, SEES)]
+    if any(shapes.get(rule.there) != rule.shape_there for rule in rules):
+        return NOTHING
+    statistics = _statistics(config.projection)
+    if all(shapes.get(rule.there) == rule.shape for rule in statistics):
+        return Seen([*rules, *statistics], _configs(config, statistics=True))
+    if config.activation == "gelu":  # OpenCLIP's embeddings are not normed
+        return Seen(rules, _configs(config, statistics=False))
+    configs = {name: c for name, c in _configs(config, False).items() if name != NOISING}
+    lacks = "the statistics of its pictures' embeddings (ViT-L-14_stats.th) are not in the file"
+    return Seen(rules, configs, (lacks,))
+
+
+def rules_back(shapes: Mapping[str, Shape], configs: Mapping[str, Any]) -> list[Rule]:
+    """The table of a picture encoder that a model has, for a single file; empty if it has none, or
+    one of another kind."""
+    try:
+        found = read_vision({NOISING: _noising(), **configs})
+    except InputError:
+        return []
+    if found is None:
+        return []
+    rules = [*placed(vision_rules(found.config), VISUAL, SEES)]
+    statistics = _statistics(found.config.projection)
+    if any(shapes.get(rule.here[0]) != rule.shape for rule in rules):
+        return []
+    there = all(shapes.get(rule.here[0]) == rule.shape for rule in statistics)
+    return rules + statistics * there
+
+
+def _statistics(width: int) -> list[Rule]:
+    return [Rule(f"{AUGMENTOR}{n}", (f"{NORMS}{n}",), (1, width)) for n in ("mean", "std")]
+
+
+def _configs(config: VisionConfig, statistics: bool) -> dict[str, Any]:
+    size = config.size
+    configs: dict[str, Any] = {
+        ENCODER: {
+            "architectures": ["CLIPVisionModelWithProjection"],
+            "model_type": "clip_vision_model",
+            **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+            "hidden_act": config.activation,
+            "num_channels": 3,
+            "layer_norm_eps": 1e-5,
+        },
+        NOISING: _noising(),
+        PROCESSOR: {
+            "image_processor_type": "CLIPImageProcessor",
+            **dict.fromkeys(("do_center_crop", "do_convert_rgb", "do_normalize"), True),
+            **dict.fromkeys(("do_rescale", "do_resize"), True),
+            "crop_size": {"height": size, "width": size},
+            "size": {"shortest_edge": size},
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+            "resample": 3,
+        },
+    }
+    if statistics:
+        about = {"_class_name": "StableUnCLIPImageNormalizer", "_diffusers_version": VERSION}
+        configs[NORMALIZER] = about | {"embedding_dim": config.projection}
+    return configs
+
+
+def _noising() -> dict[str, Any]:
+    fields = CLASSES["DDPMScheduler"].defaults | {"beta_schedule": "squaredcos_cap_v2"}
+    about = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
+    return about | dict(sorted(fields.items()))
