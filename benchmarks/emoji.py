@@ -307,7 +307,7 @@ def svg(icon: Mapping[str, Any]) -> bytes:
 def draw(source: bytes) -> Image.Image:
     """An SVG or WebP as RGBA; an SVG about CANVAS pixels wide."""
     if not source.startswith(b"RIFF"):
-        import resvg_py
+        import resvg_py  # pyright: ignore[reportMissingImports]
 
         source = bytes(
             resvg_py.svg_to_bytes(svg_string=source.decode(), width=CANVAS, skip_system_fonts=True)
