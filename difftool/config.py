@@ -116,6 +116,12 @@ class TrainConfig(OptimConfig):
     loss: Literal["mse", "huber"] = "mse"
     drop: float = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
+    lora_rank: int = 0
+    """Of the matrices that are trained in place of the model's weights; 0 = the weights are."""
+    lora_alpha: float | None = None
+    """What they add is scaled by this over the rank; None = the rank."""
+    lora_base: str | None = None
+    """The model whose LoRA it is."""
     checkpointing: bool = False
     """Compute what a block put out again on the way back instead of keeping it: much less memory,
     about a third more time."""

@@ -40,6 +40,7 @@ from difftool.formats.recipes import switched
 from difftool.formats.source import EXTRA, UNKNOWN, ModelSource
 from difftool.formats.vision import read_vision
 from difftool.generation import Item, Second, generate, plan
+from difftool.lora import Applied, apply, open_loras
 from difftool.models.clip import ClipText
 from difftool.models.codecs import Codec, VaeCodec, build_codec
 from difftool.models.configs import CodecConfig, VaeConfig
@@ -76,6 +77,9 @@ class Model:
         self.hash = ""
         self.notes: list[str] = []
         self.words: list[Word] = []
+        self.loras: list[Applied] = []
+        self.adapters: nn.Module | None = None
+        """A LoRA that is being trained."""
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
         self.low_memory = False
@@ -104,7 +108,8 @@ class Model:
         parts: dict[str, nn.Module] = {"unet": self.denoiser.network}
         if vae := getattr(self.codec, "vae", None):
             parts["vae"] = vae
-        return parts | {f"text.{i}": encoder for i, encoder in enumerate(self.text)}
+        parts |= {f"text.{i}": encoder for i, encoder in enumerate(self.text)}
+        return parts if self.adapters is None else parts | {"lora": self.adapters}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight under its name in a model file."""
@@ -141,14 +146,17 @@ class Model:
         dtype: str = "auto",
         vae: str | None = None,
         recipe: str | None = None,
+        loras: Sequence[tuple[Path, float]] = (),
+        allow_unused: bool = False,
         low_memory: bool = False,
     ) -> Model:
         """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
 
         vae: an autoencoder, or another model with one, that stands in. recipe: a preset, by whose
-        way of sampling it is sampled (Turbo's, say, which no tensor shows). low_memory: the weights
-        of a network are there only while it is at work. UsageError if nothing is there, InputError
-        if it is malformed or not supported.
+        way of sampling it is sampled (Turbo's, say, which no tensor shows). loras: files and their
+        strengths, applied to the weights in order; allow_unused: though the model lacks some of
+        their layers. low_memory: the weights of a network are there only while it is at work.
+        UsageError if nothing is there, InputError if it is malformed or not supported.
         """
         target = pick_device(device)
         if dtype == "auto":
@@ -167,11 +175,16 @@ class Model:
         model.device = target
         if not any(name.startswith("unet.") for name in source.tensors):
             hint = "train the rest of the model with it: --vae, or --part unet"
+            if base := preset.train.lora_base:
+                run = path if path.is_dir() else path.parent
+                hint = f"give -m {base} --lora {run / 'lora.safetensors'}"
             raise InputError(f"{path} holds a part of a model, without a U-Net", hint=hint)
         if strange := [name for name in source.tensors if name.startswith(UNKNOWN)]:
             name = source.tensors[strange[0]].name
             raise InputError(f"{path} has an unknown tensor {name}", f"and {len(strange)} in all")
         model._see(source)
+        shapes = {name: place.info.shape for name, place in source.tensors.items()}
+        model.loras = open_loras(loras, shapes, preset.unet, model.name, allow_unused=allow_unused)
         for prefix, part in model._all_parts().items():
             origin = other if other is not None and prefix == "vae" else source
             model._sources[prefix] = model._loader(part, origin, prefix, DTYPES[dtype])
@@ -183,6 +196,7 @@ class Model:
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
         model.notes += [f"sampled as by preset {recipe}"] if recipe else []
         model.notes += [f"autoencoder of {vae}"] if vae else []
+        model.notes += map(str, model.loras)
         return model
 
     def _see(self, source: ModelSource) -> None:
@@ -215,6 +229,7 @@ class Model:
             if prefix == "vision.image_encoder":
                 kept = (name for name in tensors if "position_ids" not in name)
                 tensors = {_vision_name(name): tensors[name] for name in kept}
+            apply(tensors, there, self.loras)
             self._fill(part, tensors, prefix, dtype, str(source.path))
 
         return fill

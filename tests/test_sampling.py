@@ -58,7 +58,7 @@ class FakeModel:
     """Pictures of one colour, the seed's; remembers the batches that it was asked for."""
 
     name, hash, preset, null_label = "fake", "0123456789", PRESET, None
-    concat, vision, words = "none", None, ()
+    concat, vision, words, loras = "none", None, (), ()
     device = torch.device("cpu")
     codec = SimpleNamespace(channels=3, factor=2)
 

@@ -13,12 +13,13 @@ import typer
 
 from difftool.cli import console
 from difftool.cli.console import Debug, Json, Offline, Overwrite, Quiet, choice, choices
-from difftool.errors import UsageError
+from difftool.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from difftool.formats.convert import Ledger
 
 KINDS = ["ldm", "diffusers", "difftool"]
+LORA_KINDS = ["kohya", "peft"]
 DTYPES = ["fp32", "fp16", "bf16"]
 WEIGHTS = ["live", "ema"]
 PREDICTIONS = ["eps", "v"]
@@ -35,7 +36,12 @@ def convert(
         Path | None, typer.Argument(metavar="DST", help="The file or folder to write.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", callback=choice(KINDS), help=choices("Format", KINDS))
+        str | None,
+        typer.Option(
+            "--to",
+            callback=choice(KINDS + LORA_KINDS),
+            help=choices("Format", KINDS) + "; " + choices("of a LoRA", LORA_KINDS),
+        ),
     ] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Say what is in SRC; loads no tensor data.")
@@ -85,6 +91,15 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and say what would be written; write nothing.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[:WEIGHT]", help="Merge a LoRA into SRC; repeatable.  \\[1]"
+        ),
+    ] = None,
+    allow_unused: Annotated[
+        bool, typer.Option("--allow-unused", help="Though some of a LoRA's tensors have no use.")
+    ] = False,
     max_shard_size: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +124,8 @@ def convert(
       difftool convert model.safetensors model/ --to diffusers
       difftool convert sd15.safetensors sd15/ --to diffusers --weights ema --report ledger.json
       difftool convert sd15/ sd15.safetensors --to ldm --dtype fp16
+      difftool convert sd15.safetensors fox.safetensors --lora fox-lora.safetensors:0.8
+      difftool convert kohya-lora.safetensors lora.safetensors --to peft
       difftool convert model.safetensors --inspect --json
     """
     from difftool.formats.find import find_model
@@ -125,7 +142,13 @@ def convert(
         raise UsageError("--weights says what --ema-length says otherwise", hint="give one of them")
     if to is None and ema_length is not None:
         to = "difftool"
-    if to is None:
+    if to in LORA_KINDS:
+        if dtype or weights or prediction or ema_length or lora or max_shard_size:
+            hint = "leave out what is about models"
+            raise UsageError(f"--to {to} gives a LoRA other names and nothing else", hint=hint)
+        _rename(Path(source), target, to, report, verify, dry_run, overwrite, allow_unused, json)
+        return
+    if to is None and not lora:
         hint = "add --to " + " or --to ".join(KINDS)
         raise UsageError("the format to convert to was not given", hint=hint)
     from difftool.files import refuse_existing, write_whole
@@ -139,14 +162,24 @@ def convert(
     from difftool.config import build_preset
     from difftool.formats import convert as formats
     from difftool.formats import open_model
+    from difftool.formats.lora import parse_lora
     from difftool.formats.source import Told, choose_weights
+    from difftool.lora import open_loras
     from difftool.model import Model
 
     with _averaged(find_model(source), ema_length) as path:
         opened = choose_weights(open_model(path, Told(prediction, zero_snr)), weights)
         for line in opened.evidence:
             console.say(line)
+        to = to or opened.kind
         networks = Model(build_preset(opened.values, str(path)), opened.tokenizer_json)
+        expected = {name: tuple(t.shape) for name, t in networks.tensors().items()}
+        loras = open_loras(
+            map(parse_lora, lora or ()), expected, networks.preset.unet, str(path),
+            allow_unused=allow_unused, error=CheckError,
+        )  # fmt: skip
+        for applied in loras:
+            console.say(str(applied))
         size = sum(place.info.end - place.info.start for place in opened.tensors.values())
         shown = (
             console.progress("converting", len(opened.tensors)) if size > SLOW else nullcontext()
@@ -158,11 +191,12 @@ def convert(
                 to,
                 dtype=dtype,
                 keep_metadata=not strip_metadata,
-                expected={name: tuple(t.shape) for name, t in networks.tensors().items()},
+                expected=expected,
                 verify=verify,
                 dry_run=dry_run,
                 overwrite=overwrite,
                 shard_size=shard_size,
+                loras=loras,
                 progress=lambda done: bar.update(done) if bar else None,
             )
     for warning in ledger.warnings:
@@ -175,6 +209,34 @@ def convert(
         console.emit(told | {"path": None if dry_run else str(written_at(target))})
     elif not dry_run:
         console.emit(console.plain(written_at(target)))
+
+
+def _rename(
+    source: Path, target: Path, to: str, report: Path | None, verify: bool, dry_run: bool,
+    overwrite: bool, allow_unused: bool, json: bool,
+) -> None:  # fmt: skip
+    """A LoRA under another dialect's names."""
+    from difftool.files import refuse_existing, write_whole
+    from difftool.formats.lora_convert import convert_lora
+
+    for path in (target, report):
+        if path is not None:
+            refuse_existing(path, overwrite)
+    found = convert_lora(
+        source, target, to, overwrite=overwrite, allow_unused=allow_unused, verify=verify,
+        dry_run=dry_run,
+    )  # fmt: skip
+    came = found["kinds"][0]
+    console.say(f"{came} to {to}: {found['layers']} layers of {found['family']}")
+    for name, why in found["unused"].items():
+        console.warn(f"left out {name}: {why}")
+    if report is not None:
+        write_whole(report, jsonlib.dumps({"schema": 1} | found, indent=1).encode(), overwrite)
+    if json:
+        told = {key: value for key, value in found.items() if key != "tensors"}
+        console.emit({"schema": 1} | told | {"path": None if dry_run else str(target)})
+    elif not dry_run:
+        console.emit(console.plain(target))
 
 
 @contextmanager

@@ -143,6 +143,13 @@ def sample(
         float | None,
         typer.Option("--refiner-start", min=0, max=1, help="Share of the path before it.  \\[0.8]"),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE[:WEIGHT]", help="Apply a LoRA; repeatable.  \\[1]"),
+    ] = None,
+    allow_unused: Annotated[
+        bool, typer.Option("--allow-unused", help="Though the model lacks layers of a --lora.")
+    ] = False,
     embedding: Annotated[
         list[Path] | None,
         typer.Option(
@@ -234,6 +241,7 @@ def sample(
       difftool sample --from-image castle.png --steps 40
       difftool sample "as a watercolour" -m sd15 --init photo.png --strength 0.6
       difftool sample "a castle" -m sdxl --refiner sdxl-refiner --refiner-start 0.8
+      difftool sample "a castle" -m sd15 --lora watercolour.safetensors:0.8
     """
     from difftool.sampling.output import Output
     from difftool.sampling.requests import (
@@ -312,12 +320,15 @@ def sample(
 
     from difftool.config import Layer, origins, to_values
     from difftool.embeddings import add_embeddings
+    from difftool.formats.lora import parse_lora
     from difftool.model import Model
     from difftool.sampling.run import Run, resolve_settings
 
+    loras = [parse_lora(text) for text in lora] if lora else [(Path(p), w) for p, w in base.loras]
     loaded = Model.load(
-        model, device=device, dtype=dtype, vae=vae, recipe=preset, low_memory=low_memory
-    )
+        model, device=device, dtype=dtype, vae=vae, recipe=preset, low_memory=low_memory,
+        loras=loras, allow_unused=allow_unused,
+    )  # fmt: skip
     second = None
     if refiner:
         second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)

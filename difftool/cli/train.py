@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 OPTIMIZERS = ["adamw", "muon"]
 MAX_WORKERS = 256
+LORA_RANK = 16
 PARTS: list[str] = list(RECIPES)
 LABELS, CROPS = ["auto", "none", "text", "folders", "prefix"], ["centre", "random"]
 DATA = "Data"
@@ -64,6 +65,12 @@ def train(
     ] = None,
     start: Annotated[
         str | None, typer.Option("--from", metavar="MODEL", help="Fine-tune this model.")
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA of --from, not the model itself.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Size of the LoRA's matrices.  \\[16]")
     ] = None,
     labels: Annotated[
         str | None,
@@ -219,6 +226,7 @@ def train(
 
       difftool train shapes --steps 300
       difftool train ./photos --out runs/photos --steps 20000 --batch-size 64
+      difftool train ./photos --from sd15.safetensors --lora --rank 16
       difftool train ./photos --out runs/photos --resume
     """
     resuming = resume or resume_from is not None
@@ -263,6 +271,13 @@ def train(
     if resuming and out is None:
         raise UsageError("--resume needs the run to continue", hint="name it with --out")
 
+    if lora and start is None and not resuming:
+        hint = "name it: --from MODEL"
+        raise UsageError("--lora needs the model that it is to be a LoRA of", hint=hint)
+    if lora and part not in (None, "unet"):
+        raise UsageError(f"--lora and --part {part} exclude each other")
+    if rank is not None and not lora and not resuming:
+        raise UsageError("--rank is a LoRA's", hint="add --lora")
     if start is not None and preset is not None:
         raise UsageError("--from brings its own preset", hint="leave --preset out; use --set")
 
@@ -322,6 +337,10 @@ def train(
         base = find_model(start)
         begin, tokenizer = staged.start_layers(base), open_model(base).tokenizer_json
         adopt = dict.fromkeys(("unet", "text", "vae"), base)
+        if lora:
+            begin += staged.lora_layers(base, rank or LORA_RANK)
+    if resuming and rank is not None:
+        given.append(Layer("--rank", {"train": {"lora_rank": rank}}))
     if vae is not None:
         adopt["vae"] = find_model(vae)
         given.append(staged.vae_layer(f"--vae {vae}", adopt["vae"]))
@@ -339,6 +358,8 @@ def train(
         console.warn(note)
     if known := staged.vocabulary(stages):
         resolved, tokenizer, layers = planned(known)
+    if resolved.train.lora_base:
+        adopt = dict.fromkeys(("unet", "text", "vae"), find_model(resolved.train.lora_base))
     rows = list(origins(resolved, layers))
     if print_config:
         console.print_config(iter(rows))

@@ -37,6 +37,8 @@ from difftool.formats.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from difftool.lora import Applied
+
 SCHEMA = 1
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 SLICE = 1 << 20
@@ -56,8 +58,8 @@ class Entry:
     target_file: str | None
     """None: it was dropped."""
     op: str
-    """copy, reshape, split, concat, transpose, cast, several of these joined by "+"; keep (for
-    tools that know it, or for difftool alone), drop:RULE, or synthesise."""
+    """copy, reshape, split, concat, transpose, cast, merge (of LoRAs), several of these joined by
+    "+"; keep (for tools that know it, or for difftool alone), drop:RULE, or synthesise."""
     shape: tuple[int, ...]
     """In difftool's layout, of the part that this line is about, as are the hashes: whatever the
     operation, they are equal unless values were cast."""
@@ -97,6 +99,8 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
     casts: dict[str, Cast] = field(default_factory=dict)
     """By component."""
+    loras: list[str] = field(default_factory=list)
+    """Those that were merged, and into what."""
     verified: str = "not asked for"
     warnings: list[str] = field(default_factory=list)
 
@@ -124,9 +128,10 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     shard_size: int | None = None,
+    loras: Sequence[Applied] = (),
     progress: Callable[[int], None] = lambda tensors: None,
 ) -> Ledger:
-    """Write a model in another format, whole or not at all.
+    """Write a model in another format, whole or not at all; with LoRAs, as they have changed it.
 
     dtype: fp32, fp16 or bf16; None keeps each tensor's own. expected: shapes of the tensors that
     the preset's networks have, by name; the source must hold exactly these. shard_size: bytes from
@@ -144,6 +149,7 @@ def convert(
         target=str(target),
         kinds=(source.kind, kind),
         evidence=[finding._asdict() for finding in source.findings],
+        loras=[str(applied) for applied in loras],
         warnings=[*source.warnings, *plan.warnings],
     )
     _check_complete(source, plan)
@@ -151,16 +157,16 @@ def convert(
         _check_expected(source, expected)
     wanted = None if dtype is None else DTYPES[dtype]
     if dry_run:
-        ledger.entries = [*_entries(source, plan, wanted, {}, {}), *_drops(source, plan)]
+        ledger.entries = [*_entries(source, plan, wanted, loras, {}, {}), *_drops(source, plan)]
         return ledger
     limit = shard_size
     if limit is None and kind != "ldm":
         limit = parse_size(MAX_SHARD_SIZE)
     with _target(target, "" in plan.files, overwrite) as place:
-        hashes = _write(source, plan, place, wanted, ledger, limit, progress)
+        hashes = _write(source, plan, place, wanted, ledger, limit, loras, progress)
         if kind == "ldm" and not place.exists():
             ledger.warnings.append("other tools read no shards of a single file")
-        ledger.entries = [*_entries(source, plan, wanted, *hashes), *_drops(source, plan)]
+        ledger.entries = [*_entries(source, plan, wanted, loras, *hashes), *_drops(source, plan)]
         _check_casts(ledger)
         if verify:
             _verify(source, place, kind, wanted, hashes[1])
@@ -221,9 +227,11 @@ def _entries(
     source: ModelSource,
     plan: Plan,
     wanted: str | None,
+    loras: Sequence[Applied],
     before: Mapping[str, str],
     after: Mapping[str, str],
 ) -> Iterator[Entry]:
+    changed = changed_by(loras)
     for file, rules in plan.files.items():
         for rule in rules:
             if not rule.here:
@@ -248,7 +256,9 @@ def _entries(
                     source_file=_relative(place.file, source.path),
                     target=rule.there,
                     target_file=file,
-                    op="keep" if kept else _op(place, rule, dtype),
+                    op="keep"
+                    if kept
+                    else _op(place, rule, dtype, name.removeprefix(EMA) in changed),
                     shape=place.info.shape,
                     source_shape=_whole(place),
                     target_shape=rule.shape_there,
@@ -264,9 +274,9 @@ def _whole(place: Located) -> tuple[int, ...]:
     return Rule("", ("",) * 3, place.info.shape, place.op).shape_there
 
 
-def _op(place: Located, rule: Rule, dtype: str) -> str:
+def _op(place: Located, rule: Rule, dtype: str, changed: bool) -> str:
     """What is done to a tensor between two files; what one undoes of the other is nothing."""
-    steps: list[str] = []
+    steps = ["merge"] * changed
     if place.op != rule.op:
         steps += {"copy": [], "stack": ["split"]}.get(place.op, [place.op])
         steps += {"copy": [], "stack": ["concat"]}.get(rule.op, [rule.op])
@@ -344,11 +354,13 @@ def _write(
     wanted: str | None,
     ledger: Ledger,
     limit: int | None,
+    loras: Sequence[Applied],
     progress: Callable[[int], None],
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write all files of a plan; SHA-256 of every tensor before and after, by difftool's name."""
     before: dict[str, str] = {}
     after: dict[str, str] = {}
+    changed = changed_by(loras)
     done = 0
 
     def counted(piece: Piece) -> Piece:
@@ -367,6 +379,9 @@ def _write(
     def part(name: str) -> Piece:
         """One of difftool's tensors as it will be, hashed where it lies otherwise there."""
         tensor = source.tensors[name]
+        if name.removeprefix(EMA) in changed:
+            before[name] = digest_of(_bytes(tensor))
+            return counted(_merged(source, name, _target_dtype(name, tensor, wanted), loras))
         if _target_dtype(name, tensor, wanted) == tensor.info.dtype:
             return counted(_bytes(tensor))
         before[name] = digest_of(_bytes(tensor))
@@ -402,6 +417,34 @@ def _write(
 
 def _bytes(place: Located) -> Piece:
     return piece_of_file(place.file, place.info)
+
+
+def changed_by(loras: Sequence[Applied]) -> set[str]:
+    """The tensors that LoRAs change."""
+    return {name for applied in loras for name in applied.lora.targets}
+
+
+def _merged(source: ModelSource, name: str, dtype: str, loras: Sequence[Applied]) -> Piece:
+    """A tensor as LoRAs have changed it, averaged weights like live ones."""
+    from difftool.lora import apply
+
+    average = EMA if name.startswith(EMA) else ""
+    layer, _, last = name.removeprefix(EMA).rpartition(".")
+
+    def chunks() -> Iterator[Any]:
+        ends = [end for end in ("weight", "bias") if f"{average}{layer}.{end}" in source.tensors]
+        places = {f"{layer}.{end}": source.tensors[f"{average}{layer}.{end}"] for end in ends}
+        tensors = load_located(places)
+        apply(tensors, "", loras)
+        made = tensors[f"{layer}.{last}"]
+        cast = made.to(torch_dtype(dtype))
+        if made.isfinite().all() and not cast.isfinite().all():
+            raise CheckError(
+                f"{name} with what is merged does not fit {dtype}", hint="--dtype fp32"
+            )
+        yield from piece_of_tensor(cast).chunks()
+
+    return Piece(dtype, source.tensors[name].info.shape, chunks)
 
 
 def transposed(piece: Piece) -> Piece:

@@ -13,6 +13,7 @@ from difftool.formats.convert import component
 from difftool.formats.detect import kind_of
 from difftool.formats.evidence import WORDS
 from difftool.formats.files import is_source, open_source
+from difftool.formats.lora_convert import describe
 from difftool.formats.source import (
     FORMATS,
     NOTHING_TOLD,
@@ -24,6 +25,8 @@ from difftool.formats.source import (
 from difftool.formats.tensors import Info
 
 SCHEMA = 1
+ODD = 5
+"""Tensors of no use that are named."""
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -65,6 +68,14 @@ def _file(path: Path) -> dict[str, Any]:
         evidence.append({"source": "modelspec.prediction_type", "says": f"target {prediction}"})
     if architecture := header.metadata.get("modelspec.architecture"):
         evidence.append({"source": "modelspec.architecture", "says": architecture})
+    parts: dict[str, str] = {}
+    warnings = [*header.warnings]
+    if family == "lora":
+        lines, parts, odd = describe(path)
+        evidence += [{"source": "layers", "says": says} for says in lines]
+        warnings += odd[:ODD] + [f"and {len(odd) - ODD} more tensors"] * (len(odd) > ODD)
+    else:
+        warnings.append("this version does not convert files of this kind")
     return {
         "schema": SCHEMA,
         "format": header.kind,
@@ -73,9 +84,11 @@ def _file(path: Path) -> dict[str, Any]:
         "zero_snr": None,
         "evidence": evidence,
         "weights": [],
-        "components": _components((name, place.info) for name, place in header.tensors.items()),
+        "components": _components(
+            (parts.get(name, name), place.info) for name, place in header.tensors.items()
+        ),
         "metadata": free_metadata(header.metadata),
-        "warnings": [*header.warnings, "this version does not convert files of this kind"],
+        "warnings": warnings,
     }
 
 

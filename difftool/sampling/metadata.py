@@ -99,6 +99,7 @@ def parameters(recipe: Recipe, model: Model) -> str:
         "Denoising strength": settings.strength if recipe.init and not edits else None,
         "Clip skip": settings.clip_skip if settings.clip_skip not in (None, 1) else None,
         "Refiner": recipe.refiner,
+        "Lora hashes": ", ".join(f"{a.lora.path.stem}: {a.lora.hash}" for a in model.loras) or None,
         "RNG": "CPU",
         "Class": recipe.label,
         "Version": f"difftool-{__version__}",
@@ -146,6 +147,8 @@ def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
     request = {name: getattr(recipe, name) for name in ("prompt", "negative", "label", "seed")}
     request |= {n: v for n in (*PICTURES, "refiner") if (v := getattr(recipe, n)) is not None}
     request |= {"embeddings": list(recipe.embeddings)} if recipe.embeddings else {}
+    loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
+    request |= {"loras": loras} if loras else {}
     preset = to_values(model.preset) | {"sample": to_values(recipe.settings)}
     return {
         "schema": SCHEMA,
@@ -224,6 +227,7 @@ def from_chunk(text: str, source: str) -> Request:
         words = request.get("embeddings", [])
         if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
             raise ValueError("embeddings of the wrong type")
+        loras = tuple((str(path), float(weight)) for path, weight in request.get("loras", []))
         seed, made_by = request["seed"], str(values.get("model_hash") or "")
         if type(seed) not in (int, type(None)) or not isinstance(settings, dict):
             raise ValueError("seed or settings of the wrong type")
@@ -231,8 +235,9 @@ def from_chunk(text: str, source: str) -> Request:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     seeds = None if seed is None else (seed,)
     return Request(
-        **own, seeds=seeds, settings=settings, model_hash=made_by, embeddings=tuple(words)
-    )
+        **own, seeds=seeds, settings=settings, model_hash=made_by, embeddings=tuple(words),
+        loras=loras,
+    )  # fmt: skip
 
 
 def from_parameters(text: str, source: str) -> Request:

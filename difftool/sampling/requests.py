@@ -50,6 +50,8 @@ class Request:
     """Hash of the model that the request was made for; empty = any."""
     embeddings: tuple[str, ...] = ()
     """Paths of the learned words that it was made with."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Paths and strengths of the LoRAs that it was made with."""
 
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):

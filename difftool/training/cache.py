@@ -127,8 +127,9 @@ class Embeddings:
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Context [B,L,D] and pooled [B,P] of prompts, fp32."""
         rows = [self._row(prompt) for prompt in prompts]
-        columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        made = {k: t.to(self.model.device, non_blocking=True).float() for k, t in columns.items()}
+        # As fp32 first: autocast to bf16 on a CPU has no way to stack fp16.
+        columns = {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
+        made = {k: t.to(self.model.device, non_blocking=True) for k, t in columns.items()}
         return made["context"], made.get("pooled")
 
     def _row(self, prompt: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from difftool.diffusion.path import Level
 from difftool.errors import ResourceError
 from difftool.model import Model
 from difftool.models.codecs import VaeCodec
+from difftool.training.adapters import Adapters
 
 FP32 = 4
 
@@ -49,7 +50,10 @@ class Estimate(NamedTuple):
 
 def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
     """The estimate for training the preset's parts; the model needs no weights yet."""
-    preset, parts = model.preset, model.parts()
+    preset = model.preset
+    if rank := preset.train.lora_rank:
+        model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
+    parts = model.parts()
     counts = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items()}
     total = sum(counts.values())
     weights = activations = batch = checkpoint = disk = 0
@@ -59,7 +63,7 @@ def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
         learning = sum(counts.get(name, 0) for name in _trained(preset)[part])
         averages = len(recipe.ema_lengths) if recipe.ema_profile == "power" else 1
         averages = averages if recipe.ema else 0
-        kept = total if part == "unet" else learning
+        kept = total if part == "unet" and not rank else learning
         saved = FP32 * (kept * (1 + averages) + 2 * learning)
         checkpoint = max(checkpoint, saved)
         disk += saved * (keep + 1) + FP32 * kept  # a new one is written before an old one goes
@@ -133,7 +137,8 @@ def _trained(preset: Preset) -> dict[Part, list[str]]:
     """The networks that each part trains."""
     texts = list(enumerate(preset.text))
     learned = [f"text.{i}" for i, config in texts if config.tokenizer == "learned"]
-    return {"unet": ["unet", *learned], "vae": ["vae"], "clip": [f"text.{i}" for i, _ in texts]}
+    unet = ["lora"] if preset.train.lora_rank else ["unet", *learned]
+    return {"unet": unet, "vae": ["vae"], "clip": [f"text.{i}" for i, _ in texts]}
 
 
 def size(count: float) -> str:

@@ -208,7 +208,8 @@ class Trainer:
     def kept_parts(self) -> list[str]:
         """The parts that the run's files hold: the whole model if the U-Net is trained, else what
         is trained, for another model to adopt."""
-        return list(self.model.parts() if self.part == "unet" else self.objective.trained())
+        trained = self.objective.trained()
+        return list(self.model.parts() if "unet" in trained else trained)
 
     def save(self, folder: Path, *, keep: int) -> Path:
         """Write a checkpoint of everything that the next step depends on.

@@ -95,6 +95,8 @@ class Denoising(Objective):
         call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
 
     def trained(self) -> dict[str, nn.Module]:
+        if self.model.adapters is not None:
+            return {"lora": self.model.adapters}
         texts = enumerate(self.model.preset.text)
         names = {"unet"} | {f"text.{i}" for i, t in texts if t.tokenizer == "learned"}
         return {name: part for name, part in self.model.parts().items() if name in names}

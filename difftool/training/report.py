@@ -71,9 +71,11 @@ def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
     elif preset.classes:
         asked = ["--label", preset.classes[0]]
     model = ["-m", folder]
+    if base := preset.train.lora_base:
+        model = ["-m", base, "--lora", folder / "lora.safetensors"]
     lines = [_command("sample", *asked, *model, "-n", 4, "--grid")]
     lines.append(_command("sample", *asked, *model, "--seed", 7, "-o", "picture.png"))
-    return [*lines, _command("train", data, "--from", folder)]
+    return lines if base else [*lines, _command("train", data, "--from", folder)]
 
 
 def warnings(metrics: Metrics, facts: dict[str, Any]) -> dict[str, str]:

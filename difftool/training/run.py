@@ -31,6 +31,7 @@ from difftool.files import write_whole
 from difftool.formats.shards import MAX_SHARD_SIZE, parse_size, written_at
 from difftool.model import Item, Model
 from difftool.training import parallel, rng
+from difftool.training.adapters import Adapters
 from difftool.training.batches import buckets_of, to_signal
 from difftool.training.cache import Embeddings, Latents
 from difftool.training.loop import Trainer, TrainStep, graceful_stop
@@ -132,6 +133,9 @@ class Run:
             )
             for name, path in (adopt or {}).items():
                 model.adopt(path, name)
+            if rank := preset.train.lora_rank:
+                model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
+                model.adapters.init_weights(torch.Generator().manual_seed(recipe.seed))
             if resume is None and self.leads:
                 write_whole(folder / "config.yaml", to_yaml(preset).encode(), overwrite=True)
             assert recipe.size
@@ -200,7 +204,7 @@ class Run:
     def finish(self) -> Path:
         """Write the last checkpoint, the model, the plot and the report; the model's path."""
         self.save()
-        path = self.folder / "model.safetensors"
+        path = self.folder / ("lora.safetensors" if self.model.adapters else "model.safetensors")
         if self.leads:
             self._finish(path)
         parallel.wait()
@@ -212,10 +216,13 @@ class Run:
         weights = ema.average if ema else None
         if self.part == "vae":
             self.model.preset = self._measured()
-        parts = self.trainer.kept_parts()
-        self.model.save(
-            path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=self.shard_size
-        )
+        if isinstance(self.model.adapters, Adapters):
+            self.model.adapters.save(path, self.preset, weights)
+        else:
+            parts, limit = self.trainer.kept_parts(), self.shard_size
+            self.model.save(
+                path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=limit
+            )
         self._state(finished=True)
         self._draw()
         self.close()

@@ -23,6 +23,10 @@ FINE_TUNED = {"difftool": 0.1}
 """Share of the recipe's learning rate that fine-tuning starts with, by family."""
 PUBLISHED_LR = 1e-5
 """Learning rate of fine-tuning a published model."""
+LORA_LR = {"difftool": 1e-3}
+"""Learning rates of LoRAs, by family."""
+PUBLISHED_LORA_LR = 1e-4
+"""Of a LoRA of a published model."""
 CHANNELS = ("in_channels", "out_channels")
 
 
@@ -108,6 +112,15 @@ def start_layers(model: Path) -> list[Layer]:
     return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
 
 
+def lora_layers(model: Path, rank: int) -> list[Layer]:
+    """What --lora says: small matrices are trained by AdamW, and the model stays as it is."""
+    family = str(open_model(model).values.get("family", "difftool"))
+    lr = LORA_LR.get(family, PUBLISHED_LORA_LR)
+    values = {"lora_rank": rank, "lora_base": str(model)}
+    gentle = {"optimizer": "adamw", "lr": lr}
+    return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]
+
+
 def runs(
     stages: Sequence[Stage],
     preset: Preset,
@@ -129,7 +142,7 @@ def runs(
                 preset,
                 dataset,
                 part=stage.part,
-                adopt={} if stage.checkpoint else adopt,
+                adopt={} if stage.checkpoint and not preset.train.lora_rank else adopt,
                 resume=stage.checkpoint,
                 **options,
             )

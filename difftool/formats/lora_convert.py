@@ -1,0 +1,329 @@
+"""LoRAs from kohya's names to PEFT's and back, nothing lost, without a model at hand.
+
+What one dialect does not say (unusual names, which alphas were there and of what dtype) goes into
+the header under NOTES, and comes back from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cache
+from math import isclose
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from difftool.config import load_preset
+from difftool.errors import CheckError, InputError
+from difftool.formats.layout import Shape, clip_rules, unet_rules
+from difftool.formats.lora import (
+    ADAPTER,
+    ENCODERS,
+    Change,
+    Lora,
+    fits,
+    kohya_names,
+    read_lora,
+    scale_of,
+)
+from difftool.formats.safetensors import DATA_HASH, digests, write_pieces
+from difftool.formats.strict import parse_json
+from difftool.formats.tensors import (
+    Piece,
+    load_located,
+    piece_of_file,
+    piece_of_tensor,
+    torch_dtype,
+)
+from difftool.models.configs import UNetConfig
+
+KINDS = ("kohya", "peft")
+NOTES = "difftool.lora"
+FAMILIES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner"}
+"""Presets by whose layers names are understood, by family."""
+
+
+class Known(NamedTuple):
+    """A LoRA, understood by the names of a family's layers."""
+
+    lora: Lora
+    family: str
+    unet: UNetConfig
+    fits: bool
+    """Whether its layers are as wide as the family's too; else it is for a model like these."""
+
+
+def open_lora(path: Path) -> Known:
+    """A LoRA of one of the published families; UsageError if there is no such file, InputError if
+    it is none, or malformed."""
+    found = []
+    for family in FAMILIES:
+        layers, unet = _layers(family)
+        lora = read_lora(path, dict.fromkeys(layers), unet)
+        strange = sum(not fits(change, layers[n]) for n, change in lora.changes.items())
+        found.append((len(lora.changes), -strange, Known(lora, family, unet, not strange)))
+        if not lora.unused and not strange:
+            break
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+@cache
+def _layers(family: str) -> tuple[dict[str, Shape], UNetConfig]:
+    """The shapes of all layers' weights of a family's networks, and its U-Net."""
+    preset = load_preset(FAMILIES[family])
+    tables = {"unet": unet_rules(preset.unet)}
+    tables |= {f"text.{i}": clip_rules(config) for i, config in enumerate(preset.text)}
+    return {
+        f"{part}.{name.removesuffix('.weight')}": rule.shape
+        for part, rules in tables.items()
+        for rule in rules
+        for name in rule.here
+        if name.endswith(".weight")
+    }, preset.unet
+
+
+# --- conversion ------------------------------------------------------------------------------
+
+
+def convert_lora(
+    path: Path,
+    target: Path,
+    kind: str,
+    *,
+    overwrite: bool = False,
+    allow_unused: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write a LoRA in kohya's or PEFT's names, whole or not at all; a report of what became of it.
+
+    InputError if it is malformed; CheckError if the other dialect cannot hold it, or something in
+    it is not understood (unless that may be left out); UsageError if the target is there already.
+    """
+    known = open_lora(path)
+    lora = known.lora
+    if not lora.changes:
+        raise InputError(f"{path} is a LoRA for no family that this version knows")
+    if lora.unused and not allow_unused:
+        name, why = next(iter(lora.unused.items()))
+        hint = "--allow-unused leaves it out"
+        raise CheckError(f"converting {path} would lose {name}", why, hint)
+    notes = parse_json(lora.metadata.get(NOTES, "{}"), f"{NOTES} of {path}")
+    pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
+    if not dry_run:
+        hashes = write_pieces(target, pieces, metadata, overwrite)
+        if verify and digests(target) != hashes:
+            raise CheckError(f"{target} does not read back as it was written")
+    return {
+        "source": str(path),
+        "target": str(target),
+        "kinds": [lora.dialect, kind],
+        "family": known.family,
+        "layers": len(lora.changes),
+        "tensors": names,
+        "unused": lora.unused,
+        "verified": verify and not dry_run,
+    }
+
+
+def _alpha(change: Change) -> float:
+    """By which, over the rank, a change is scaled."""
+    rank = change.rank
+    assert rank is not None
+    if "alpha" in change.tensors:
+        return float(load_located({"alpha": change.tensors["alpha"]})["alpha"].double())
+    alpha = float(rank) if change.alpha is None else change.alpha
+    return alpha * rank**0.5 if change.rooted else alpha
+
+
+def _checked(lora: Lora, kind: str, allowed: Iterable[str]) -> None:
+    """CheckError for changes that a dialect has no names for."""
+    what = f"{lora.path} cannot be written as {kind}"
+    for layer, change in lora.changes.items():
+        if change.kind != "lora":
+            hint = "difftool convert MODEL DST --lora FILE merges it into a model"
+            raise CheckError(what, f"{layer} is changed by a {change.kind}, not by a LoRA", hint)
+        if beside := change.tensors.keys() - {"down", "up", "alpha", *allowed}:
+            place = change.tensors[min(beside)]
+            raise CheckError(what, f"it has no place for {place.name}")
+
+
+def _peft(
+    known: Known, notes: Mapping[str, Any]
+) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
+    """Tensors, their former names, and the header of the file that diffusers and PEFT read."""
+    lora = known.lora
+    _checked(lora, "peft", ("magnitude", "up_bias"))
+    pieces: dict[str, Piece] = {}
+    names: dict[str, str] = {}
+    told = notes.get("names", {}) if "adapter" in notes else {}
+    for layer, change in lora.changes.items():
+        name = str(told.get(layer, peft_name(layer)))
+        ends = {"down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
+                "magnitude": "lora_magnitude_vector"}  # fmt: skip
+        for role, end in ends.items():
+            if role not in change.tensors:
+                continue
+            place = change.tensors[role]
+            piece = piece_of_file(place.file, place.info)
+            if role == "magnitude":
+                if not change.by_row:
+                    why = f"{place.name} is of inputs; PEFT's magnitudes are of rows"
+                    raise CheckError(f"{lora.path} cannot be written as peft", why)
+                rows = change.tensors["up"].info.shape[0]
+                conv = len(change.tensors["down"].info.shape) == 4
+                piece = piece._replace(shape=(1, rows, 1, 1) if conv else (rows,))
+            pieces[f"{name}.{end}"], names[f"{name}.{end}"] = piece, place.name
+    metadata = {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
+    adapter = json.dumps(_adapter(lora), sort_keys=True)
+    kept = notes.get("adapter")
+    if isinstance(kept, str) and _same_scales(known, kept):
+        adapter = kept  # as it was before it was kohya's
+    metadata[ADAPTER] = adapter
+    if "adapter" not in notes:
+        metadata[NOTES] = json.dumps(_notes(known), sort_keys=True)
+    elif kept is None:
+        del metadata[ADAPTER]
+    return pieces, names, metadata
+
+
+def _kohya(
+    known: Known, notes: Mapping[str, Any]
+) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
+    """The same of the file that kohya's scripts and the interfaces read."""
+    import torch
+
+    lora = known.lora
+    _checked(lora, "kohya", ("mid", "magnitude"))
+    came = "adapter" not in notes and bool(notes)  # from kohya's
+    told, dtypes = (notes.get("names", {}), notes.get("alphas", "F32")) if came else ({}, "F32")
+    spelled = _kohya_names(known)
+    pieces: dict[str, Piece] = {}
+    names: dict[str, str] = {}
+    for layer, change in lora.changes.items():
+        name = str(told.get(layer, spelled[layer]))
+        ends = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight",
+                "magnitude": "dora_scale"}  # fmt: skip
+        for role, end in ends.items():
+            if role not in change.tensors:
+                continue
+            place = change.tensors[role]
+            piece = piece_of_file(place.file, place.info)
+            if role == "magnitude" and change.by_row:
+                ones = len(change.tensors["down"].info.shape) - 1
+                piece = piece._replace(shape=(change.tensors["up"].info.shape[0], *[1] * ones))
+            pieces[f"{name}.{end}"], names[f"{name}.{end}"] = piece, place.name
+        dtype = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes
+        if dtype is None and not isclose(_alpha(change), change.rank or 0):
+            dtype = "F32"
+        if dtype is not None:
+            alpha = torch.tensor(_alpha(change), dtype=torch.float64)
+            pieces[f"{name}.alpha"] = _number(alpha, str(dtype))
+            names[f"{name}.alpha"] = ADAPTER
+    metadata = {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
+    if not came:
+        unusual = {n: s for n, s in lora.names.items() if s != peft_name(n)}
+        metadata[NOTES] = json.dumps({"adapter": lora.metadata.get(ADAPTER), "names": unusual})
+    return pieces, names, metadata
+
+
+def _number(value: Any, dtype: str) -> Piece:
+    return piece_of_tensor(value.to(torch_dtype(dtype)))
+
+
+def _notes(known: Known) -> dict[str, Any]:
+    """What kohya's file says that PEFT's does not."""
+    lora, usual = known.lora, _kohya_names(known)
+    dtypes = {
+        layer: change.tensors["alpha"].info.dtype if "alpha" in change.tensors else None
+        for layer, change in lora.changes.items()
+    }
+    notes: dict[str, Any] = {"alphas": dtypes}
+    if len(set(dtypes.values())) == 1:
+        notes["alphas"] = next(iter(dtypes.values()))
+    if unusual := {n: s for n, s in lora.names.items() if n in usual and s != usual[n]}:
+        notes["names"] = unusual
+    return notes
+
+
+def _kohya_names(known: Known) -> dict[str, str]:
+    """Layers' names as sd-scripts writes them for a family."""
+    xl = known.family.startswith("sdxl") and known.fits
+    return kohya_names(known.lora.changes, known.unet if xl else None)
+
+
+def peft_name(layer: str) -> str:
+    """A layer's name in the files that diffusers writes."""
+    first, _, name = layer.partition(".")
+    if first == "unet":
+        return layer
+    number, _, name = name.partition(".")
+    return f"{ENCODERS[int(number)]}.{name}"
+
+
+def _adapter(lora: Lora) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA: the commonest rank and alpha, and those of all others.
+
+    Its keys fit the ends of layers' names: transformers' have begun in two ways.
+    """
+    parts: dict[str, dict[str, Change]] = {}
+    for layer, change in lora.changes.items():
+        component, _, name = peft_name(layer).partition(".")
+        parts.setdefault(component, {})[name.removeprefix("text_model.")] = change
+    adapter: dict[str, Any] = {}
+    for component, changes in sorted(parts.items()):
+        ranks = {name: change.rank or 0 for name, change in changes.items()}
+        alphas = {name: _alpha(change) for name, change in changes.items()}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        config = {
+            "r": rank,
+            "lora_alpha": _plain(alpha),
+            "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
+            "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha},
+            "target_modules": sorted(changes),
+            "use_dora": any("magnitude" in change.tensors for change in changes.values()),
+            "lora_bias": any("up_bias" in change.tensors for change in changes.values()),
+        }
+        adapter |= {f"{component}.{key}": value for key, value in config.items()}
+    return adapter
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
+
+
+def _same_scales(known: Known, adapter: str) -> bool:
+    """Whether PEFT's configuration, kept from before, still says what the file's alphas say."""
+    config = parse_json(adapter, ADAPTER)
+    for layer, change in known.lora.changes.items():
+        alpha, rooted = scale_of(config, peft_name(layer))
+        before = change._replace(
+            alpha=alpha, rooted=rooted, tensors={k: v for k, v in change.tensors.items()
+                                                 if k != "alpha"},
+        )  # fmt: skip
+        if not isclose(_alpha(before), _alpha(change), rel_tol=1e-6):
+            return False
+    return True
+
+
+def describe(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """What a LoRA is, in words; the component ("unet", "text_encoder") of each of its tensors; and
+    what is odd about it. Errors as `open_lora`."""
+    known = open_lora(path)
+    lora = known.lora
+    ranks = Counter(str(c.rank) for c in lora.changes.values() if c.rank is not None)
+    kinds = Counter(c.kind + "+dora" * ("magnitude" in c.tensors) for c in lora.changes.values())
+    says = [
+        f"{lora.dialect}'s names",
+        f"{'' if known.fits else 'narrower or wider '}layers of {known.family}",
+    ]
+    says += [f"{count} layers by {kind}" for kind, count in kinds.most_common()]
+    says += [f"rank {rank} in {count} layers" for rank, count in ranks.most_common(4)]
+    components = {
+        place.name: peft_name(layer).partition(".")[0]
+        for layer, change in lora.changes.items()
+        for place in change.tensors.values()
+    }
+    return says, components, [f"{name}: {why}" for name, why in lora.unused.items()]

@@ -1,0 +1,156 @@
+"""Training a LoRA: `sample --lora` applies what was learned, and the model stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from difftool.config import build_preset, load_preset, merge, to_values
+from difftool.data import shapes
+from difftool.errors import UsageError
+from difftool.model import Item, Model
+from difftool.training.adapters import Adapters
+
+TINY = {
+    "codec": {"kind": "space_to_depth", "block": 2},
+    "unet": {
+        "channels": [16, 32], "blocks": 1, "depth": [0, 1], "groups": 8, "head_dim": 8,
+        "context_dim": 16, "vector_dim": 8,
+    },
+    "text": [
+        {
+            "width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
+            "vocab_size": 300, "length": 16, "tokenizer": "learned", "pooled": True,
+            "projection": 8,
+        }
+    ],
+    "sample": {"size": [16, 16], "steps": 3},
+    "train": {"size": 16, "batch_size": 4, "warmup": 0, "steps": 12},
+}  # fmt: skip
+
+
+def preset():
+    return build_preset(merge(to_values(load_preset("text-small")), TINY))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A captioned folder, and a model to train a LoRA of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    captions = [str(c) for c in shapes.captions()][::97][:12]
+    with (tmp_path / "photos" / "metadata.jsonl").open("w") as file:
+        for i, caption in enumerate(captions):
+            Image.fromarray(shapes.draw(caption, 16, i)).save(tmp_path / "photos" / f"{i}.png")
+            file.write(json.dumps({"file_name": f"{i}.png", "text": caption}) + "\n")
+    from difftool.models.tokenizer import Tokenizer
+
+    words = Tokenizer.learn(captions, 300)
+    values = to_values(preset())
+    values["text"][0]["vocab_size"] = words.vocab_size
+    model = Model.fresh(build_preset(values), seed=3, tokenizer_json=words.to_json())
+    network = model.denoiser.network
+    for parameter in network.parameters():  # it starts at zero, where there is nothing to see
+        parameter.data += 0.1 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    model.save(tmp_path / "base.safetensors")
+    return tmp_path
+
+
+RUN = (
+    "--steps",
+    12,
+    "--batch-size",
+    4,
+    "--save-every",
+    5,
+    "--keep",
+    9,
+    "--device",
+    "cpu",
+    "--lr",
+    "0.05",
+)
+
+
+def test_what_is_learned_is_what_is_applied(place, difftool):
+    before = (place / "base.safetensors").read_bytes()
+    ran = difftool(
+        "train", "photos", "--from", "base.safetensors", "--lora", "--rank", 3, "--out", "run", *RUN
+    )
+    assert ran.code == 0, ran.err
+    assert ran.out.strip() == "run/lora.safetensors" and not Path("run/model.safetensors").exists()
+    assert (place / "base.safetensors").read_bytes() == before
+    assert "--lora run/lora.safetensors" in ran.err
+
+    tensors = load_file("run/lora.safetensors")
+    assert all(name.startswith("lora_unet_") for name in tensors)
+    with safe_open("run/lora.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == "3"
+    ups = [tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")]
+    assert len(ups) == len(tensors) / 3 >= 10 and all(up.shape[1] == 3 and up.any() for up in ups)
+
+    # As in training, with the averaged weights beside the model's.
+    model = Model.load("base.safetensors", device="cpu")
+    model.adapters = adapters = Adapters(model.denoiser.network, 3, None)
+    checkpoint = next(Path("run/checkpoints").glob("step-000012")) / "ema.safetensors"
+    adapters.load_state_dict(
+        {name.removeprefix("lora."): t for name, t in load_file(checkpoint).items()}
+    )
+    merged = Model.load("base.safetensors", device="cpu", loras=[(Path("run/lora.safetensors"), 1)])
+    plain = Model.load("base.safetensors", device="cpu")
+    pictures = []
+    for each in (model, merged, plain):
+        *_, last = each.generate([Item("a large red circle", seed=1)], each.settings())
+        pictures.append(last.x)
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-4
+    assert (pictures[0] - pictures[2]).abs().max() > 0.01
+
+    ran = difftool("sample", "a large red circle", "-m", "run")
+    assert ran.code == 3 and "--lora run/lora.safetensors" in ran.err
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(place, difftool):
+    common = ("train", "photos", "--from", "base.safetensors", "--lora", *RUN)
+    assert difftool(*common, "--out", "whole").code == 0
+    for step in sorted(Path("whole/checkpoints").iterdir()):
+        if step.name == "step-000005":
+            break
+    else:
+        pytest.fail("the run kept no checkpoint on the way")
+    ran = difftool("train", "photos", "--out", "part", "--resume-from", step, *RUN)
+    assert ran.code != 0  # there is no run there
+    Path("part").mkdir()
+    Path("part/config.yaml").write_text(Path("whole/config.yaml").read_text())
+    ran = difftool("train", "photos", "--out", "part", "--resume-from", step, *RUN)
+    assert ran.code == 0, ran.err
+    first, second = load_file("whole/lora.safetensors"), load_file("part/lora.safetensors")
+    assert first.keys() == second.keys()
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--lora",), "--from"),
+        (("--rank", 4, "--from", "base.safetensors"), "--lora"),
+        (("--lora", "--from", "base.safetensors", "--part", "vae"), "exclude"),
+        (("--lora", "--from", "base.safetensors", "--rank", 0), "0"),
+    ],
+)
+def test_misuse_is_told(place, difftool, arguments, says):
+    ran = difftool("train", "photos", "--out", "run", *RUN, *arguments)
+    assert ran.code == 2 and says in ran.err
+    assert not Path("run").exists()
+
+
+def test_a_network_without_attention_has_no_lora():
+    with pytest.raises(UsageError, match="no LoRA"):
+        Adapters(torch.nn.Sequential(torch.nn.Linear(3, 3)), 4, None)
