@@ -171,29 +171,49 @@ def _build(family: str, folder: Path) -> Any:
 
 
 def build_whole(family: str, folder: Path) -> Any:
-    """The pipeline of a family at its published size: sd15, or sd21-v."""
-    config, told = (published.SD1, {}) if family == "sd15" else (published.SD2, V)
-    width, layers, act = (768, 12, "quick_gelu") if family == "sd15" else (1024, 23, "gelu")
-    encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=width // 64, hidden_act=act, projection_dim=width,
-            bos_token_id=49406, eos_token_id=49407,
-        )
-    )  # fmt: skip
-    decoder = scaled(published.build(published.VAE), 9)
-    decoder.decoder.conv_out.weight.data *= 0.6
-    pipe = diffusers.StableDiffusionPipeline(
-        unet=scaled(published.build(config), 3, 0.8),
-        vae=decoder,
-        text_encoder=scaled(encoder, 1),
-        tokenizer=tokenizer(folder / "words", None if family == "sd15" else 0),
-        scheduler=diffusers.DDIMScheduler(**_of(diffusers.DDIMScheduler, SD_SCHEDULER | told)),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    """The pipeline of a family at its published size: sd15, sd21-v or sdxl."""
+    told = SD_SCHEDULER | (V if family == "sd21-v" else {})
+    clip_l = {"width": 768, "layers": 12, "act": "quick_gelu"}
+    xl = family == "sdxl"
+    codec = published.VAE | {"scaling_factor": 0.13025 if xl else 0.18215}
+    parts: dict[str, Any] = {
+        "vae": scaled(published.build(codec), 9),
+        "scheduler": diffusers.DDIMScheduler(**_of(diffusers.DDIMScheduler, told)),
+    }  # fmt: skip
+    parts["vae"].decoder.conv_out.weight.data *= 0.6
+    words = {pad: tokenizer(folder / f"words-{pad}", pad) for pad in (None, 0)}
+    if xl:
+        parts |= {
+            "text_encoder": _whole_text(1, **clip_l), "tokenizer": words[None],
+            "text_encoder_2": _whole_text(2, width=1280, layers=32, act="gelu", projection=1280),
+            "tokenizer_2": words[0], "unet": scaled(published.build(published.SDXL), 3, 0.8),
+        }  # fmt: skip
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        first = family == "sd15"
+        clip_h = {"width": 1024, "layers": 23, "act": "gelu"}
+        parts |= {
+            "text_encoder": _whole_text(1, **(clip_l if first else clip_h)),
+            "tokenizer": words[None if first else 0],
+            "unet": scaled(published.build(published.SD1 if first else published.SD2), 3, 0.8),
+            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+        }  # fmt: skip
+        pipe = diffusers.StableDiffusionPipeline(**parts)
     pipe.save_pretrained(folder / family, max_shard_size="1GB")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _whole_text(
+    seed: int, *, width: int, layers: int, act: str, projection: int | None = None
+) -> Any:
+    config = transformers.CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, hidden_act=act, projection_dim=projection or width,
+        bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return scaled(kind(config), seed)
 
 
 def _unclip(sd2: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from difftool.formats.layout import Shape, clip_rules, unet_rules
 from difftool.formats.lora import (
     ADAPTER,
     ENCODERS,
+    FLOATS,
     Change,
     Lora,
     fits,
@@ -109,11 +110,12 @@ def convert_lora(
         name, why = next(iter(lora.unused.items()))
         hint = "--allow-unused leaves it out"
         raise CheckError(f"converting {path} would lose {name}", why, hint)
-    notes = parse_json(lora.metadata.get(NOTES, "{}"), f"{NOTES} of {path}")
+    notes = _kept(lora)
     pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
     if not dry_run:
         hashes = write_pieces(target, pieces, metadata, overwrite)
         if verify and digests(target) != hashes:
+            target.unlink()
             raise CheckError(f"{target} does not read back as it was written")
     return {
         "source": str(path),
@@ -125,6 +127,21 @@ def convert_lora(
         "unused": lora.unused,
         "verified": verify and not dry_run,
     }
+
+
+def _kept(lora: Lora) -> dict[str, Any]:
+    """What an earlier conversion noted in the header; InputError if that is malformed."""
+    text = lora.metadata.get(NOTES)
+    notes = {} if text is None else parse_json(text, f"{NOTES} of {lora.path}")
+    kinds: dict[str, Any] = {"names": dict, "alphas": dict | str | None, "adapter": str | None}
+    sound = isinstance(notes, dict) and all(
+        isinstance(value, kinds.get(key, object)) for key, value in notes.items()
+    )
+    dtypes = notes.get("alphas") if sound else None
+    dtypes = dtypes.values() if isinstance(dtypes, dict) else [dtypes]
+    if not sound or not {d for d in dtypes if d is not None} <= set(FLOATS):
+        raise InputError(f"{lora.path} is malformed", f"its header's {NOTES} is")
+    return notes
 
 
 def _alpha(change: Change) -> float:
@@ -183,8 +200,8 @@ def _peft(
     metadata[ADAPTER] = adapter
     if "adapter" not in notes:
         metadata[NOTES] = json.dumps(_notes(known), sort_keys=True)
-    elif kept is None:
-        del metadata[ADAPTER]
+    elif kept is None and _same_scales(known, "{}"):
+        del metadata[ADAPTER]  # there was none
     return pieces, names, metadata
 
 

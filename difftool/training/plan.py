@@ -19,7 +19,7 @@ FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-sma
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
 BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
 STEPS: dict[Part, dict[str, int]] = {
-    "unet": {"cpu": 5000, "cuda": 40000, "mps": 10000},
+    "unet": {"cpu": 4000, "cuda": 40000, "mps": 10000},
     "vae": {"cpu": 2000, "cuda": 20000, "mps": 4000},
     "clip": {"cpu": 2000, "cuda": 10000, "mps": 4000},
 }
