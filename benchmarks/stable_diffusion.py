@@ -132,7 +132,7 @@ def converting(single: Path, folder: Path, repeats: int) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--families", nargs="+", default=["sd15", "sdxl"])
     parser.add_argument("--repeats", type=int, default=3)

@@ -35,7 +35,7 @@ PRESET = build_preset(
         "target": "eps",
     }
 )
-MODEL: Any = SimpleNamespace(name="tiny", hash="0123456789", preset=PRESET)
+MODEL: Any = SimpleNamespace(name="tiny", hash="0123456789", preset=PRESET, loras=())
 SETTINGS = SampleConfig(size=(512, 768), guidance=7.0, sampler="dpmpp_2m", schedule="karras")
 
 PROMPTS = [
@@ -86,7 +86,7 @@ def test_the_text_is_exactly_this():
 @pytest.mark.parametrize("negative", ["", "blurry", "one\ntwo: x, y"])
 @pytest.mark.parametrize("name", ["tiny", 'my, model: "v2"'])
 def test_a1111_reads_it_back(prompt, negative, name):
-    model: Any = SimpleNamespace(name=name, hash="0123456789", preset=PRESET)
+    model: Any = SimpleNamespace(name=name, hash="0123456789", preset=PRESET, loras=())
     text = parameters(Recipe(prompt, negative, None, 123, SETTINGS), model)
     values = published_parse(text)
     assert values["Prompt"] == prompt and values["Negative prompt"] == negative

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from math import isclose
 from pathlib import Path
@@ -154,54 +154,77 @@ def _alpha(change: Change) -> float:
     return alpha * rank**0.5 if change.rooted else alpha
 
 
-def _checked(lora: Lora, kind: str, allowed: Iterable[str]) -> None:
-    """CheckError for changes that a dialect has no names for."""
+ENDS = {
+    "peft": {
+        "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+    },
+    "kohya": {
+        "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight",
+        "magnitude": "dora_scale",
+    },
+}  # fmt: skip
+"""Ends of tensors' names in each dialect, by role."""
+
+
+def _pieces(
+    lora: Lora, kind: str, layers: Mapping[str, str]
+) -> tuple[dict[str, Piece], dict[str, str]]:
+    """A LoRA's tensors but for its alphas under a dialect's names, and what they were called.
+
+    layers: the layers' names there. CheckError for changes that the dialect has no names for.
+    """
     what = f"{lora.path} cannot be written as {kind}"
+    pieces: dict[str, Piece] = {}
+    names: dict[str, str] = {}
     for layer, change in lora.changes.items():
         if change.kind != "lora":
             hint = "difftool convert MODEL DST --lora FILE merges it into a model"
             raise CheckError(what, f"{layer} is changed by a {change.kind}, not by a LoRA", hint)
-        if beside := change.tensors.keys() - {"down", "up", "alpha", *allowed}:
-            place = change.tensors[min(beside)]
-            raise CheckError(what, f"it has no place for {place.name}")
+        for role, place in change.tensors.items():
+            if role == "alpha":
+                continue
+            if role not in ENDS[kind]:
+                raise CheckError(what, f"it has no place for {place.name}")
+            name = f"{layers[layer]}.{ENDS[kind][role]}"
+            piece = piece_of_file(place.file, place.info)
+            if role == "magnitude" and (kind == "peft" or change.by_row):
+                piece = piece._replace(shape=_magnitude_shape(what, kind, change))
+            pieces[name], names[name] = piece, place.name
+    return pieces, names
+
+
+def _magnitude_shape(what: str, kind: str, change: Change) -> Shape:
+    """Of the lengths of a weight's rows, as a dialect has them; CheckError for those of inputs."""
+    if not change.by_row:
+        why = f"{change.tensors['magnitude'].name} is of inputs; PEFT's magnitudes are of rows"
+        raise CheckError(what, why)
+    rows, axes = change.tensors["up"].info.shape[0], len(change.tensors["down"].info.shape)
+    if kind == "kohya":
+        return rows, *[1] * (axes - 1)
+    return (1, rows, 1, 1) if axes == 4 else (rows,)
+
+
+def _free(lora: Lora) -> dict[str, str]:
+    """The header's notes without those that are about the dialect."""
+    return {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
 
 
 def _peft(
     known: Known, notes: Mapping[str, Any]
 ) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
     """Tensors, their former names, and the header of the file that diffusers and PEFT read."""
-    lora = known.lora
-    _checked(lora, "peft", ("magnitude", "up_bias"))
-    pieces: dict[str, Piece] = {}
-    names: dict[str, str] = {}
-    told = notes.get("names", {}) if "adapter" in notes else {}
-    for layer, change in lora.changes.items():
-        name = str(told.get(layer, peft_name(layer)))
-        ends = {"down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
-                "magnitude": "lora_magnitude_vector"}  # fmt: skip
-        for role, end in ends.items():
-            if role not in change.tensors:
-                continue
-            place = change.tensors[role]
-            piece = piece_of_file(place.file, place.info)
-            if role == "magnitude":
-                if not change.by_row:
-                    why = f"{place.name} is of inputs; PEFT's magnitudes are of rows"
-                    raise CheckError(f"{lora.path} cannot be written as peft", why)
-                rows = change.tensors["up"].info.shape[0]
-                conv = len(change.tensors["down"].info.shape) == 4
-                piece = piece._replace(shape=(1, rows, 1, 1) if conv else (rows,))
-            pieces[f"{name}.{end}"], names[f"{name}.{end}"] = piece, place.name
-    metadata = {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
-    adapter = json.dumps(_adapter(lora), sort_keys=True)
-    kept = notes.get("adapter")
-    if isinstance(kept, str) and _same_scales(known, kept):
-        adapter = kept  # as it was before it was kohya's
-    metadata[ADAPTER] = adapter
-    if "adapter" not in notes:
+    lora, came = known.lora, "adapter" in notes  # from PEFT's
+    told = notes.get("names", {}) if came else {}
+    layers = {layer: str(told.get(layer, peft_name(layer))) for layer in lora.changes}
+    pieces, names = _pieces(lora, "peft", layers)
+    metadata, kept = _free(lora), notes.get("adapter")
+    if not came:
         metadata[NOTES] = json.dumps(_notes(known), sort_keys=True)
-    elif kept is None and _same_scales(known, "{}"):
-        del metadata[ADAPTER]  # there was none
+    if came and _same_scales(known, kept or "{}"):  # as it was before it was kohya's
+        metadata |= {ADAPTER: kept} if kept else {}
+    else:
+        metadata[ADAPTER] = json.dumps(_adapter(lora), sort_keys=True)
     return pieces, names, metadata
 
 
@@ -209,44 +232,29 @@ def _kohya(
     known: Known, notes: Mapping[str, Any]
 ) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
     """The same of the file that kohya's scripts and the interfaces read."""
-    import torch
-
-    lora = known.lora
-    _checked(lora, "kohya", ("mid", "magnitude"))
-    came = "adapter" not in notes and bool(notes)  # from kohya's
-    told, dtypes = (notes.get("names", {}), notes.get("alphas", "F32")) if came else ({}, "F32")
-    spelled = _kohya_names(known)
-    pieces: dict[str, Piece] = {}
-    names: dict[str, str] = {}
+    lora, came = known.lora, bool(notes) and "adapter" not in notes  # from kohya's
+    told = notes.get("names", {}) if came else {}
+    dtypes = notes.get("alphas", "F32") if came else "F32"
+    layers = {n: str(told.get(n, usual)) for n, usual in _kohya_names(known).items()}
+    pieces, names = _pieces(lora, "kohya", layers)
     for layer, change in lora.changes.items():
-        name = str(told.get(layer, spelled[layer]))
-        ends = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight",
-                "magnitude": "dora_scale"}  # fmt: skip
-        for role, end in ends.items():
-            if role not in change.tensors:
-                continue
-            place = change.tensors[role]
-            piece = piece_of_file(place.file, place.info)
-            if role == "magnitude" and change.by_row:
-                ones = len(change.tensors["down"].info.shape) - 1
-                piece = piece._replace(shape=(change.tensors["up"].info.shape[0], *[1] * ones))
-            pieces[f"{name}.{end}"], names[f"{name}.{end}"] = piece, place.name
-        dtype = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes
-        if dtype is None and not isclose(_alpha(change), change.rank or 0):
+        dtype, alpha = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes, _alpha(change)
+        if dtype is None and not isclose(alpha, change.rank or 0):
             dtype = "F32"
         if dtype is not None:
-            alpha = torch.tensor(_alpha(change), dtype=torch.float64)
-            pieces[f"{name}.alpha"] = _number(alpha, str(dtype))
-            names[f"{name}.alpha"] = ADAPTER
-    metadata = {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
+            name = f"{layers[layer]}.alpha"
+            pieces[name], names[name] = _number(alpha, str(dtype)), ADAPTER
+    metadata = _free(lora)
     if not came:
         unusual = {n: s for n, s in lora.names.items() if s != peft_name(n)}
         metadata[NOTES] = json.dumps({"adapter": lora.metadata.get(ADAPTER), "names": unusual})
     return pieces, names, metadata
 
 
-def _number(value: Any, dtype: str) -> Piece:
-    return piece_of_tensor(value.to(torch_dtype(dtype)))
+def _number(value: float, dtype: str) -> Piece:
+    import torch
+
+    return piece_of_tensor(torch.tensor(value, dtype=torch.float64).to(torch_dtype(dtype)))
 
 
 def _notes(known: Known) -> dict[str, Any]:

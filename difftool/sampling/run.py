@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ class Run:
         if self.grid:
             self.output.sheet_path()  # fails now if it is taken, not after all the work
         sheet: list[Image.Image] = []
-        first: Recipe | None = None
+        shown: list[Recipe] = []
         left_out = 0
         for batch in self._batches(self._plan(requests)):
             jobs = [entry for entry in batch if isinstance(entry, Job)]
@@ -184,7 +185,7 @@ class Run:
                     yield Failure(entry.index, error)
                     continue
                 if self.grid and (len(sheet) + 1) * image[0].numel() <= MAX_SHEET_PIXELS:
-                    first = first or entry.recipe
+                    shown.append(entry.recipe)
                     sheet.append(to_pil(image))
                 elif self.grid:
                     left_out += 1
@@ -192,8 +193,8 @@ class Run:
                     yield self._written(entry, x0, image, seconds)
         if left_out:
             yield Note(f"the sheet has room for {len(sheet)} images, {left_out} are not on it")
-        if first and sheet:
-            yield self._sheet(sheet, first)
+        if sheet:
+            yield self._sheet(sheet, shown)
 
     # --- what to do --------------------------------------------------------------------------
 
@@ -447,11 +448,14 @@ class Run:
             return Failure(job.index, error)
         return Result(index=job.index, path=path, recipe=recipe, seconds=seconds, latents=latents)
 
-    def _sheet(self, pictures: list[Image.Image], first: Recipe) -> Grid | Failure:
-        """Write one sheet of all pictures; it says what the first one says."""
-        text = metadata.parameters(first, self.model) if self.metadata else None
+    def _sheet(self, pictures: list[Image.Image], shown: list[Recipe]) -> Grid | Failure:
+        """Write one sheet of all pictures, a row a prompt where each has as many; it says what the
+        first one says."""
+        text = metadata.parameters(shown[0], self.model) if self.metadata else None
+        groups = [len([*group]) for _, group in groupby(shown, lambda r: (r.prompt, r.label))]
+        columns = groups[0] if len(groups) > 1 and set(groups) == {max(2, groups[0])} else None
         try:
-            data = metadata.encode(tile(pictures), self.output.format, text)
+            data = metadata.encode(tile(pictures, columns), self.output.format, text)
             path = self.output.sheet_path()
             return Grid(self.output.write(data, path, "grid"), len(pictures))
         except DifftoolError as error:
