@@ -319,9 +319,9 @@ def test_a_sheet_of_all():
 
 def test_a_prompt_is_a_row_of_the_sheet_where_each_has_as_many():
     for requests, size in (
-        ([ask("a", 1, 2, 3), ask("b", 4, 5, 6)], (48, 16)),
-        ([ask("a", 1, 2), ask("b", 3, 4), ask("c", 5, 6)], (32, 24)),
-        ([ask("a", 1), ask("b", 2), ask("c", 3), ask("d", 4)], (32, 16)),
+        ([ask("a", 1, 2, 3), ask("b", 4, 5, 6)], (24, 16)),
+        ([ask("a", 1, 2), ask("b", 3, 4), ask("c", 5, 6)], (16, 24)),
+        ([ask("a", 1), ask("b", 2), ask("c", 3), ask("d", 4)], (16, 16)),
     ):
         make(requests, f"{len(requests)}/", grid=True)
         with Image.open(max(Path(str(len(requests))).glob("*grid.png"))) as sheet:
