@@ -35,12 +35,12 @@ from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
 from difftool.formats.find import find_model
+from difftool.formats.merge import Applied, apply, open_loras
 from difftool.formats.native import write_native
 from difftool.formats.recipes import switched
 from difftool.formats.source import EXTRA, UNKNOWN, ModelSource
 from difftool.formats.vision import read_vision
 from difftool.generation import Item, Second, generate, plan
-from difftool.lora import Applied, apply, open_loras
 from difftool.models.clip import ClipText
 from difftool.models.codecs import Codec, VaeCodec, build_codec
 from difftool.models.configs import CodecConfig, VaeConfig

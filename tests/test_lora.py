@@ -23,7 +23,7 @@ from difftool.formats import open_model
 from difftool.formats.convert import convert
 from difftool.formats.lora import ADAPTER, PATTERN, parse_lora, spellings
 from difftool.formats.lora_convert import FAMILIES, convert_lora, open_lora
-from difftool.lora import open_loras
+from difftool.formats.merge import open_loras
 from difftool.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself

@@ -163,8 +163,8 @@ def convert(
     from difftool.formats import convert as formats
     from difftool.formats import open_model
     from difftool.formats.lora import parse_lora
+    from difftool.formats.merge import open_loras
     from difftool.formats.source import Told, choose_weights
-    from difftool.lora import open_loras
     from difftool.model import Model
 
     with _averaged(find_model(source), ema_length) as path:

@@ -37,7 +37,7 @@ from difftool.formats.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from difftool.lora import Applied
+    from difftool.formats.merge import Applied
 
 SCHEMA = 1
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -426,7 +426,7 @@ def changed_by(loras: Sequence[Applied]) -> set[str]:
 
 def _merged(source: ModelSource, name: str, dtype: str, loras: Sequence[Applied]) -> Piece:
     """A tensor as LoRAs have changed it, averaged weights like live ones."""
-    from difftool.lora import apply
+    from difftool.formats.merge import apply
 
     average = EMA if name.startswith(EMA) else ""
     layer, _, last = name.removeprefix(EMA).rpartition(".")

@@ -166,7 +166,8 @@ def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, na
     scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
     family = family_of(unet, codec, text)
     numbers = 0
-    if unet.vector_dim and unet.vector_name == "add_embedding":
+    # No pipeline of pixels reads text: where there is some, EXTRA_JSON says how it is read.
+    if unet.vector_dim and unet.vector_name == "add_embedding" and pipeline.text:
         pooled = sum(encoder.projection or 0 for encoder in text if encoder.pooled)
         numbers, rest = divmod(unet.vector_dim - pooled, 256)
         if rest or not 0 <= numbers <= 6:
