@@ -178,7 +178,9 @@ def test_a_model_is_called_as_at_the_hub(cache, folder):
     assert open_model(find_model("org/tiny")).values["name"] == "tiny"
 
 
-@pytest.mark.parametrize("part", ["unet/diffusion", "text_encoder_2/model", "scheduler", "tokenizer"])
+@pytest.mark.parametrize(
+    "part", ["unet/diffusion", "text_encoder_2/model", "scheduler", "tokenizer"]
+)
 def test_what_is_not_whole_is_not_taken(cache, folder, part):
     files = {name: path for name, path in listing(folder).items() if not name.startswith(part)}
     index = json.loads((folder / "model_index.json").read_text())
