@@ -177,7 +177,7 @@ def _derive(configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, na
     latent = isinstance(codec, VaeConfig)
     preset = Preset(
         name=name,
-        about=f"{kind} of diffusers",
+        about=f"a model of family {family}",
         family=family,
         codec=codec,
         unet=unet,

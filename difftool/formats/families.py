@@ -96,7 +96,7 @@ def derive(
         text = (replace(text[0], hidden=hidden), *text[1:])
     values = to_values(base) | {
         "name": metadata.get("modelspec.title") or name,
-        "about": f"single file of family {family}",
+        "about": f"a model of family {family}",
         "family": family,
         "codec": to_values(codec),
         "unet": to_values(unet),

@@ -499,8 +499,7 @@ def _complete(
             what = "LDM's single files cannot hold this model"
             raise CheckError(what, error.why or error.what) from None
     extra = make_extra(source, found, keep_metadata=False)
-    same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items()
-                                         if k != "about")  # fmt: skip
+    same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items())
     told = seen_in(shapes).configs if source.values["family"] == "sd2-unclip" else {}
     configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != told.get(k)}
     configs = configs if keep_metadata else {}
