@@ -48,15 +48,14 @@ def _quiet():
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
-    for family in ("sd1", "sdxl"):
+    for family in ("sd1", "sdxl", "refiner"):
         build(family, folder)
     return folder
 
 
 def opened(folder: Path) -> Any:
-    xl = folder.name == "sdxl"
-    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    return kind.from_pretrained(folder)
+    kind = {"sd1": "Pipeline", "sdxl": "XLPipeline", "refiner": "XLImg2ImgPipeline"}[folder.name]
+    return getattr(diffusers, f"StableDiffusion{kind}").from_pretrained(folder)
 
 
 def filled(module: Any, seed: int) -> None:
@@ -84,7 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def adapted(pipe: Any, kind: str) -> dict[str, Any]:
     """Give each part of a pipeline an adapter; the parts by name."""
-    parts = {name: getattr(pipe, name) for name in PARTS if hasattr(pipe, name)}
+    parts = {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None)}
     for seed, (name, part) in enumerate(parts.items()):
         layers = UNET_LAYERS if name == "unet" else TEXT_LAYERS
         if CONFIGS[kind].get("lora_bias"):
@@ -113,6 +112,7 @@ def saved(parts: Mapping[str, Any], folder: Path, xl: bool, metadata: bool = Tru
 def fused(parts: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights with the adapters in them, by difftool's names."""
     found = {}
+    ours = PARTS if "text_encoder" in parts else PARTS | {"text_encoder_2": "text.0"}
     for name, part in parts.items():
         for module in part.modules():
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
@@ -122,7 +122,7 @@ def fused(parts: Mapping[str, Any]) -> dict[str, Tensor]:
                 key = key.replace(".base_layer", "")
                 if name != "unet" and not key.startswith(("text_model.", "text_projection")):
                     key = f"text_model.{key}"
-                found[f"{PARTS[name]}.{key}"] = tensor
+                found[f"{ours[name]}.{key}"] = tensor
     return found
 
 
@@ -139,13 +139,13 @@ def assert_same(model: Model, wanted: Mapping[str, Tensor], before: Mapping[str,
 # --- PEFT ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_pefts_files_change_what_peft_changes(families, family, kind, tmp_path):
     pipe, folder = opened(families / family), families / family
     before = Model.load(str(folder), device="cpu").tensors()
     parts = adapted(pipe, kind)
-    path = saved(parts, tmp_path, family == "sdxl")
+    path = saved(parts, tmp_path, family != "sd1")
     model = Model.load(str(folder), device="cpu", loras=[(path, 1.0)])
     assert_same(model, fused(parts), before)
     assert str(path) in model.notes[-1] and "PEFT" in model.notes[-1]
@@ -330,7 +330,7 @@ def test_kohyas_files_change_what_diffusers_changes(families, family, alpha, tmp
     save_file(tensors, tmp_path / "k.safetensors")
     pipe = opened(families / family)
     pipe.load_lora_weights(tmp_path / "k.safetensors")
-    parts = {name: getattr(pipe, name) for name in PARTS if hasattr(pipe, name)}
+    parts = {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None)}
     model = Model.load(
         str(families / family), device="cpu", loras=[(tmp_path / "k.safetensors", 1.0)]
     )
@@ -619,10 +619,10 @@ def test_kohya_comes_back_from_peft_as_it_was(family, dtype, alpha, dora, tmp_pa
     assert same_file(first, back)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
 @pytest.mark.parametrize("kind", ["plain", "mixed", "rslora", "dora"])
 def test_peft_comes_back_from_kohya_as_it_was(families, family, kind, tmp_path):
-    first = saved(adapted(opened(families / family), kind), tmp_path, family == "sdxl")
+    first = saved(adapted(opened(families / family), kind), tmp_path, family != "sd1")
     second, back = tmp_path / "k.safetensors", tmp_path / "b.safetensors"
     convert_lora(first, second, "kohya")
     assert all(PATTERN.fullmatch(n) and n.startswith("lora_") for n in load_file(second))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -137,6 +137,8 @@ class Lora:
     metadata: dict[str, str]
     names: dict[str, str]
     """What layers are called in the file."""
+    encoders: tuple[str, ...] = ENCODERS
+    """What the model's text encoders are called in diffusers' folders."""
 
     @cached_property
     def targets(self) -> frozenset[str]:
@@ -164,11 +166,12 @@ class Lora:
 # --- names -----------------------------------------------------------------------------------
 
 
-def spellings(layers: Iterable[str], unet: UNetConfig) -> dict[str, str | None]:
+def spellings(layers: Collection[str], unet: UNetConfig) -> dict[str, str | None]:
     """Every name that layers of a model have in some dialect; None for a name that two have."""
     found: dict[str, str | None] = {}
+    encoders = encoders_of(layers, unet)
     for layer in layers:
-        for name in names_of(layer):
+        for name in names_of(layer, encoders):
             found[name] = layer if found.get(name, layer) == layer else None
     for there, layer in ldm_names(unet).items():
         kohya = f"lora_unet_{there.replace('.', '_')}"
@@ -190,7 +193,14 @@ def ldm_names(unet: UNetConfig) -> dict[str, str]:
     }
 
 
-def names_of(layer: str) -> Iterator[str]:
+def encoders_of(layers: Iterable[str], unet: UNetConfig) -> tuple[str, ...]:
+    """What diffusers calls a model's text encoders: SDXL's refiner has no first one."""
+    xl = unet.vector_dim is not None and unet.vector_name == "add_embedding"
+    two = any(layer.startswith("text.1.") for layer in layers)
+    return ENCODERS[1:] if xl and not two else ENCODERS
+
+
+def names_of(layer: str, encoders: tuple[str, ...] = ENCODERS) -> Iterator[str]:
     """Names of a layer under which diffusers', PEFT's and kohya's files change it."""
     first, _, name = layer.partition(".")
     if first == "unet":
@@ -200,20 +210,22 @@ def names_of(layer: str) -> Iterator[str]:
     if first != "text":
         return
     number, _, name = name.partition(".")
-    index = int(number)
+    index, encoder = int(number), encoders[int(number)]
     bare = name.removeprefix("text_model.")  # as newer transformers have it
     for each in dict.fromkeys((name, bare)):
-        yield f"{ENCODERS[index]}.{each}"
-        yield from (f"base_model.model.{ENCODERS[index]}.{each}",) if index else ()
+        yield f"{encoder}.{each}"
+        yield from (f"base_model.model.{encoder}.{each}",) if encoder == ENCODERS[1] else ()
         if not index:
             yield from (f"base_model.model.{each}", each)
     flat = name.replace(".", "_")
-    yield f"lora_te{index + 1}_{flat}"
+    yield f"lora_te{ENCODERS.index(encoder) + 1}_{flat}"
     if not index:
         yield f"lora_te_{flat}"
 
 
-def kohya_names(layers: Iterable[str], ldm: UNetConfig | None) -> dict[str, str]:
+def kohya_names(
+    layers: Iterable[str], ldm: UNetConfig | None, encoders: tuple[str, ...] = ENCODERS
+) -> dict[str, str]:
     """What sd-scripts calls layers. ldm: the U-Net whose layers have LDM's names, as SDXL's have;
     None: they have diffusers', as those of SD1 and SD2 have."""
     layers = list(layers)
@@ -226,7 +238,8 @@ def kohya_names(layers: Iterable[str], ldm: UNetConfig | None) -> dict[str, str]
             prefix, name = "lora_unet", theirs.get(layer, name)
         else:
             number, _, name = name.partition(".")
-            prefix = f"lora_te{int(number) + 1}" if two else "lora_te"
+            place = ENCODERS.index(encoders[int(number)]) + 1
+            prefix = f"lora_te{place}" if two else "lora_te"
         names[layer] = f"{prefix}_{name.replace('.', '_')}"
     return names
 
@@ -286,7 +299,8 @@ def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: UNetConfig) 
         alpha, rooted = scale_of(config, names[layer]) if kind == "lora" else (None, False)
         changes[layer] = Change(kind, tensors, alpha, rooted)
         _check(path, layer, changes[layer], layers[layer])
-    return Lora(source.path, _dialect(source.tensors), changes, unused, source.metadata, names)
+    dialect, encoders = _dialect(source.tensors), encoders_of(layers, unet)
+    return Lora(source.path, dialect, changes, unused, source.metadata, names, encoders)
 
 
 def _open(path: Path) -> tuple[TensorSource, dict[str, Any]]:

@@ -19,7 +19,6 @@ from difftool.errors import CheckError, InputError
 from difftool.formats.layout import Shape, clip_rules, unet_rules
 from difftool.formats.lora import (
     ADAPTER,
-    ENCODERS,
     FLOATS,
     Change,
     Lora,
@@ -216,7 +215,7 @@ def _peft(
     """Tensors, their former names, and the header of the file that diffusers and PEFT read."""
     lora, came = known.lora, "adapter" in notes  # from PEFT's
     told = notes.get("names", {}) if came else {}
-    layers = {layer: str(told.get(layer, peft_name(layer))) for layer in lora.changes}
+    layers = {n: str(told.get(n, peft_name(n, lora.encoders))) for n in lora.changes}
     pieces, names = _pieces(lora, "peft", layers)
     metadata, kept = _free(lora), notes.get("adapter")
     if not came:
@@ -246,7 +245,7 @@ def _kohya(
             pieces[name], names[name] = _number(alpha, str(dtype)), ADAPTER
     metadata = _free(lora)
     if not came:
-        unusual = {n: s for n, s in lora.names.items() if s != peft_name(n)}
+        unusual = {n: s for n, s in lora.names.items() if s != peft_name(n, lora.encoders)}
         metadata[NOTES] = json.dumps({"adapter": lora.metadata.get(ADAPTER), "names": unusual})
     return pieces, names, metadata
 
@@ -275,16 +274,16 @@ def _notes(known: Known) -> dict[str, Any]:
 def _kohya_names(known: Known) -> dict[str, str]:
     """Layers' names as sd-scripts writes them for a family."""
     xl = known.family.startswith("sdxl") and known.fits
-    return kohya_names(known.lora.changes, known.unet if xl else None)
+    return kohya_names(known.lora.changes, known.unet if xl else None, known.lora.encoders)
 
 
-def peft_name(layer: str) -> str:
+def peft_name(layer: str, encoders: tuple[str, ...]) -> str:
     """A layer's name in the files that diffusers writes."""
     first, _, name = layer.partition(".")
     if first == "unet":
         return layer
     number, _, name = name.partition(".")
-    return f"{ENCODERS[int(number)]}.{name}"
+    return f"{encoders[int(number)]}.{name}"
 
 
 def _adapter(lora: Lora) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def _adapter(lora: Lora) -> dict[str, Any]:
     """
     parts: dict[str, dict[str, Change]] = {}
     for layer, change in lora.changes.items():
-        component, _, name = peft_name(layer).partition(".")
+        component, _, name = peft_name(layer, lora.encoders).partition(".")
         parts.setdefault(component, {})[name.removeprefix("text_model.")] = change
     adapter: dict[str, Any] = {}
     for component, changes in sorted(parts.items()):
@@ -323,7 +322,7 @@ def _same_scales(known: Known, adapter: str) -> bool:
     """Whether PEFT's configuration, kept from before, still says what the file's alphas say."""
     config = parse_json(adapter, ADAPTER)
     for layer, change in known.lora.changes.items():
-        alpha, rooted = scale_of(config, peft_name(layer))
+        alpha, rooted = scale_of(config, peft_name(layer, known.lora.encoders))
         before = change._replace(
             alpha=alpha, rooted=rooted, tensors={k: v for k, v in change.tensors.items()
                                                  if k != "alpha"},
@@ -347,7 +346,7 @@ def describe(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
     says += [f"{count} layers by {kind}" for kind, count in kinds.most_common()]
     says += [f"rank {rank} in {count} layers" for rank, count in ranks.most_common(4)]
     components = {
-        place.name: peft_name(layer).partition(".")[0]
+        place.name: peft_name(layer, lora.encoders).partition(".")[0]
         for layer, change in lora.changes.items()
         for place in change.tensors.values()
     }
