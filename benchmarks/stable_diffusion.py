@@ -7,8 +7,8 @@ measures each tool in a process of its own, in turn, everything in the file cach
 
     load      from the start of Python to the first output of the U-Net, 512x512, in fp32, from the
               same diffusers folder; and the most memory that was held, maps of files included
-    convert   a single file to a diffusers folder, verified and not, beside cp; and the most memory
-              beyond the file cache
+    convert   a single file to a diffusers folder, verified and not, beside cp alone and cp that
+              waits for the disk, as a conversion does; and the most memory beyond the file cache
 
 The best of the repeats is given. diffusers comes with the dev extra.
 """
@@ -38,6 +38,21 @@ pipe.set_progress_bar_config(disable=True)
 pipe("a fox", height=512, width=512, num_inference_steps=1, guidance_scale=1.0,
      output_type="latent")
 """
+MAKE = """
+import sys
+from pathlib import Path
+from difftool.config import load_preset
+from difftool.formats import open_model
+from difftool.formats.convert import convert
+from difftool.model import Model
+preset, single, whole = sys.argv[1:]
+native = Path(single).with_suffix(".difftool")
+Model.fresh(load_preset(preset), seed=0).save(native, dtype="fp16", overwrite=True)
+for target, kind in ((Path(single), "ldm"), (Path(whole), "diffusers")):
+    if not target.exists():
+        convert(open_model(native), target, kind)
+native.unlink()
+"""
 GB = 1e9
 
 
@@ -45,17 +60,8 @@ def make(preset: str, folder: Path) -> tuple[Path, Path]:
     """A single file and a diffusers folder of random weights in fp16, made once."""
     single, whole = folder / f"{preset}.safetensors", folder / preset
     if not single.exists() or not whole.exists():
-        from difftool.config import load_preset
-        from difftool.formats import open_model
-        from difftool.formats.convert import convert
-        from difftool.model import Model
-
-        native = folder / f"{preset}.difftool.safetensors"
-        Model.fresh(load_preset(preset), seed=0).save(native, dtype="fp16", overwrite=True)
-        for target, kind in ((single, "ldm"), (whole, "diffusers")):
-            if not target.exists():
-                convert(open_model(native), target, kind)
-        native.unlink()
+        # in a process of its own: what it holds is not to be in the way of what is measured
+        subprocess.run([sys.executable, "-c", MAKE, preset, single, whole], check=True)
     return single, whole
 
 
@@ -117,6 +123,7 @@ def converting(single: Path, folder: Path, repeats: int) -> dict[str, dict[str, 
     tool = [sys.executable, "-m", "difftool", "convert", str(single), str(target), "--quiet"]
     commands = {
         "cp": ["cp", str(single), str(target)],
+        "cp, sync": ["sh", "-c", f"cp '{single}' '{target}' && sync '{target}'"],
         "convert --no-verify": [*tool, "--to", "diffusers", "--no-verify"],
         "convert": [*tool, "--to", "diffusers"],
     }

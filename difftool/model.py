@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,8 @@ class Model:
         """Networks on `device` with undefined weights; see `fresh` and `load`."""
         self.preset = preset
         self.name = preset.name
-        self.hash = ""
+        self.file: Path | None = None
+        """That it was loaded from."""
         self.notes: list[str] = []
         self.words: list[Word] = []
         self.loras: list[Applied] = []
@@ -118,6 +120,17 @@ class Model:
             for prefix, part in self.parts().items()
             for name, tensor in part.state_dict().items()
         }
+
+    @cached_property
+    def hash(self) -> str:
+        """By which other tools know its file; "" where there is none (any more).
+
+        Not before it is asked for: of a large file it takes longer than to read the weights.
+        """
+        try:
+            return "" if self.file is None else file_hash(self.file)[:10]
+        except OSError:
+            return ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,7 +205,7 @@ class Model:
         if not low_memory:
             for fill in model._sources.values():
                 fill()
-        model.hash = file_hash(source.file)[:10]
+        model.file = source.file
         model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
         model.notes += [f"sampled as by preset {recipe}"] if recipe else []
         model.notes += [f"autoencoder of {vae}"] if vae else []
@@ -223,7 +236,9 @@ class Model:
             dtype = torch.float32
 
         def fill() -> None:
-            tensors = source.load(there, str(self.device))
+            # what LoRAs change they change before it is cast
+            changed = {name for applied in self.loras for name in applied.lora.targets}
+            tensors = source.load(there, str(self.device), dtype, changed)
             if isinstance(part, Normalizer):  # OpenCLIP's embeddings are not normed
                 tensors = tensors or part.nothing()
             if prefix == "vision.image_encoder":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.files import atomic_file
 from difftool.formats import safetensors, tensors
+from difftool.formats.files import open_source
 from difftool.formats.safetensors import (
     copy_tensors,
     digests,
@@ -259,6 +260,25 @@ def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
     after = copy_tensors({"z": (tmp_path / "a", "x")}, tmp_path / "b")
     assert before["x"] == after["z"]
     assert load_file(tmp_path / "b")["z"].equal(tensor)
+
+
+@pytest.mark.parametrize("held", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_are_cast_while_they_are_read(held, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK", 1000)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"large": (40, 123), "whole": (500, 4), "number": (), "none": (0, 3), "kept": (3,)}
+    held_tensors = {n: torch.randn(s, generator=generator).to(held) for n, s in shapes.items()}
+    save_tensors(tmp_path / "a", held_tensors)
+    places = open_source(tmp_path / "a").tensors
+    found = tensors.load_located(places, dtype=wanted, as_is=("kept",))
+    for name, tensor in held_tensors.items():
+        kept = held if name == "kept" else wanted
+        assert found[name].dtype == kept and found[name].equal(tensor.to(kept)), name
+    data = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(data[: places["large"].info.end - 1])
+    with pytest.raises(InputError, match="shorter"):
+        tensors.load_located({"large": places["large"]}, dtype=wanted)
 
 
 def test_nothing_is_replaced_unasked(tmp_path):

@@ -7,7 +7,7 @@ and preset values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,7 @@ from difftool.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as Dtype
 
 COMPONENTS = ("unet", "vae", "text")
 """First parts of the names of a model's tensors."""
@@ -90,10 +91,18 @@ class ModelSource:
         """The findings as lines for people."""
         return [f"{says} ({source})" for source, says in self.findings]
 
-    def load(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
-        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped."""
+    def load(
+        self,
+        prefix: str = "",
+        device: str = "cpu",
+        dtype: Dtype | None = None,
+        as_is: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped, or
+        cast, but those whose whole names are in as_is."""
         places = {n[len(prefix) :]: p for n, p in self.tensors.items() if n.startswith(prefix)}
-        return load_located(places, device)
+        exact = {name.removeprefix(prefix) for name in as_is}
+        return load_located(places, device, dtype, exact)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_DIM = 1 << 31
 MAX_RANK = 8
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
@@ -174,14 +174,46 @@ def torch_dtype(name: str) -> Dtype:
     return found
 
 
-def load_located(places: Mapping[str, Located], device: str = "cpu") -> dict[str, Tensor]:
+def load_located(
+    places: Mapping[str, Located],
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    as_is: Collection[str] = (),
+) -> dict[str, Tensor]:
     """Tensors by the same names, mapped into memory; nothing is read before it is used.
 
-    Writing to one never reaches the file. InputError if a file has become shorter or torch has no
-    such dtype.
+    dtype: to which tensors are cast, but those named in as_is; on the CPU while they are read, so
+    that their files take no memory. Writing to a tensor never reaches its file. InputError if a
+    file has become shorter or torch has no such dtype.
     """
     mapped: dict[Path, Any] = {}
-    return {name: _load(place, mapped).to(device) for name, place in places.items()}
+    found = {}
+    for name, place in places.items():
+        wanted = torch_dtype(place.info.dtype) if dtype is None or name in as_is else dtype
+        read = device == "cpu" and place.info.strides is None
+        if read and wanted != torch_dtype(place.info.dtype):
+            found[name] = _cast(place, wanted)
+        else:
+            found[name] = _load(place, mapped).to(device, wanted)
+    return found
+
+
+def _cast(place: Located, dtype: Dtype) -> Tensor:
+    import torch
+
+    info, theirs, done = place.info, torch_dtype(place.info.dtype), 0
+    tensor = torch.empty(info.shape, dtype=dtype)
+    flat, buffer = tensor.view(-1), memoryview(bytearray(min(4 * CHUNK, info.end - info.start)))
+    with place.file.open("rb") as file:
+        file.seek(info.start)
+        while done < len(flat):
+            wanted = min(len(buffer), (len(flat) - done) * theirs.itemsize)
+            if file.readinto(buffer[:wanted]) != wanted:
+                raise _shorter(place.file)
+            numbers = torch.frombuffer(buffer[:wanted], dtype=theirs)
+            flat[done : done + len(numbers)] = numbers
+            done += len(numbers)
+    return tensor
 
 
 def _load(place: Located, mapped: dict[Path, Any]) -> Tensor:
