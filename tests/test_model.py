@@ -163,3 +163,17 @@ def test_models_are_found_by_path_name_and_environment(monkeypatch, tmp_path):
     assert find_model("shapes") == bundled
     with pytest.raises(UsageError, match="no model"):
         find_model(str(Path("no/such/model")))
+
+
+def test_bundled_models_may_be_in_shards(monkeypatch, tmp_path):
+    monkeypatch.setattr("difftool.formats.find.preset_folder", lambda: tmp_path)
+    for name in ("small", "large", "pictures-only"):
+        (tmp_path / name).mkdir()
+    model = fresh(*SMALL)
+    model.save(tmp_path / "small" / "model.safetensors")
+    model.save(tmp_path / "large" / "model.safetensors", limit=20_000)
+    assert len([*(tmp_path / "large").iterdir()]) > 2
+    tensors = [Model.load(name, device="cpu").tensors() for name in ("small", "large")]
+    assert all(tensor.equal(tensors[1][name]) for name, tensor in tensors[0].items())
+    with pytest.raises(UsageError, match="no model"):
+        find_model("pictures-only")

@@ -24,7 +24,9 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     path = Path(where)
     if written_at(path) is not None:
         return path
-    bundled = {p.parent.name: p for p in preset_folder().glob("*/model.safetensors")}
+    folders = sorted(folder for folder in preset_folder().iterdir() if folder.is_dir())
+    placed = {folder.name: written_at(folder / "model.safetensors") for folder in folders}
+    bundled = {name: file for name, file in placed.items() if file is not None}
     if where in bundled:
         return bundled[where]
     name = parse_name(where)
