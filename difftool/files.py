@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -41,6 +42,12 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Write a file of these bytes; see `atomic_file`."""
     with atomic_file(path, overwrite) as file:
         file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:

@@ -5,7 +5,6 @@ Training, sampling and previews share `Model.generate`; nothing else assembles a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -33,9 +32,11 @@ from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.embeddings import Word
 from difftool.errors import InputError, UsageError, suggestion
+from difftool.files import sha256_of
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
 from difftool.formats.find import find_model
+from difftool.formats.lora import changed_by
 from difftool.formats.merge import Applied, apply, open_loras
 from difftool.formats.native import write_native
 from difftool.formats.recipes import switched
@@ -128,7 +129,7 @@ class Model:
         Not before it is asked for: of a large file it takes longer than to read the weights.
         """
         try:
-            return "" if self.file is None else file_hash(self.file)[:10]
+            return "" if self.file is None else sha256_of(self.file)[:10]
         except OSError:
             return ""
 
@@ -237,7 +238,7 @@ class Model:
 
         def fill() -> None:
             # what LoRAs change they change before it is cast
-            changed = {name for applied in self.loras for name in applied.lora.targets}
+            changed = changed_by(applied.lora for applied in self.loras)
             tensors = source.load(there, str(self.device), dtype, changed)
             if isinstance(part, Normalizer):  # OpenCLIP's embeddings are not normed
                 tensors = tensors or part.nothing()
@@ -499,9 +500,3 @@ class _Unwritten(TorchFunctionMode):
         if func in self.drawing:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,19 @@ def tokenizer(folder: Path, pad: int | None) -> Any:
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
-def text(seed: int, width: int, layers: int, act: str, projection: int | None = None) -> Any:
+def text(
+    seed: int,
+    width: int,
+    layers: int,
+    act: str,
+    projection: int | None = None,
+    *,
+    widening: int = 2,
+    head: int = 8,
+) -> Any:
     config = transformers.CLIPTextConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 8, hidden_act=act, projection_dim=projection or width,
+        hidden_size=width, intermediate_size=widening * width, num_hidden_layers=layers,
+        num_attention_heads=width // head, hidden_act=act, projection_dim=projection or width,
         bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
@@ -173,6 +183,7 @@ def _build(family: str, folder: Path) -> Any:
 def build_whole(family: str, folder: Path) -> Any:
     """The pipeline of a family at its published size: sd15, sd21-v or sdxl."""
     told = SD_SCHEDULER | (V if family == "sd21-v" else {})
+    whole = partial(text, widening=4, head=64)
     clip_l = {"width": 768, "layers": 12, "act": "quick_gelu"}
     xl = family == "sdxl"
     codec = published.VAE | {"scaling_factor": 0.13025 if xl else 0.18215}
@@ -184,8 +195,8 @@ def build_whole(family: str, folder: Path) -> Any:
     words = {pad: tokenizer(folder / f"words-{pad}", pad) for pad in (None, 0)}
     if xl:
         parts |= {
-            "text_encoder": _whole_text(1, **clip_l), "tokenizer": words[None],
-            "text_encoder_2": _whole_text(2, width=1280, layers=32, act="gelu", projection=1280),
+            "text_encoder": whole(1, **clip_l), "tokenizer": words[None],
+            "text_encoder_2": whole(2, width=1280, layers=32, act="gelu", projection=1280),
             "tokenizer_2": words[0], "unet": scaled(published.build(published.SDXL), 3, 0.8),
         }  # fmt: skip
         pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
@@ -193,7 +204,7 @@ def build_whole(family: str, folder: Path) -> Any:
         first = family == "sd15"
         clip_h = {"width": 1024, "layers": 23, "act": "gelu"}
         parts |= {
-            "text_encoder": _whole_text(1, **(clip_l if first else clip_h)),
+            "text_encoder": whole(1, **(clip_l if first else clip_h)),
             "tokenizer": words[None if first else 0],
             "unet": scaled(published.build(published.SD1 if first else published.SD2), 3, 0.8),
             "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
@@ -202,18 +213,6 @@ def build_whole(family: str, folder: Path) -> Any:
     pipe.save_pretrained(folder / family, max_shard_size="1GB")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _whole_text(
-    seed: int, *, width: int, layers: int, act: str, projection: int | None = None
-) -> Any:
-    config = transformers.CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, hidden_act=act, projection_dim=projection or width,
-        bos_token_id=49406, eos_token_id=49407,
-    )  # fmt: skip
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return scaled(kind(config), seed)
 
 
 def _unclip(sd2: dict[str, Any]) -> Any:

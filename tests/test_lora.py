@@ -651,6 +651,18 @@ def test_diffusers_reads_what_is_written_for_it(families, alpha, tmp_path):
     assert_same(model, fused(parts), before.tensors())
 
 
+def test_what_does_not_read_back_replaces_nothing(families, tmp_path, monkeypatch):
+    before = Model.load(str(families / "sd1"), device="cpu")
+    save_file(kohya(before), tmp_path / "k.safetensors")
+    (tmp_path / "p.safetensors").write_bytes(b"precious")
+    monkeypatch.setattr("difftool.formats.lora_convert.digests", lambda path: {})
+    for name in ("p.safetensors", "new.safetensors"):
+        with pytest.raises(CheckError, match="read back"):
+            convert_lora(tmp_path / "k.safetensors", tmp_path / name, "peft", overwrite=True)
+    assert (tmp_path / "p.safetensors").read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"k.safetensors", "p.safetensors"}
+
+
 def test_what_a_dialect_has_no_place_for_is_refused(tmp_path):
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     pair = {f"{name}.lora_down.weight": torch.ones(2, 1280),

@@ -21,6 +21,7 @@ from difftool import __version__
 from difftool.errors import CheckError, UsageError
 from difftool.files import make_folder, refuse_existing, sync_folder, write_whole
 from difftool.formats.layout import Rule
+from difftool.formats.lora import changed_by
 from difftool.formats.shards import MAX_SHARD_SIZE, index_of, move_set, parse_size, write_set
 from difftool.formats.source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.formats.tensors import (
@@ -162,7 +163,7 @@ def convert(
     limit = shard_size
     if limit is None and kind != "ldm":
         limit = parse_size(MAX_SHARD_SIZE)
-    with _target(target, "" in plan.files, overwrite) as place:
+    with target_place(target, "" in plan.files, overwrite) as place:
         hashes = _write(source, plan, place, wanted, ledger, limit, loras, progress)
         if kind == "ldm" and not place.exists():
             ledger.warnings.append("other tools read no shards of a single file")
@@ -231,7 +232,7 @@ def _entries(
     before: Mapping[str, str],
     after: Mapping[str, str],
 ) -> Iterator[Entry]:
-    changed = changed_by(loras)
+    changed = changed_by(applied.lora for applied in loras)
     for file, rules in plan.files.items():
         for rule in rules:
             if not rule.here:
@@ -311,7 +312,7 @@ def _relative(file: Path, root: Path) -> str:
 
 
 @contextmanager
-def _target(target: Path, is_file: bool, overwrite: bool) -> Iterator[Path]:
+def target_place(target: Path, is_file: bool, overwrite: bool) -> Iterator[Path]:
     """A temporary place beside the target, from where all goes to the target if it goes well: the
     folder that it becomes, or the file, which may have become shards."""
     if target.is_dir() and (is_file or not _replaceable(target)):
@@ -360,7 +361,7 @@ def _write(
     """Write all files of a plan; SHA-256 of every tensor before and after, by difftool's name."""
     before: dict[str, str] = {}
     after: dict[str, str] = {}
-    changed = changed_by(loras)
+    changed = changed_by(applied.lora for applied in loras)
     done = 0
 
     def counted(piece: Piece) -> Piece:
@@ -417,11 +418,6 @@ def _write(
 
 def _bytes(place: Located) -> Piece:
     return piece_of_file(place.file, place.info)
-
-
-def changed_by(loras: Sequence[Applied]) -> set[str]:
-    """The tensors that LoRAs change."""
-    return {name for applied in loras for name in applied.lora.targets}
 
 
 def _merged(source: ModelSource, name: str, dtype: str, loras: Sequence[Applied]) -> Piece:

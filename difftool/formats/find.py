@@ -24,9 +24,11 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     path = Path(where)
     if written_at(path) is not None:
         return path
-    folders = sorted(folder for folder in preset_folder().iterdir() if folder.is_dir())
-    placed = {folder.name: written_at(folder / "model.safetensors") for folder in folders}
-    bundled = {name: file for name, file in placed.items() if file is not None}
+    bundled = {
+        folder.name: file
+        for folder in sorted(preset_folder().iterdir())
+        if (file := written_at(folder / "model.safetensors"))
+    }
     if where in bundled:
         return bundled[where]
     name = parse_name(where)

@@ -137,7 +137,7 @@ class Lora:
     metadata: dict[str, str]
     names: dict[str, str]
     """What layers are called in the file."""
-    encoders: tuple[str, ...] = ENCODERS
+    encoders: tuple[str, ...]
     """What the model's text encoders are called in diffusers' folders."""
 
     @cached_property
@@ -161,6 +161,11 @@ class Lora:
         for chunk in file_chunks(self.path, start, self.path.stat().st_size):
             digest.update(chunk)
         return digest.hexdigest()[:12]
+
+
+def changed_by(loras: Iterable[Lora]) -> set[str]:
+    """The model's tensors that any of them changes."""
+    return {name for lora in loras for name in lora.targets}
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ def encoders_of(layers: Iterable[str], unet: UNetConfig) -> tuple[str, ...]:
     return ENCODERS[1:] if xl and not two else ENCODERS
 
 
-def names_of(layer: str, encoders: tuple[str, ...] = ENCODERS) -> Iterator[str]:
+def names_of(layer: str, encoders: tuple[str, ...]) -> Iterator[str]:
     """Names of a layer under which diffusers', PEFT's and kohya's files change it."""
     first, _, name = layer.partition(".")
     if first == "unet":

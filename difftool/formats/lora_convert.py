@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from difftool.config import load_preset
 from difftool.errors import CheckError, InputError
+from difftool.files import refuse_existing
+from difftool.formats.convert import target_place
 from difftool.formats.layout import Shape, clip_rules, unet_rules
 from difftool.formats.lora import (
     ADAPTER,
@@ -112,10 +114,11 @@ def convert_lora(
     notes = _kept(lora)
     pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
     if not dry_run:
-        hashes = write_pieces(target, pieces, metadata, overwrite)
-        if verify and digests(target) != hashes:
-            target.unlink()
-            raise CheckError(f"{target} does not read back as it was written")
+        refuse_existing(target, overwrite)
+        with target_place(target, True, overwrite) as place:
+            hashes = write_pieces(place, pieces, metadata)
+            if verify and digests(place) != hashes:
+                raise CheckError(f"{target} does not read back as it was written")
     return {
         "source": str(path),
         "target": str(target),

@@ -189,9 +189,9 @@ def write_pieces(
         file.write(header)
         for name in _order(pieces):
             digest = hashlib.sha256()
-            digests = (digest, everything) if DATA_HASH in metadata else (digest,)
+            wanted = (digest, everything) if DATA_HASH in metadata else (digest,)
             for chunk in pieces[name].chunks():
-                hashing = [pool.submit(each.update, chunk) for each in digests]
+                hashing = [pool.submit(each.update, chunk) for each in wanted]
                 file.write(chunk)
                 for each in hashing:
                     each.result()

@@ -189,9 +189,9 @@ def load_located(
     mapped: dict[Path, Any] = {}
     found = {}
     for name, place in places.items():
-        wanted = torch_dtype(place.info.dtype) if dtype is None or name in as_is else dtype
-        read = device == "cpu" and place.info.strides is None
-        if read and wanted != torch_dtype(place.info.dtype):
+        held = torch_dtype(place.info.dtype)
+        wanted = held if dtype is None or name in as_is else dtype
+        if wanted != held and device == "cpu" and place.info.strides is None:
             found[name] = _cast(place, wanted)
         else:
             found[name] = _load(place, mapped).to(device, wanted)

@@ -6,7 +6,6 @@ file, and renamed into place; only then are older ones pruned. Nothing in it is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from difftool.errors import UsageError
+from difftool.files import sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
     try:
         write(temporary)
         files = sorted(temporary.iterdir())
-        manifest = {f.name: {"size": f.stat().st_size, "sha256": _digest(f)} for f in files}
+        manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in (*files, temporary / MANIFEST, temporary):
             _sync(file)
@@ -67,7 +67,7 @@ def verify_checkpoint(path: Path) -> str | None:
             file = path / name
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
-            if _digest(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its manifest or a file is missing or unreadable ({error})"
@@ -84,11 +84,6 @@ def newest_good(folder: Path) -> tuple[Path, list[str]]:
         notes.append(f"checkpoint {path.name} is damaged and was passed over: {problem}")
     hint = "start without --resume, or point --out at the run to continue"
     raise UsageError(f"there is no checkpoint to resume from in {folder}", "; ".join(notes), hint)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
