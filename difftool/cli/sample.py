@@ -234,7 +234,7 @@ def sample(
 
     [bold]Examples[/bold]
 
-      difftool sample "a red circle"
+      difftool sample "a smiling fox"
       difftool sample "a castle" -m model.safetensors -n 4 --size 64x64 --seed 7 -o castle.png
       difftool sample --prompts prompts.txt -o out/ --json | jq -r .path
       generate-prompts | difftool sample --prompts - -o out/
@@ -418,18 +418,25 @@ def _show(events: Iterator[Event], model: Model, total: int | None, steps: int) 
     """Print what happens; the exit code of it all."""
     from difftool.sampling import run
 
-    made = skipped = work = 0
+    made = drawn = skipped = work = 0
     errors: list[DifftoolError] = []
+
+    def finished() -> str:
+        return f"{drawn}/{total}" if total else str(drawn)
+
     with console.progress("sampling", total and total * steps) as display:
         for event in events:
             match event:
-                case run.Working(images):
+                case run.Working(images, step, last):
                     work += images
-                    display.update(work, images=f"{made + images}/{total}" if total else made)
+                    if step < last:  # what is finished is told with the next steps, or at the end
+                        display.update(work, images=finished())
                 case run.Result():
                     made += 1
+                    drawn += 1
                     _emit(event.path, _report(event, model))
                 case run.Grid(path, images):
+                    drawn = max(drawn, images)
                     report = {"schema": console.SCHEMA, "path": str(path), "grid": images}
                     _emit(path, report)
                 case run.Failure(_, error):
@@ -439,6 +446,8 @@ def _show(events: Iterator[Event], model: Model, total: int | None, steps: int) 
                     skipped += 1
                 case run.Note(text, warning):
                     (console.warn if warning else console.say)(text)
+        if work:
+            display.update(work, images=finished())
     if skipped or (errors and made):
         console.say(f"{made} made, {skipped} there already, {len(errors)} failed")
     codes = {error.code for error in errors}
