@@ -1,48 +1,60 @@
-"""How long help takes beside `python -c "import typer, rich.console"`.
+"""How long help takes beside importing typer and rich, and a first picture beside importing torch.
 
     python benchmarks/startup.py [RUNS]
 
-The runs are interleaved, so that a busy machine slows all alike. Targets: 2x for `difftool --help`,
-4x for a command's help.
+Each run is a fresh interpreter; they are interleaved, so that a busy machine slows all alike.
+Targets: 2x for `difftool --help`, 4x for a command's help, 4 s more for a picture of the bundled
+model.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from statistics import median
 
-BASELINE = ["-c", "import typer, rich.console"]
-CASES = {
-    "difftool --help": (["-m", "difftool", "--help"], 2.0),
-    **{
-        f"difftool {name} --help": (["-m", "difftool", name, "--help"], 4.0)
-        for name in ("train", "sample", "noise", "convert")
-    },
+HELP = ["-c", "import typer, rich.console"]
+TORCH = ["-c", "import torch"]
+LIMITS = {
+    "difftool --help": 2.0,
+    **{f"difftool {name} --help": 4.0 for name in ("train", "sample", "noise", "convert")},
 }
+PICTURE = ["-m", "difftool", "sample", "a smiling fox"]
+MORE = 4.0
+"""Seconds that a picture may take beyond the import of torch."""
 
 
-def seconds(arguments: list[str]) -> float:
+def seconds(arguments: list[str], folder: str) -> float:
     """Wall time of one fresh interpreter."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *arguments]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
     return time.perf_counter() - start
 
 
 def main(runs: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in ("baseline", *CASES)}
-    for run in range(runs + 1):
-        for name in times:
-            took = seconds(BASELINE if name == "baseline" else CASES[name][0])
-            if run:  # the first only warms the file cache
-                times[name].append(took)
-    base = median(times["baseline"])
-    print(f"{'import typer, rich.console':<26} {1000 * base:6.0f} ms")
-    for name, (_, target) in CASES.items():
-        ratio = median(times[name]) / base
-        mark = "" if ratio <= target else "  over"
-        print(f"{name:<26} {1000 * ratio * base:6.0f} ms  {ratio:4.2f}x of {target:g}x{mark}")
+    cases = {"typer, rich": HELP, **{name: ["-m", *name.split()] for name in LIMITS}}
+    cases |= {"torch": TORCH, "picture": PICTURE}
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(runs + 1):
+            for name, arguments in cases.items():
+                took = seconds(arguments, folder)
+                if run:  # the first only warms the file cache
+                    times[name].append(took)
+    took = {name: median(values) for name, values in times.items()}
+    base = took["typer, rich"]
+    print(f"{HELP[1]:<30} {1000 * base:6.0f} ms")
+    for name, limit in LIMITS.items():
+        ratio = took[name] / base
+        mark = "" if ratio <= limit else "  over"
+        print(f"{name:<30} {1000 * took[name]:6.0f} ms  {ratio:4.2f}x of {limit:g}x{mark}")
+    more = took["picture"] - took["torch"]
+    mark = "" if more <= MORE else "  over"
+    print(f"{TORCH[1]:<30} {took['torch']:6.2f} s")
+    print(f"{'difftool sample':<30} {took['picture']:6.2f} s   +{more:.2f} s of {MORE:g} s{mark}")
 
 
 if __name__ == "__main__":

@@ -277,11 +277,12 @@ def test_there_and_back(noise, model):
     assert list(rows[0]) == [*ROW, "rmse", "psnr"] and rows[0]["psnr"] == "inf"
 
 
-def test_the_bundled_model_sees_what_it_knows(noise):
+def test_a_trained_model_sees_what_it_knows(noise):
     from difftool.data.shapes import draw
 
     Image.fromarray(draw("a large red circle", 64, 5)).save("small.png")
-    told = noise("small.png", "--reverse", "--prompt", "a large red circle", "--steps", 5, "--json")
+    told = noise("small.png", "--reverse", "-m", "shapes", "--prompt", "a large red circle",
+                 "--steps", 5, "--json")  # fmt: skip
     errors = [row["rmse"] for row in told.object["levels"]]
     assert told.code == 0 and errors == sorted(errors)
     assert errors[2] < 0.2 < errors[4]

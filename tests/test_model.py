@@ -156,11 +156,15 @@ def test_devices():
 
 def test_models_are_found_by_path_name_and_environment(monkeypatch, tmp_path):
     bundled = find_model(None)
-    assert bundled.parent.name == "shapes"
-    assert find_model("shapes") == bundled
+    assert bundled.parent.name == "emoji"
+    assert find_model("emoji") == bundled
+    monkeypatch.chdir(tmp_path)
+    Path("emoji").mkdir()
+    assert find_model("emoji") == Path("emoji")
+    assert find_model(None) == bundled
     monkeypatch.setenv("DIFFTOOL_MODEL", str(tmp_path))
     assert find_model(None) == tmp_path
-    assert find_model("shapes") == bundled
+    assert find_model("shapes").parent.name == "shapes"
     with pytest.raises(UsageError, match="no model"):
         find_model(str(Path("no/such/model")))
 

@@ -149,7 +149,7 @@ def noise(
       difftool noise photo.png -o play.html
       difftool noise photo.png --compare linear,cosine,sd15,sd21-zsnr,flow,edm
       difftool noise photo.png --markov
-      difftool noise photo.png --reverse --prompt "a large red circle"
+      difftool noise photo.png --reverse --prompt "a smiling fox"
       difftool noise --curve --schedule karras --steps 25 -o curve.png
     """
     if curve:

@@ -11,24 +11,27 @@ from difftool.errors import UsageError, suggestion
 from difftool.formats.hub import cached, download, parse_name
 from difftool.formats.shards import written_at
 
-DEFAULT_MODEL = "shapes"
+DEFAULT_MODEL = "emoji"
 
 
 def find_model(where: str | None, *, half: bool = False) -> Path:
     """The file or folder behind a MODEL argument; what is here always wins.
 
     A name that is nowhere here is looked up in the hub's cache and then at the hub; half: there,
-    weights of half precision are preferred. None is DIFFTOOL_MODEL, else the bundled default model.
+    weights of half precision are preferred. None is DIFFTOOL_MODEL, else the bundled default model,
+    whatever lies here under its name.
     """
-    where = where or os.environ.get("DIFFTOOL_MODEL") or DEFAULT_MODEL
-    path = Path(where)
-    if written_at(path) is not None:
-        return path
     bundled = {
         folder.name: file
         for folder in sorted(preset_folder().iterdir())
         if (file := written_at(folder / "model.safetensors"))
     }
+    where = where or os.environ.get("DIFFTOOL_MODEL")
+    if not where:
+        return bundled[DEFAULT_MODEL]
+    path = Path(where)
+    if written_at(path) is not None:
+        return path
     if where in bundled:
         return bundled[where]
     name = parse_name(where)
