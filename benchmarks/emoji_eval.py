@@ -163,10 +163,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.features, self.styles = Features(), Styles()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B,128] and style logits [B,4]."""
-        return self.features(images), self.styles(images)
-
 
 def perturbed(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [B,3,S,S] in [-1, 1], each changed in its own way: turned by up to 10 degrees,
@@ -284,10 +280,9 @@ def encoder(cache: Path, real: Real) -> Encoder:
 
 
 @torch.no_grad()
-def run(model: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N,128] and predicted styles [N] of images [N,3,64,64] in [-1, 1]."""
-    parts = [model(batch) for batch in images.split(256)]
-    return torch.cat([f for f, _ in parts]), torch.cat([s.argmax(1) for _, s in parts])
+def run(network: nn.Module, images: Tensor) -> Tensor:
+    """What a network says of images [N,3,64,64] in [-1, 1]."""
+    return torch.cat([network(batch) for batch in images.split(256)])
 
 
 def ranks(queries: Tensor, gallery: Tensor, right: Tensor) -> Tensor:
@@ -310,7 +305,7 @@ class Judge:
         self.model, self.real = model, real
         self.pairs = list(real.pairs)
         self.images = real.images[torch.tensor(list(real.pairs.values()))]
-        self.features, self.styles = run(model, to_tensor(self.images))
+        self.features = run(model.features, to_tensor(self.images))
         self.places = {
             style: torch.tensor([i for i, pair in enumerate(self.pairs) if pair[1] == style])
             for style in STYLES
@@ -322,8 +317,16 @@ class Judge:
 
     def score(self, images: Tensor, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         """How well pictures [N,3,64,64] in [-1, 1] show the pairs that were asked for."""
-        features, styles = run(self.model, images)
-        right = [STYLES[said] in self.same(*pair) for said, pair in zip(styles, pairs, strict=True)]
+        return summary(self.ranked(images, pairs), self.styled(images, pairs))
+
+    def styled(self, images: Tensor, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """Whether each picture is in the style that was asked for: bool [N]."""
+        said = run(self.model.styles, images).argmax(1).tolist()
+        return torch.tensor([STYLES[i] in self.same(*p) for i, p in zip(said, pairs, strict=True)])
+
+    def ranked(self, images: Tensor, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """The place [N] of what was asked for among all true pictures in that style."""
+        features = run(self.model.features, images)
         places = torch.zeros(len(pairs), dtype=torch.long)
         for style in {style for _, style in pairs}:
             these = [i for i, pair in enumerate(pairs) if pair[1] == style]
@@ -334,7 +337,7 @@ class Judge:
                 [psnr(one.reshape(1, 1, 1, -1), gallery[:, None, None]) for one in wanted]
             )
             places[these] = ranks(features[these], self.features[at], twins >= TWINS)
-        return summary(places) | {"style": share(torch.tensor(right))}
+        return places
 
     def same(self, base: str, style: str) -> list[str]:
         """The styles in which a base looks as it does in one of them, that one included."""
@@ -365,9 +368,10 @@ def share(right: Tensor) -> float:
     return round(float(right.float().mean()), 4)
 
 
-def summary(places: Tensor) -> dict[str, float]:
-    """Number, top-1 and top-5 of places that begin with 1."""
-    return {"n": len(places), "top1": share(places <= 1), "top5": share(places <= 5)}
+def summary(places: Tensor, styled: Tensor | None = None) -> dict[str, float]:
+    """Number, top-1 and top-5 of places that begin with 1, and the share in the right style."""
+    found = {"n": len(places), "top1": share(places <= 1), "top5": share(places <= 5)}
+    return found if styled is None else found | {"style": share(styled)}
 
 
 def check(judge: Judge, count: int) -> dict[str, dict[str, float]]:
@@ -378,9 +382,9 @@ def check(judge: Judge, count: int) -> dict[str, dict[str, float]]:
     for name, pairs in (("held-out", held), ("training", seen)):
         images = perturbed(judge.true(pairs), generator)
         result[f"real, perturbed, {name}"] = judge.score(images, pairs)
-        gentle = softened(judge.true(pairs), generator)
-        score = judge.score(gentle, pairs)  # its arrows may be mirrored: only the style counts
-        result[f"real, softened, {name}"] = {key: score[key] for key in ("n", "style")}
+        # Arrows may be mirrored there, so only the style counts.
+        styled = judge.styled(softened(judge.true(pairs), generator), pairs)
+        result[f"real, softened, {name}"] = {"n": len(pairs), "style": share(styled)}
         if name == "held-out":
             wrong = random.Random(0).sample(pairs, len(pairs))
             result["real, perturbed, wrong captions"] = judge.score(images, wrong)
@@ -447,11 +451,12 @@ def evaluate(model: Model, judge: Judge, settings: Any, count: int, batch: int) 
         images = draw(model, prompts, settings, batch)
         if images.shape[-1] != SIZE:
             images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
-        result[f"samples, {name}"] = judge.score(images, pairs)
+        places, styled = judge.ranked(images, pairs), judge.styled(images, pairs)
+        result[f"samples, {name}"] = summary(places, styled)
         if name == "held-out":
             alone = [i for i, pair in enumerate(pairs) if judge.same(*pair) == [pair[1]]]
-            kept = images[alone], [pairs[i] for i in alone]
-            result["samples, held-out, no twin in another style"] = judge.score(*kept)
+            told = summary(places[alone], styled[alone])
+            result["samples, held-out, no twin in another style"] = told
     return result
 
 

@@ -41,9 +41,9 @@ def main(runs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for run in range(runs + 1):
             for name, arguments in cases.items():
-                took = seconds(arguments, folder)
+                wall = seconds(arguments, folder)
                 if run:  # the first only warms the file cache
-                    times[name].append(took)
+                    times[name].append(wall)
     took = {name: median(values) for name, values in times.items()}
     base = took["typer, rich"]
     print(f"{HELP[1]:<30} {1000 * base:6.0f} ms")

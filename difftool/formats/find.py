@@ -21,17 +21,13 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     weights of half precision are preferred. None is DIFFTOOL_MODEL, else the bundled default model,
     whatever lies here under its name.
     """
-    bundled = {
-        folder.name: file
-        for folder in sorted(preset_folder().iterdir())
-        if (file := written_at(folder / "model.safetensors"))
-    }
     where = where or os.environ.get("DIFFTOOL_MODEL")
     if not where:
-        return bundled[DEFAULT_MODEL]
+        return _bundled()[DEFAULT_MODEL]
     path = Path(where)
     if written_at(path) is not None:
         return path
+    bundled = _bundled()
     if where in bundled:
         return bundled[where]
     name = parse_name(where)
@@ -44,3 +40,12 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
         why += f", and as the folder {path.parent} does, it is no name at the hub"
     hint = "give a model file, a run folder, a diffusers folder, ORG/NAME, or a bundled model: "
     raise UsageError(f'there is no model "{where}"', why, hint + suggestion(where, bundled))
+
+
+def _bundled() -> dict[str, Path]:
+    """The models that ship, by name."""
+    return {
+        folder.name: file
+        for folder in sorted(preset_folder().iterdir())
+        if (file := written_at(folder / "model.safetensors"))
+    }
