@@ -39,9 +39,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from difftool.data.images import to_tensor, to_uint8
-from difftool.model import Item, Model
-from difftool.training.sheets import Cell, enlarged, sheet
+from difftool.images.pictures import to_tensor, to_uint8
+from difftool.images.sheets import Cell, enlarged, sheet
+from difftool.pipeline.model import Item, Model
 
 SIZE = 64
 """Side of the pictures that the encoder sees."""

@@ -156,8 +156,8 @@ def samples(where: Path) -> tuple[Tensor, Tensor]:
 
 def generate(where: str, count: int, batch: int, **changes: Any) -> tuple[Tensor, Tensor]:
     """Samples of a model, the classes in turn, seeds 0 .. count - 1."""
-    from difftool.data.images import to_pil
-    from difftool.model import Item, Model
+    from difftool.images.pictures import to_pil
+    from difftool.pipeline.model import Item, Model
 
     model = Model.load(where, device="auto")
     names = model.preset.classes

@@ -39,11 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from difftool.config import Layer, Preset, preset_layers, resolve
+from difftool.config.schema import Layer, Preset, preset_layers, resolve
 from difftool.data import open_dataset
 from difftool.data.dataset import Dataset
-from difftool.model import Model
-from difftool.training.loop import Trainer
+from difftool.pipeline.model import Model
+from difftool.training.step.loop import Trainer
 
 COUNT = 2048
 SIZE = 32

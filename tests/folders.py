@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data import open_dataset
 
 

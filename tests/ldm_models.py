@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difftool.config import Preset, SampleConfig
-from difftool.formats.layout import Rule
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.schema import Preset, SampleConfig
 from difftool.formats.ldm import ema_rules, model_rules, text_places
-from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
+from difftool.formats.names import Rule
 
 VAE = VaeConfig(widths=(32, 64), blocks=1)
 CLIP = TextConfig(width=24, layers=2, heads=1, mlp=40)

@@ -13,8 +13,8 @@ import published
 import torch
 from torch import nn
 
+from difftool.config.networks import TextConfig
 from difftool.formats.diffusers import _tokenizer_files
-from difftool.models.configs import TextConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

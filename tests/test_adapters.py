@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from difftool.config import build_preset, load_preset, merge, to_values
+from difftool.adapters.lora.train import Adapters
+from difftool.config.schema import build_preset, load_preset, merge, to_values
 from difftool.data import shapes
 from difftool.errors import UsageError
-from difftool.model import Item, Model
-from difftool.training.adapters import Adapters
+from difftool.pipeline.model import Item, Model
 
 TINY = {
     "codec": {"kind": "space_to_depth", "block": 2},
@@ -49,7 +49,7 @@ def place(tmp_path, monkeypatch) -> Path:
         for i, caption in enumerate(captions):
             Image.fromarray(shapes.draw(caption, 16, i)).save(tmp_path / "photos" / f"{i}.png")
             file.write(json.dumps({"file_name": f"{i}.png", "text": caption}) + "\n")
-    from difftool.models.tokenizer import Tokenizer
+    from difftool.text.tokenizer import Tokenizer
 
     words = Tokenizer.learn(captions, 300)
     values = to_values(preset())

@@ -11,12 +11,12 @@ import torch
 from pipelines import build
 from safetensors.torch import load_file, save_file
 
+from difftool.config.networks import IdentityConfig, VaeConfig
+from difftool.convert.convert import convert
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
-from difftool.formats.convert import convert
-from difftool.model import Model
-from difftool.models.configs import IdentityConfig, VaeConfig
+from difftool.pipeline.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config import build_preset
+from difftool.config.schema import build_preset
 from difftool.data import open_dataset
 from difftool.data.buckets import Buckets
-from difftool.model import Model
-from difftool.models.codecs import VaeCodec
-from difftool.training.cache import Embeddings, Latents
+from difftool.networks.codecs import VaeCodec
+from difftool.pipeline.model import Model
+from difftool.training.step.cache import Embeddings, Latents
 
 PRESET = build_preset(
     {

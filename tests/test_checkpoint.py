@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from difftool.errors import UsageError
-from difftool.training.checkpoint import (
+from difftool.training.step.checkpoint import (
     checkpoints,
     newest_good,
     save_checkpoint,

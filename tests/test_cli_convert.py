@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from difftool.cli.app import app
-from difftool.config import SampleConfig, load_preset
-from difftool.formats import open_model, safetensors
-from difftool.model import Model
-from difftool.models.configs import IdentityConfig, UNetConfig
+from difftool.config.networks import IdentityConfig, UNetConfig
+from difftool.config.schema import SampleConfig, load_preset
+from difftool.formats import open_model
+from difftool.pipeline.model import Model
+from difftool.storage import safetensors
 
 PRESET = replace(
     load_preset("ddpm"),
@@ -209,7 +210,7 @@ def test_a_full_disk_is_exit_5_and_leaves_nothing(convert, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
         yield
 
-    monkeypatch.setattr("difftool.formats.tensors.file_chunks", full)
+    monkeypatch.setattr("difftool.storage.tensors.file_chunks", full)
     for kind in ("difftool", "diffusers"):
         ran = convert("m.safetensors", "out", "--to", kind)
         assert ran.code == 5

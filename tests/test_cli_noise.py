@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftool.config import build_preset
+from difftool.config.schema import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
-from difftool.model import Model
+from difftool.pipeline.model import Model
 
 ROW = ["index", "t", "alpha", "sigma", "log_snr"]
 MODEL = {

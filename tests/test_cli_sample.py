@@ -14,14 +14,14 @@ import torch
 from commands import ENVIRONMENT, Ran
 from PIL import Image
 
-from difftool.config import build_preset
+from difftool.config.schema import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.formats.safetensors import load_tensors
-from difftool.model import Model
-from difftool.models.tokenizer import Tokenizer
+from difftool.pipeline.model import Model
 from difftool.sampling.metadata import parse_parameters, read
+from difftool.storage.safetensors import load_tensors
+from difftool.text.tokenizer import Tokenizer
 
 KEYS = (
     "schema path index prompt negative seed sampler schedule steps guidance width height model"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difftool.models.clip import ClipText
-from difftool.models.configs import TextConfig
-from difftool.models.tokenizer import Tokenizer
+from difftool.config.networks import TextConfig
+from difftool.networks.clip import ClipText
+from difftool.text.tokenizer import Tokenizer
 
 SMALL = TextConfig(width=48, layers=4, heads=3, mlp=80, length=20)
 PROMPTS = ["a photo of a cat", "", "<|endoftext|> twice", "one two three four " * 9]

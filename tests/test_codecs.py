@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from difftool.config.networks import CodecConfig, IdentityConfig, SpaceToDepthConfig, VaeConfig
 from difftool.errors import UsageError
-from difftool.models.codecs import CODECS, VaeCodec, build_codec
-from difftool.models.configs import CodecConfig, IdentityConfig, SpaceToDepthConfig, VaeConfig
+from difftool.networks.codecs import CODECS, VaeCodec, build_codec
 
 VAE = VaeConfig(widths=(8, 8, 16), groups=4)
 CONFIGS = {

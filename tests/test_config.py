@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from difftool import config
-from difftool.config import Layer, build_preset, load_preset, parse_yaml, to_values, to_yaml
+from difftool.config import schema as config
+from difftool.config.schema import Layer, build_preset, load_preset, parse_yaml, to_values, to_yaml
 from difftool.errors import InputError, UsageError
 
 

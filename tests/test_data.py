@@ -16,10 +16,10 @@ import torch
 from folders import audit, caption_by_picture, captions_of, lay, lines, pictures, shade
 from PIL import Image
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data import open_dataset
-from difftool.data.images import framed
 from difftool.errors import InputError, UsageError
+from difftool.images.pictures import framed
 
 # --- captions --------------------------------------------------------------------------------
 

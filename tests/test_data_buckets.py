@@ -11,11 +11,11 @@ import torch
 from folders import lay
 from PIL import Image
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data import Buckets, Dataset, Schedule, Subset, open_dataset
-from difftool.data.images import fit, framed
 from difftool.errors import UsageError
-from difftool.training import rng
+from difftool.images.pictures import fit, framed
+from difftool.training.step import rng
 
 SHAPES = [(40, 40), (80, 40), (40, 80), (66, 40), (20, 20), (400, 40), (41, 40), (39, 41)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from folders import audit, captions_of, lay, pictures
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data import Dataset, open_dataset
 from difftool.errors import InputError, UsageError
 

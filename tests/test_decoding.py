@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difftool import decoding
-from difftool.decoding import decode, decode_strips
-from difftool.models.codecs import VaeCodec
-from difftool.models.configs import VaeConfig
+from difftool.config.networks import VaeConfig
+from difftool.networks.codecs import VaeCodec
+from difftool.pipeline import decode as decoding
+from difftool.pipeline.decode import decode, decode_strips
 
 CONFIGS = {
     "sd": VaeConfig(widths=(16, 16, 32), blocks=1, groups=4),

@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from difftool.config import Layer, TrainConfig, preset_layers, resolve
+from difftool.config.schema import Layer, TrainConfig, preset_layers, resolve
 from difftool.data import open_dataset
 from difftool.errors import UsageError
-from difftool.formats.safetensors import read_header
-from difftool.model import Model
-from difftool.training.ema import (
+from difftool.pipeline.model import Model
+from difftool.storage.safetensors import read_header
+from difftool.training.step.ema import (
     SNAPSHOTS,
     Ema,
     combine,
@@ -26,7 +26,7 @@ from difftool.training.ema import (
     snapshots,
     write_model,
 )
-from difftool.training.loop import Trainer
+from difftool.training.step.loop import Trainer
 
 STEPS, EVERY = 400, 25
 

@@ -14,12 +14,12 @@ from pipelines import WORDS, build
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from difftool.embeddings import add_embeddings
+from difftool.adapters.words import read_embeddings
 from difftool.errors import InputError, UsageError
-from difftool.formats.embeddings import read_embeddings
-from difftool.model import Model
-from difftool.models.prompts import chunks
-from difftool.models.tokenizer import Tokenizer
+from difftool.pipeline.model import Model
+from difftool.pipeline.words import add_embeddings
+from difftool.text.syntax import chunks
+from difftool.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from difftool.errors import ResourceError, UsageError
-from difftool.files import atomic_file, write_whole
+from difftool.storage.commit import atomic_file, write_whole
 
 
 def test_a_failure_half_way_leaves_what_was_there(tmp_path):

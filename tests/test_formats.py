@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from difftool.config import (
+from difftool.config.networks import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
+from difftool.config.schema import (
     Preset,
     SampleConfig,
     build_preset,
@@ -26,20 +27,21 @@ from difftool.config import (
     preset_names,
     to_values,
 )
+from difftool.convert import convert
+from difftool.convert.convert import Ledger
+from difftool.convert.inspect import inspect
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
-from difftool.formats import FORMATS, convert, diffusers, networks, open_model, schedulers, shards
-from difftool.formats.convert import Ledger
+from difftool.formats import FORMATS, diffusers, networks, open_model, schedulers
 from difftool.formats.detect import family_of
-from difftool.formats.inspect import inspect
-from difftool.formats.layout import Rule
+from difftool.formats.model_source import ModelSource
+from difftool.formats.names import Rule
 from difftool.formats.native import read_native, write_native
-from difftool.formats.safetensors import read_header
-from difftool.formats.source import ModelSource
-from difftool.model import Model
-from difftool.models.configs import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
-from difftool.models.tokenizer import Tokenizer
-from difftool.models.unet import UNet
+from difftool.networks.unet import UNet
+from difftool.pipeline.model import Model
+from difftool.storage import shards
+from difftool.storage.safetensors import read_header
+from difftool.text.tokenizer import Tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -985,7 +987,7 @@ def test_a_byte_changed_on_the_disk_is_found_when_reading_back(tmp_path, monkeyp
 def test_a_failure_half_way_leaves_nothing(kind, tmp_path, monkeypatch):
     source = write(PRESETS["pixel"], tmp_path / "m")
     monkeypatch.setattr(
-        "difftool.formats.tensors.file_chunks", lambda *_: (_ for _ in ()).throw(OSError(28))
+        "difftool.storage.tensors.file_chunks", lambda *_: (_ for _ in ()).throw(OSError(28))
     )
     with pytest.raises(OSError):
         run(source, tmp_path / "out", kind)

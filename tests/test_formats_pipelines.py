@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difftool.config import build_preset
+from difftool.config.networks import TextConfig
+from difftool.config.schema import build_preset
+from difftool.convert.convert import convert
 from difftool.formats import diffusers, open_model
-from difftool.formats.convert import convert
-from difftool.models.configs import TextConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,12 +13,12 @@ import ldm_models as ldms
 import pytest
 from test_safetensors import mutated
 
-from difftool.config import build_preset, load_preset, merge, to_values
+from difftool.config.schema import build_preset, load_preset, merge, to_values
+from difftool.convert.convert import convert
+from difftool.convert.inspect import inspect
 from difftool.errors import DifftoolError, InputError
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.formats.inspect import inspect
-from difftool.model import Model
+from difftool.pipeline.model import Model
 
 TINY = {"unet": {"channels": [8, 8], "groups": 4, "head_dim": 4, "blocks": 1}}
 KINDS = ("difftool", "diffusers", "ldm")

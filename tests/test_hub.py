@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT
 
+from difftool.convert.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.formats.find import find_model
-from difftool.formats.hub import HubName, cache_folder, cached, choose, parse_name
+from difftool.hub.find import find_model
+from difftool.hub.hub import HubName, cache_folder, cached, choose, parse_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BUNDLED = Path(__file__).parent.parent / "presets/shapes/model.safetensors"

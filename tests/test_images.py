@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from difftool.data import images
-from difftool.data.images import (
+from difftool.errors import InputError, ResourceError, UsageError
+from difftool.images import pictures as images
+from difftool.images.pictures import (
     encode_png,
     framed,
     probe,
@@ -30,7 +31,6 @@ from difftool.data.images import (
     write_png,
     write_whole,
 )
-from difftool.errors import InputError, ResourceError, UsageError
 
 GRADIENT = np.stack(np.meshgrid(np.arange(24) * 10, np.arange(16) * 15), -1)
 PHOTO = Image.fromarray(np.concatenate([GRADIENT, GRADIENT[..., :1] // 2], -1).astype(np.uint8))

@@ -18,17 +18,17 @@ from ldm_models import COMPLETE, FAMILIES, OPENCLIP, UNETS, VAE, small
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from difftool.config import build_preset, load_preset
+from difftool.config.schema import build_preset, load_preset
+from difftool.convert.convert import Ledger, assembled, convert
+from difftool.convert.inspect import inspect
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import ldm, networks, open_model
-from difftool.formats.convert import Ledger, assembled, convert
-from difftool.formats.evidence import BIAS
-from difftool.formats.inspect import inspect
-from difftool.formats.layout import Rule, clip_rules, openclip_rules, unet_rules, vae_rules
-from difftool.formats.safetensors import read_header
-from difftool.formats.source import ModelSource, Told, choose_weights
-from difftool.formats.tensors import piece_of_tensor
-from difftool.model import Model
+from difftool.formats.model_source import ModelSource, Told, choose_weights
+from difftool.formats.names import Rule, clip_rules, openclip_rules, unet_rules, vae_rules
+from difftool.formats.prediction_type import BIAS
+from difftool.pipeline.model import Model
+from difftool.storage.safetensors import read_header
+from difftool.storage.tensors import piece_of_tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from difftool.config import load_preset
+from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
+from difftool.adapters.lora.merge import open_loras
+from difftool.config.schema import load_preset
+from difftool.convert.convert import convert
+from difftool.convert.lora import FAMILIES, convert_lora, open_lora
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.formats.lora import ADAPTER, PATTERN, parse_lora, spellings
-from difftool.formats.lora_convert import FAMILIES, convert_lora, open_lora
-from difftool.formats.merge import open_loras
-from difftool.model import Model
+from difftool.pipeline.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
 
@@ -655,7 +655,7 @@ def test_what_does_not_read_back_replaces_nothing(families, tmp_path, monkeypatc
     before = Model.load(str(families / "sd1"), device="cpu")
     save_file(kohya(before), tmp_path / "k.safetensors")
     (tmp_path / "p.safetensors").write_bytes(b"precious")
-    monkeypatch.setattr("difftool.formats.lora_convert.digests", lambda path: {})
+    monkeypatch.setattr("difftool.convert.lora.digests", lambda path: {})
     for name in ("p.safetensors", "new.safetensors"):
         with pytest.raises(CheckError, match="read back"):
             convert_lora(tmp_path / "k.safetensors", tmp_path / name, "peft", overwrite=True)

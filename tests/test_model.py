@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from difftool.config import load_preset
+from difftool.config.schema import load_preset
 from difftool.errors import InputError, UsageError
-from difftool.formats.find import find_model
-from difftool.model import Item, Model, pick_device
+from difftool.hub.find import find_model
+from difftool.pipeline.model import Item, Model, pick_device
 
 SMALL = ["unet.channels=[8,8]", "unet.groups=4", "unet.head_dim=4", "unet.blocks=1"]
 CLASSES = [*SMALL, "unet.num_classes=4", "classes=[cat, dog, owl]", "sample.size=[16,16]"]
@@ -170,7 +170,7 @@ def test_models_are_found_by_path_name_and_environment(monkeypatch, tmp_path):
 
 
 def test_bundled_models_may_be_in_shards(monkeypatch, tmp_path):
-    monkeypatch.setattr("difftool.formats.find.preset_folder", lambda: tmp_path)
+    monkeypatch.setattr("difftool.hub.find.preset_folder", lambda: tmp_path)
     for name in ("small", "large", "pictures-only"):
         (tmp_path / name).mkdir()
     model = fresh(*SMALL)

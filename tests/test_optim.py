@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftool.config import OptimConfig, TrainConfig
-from difftool.models.clip import ClipText
-from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
-from difftool.models.unet import UNet
-from difftool.models.vae import Vae
-from difftool.training.optim import OPTIMIZERS, QUINTIC, is_hidden_matrix, orthogonal
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.schema import OptimConfig, TrainConfig
+from difftool.networks.clip import ClipText
+from difftool.networks.unet import UNet
+from difftool.networks.vae import Vae
+from difftool.training.step.optim import OPTIMIZERS, QUINTIC, is_hidden_matrix, orthogonal
 
 
 def test_the_recipes_know_every_optimizer():

@@ -24,10 +24,11 @@ import pytest
 import torch
 
 from difftool.errors import InputError, UsageError
-from difftool.formats import checkpoints, pickles
-from difftool.formats.files import is_source, open_source
-from difftool.formats.pickles import read_pickle
-from difftool.formats.tensors import TORCH_NAMES, digest_of, load_located, piece_of_file
+from difftool.storage import pickles
+from difftool.storage import torch_archive as checkpoints
+from difftool.storage.pickles import read_pickle
+from difftool.storage.tensor_file import is_source, open_source
+from difftool.storage.tensors import TORCH_NAMES, digest_of, load_located, piece_of_file
 
 LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -92,7 +93,7 @@ def test_tensors_are_those_that_were_saved(legacy, tmp_path):
 
 
 def test_large_strided_tensors_are_streamed_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("difftool.formats.tensors.CHUNK", 100)
+    monkeypatch.setattr("difftool.storage.tensors.CHUNK", 100)
     tensors = {"a": torch.arange(3000.0).reshape(30, 100).t(), "b": torch.arange(90)[::3]}
     source = open_source(save(tensors, tmp_path / "a.pt"))
     for name, place in source.tensors.items():

@@ -16,12 +16,12 @@ from pipelines import SCHEDULERS, WORDS, build, build_whole, diffusers, reschedu
 from torch import Tensor
 
 from difftool.cli.app import main
-from difftool.config import SampleConfig
+from difftool.config.schema import SampleConfig
+from difftool.convert.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.generation import Second
-from difftool.model import Item, Model
+from difftool.pipeline.generate import Second
+from difftool.pipeline.model import Item, Model
 
 SIZE = (32, 48)
 """Width and height, in pixels."""

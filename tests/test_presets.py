@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from difftool.config import Preset, load_preset, preset_names, to_values
+from difftool.config.networks import UNetConfig, VaeConfig
+from difftool.config.schema import Preset, load_preset, preset_names, to_values
 from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
-from difftool.formats.recipes import switched
-from difftool.models.clip import ClipText
-from difftool.models.codecs import build_codec
-from difftool.models.configs import UNetConfig, VaeConfig
-from difftool.models.unet import UNet
-from difftool.models.vae import Vae
+from difftool.formats.scheduler_switch import switched
+from difftool.networks.clip import ClipText
+from difftool.networks.codecs import build_codec
+from difftool.networks.unet import UNet
+from difftool.networks.vae import Vae
 
 SD15_UNET, SD21_UNET = (686, 859_520_964), (686, 865_910_724)
 SDXL_UNET, REFINER_UNET = (1680, 2_567_463_684), (1220, 2_259_526_660)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difftool.config import load_preset
+from difftool.config.schema import load_preset
 from difftool.errors import UsageError
-from difftool.model import Model
-from difftool.models.prompts import chunks, nested, weighted
-from difftool.models.tokenizer import Tokenizer
+from difftool.pipeline.model import Model
+from difftool.text.syntax import chunks, nested, weighted
+from difftool.text.tokenizer import Tokenizer
 
 CLIP = Tokenizer.clip()
 LENGTH = 77

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from difftool.config import load_preset
+from difftool.config.schema import load_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import build_path
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.formats.recipes import switched
+from difftool.formats.scheduler_switch import switched
 from difftool.formats.schedulers import CLASSES, kept, read_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftool.config import load_preset, to_yaml
-from difftool.training.plots import INK, Metrics, loss_figure, png, running_mean, svg
-from difftool.training.report import duration, report, usage, warnings, write_report
+from difftool.config.schema import load_preset, to_yaml
+from difftool.training.report.page import duration, report, usage, warnings, write_report
+from difftool.training.report.plots import INK, Metrics, loss_figure, png, running_mean, svg
 
 FACTS: dict[str, Any] = {
     "schema": 1, "part": "unet", "data": "photos", "argument": "my photos", "example": "",

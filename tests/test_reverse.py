@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config import build_preset
-from difftool.data.images import framed, to_tensor
+from difftool.config.schema import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.prediction import Prediction
 from difftool.errors import ResourceError, UsageError
@@ -19,7 +18,8 @@ from difftool.forward.levels import even_levels, psnr
 from difftool.forward.process import marginals
 from difftool.forward.reverse import ModelSpace, condition, frame_size
 from difftool.forward.sheets import markov_sheet, reverse_sheet, strip_sheet
-from difftool.model import Model
+from difftool.images.pictures import framed, to_tensor
+from difftool.pipeline.model import Model
 
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 UNET = {"channels": [8, 8], "blocks": 1, "head_dim": 4, "groups": 4, "depth": [0, 0]}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difftool.training import rng
-from difftool.training.rng import Stream
+from difftool.training.step import rng
+from difftool.training.step.rng import Stream
 
 MASK = 0xFFFFFFFF
 # Known answers published with Random123 (Salmon et al. 2011) for philox4x32, 10 rounds.

@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config import Layer
+from difftool.config.schema import Layer
 from difftool.data import open_dataset
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import ResourceError, Stopped, UsageError
-from difftool.model import Model
-from difftool.training.checkpoint import newest_good
-from difftool.training.estimate import _kept, activation_bytes, check_disk, estimate
-from difftool.training.plan import plan
-from difftool.training.plots import Metrics
-from difftool.training.run import Run
-from difftool.training.sheets import Cell, sheet
-from difftool.training.validation import MEASURES, cast, colours, hold_out, overfits
+from difftool.images.sheets import Cell, sheet
+from difftool.pipeline.model import Model
+from difftool.training.report.plots import Metrics
+from difftool.training.run.estimate import _kept, activation_bytes, check_disk, estimate
+from difftool.training.run.folder import Run
+from difftool.training.run.plan import plan
+from difftool.training.run.validation import MEASURES, cast, colours, hold_out, overfits
+from difftool.training.step.checkpoint import newest_good
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},

@@ -19,17 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftool.errors import InputError, ResourceError, UsageError
-from difftool.files import atomic_file
-from difftool.formats import safetensors, tensors
-from difftool.formats.files import open_source
-from difftool.formats.safetensors import (
+from difftool.storage import safetensors, tensors
+from difftool.storage.commit import atomic_file
+from difftool.storage.safetensors import (
     copy_tensors,
     digests,
     load_tensors,
     read_header,
     save_tensors,
 )
-from difftool.formats.tensors import TORCH_NAMES
+from difftool.storage.tensor_file import open_source
+from difftool.storage.tensors import TORCH_NAMES
 
 
 def f32(shape: list[int], start: int, end: int) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftool.config import SampleConfig, build_preset
+from difftool.config.schema import SampleConfig, build_preset
 from difftool.errors import DifftoolError, ResourceError, UsageError
-from difftool.formats.safetensors import load_tensors, save_tensors
-from difftool.model import Item
+from difftool.pipeline.model import Item
 from difftool.sampling.metadata import read
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Request
@@ -32,6 +31,7 @@ from difftool.sampling.run import (
     default_batch,
     resolve_settings,
 )
+from difftool.storage.safetensors import load_tensors, save_tensors
 
 PRESET = build_preset(
     {

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from difftool.convert.convert import convert
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import ModelSource, open_model
-from difftool.formats import shards as shards_module
-from difftool.formats.convert import convert
-from difftool.formats.files import is_source, open_source
-from difftool.formats.safetensors import DATA_HASH, save_tensors
-from difftool.formats.shards import index_of, parse_size, split, write_shards
-from difftool.formats.tensors import Piece, digest_of, piece_of_file, piece_of_tensor
-from difftool.model import Model
+from difftool.pipeline.model import Model
+from difftool.storage import shards as shards_module
+from difftool.storage.safetensors import DATA_HASH, save_tensors
+from difftool.storage.shards import index_of, parse_size, split, write_shards
+from difftool.storage.tensor_file import is_source, open_source
+from difftool.storage.tensors import Piece, digest_of, piece_of_file, piece_of_tensor
 
 TENSORS = {f"t{k}": torch.full((10,), float(k)) for k in range(7)}
 """Of 40 bytes each."""
@@ -328,7 +328,7 @@ def test_converting_to_shards_holds_no_more_than_before(tmp_path, monkeypatch):
         return real(path, {name: watched(piece) for name, piece in pieces.items()}, *rest)
 
     monkeypatch.setattr(shards_module, "write_pieces", measured)
-    monkeypatch.setattr("difftool.formats.tensors.CHUNK", 4096)
+    monkeypatch.setattr("difftool.storage.tensors.CHUNK", 4096)
     convert(open_model(BUNDLED), tmp_path / "m.safetensors", "difftool", shard_size=LIMIT)
     assert 0 < largest <= 4096
 

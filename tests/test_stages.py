@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config import load_preset
+from difftool.config.schema import load_preset
 from difftool.data import shapes
 from difftool.errors import InputError
 from difftool.formats import open_model
-from difftool.model import Item, Model
+from difftool.pipeline.model import Item, Model
 
 TINY = """
 extends: ldm-small

@@ -14,9 +14,9 @@ import warnings
 
 import pytest
 
+from difftool.config.networks import LEARNED_MARKS, TextConfig
 from difftool.errors import InputError, UsageError
-from difftool.models.configs import LEARNED_MARKS, TextConfig
-from difftool.models.tokenizer import MERGES_FILE, Tokenizer
+from difftool.text.tokenizer import MERGES_FILE, Tokenizer
 
 WORDS = [
     "a photo of a cat", "a photo of an astronaut riding a horse on mars",
@@ -138,7 +138,7 @@ def test_wrong_pad_id():
 def test_clip_starts_fast_and_is_lazy():
     """< 0.3 s where the machine is idle; the bound leaves room for a busy one."""
     script = (
-        "import sys, time; import difftool.models.tokenizer as t\n"
+        "import sys, time; import difftool.text.tokenizer as t\n"
         "assert not {'tokenizers', 'torch'} & set(sys.modules)\n"
         "start = time.process_time(); t.Tokenizer.clip(); print(time.process_time() - start)"
     )
@@ -156,7 +156,7 @@ def test_learned_is_independent_of_order_and_process(captions, learned):
     for _ in range(5):
         assert Tokenizer.learn(rng.sample(captions, len(captions)), 400).to_json() == text
     script = (
-        "import sys; from difftool.models.tokenizer import Tokenizer\n"
+        "import sys; from difftool.text.tokenizer import Tokenizer\n"
         "sys.stdout.reconfigure(encoding='utf-8')\n"
         "sys.stdin.reconfigure(encoding='utf-8')\n"
         "lines = sys.stdin.read().splitlines()\n"

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config import Layer
+from difftool.config.schema import Layer
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.formats import open_model
-from difftool.model import Item, Model
-from difftool.training.checkpoint import newest_good
-from difftool.training.plan import plan
-from difftool.training.run import Run
+from difftool.pipeline.model import Item, Model
+from difftool.training.run.folder import Run
+from difftool.training.run.plan import plan
+from difftool.training.step.checkpoint import newest_good
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from difftool.config import Layer, preset_layers, resolve
+from difftool.config.networks import UNetConfig
+from difftool.config.schema import Layer, preset_layers, resolve
 from difftool.data import open_dataset
-from difftool.model import Model
-from difftool.models import layers
-from difftool.models.configs import UNetConfig
-from difftool.models.layers import GroupNorm, Upsample, attend
-from difftool.models.unet import UNet
-from difftool.training import loop
-from difftool.training.loop import Trainer
+from difftool.networks import layers
+from difftool.networks.layers import GroupNorm, Upsample, attend
+from difftool.networks.unet import UNet
+from difftool.pipeline.model import Model
+from difftool.training.step import loop
+from difftool.training.step.loop import Trainer
 
 TINY = {
     "unet": {"channels": [8, 8], "blocks": 1, "groups": 4, "head_dim": 4},

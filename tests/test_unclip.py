@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from difftool.config.networks import VisionConfig
+from difftool.convert.convert import convert
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.formats.layout import vision_rules
-from difftool.model import Model
-from difftool.models.configs import VisionConfig
+from difftool.formats.names import vision_rules
+from difftool.pipeline.model import Model
 
 WIDTH, LAYERS, PATCH, SIZE, PROJECTION = 128, 2, 8, 32, 40
 """PROJECTION is half of what the small U-Net of the family is told."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difftool.models.configs import UNetConfig
-from difftool.models.layers import Transformer, sinusoids
-from difftool.models.unet import UNet
+from difftool.config.networks import UNetConfig
+from difftool.networks.layers import Transformer, sinusoids
+from difftool.networks.unet import UNet
 
 TOLERANCE = 1e-5
 VISIBLE = 1e-4

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.config.networks import VaeConfig
 from difftool.errors import CheckError
 from difftool.formats.networks import write_vae
-from difftool.models.configs import VaeConfig
-from difftool.models.vae import Vae
+from difftool.networks.vae import Vae
 
 SMALL = VaeConfig(widths=(16, 24, 32), groups=8)
 CASES = {

@@ -16,7 +16,7 @@ from difftool.cli.console import Debug, Json, Offline, Overwrite, Quiet, choice,
 from difftool.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from difftool.formats.convert import Ledger
+    from difftool.convert.convert import Ledger
 
 KINDS = ["ldm", "diffusers", "difftool"]
 LORA_KINDS = ["kohya", "peft"]
@@ -128,7 +128,7 @@ def convert(
       difftool convert kohya-lora.safetensors lora.safetensors --to peft
       difftool convert model.safetensors --inspect --json
     """
-    from difftool.formats.find import find_model
+    from difftool.hub.find import find_model
 
     if inspect:
         if target or to or dtype or weights or ema_length or report or dry_run:
@@ -151,21 +151,21 @@ def convert(
     if to is None and not lora:
         hint = "add --to " + " or --to ".join(KINDS)
         raise UsageError("the format to convert to was not given", hint=hint)
-    from difftool.files import refuse_existing, write_whole
-    from difftool.formats.shards import parse_size, written_at
+    from difftool.storage.commit import refuse_existing, write_whole
+    from difftool.storage.shards import parse_size, written_at
 
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
 
     if report is not None:
         refuse_existing(report, overwrite)
 
-    from difftool.config import build_preset
-    from difftool.formats import convert as formats
+    from difftool.adapters.lora.file import parse_lora
+    from difftool.adapters.lora.merge import open_loras
+    from difftool.config.schema import build_preset
+    from difftool.convert import convert as formats
     from difftool.formats import open_model
-    from difftool.formats.lora import parse_lora
-    from difftool.formats.merge import open_loras
-    from difftool.formats.source import Told, choose_weights
-    from difftool.model import Model
+    from difftool.formats.model_source import Told, choose_weights
+    from difftool.pipeline.model import Model
 
     with _averaged(find_model(source), ema_length) as path:
         opened = choose_weights(open_model(path, Told(prediction, zero_snr)), weights)
@@ -216,8 +216,8 @@ def _rename(
     overwrite: bool, allow_unused: bool, json: bool,
 ) -> None:  # fmt: skip
     """A LoRA under another dialect's names."""
-    from difftool.files import refuse_existing, write_whole
-    from difftool.formats.lora_convert import convert_lora
+    from difftool.convert.lora import convert_lora
+    from difftool.storage.commit import refuse_existing, write_whole
 
     for path in (target, report):
         if path is not None:
@@ -245,7 +245,7 @@ def _averaged(source: Path, length: float | None) -> Iterator[Path]:
     if length is None:
         yield source
         return
-    from difftool.training.ema import write_model
+    from difftool.training.step.ema import write_model
 
     with TemporaryDirectory(prefix="difftool-") as folder:
         path = Path(folder) / "model.safetensors"
@@ -255,8 +255,8 @@ def _averaged(source: Path, length: float | None) -> Iterator[Path]:
 
 
 def _inspect(source: Path, json: bool, prediction: str | None, zero_snr: bool | None) -> None:
-    from difftool.formats.inspect import inspect
-    from difftool.formats.source import Told
+    from difftool.convert.inspect import inspect
+    from difftool.formats.model_source import Told
 
     found = inspect(source, Told(prediction, zero_snr))
     for warning in found["warnings"]:

@@ -31,7 +31,7 @@ from difftool.errors import DifftoolError, UsageError, suggestion
 if TYPE_CHECKING:
     from difftool.diffusion.path import Path as NoisePath
     from difftool.forward.show import Show
-    from difftool.model import Model
+    from difftool.pipeline.model import Model
 
 DEFAULT_PATH = "sd15"
 FORMATS = ["png", "gif", "webp", "html", "csv"]
@@ -281,7 +281,7 @@ def _targets(images: Sequence[Path], output: str | None, kind: str) -> list[Path
 
 def _check_free(targets: Sequence[Path], overwrite: bool) -> None:
     """UsageError, before any work, if a file is there and is not to be replaced, or cannot be."""
-    from difftool.files import refuse_existing
+    from difftool.storage.commit import refuse_existing
 
     for target in targets:
         refuse_existing(target, overwrite)
@@ -290,7 +290,7 @@ def _check_free(targets: Sequence[Path], overwrite: bool) -> None:
 
 
 def _write(target: Path, data: bytes, overwrite: bool) -> None:
-    from difftool.files import write_whole
+    from difftool.storage.commit import write_whole
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def _path(name: str, settings: Sequence[str] | None) -> tuple[str, NoisePath]:
 
     options: dict[str, Any] = {}
     if settings:
-        from difftool.config import merge, override_layers
+        from difftool.config.schema import merge, override_layers
 
         for layer in override_layers(settings):
             options = merge(options, layer.values)
@@ -319,10 +319,10 @@ def _path(name: str, settings: Sequence[str] | None) -> tuple[str, NoisePath]:
 
 def _model_path(where: str) -> dict[str, NoisePath]:
     """The path of a model by the model's name, read without loading its weights."""
-    from difftool.config import build_preset
+    from difftool.config.schema import build_preset
     from difftool.diffusion.path import build_path
     from difftool.formats import open_model
-    from difftool.formats.find import find_model
+    from difftool.hub.find import find_model
 
     file = find_model(where)
     source = open_model(file)
@@ -333,7 +333,7 @@ def _model_path(where: str) -> dict[str, NoisePath]:
 
 
 def _load(where: str | None, device: str, dtype: str) -> Model:
-    from difftool.model import Model
+    from difftool.pipeline.model import Model
 
     model = Model.load(where, device=device, dtype=dtype)
     for note in model.notes:
@@ -366,9 +366,9 @@ def _config(show: Show, settings: Sequence[str] | None) -> Iterator[tuple[str, A
 
 def _show(show: Show, image: Path, target: Path, kind: str, overwrite: bool) -> dict[str, Any]:
     """Show one picture in a file; what is told of it under --json."""
-    from difftool.data.images import read_picture
     from difftool.forward.levels import finite
     from difftool.forward.outputs import OUTPUTS
+    from difftool.images.pictures import read_picture
 
     picture = read_picture(image)
     if show.reverse:

@@ -30,8 +30,8 @@ from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import DifftoolError, UsageError
 
 if TYPE_CHECKING:
-    from difftool.config import Layer, SampleConfig
-    from difftool.model import Model
+    from difftool.config.schema import Layer, SampleConfig
+    from difftool.pipeline.model import Model
     from difftool.sampling.run import Event, Result
 
 FORMATS = ["png", "jpg", "webp"]
@@ -318,10 +318,10 @@ def sample(
     if prompt_file:
         stream = read_requests(prompt_file, requests[0])
 
-    from difftool.config import Layer, origins, to_values
-    from difftool.embeddings import add_embeddings
-    from difftool.formats.lora import parse_lora
-    from difftool.model import Model
+    from difftool.adapters.lora.file import parse_lora
+    from difftool.config.schema import Layer, origins, to_values
+    from difftool.pipeline.model import Model
+    from difftool.pipeline.words import add_embeddings
     from difftool.sampling.run import Run, resolve_settings
 
     loras = [parse_lora(text) for text in lora] if lora else [(Path(p), w) for p, w in base.loras]
@@ -373,7 +373,7 @@ def _recipe(settings: SampleConfig) -> str:
 
 def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
     """What was asked for on the command line, flag by flag, as layers over the model's preset."""
-    from difftool.config import Layer, override_layers
+    from difftool.config.schema import Layer, override_layers
 
     # Fresh noise is an option of the sampler; every other flag is a setting of its own.
     layers = [
@@ -393,7 +393,7 @@ def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
 
 
 def _asked(layers: list[Layer]) -> dict[str, Any]:
-    from difftool.config import merge
+    from difftool.config.schema import merge
 
     asked: dict[str, Any] = {}
     for layer in layers:

@@ -19,12 +19,12 @@ from difftool.cli.console import (
     choice,
     choices,
 )
-from difftool.config import RECIPES, Layer, Part, preset_names
+from difftool.config.schema import RECIPES, Layer, Part, preset_names
 from difftool.errors import UsageError
 
 if TYPE_CHECKING:
-    from difftool.config import Preset
-    from difftool.training.run import Run
+    from difftool.config.schema import Preset
+    from difftool.training.run.folder import Run
 
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 OPTIMIZERS = ["adamw", "muon"]
@@ -281,7 +281,7 @@ def train(
     if start is not None and preset is not None:
         raise UsageError("--from brings its own preset", hint="leave --preset out; use --set")
 
-    from difftool.config import (
+    from difftool.config.schema import (
         data_config,
         load_preset,
         origins,
@@ -291,17 +291,17 @@ def train(
     )
     from difftool.data import open_dataset
     from difftool.formats import open_model
-    from difftool.formats.find import find_model
-    from difftool.formats.shards import parse_size
-    from difftool.model import Model, pick_device
-    from difftool.training import parallel
-    from difftool.training import stages as staged
-    from difftool.training.batches import buckets_of
-    from difftool.training.estimate import check_disk, estimate
-    from difftool.training.loop import compiler_problem
-    from difftool.training.plan import plan
-    from difftool.training.report import usage
-    from difftool.training.run import is_used, new_folder
+    from difftool.hub.find import find_model
+    from difftool.pipeline.model import Model, pick_device
+    from difftool.storage.shards import parse_size
+    from difftool.training.report.page import usage
+    from difftool.training.run import stages as staged
+    from difftool.training.run.estimate import check_disk, estimate
+    from difftool.training.run.folder import is_used, new_folder
+    from difftool.training.run.plan import plan
+    from difftool.training.step import parallel
+    from difftool.training.step.batches import buckets_of
+    from difftool.training.step.loop import compiler_problem
 
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     where = parallel.join(pick_device(device))

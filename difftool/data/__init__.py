@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.data.dataset import Audit, Dataset, Kind, Skipped, Subset
 from difftool.data.folder import open_folder

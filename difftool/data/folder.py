@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data import kohya, labels, tables
 from difftool.data.archive import Files, Folders, open_files
 from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import Audit, Kind, Skipped, count, named
-from difftool.data.images import SUFFIXES, colour
 from difftool.data.listing import Listing, describe_syntax, orphans, sidecars
 from difftool.data.pictures import Checked, FolderDataset, Pool, Row, check
 from difftool.errors import InputError, UsageError
+from difftool.images.pictures import SUFFIXES, colour
 
 SPLITS = ("train", "validation", "valid", "val", "test")
 """Folders that are parts of a set, in the order of preference for what is held out."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import count, named
 from difftool.data.listing import MAX_METADATA, SIDECARS, Listing, sound_text

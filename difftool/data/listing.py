@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import Audit, count, named

@@ -12,12 +12,13 @@ from functools import cached_property
 from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from difftool.config import DataConfig
+from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.buckets import Buckets, Size
 from difftool.data.captions import Caption, Dice, Syntax
 from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniforms
-from difftool.data.images import (
+from difftool.errors import InputError
+from difftool.images.pictures import (
     MAX_BYTES,
     Fit,
     fit,
@@ -27,7 +28,6 @@ from difftool.data.images import (
     scaled,
     to_uint8,
 )
-from difftool.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

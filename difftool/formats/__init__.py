@@ -4,8 +4,8 @@
 """
 
 from difftool.formats import diffusers, ldm, native  # each enters the table of formats
-from difftool.formats.files import TensorSource, open_source
-from difftool.formats.source import FORMATS, Evidence, ModelSource, open_model
+from difftool.formats.model_source import FORMATS, Evidence, ModelSource, open_model
+from difftool.storage.tensor_file import TensorSource, open_source
 
 __all__ = [
     "FORMATS",

@@ -11,18 +11,18 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from difftool.config import build_preset, to_values
+from difftool.config.networks import CodecConfig, VaeConfig
+from difftool.config.schema import build_preset, to_values
 from difftool.errors import InputError
 from difftool.formats import detect
 from difftool.formats.diffusers import WEIGHTS, component_tensors, our_name
-from difftool.formats.families import VAE
-from difftool.formats.files import is_source, open_source
-from difftool.formats.layout import vae_rules
 from difftool.formats.ldm import mapped, usual_names
+from difftool.formats.model_source import FORMATS, Evidence, ModelSource, locate, open_model
+from difftool.formats.names import vae_rules
 from difftool.formats.networks import read_vae
-from difftool.formats.source import FORMATS, Evidence, ModelSource, locate, open_model
-from difftool.formats.strict import read_json
-from difftool.models.configs import CodecConfig, VaeConfig
+from difftool.formats.preset_of_file import VAE
+from difftool.storage.strict_json import read_json
+from difftool.storage.tensor_file import is_source, open_source
 
 PREFIXES = ("first_stage_model.", "vae.", "")
 BESIDE = re.compile(r"(loss|model_ema)\..+|(decay|num_updates|global_step)")

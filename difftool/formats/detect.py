@@ -15,8 +15,7 @@ from itertools import count
 from math import gcd, isqrt
 from typing import Any
 
-from difftool.formats.layout import Shape, unet_rules
-from difftool.models.configs import (
+from difftool.config.networks import (
     CodecConfig,
     Depth,
     TextConfig,
@@ -24,6 +23,7 @@ from difftool.models.configs import (
     VaeConfig,
     VisionConfig,
 )
+from difftool.formats.names import Shape, unet_rules
 
 Shapes = Mapping[str, Shape]
 
@@ -69,7 +69,7 @@ def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
 
 @cache
 def _published(name: str) -> dict[str, Shape]:
-    from difftool.config import load_preset
+    from difftool.config.schema import load_preset
 
     config = load_preset(name).unet
     return {rule.there: rule.shape_there for rule in unet_rules(config)}

@@ -16,19 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from difftool.config import Preset, SampleConfig, TrainConfig, build_preset, to_values
+from difftool.config.networks import IdentityConfig, TextConfig, VaeConfig
+from difftool.config.schema import Preset, SampleConfig, TrainConfig, build_preset, to_values
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import networks
 from difftool.formats.detect import family_of
-from difftool.formats.extra import checked_extra, differing, make_extra, with_extra
-from difftool.formats.files import TensorSource, open_source
-from difftool.formats.layout import Rule
-from difftool.formats.networks import VERSION
-from difftool.formats.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
-from difftool.formats.schedulers import read_scheduler, write_scheduler
-from difftool.formats.source import (
+from difftool.formats.model_source import (
     EMA,
     EXTRA,
     FORMATS,
@@ -42,10 +37,15 @@ from difftool.formats.source import (
     Told,
     checked_values,
 )
-from difftool.formats.strict import read_json
-from difftool.formats.tensors import Located, piece_of_file
-from difftool.models.configs import IdentityConfig, TextConfig, VaeConfig
-from difftool.models.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
+from difftool.formats.names import Rule
+from difftool.formats.networks import VERSION
+from difftool.formats.roundtrip import checked_extra, differing, make_extra, with_extra
+from difftool.formats.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
+from difftool.formats.schedulers import read_scheduler, write_scheduler
+from difftool.storage.strict_json import read_json
+from difftool.storage.tensor_file import TensorSource, open_source
+from difftool.storage.tensors import Located, piece_of_file
+from difftool.text.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"

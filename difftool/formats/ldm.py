@@ -15,24 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from difftool.config import Preset, build_preset, to_values
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.schema import Preset, build_preset, to_values
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats import detect
-from difftool.formats.evidence import yaml_beside
-from difftool.formats.extra import checked_extra, make_extra, with_extra
-from difftool.formats.families import UNET, VAE, derive, unknown_family
-from difftool.formats.files import TensorSource, is_source, open_source
-from difftool.formats.layout import (
-    Rule,
-    Shape,
-    clip_rules,
-    openclip_rules,
-    placed,
-    unet_rules,
-    vae_rules,
-)
-from difftool.formats.native import modelspec
-from difftool.formats.source import (
+from difftool.formats.model_source import (
     EMA,
     EXTRA,
     FORMATS,
@@ -47,10 +34,23 @@ from difftool.formats.source import (
     checked_values,
     free_metadata,
 )
-from difftool.formats.strict import parse_json
-from difftool.formats.tensors import Info, Located, piece_of_file, rows_strides
+from difftool.formats.names import (
+    Rule,
+    Shape,
+    clip_rules,
+    openclip_rules,
+    placed,
+    unet_rules,
+    vae_rules,
+)
+from difftool.formats.native import modelspec
+from difftool.formats.prediction_type import yaml_beside
+from difftool.formats.preset_of_file import UNET, VAE, derive, unknown_family
+from difftool.formats.roundtrip import checked_extra, make_extra, with_extra
 from difftool.formats.unclip import NOTHING, rules_back, seen_in
-from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
+from difftool.storage.strict_json import parse_json
+from difftool.storage.tensor_file import TensorSource, is_source, open_source
+from difftool.storage.tensors import Info, Located, piece_of_file, rows_strides
 
 AVERAGED = "model_ema."
 KEPT = f"{EXTRA}ldm."

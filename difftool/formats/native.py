@@ -16,16 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.errors import InputError
-from difftool.formats.files import TensorSource, is_index, open_source
-from difftool.formats.layout import Rule
-from difftool.formats.safetensors import (
-    DATA_HASH,
-    looks_like_safetensors,
-    read_header,
-    save_tensors,
-)
-from difftool.formats.shards import write_shards
-from difftool.formats.source import (
+from difftool.formats.model_source import (
     EMA,
     FORMATS,
     NOTHING_TOLD,
@@ -37,8 +28,17 @@ from difftool.formats.source import (
     checked_values,
     free_metadata,
 )
-from difftool.formats.strict import parse_json
-from difftool.formats.tensors import piece_of_tensor
+from difftool.formats.names import Rule
+from difftool.storage.safetensors import (
+    DATA_HASH,
+    looks_like_safetensors,
+    read_header,
+    save_tensors,
+)
+from difftool.storage.shards import write_shards
+from difftool.storage.strict_json import parse_json
+from difftool.storage.tensor_file import TensorSource, is_index, open_source
+from difftool.storage.tensors import piece_of_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
 from difftool.errors import CheckError, InputError
-from difftool.models.configs import TextConfig, UNetConfig, VaeConfig
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from difftool.config import SampleConfig
+from difftool.config.schema import SampleConfig
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import SCHEDULES, Discrete, Edm, Flow, Path
 from difftool.diffusion.prediction import SIGMA_DATA

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from difftool.config.networks import CLIP_MEAN, CLIP_STD, VisionConfig
 from difftool.errors import InputError
 from difftool.formats import detect
-from difftool.formats.layout import Rule, Shape, placed, vision_rules
+from difftool.formats.model_source import EXTRA
+from difftool.formats.names import Rule, Shape, placed, vision_rules
 from difftool.formats.networks import VERSION
 from difftool.formats.schedulers import CLASSES
-from difftool.formats.source import EXTRA
 from difftool.formats.vision import ENCODER, FIELDS, NOISING, read_vision
-from difftool.models.configs import CLIP_MEAN, CLIP_STD, VisionConfig
 
 VISUAL, AUGMENTOR = "embedder.model.visual.", "noise_augmentor.data_"
 SEES, NORMS = f"{EXTRA}diffusers.image_encoder.", f"{EXTRA}diffusers.image_normalizer."

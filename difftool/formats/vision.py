@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from difftool.config.networks import VisionConfig
 from difftool.diffusion.path import Path, build_path
 from difftool.errors import InputError
 from difftool.formats.schedulers import read_scheduler
-from difftool.models.configs import VisionConfig
 
 ENCODER, NOISING = "image_encoder/config.json", "image_noising_scheduler/scheduler_config.json"
 FIELDS = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from difftool.data.images import encode_png
 from difftool.forward.animation import gif, webp
 from difftool.forward.drawing import draw
 from difftool.forward.levels import csv_text
 from difftool.forward.page import page
 from difftool.forward.plots import draw_curves
 from difftool.forward.sheets import Sheet
+from difftool.images.pictures import encode_png
 
 
 class Output(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from difftool.data.images import scaled
 from difftool.diffusion.path import Level, Path
 from difftool.forward.levels import even_levels
+from difftool.images.pictures import scaled
 
 Signal = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]

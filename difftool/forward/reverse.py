@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftool.data.images import framed, to_pixels, to_tensor
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError, UsageError
 from difftool.forward.process import Pixels, Signal
-from difftool.model import Model
+from difftool.images.pictures import framed, to_pixels, to_tensor
+from difftool.pipeline.model import Model
 
 
 class ModelSpace:

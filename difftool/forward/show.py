@@ -17,7 +17,7 @@ from difftool.forward.process import PixelSpace
 from difftool.forward.sheets import Sheet
 
 if TYPE_CHECKING:
-    from difftool.model import Model
+    from difftool.pipeline.model import Model
 
 SAMPLER_STEPS, TABLE_LINES = 20, 21
 """Steps of a sampler and lines of a table, where it is not said."""

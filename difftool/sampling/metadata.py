@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from difftool import __version__
-from difftool.config import SampleConfig, to_values
-from difftool.data.images import encode_png
+from difftool.config.schema import SampleConfig, to_values
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import InputError, UsageError
+from difftool.images.pictures import encode_png
 from difftool.sampling.requests import Request
 
 if TYPE_CHECKING:
-    from difftool.model import Model
+    from difftool.pipeline.model import Model
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20

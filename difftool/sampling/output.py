@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
-from difftool.files import write_whole
+from difftool.storage.commit import write_whole
 
 ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 FORMATS = ("png", "jpg", "webp")

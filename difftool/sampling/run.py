@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from difftool.config import SampleConfig
-from difftool.data.images import tile, to_pil
-from difftool.decoding import out_of_memory
+from difftool.config.schema import SampleConfig
 from difftool.diffusion.samplers import split_spelling
-from difftool.embeddings import Word, used
 from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
-from difftool.formats.safetensors import load_tensors, read_header, save_tensors
-from difftool.generation import Item, Second, check_items, plan
-from difftool.model import Model
+from difftool.images.pictures import tile, to_pil
+from difftool.pipeline.decode import out_of_memory
+from difftool.pipeline.generate import Item, Second, check_items, plan
+from difftool.pipeline.inputs import mask, picture, seen, size_of
+from difftool.pipeline.model import Model
+from difftool.pipeline.words import Word, used
 from difftool.sampling import metadata
 from difftool.sampling.metadata import Recipe
 from difftool.sampling.output import Output
-from difftool.sampling.pictures import mask, picture, seen, size_of
 from difftool.sampling.requests import Request, located
+from difftool.storage.safetensors import load_tensors, read_header, save_tensors
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,0 +1,459 @@
+"""LoRA (Hu et al. 2021) and its kin: which layers of a model a file changes, in every dialect.
+
+kohya        lora_unet_down_blocks_0_..._to_q.lora_down.weight, lora_te_..., lora_te1_..., .alpha;
+             for SDXL the U-Net's layers have LDM's names: lora_unet_input_blocks_4_1_...
+PEFT         unet.down_blocks.0....to_q.lora_A.weight, text_encoder....; scales are in the header or
+             in adapter_config.json
+diffusers    unet....attn1.processor.to_q_lora.down.weight, text_encoder....lora_linear_layer.down
+LyCORIS      kohya's names with hada_* (LoHa), lokr_* (LoKr), dora_scale, or diff (the whole change)
+
+Underscores cannot be turned back into dots, so names are looked up among all that the model's own
+layers have. Torch-free; no tensor is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from difftool.config.networks import UNetConfig
+from difftool.errors import CheckError, InputError, UsageError
+from difftool.formats.names import Shape, unet_rules
+from difftool.storage.safetensors import looks_like_safetensors
+from difftool.storage.strict_json import parse_json, read_json
+from difftool.storage.tensor_file import TensorSource, open_source
+from difftool.storage.tensors import Located, file_chunks
+
+Kind = Literal["lora", "loha", "lokr", "full"]
+ENCODERS = ("text_encoder", "text_encoder_2")
+ADAPTER = "lora_adapter_metadata"
+"""Key of diffusers' headers for PEFT's configuration, a prefix of a component before each key."""
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_ADAPTER_NAME = r"(?:\.[^.]+)??"
+ROLES = {
+    "down": r"\.lora_down\.weight|(?:[._]lora|\.lora_linear_layer)\.down\.weight"
+    rf"|\.lora_A{_ADAPTER_NAME}\.weight",
+    "up": r"\.lora_up\.weight|(?:[._]lora|\.lora_linear_layer)\.up\.weight"
+    rf"|\.lora_B{_ADAPTER_NAME}\.weight",
+    "up_bias": rf"\.lora_B{_ADAPTER_NAME}\.bias|\.lora_up\.bias",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"(?:[._]lora|\.lora_linear_layer)?\.alpha",
+    "magnitude": rf"\.dora_scale|\.lora_magnitude_vector{_ADAPTER_NAME}(?:\.weight)?",
+    **{name: rf"\.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: rf"\.{name}" for name in ("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2")},
+    **{name: rf"\.{name}" for name in ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")},
+    "diff": r"\.diff|\.w_norm",
+    "diff_bias": r"\.diff_b|\.b_norm",
+}
+"""What a tensor is to its layer, by the end of its name."""
+PATTERN = re.compile(
+    "(?P<layer>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in ROLES.items()) + ")"
+)
+NEEDED: dict[Kind, tuple[frozenset[str], ...]] = {
+    "lora": (frozenset({"down", "up"}),),
+    "loha": (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
+    "lokr": tuple(
+        frozenset(first + second)
+        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    ),
+    "full": (frozenset({"diff"}), frozenset({"diff_bias"}), frozenset({"diff", "diff_bias"})),
+}
+"""The tensors that a change is made of, in each of the ways that it can be."""
+ALLOWED: dict[Kind, frozenset[str]] = {
+    "lora": frozenset({"up_bias", "mid", "alpha", "magnitude"}),
+    "loha": frozenset({"hada_t1", "hada_t2", "alpha", "magnitude"}),
+    "lokr": frozenset({"lokr_t2", "alpha", "magnitude"}),
+    "full": frozenset({"alpha"}),
+}
+"""Tensors that may be there besides."""
+
+
+class Change(NamedTuple):
+    """What a file does to a layer."""
+
+    kind: Kind
+    tensors: dict[str, Located]
+    """By role."""
+    alpha: float | None = None
+    """What the rank is scaled by, where no tensor says so; None: the rank, so a scale of 1."""
+    rooted: bool = False
+    """Whether the scale is alpha over the square root of the rank (rsLoRA)."""
+
+    @property
+    def rank(self) -> int | None:
+        """Of its matrices; None for changes that are whole."""
+        for role, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+            if role in self.tensors:
+                return self.tensors[role].info.shape[axis]
+        return None
+
+    @property
+    def by_row(self) -> bool:
+        """DoRA: whether magnitudes are of a weight's rows, as PEFT's are, or of its inputs, as
+        LyCORIS' may be, with ones on all other axes."""
+        place = self.tensors["magnitude"]
+        shape = place.info.shape
+        return ".dora_scale" not in place.name or len(shape) < 2 or shape[0] != 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and columns times kernel, of what is added to the weight."""
+        s = {role: place.info.shape for role, place in self.tensors.items()}
+        match self.kind:
+            case "lora":
+                kernel = prod((s["mid"] if "mid" in s else s["down"])[2:])
+                return s["up"][0], s["down"][1] * kernel * prod(s["up"][2:])
+            case "loha" if "hada_t1" in s:
+                return s["hada_w1_a"][1], s["hada_w1_b"][1] * prod(s["hada_t1"][2:])
+            case "loha":
+                return s["hada_w1_a"][0], s["hada_w1_b"][1]
+            case "lokr":
+                first, second = (_factor(s, f"lokr_w{i}") for i in (1, 2))
+                return first[0] * second[0], first[1] * second[1]
+        shape = s["diff"] if "diff" in s else s["diff_bias"]
+        return _flat(shape)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An opened file: what it changes, and what in it changes nothing."""
+
+    path: Path
+    dialect: str
+    changes: dict[str, Change]
+    """By layer of difftool: unet.mid_block.attentions.0...to_q, text.0...."""
+    unused: dict[str, str]
+    """Tensors that say nothing to the model, and why."""
+    metadata: dict[str, str]
+    names: dict[str, str]
+    """What layers are called in the file."""
+    encoders: tuple[str, ...]
+    """What the model's text encoders are called in diffusers' folders."""
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The model's tensors that it changes."""
+        found = set()
+        for layer, change in self.changes.items():
+            if change.kind != "full" or "diff" in change.tensors:
+                found.add(f"{layer}.weight")
+            if change.tensors.keys() & {"diff_bias", "up_bias"}:
+                found.add(f"{layer}.bias")
+        return frozenset(found)
+
+    @cached_property
+    def hash(self) -> str:
+        """By which other tools know the file: of what follows a safetensors header."""
+        digest, start = hashlib.sha256(), 0
+        if looks_like_safetensors(self.path):
+            with self.path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+        for chunk in file_chunks(self.path, start, self.path.stat().st_size):
+            digest.update(chunk)
+        return digest.hexdigest()[:12]
+
+
+def changed_by(loras: Iterable[Lora]) -> set[str]:
+    """The model's tensors that any of them changes."""
+    return {name for lora in loras for name in lora.targets}
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def spellings(layers: Collection[str], unet: UNetConfig) -> dict[str, str | None]:
+    """Every name that layers of a model have in some dialect; None for a name that two have."""
+    found: dict[str, str | None] = {}
+    encoders = encoders_of(layers, unet)
+    for layer in layers:
+        for name in names_of(layer, encoders):
+            found[name] = layer if found.get(name, layer) == layer else None
+    for there, layer in ldm_names(unet).items():
+        kohya = f"lora_unet_{there.replace('.', '_')}"
+        for name in (kohya, f"diffusion_model.{there}", f"model.diffusion_model.{there}"):
+            found[name] = layer if found.get(name, layer) == layer else None
+    return found
+
+
+def ldm_names(unet: UNetConfig) -> dict[str, str]:
+    """LDM's names of a U-Net's layers; none for a network that is not of its kind."""
+    try:
+        rules = [*unet_rules(unet)]
+    except CheckError:
+        return {}
+    return {
+        rule.there.removesuffix(".weight"): f"unet.{rule.here[0].removesuffix('.weight')}"
+        for rule in rules
+        if rule.there.endswith(".weight")
+    }
+
+
+def encoders_of(layers: Iterable[str], unet: UNetConfig) -> tuple[str, ...]:
+    """What diffusers calls a model's text encoders: SDXL's refiner has no first one."""
+    xl = unet.vector_dim is not None and unet.vector_name == "add_embedding"
+    two = any(layer.startswith("text.1.") for layer in layers)
+    return ENCODERS[1:] if xl and not two else ENCODERS
+
+
+def names_of(layer: str, encoders: tuple[str, ...]) -> Iterator[str]:
+    """Names of a layer under which diffusers', PEFT's and kohya's files change it."""
+    first, _, name = layer.partition(".")
+    if first == "unet":
+        yield f"lora_unet_{name.replace('.', '_')}"
+        yield from (f"{prefix}{name}" for prefix in ("unet.", "", "base_model.model."))
+        yield f"base_model.model.unet.{name}"
+    if first != "text":
+        return
+    number, _, name = name.partition(".")
+    index, encoder = int(number), encoders[int(number)]
+    bare = name.removeprefix("text_model.")  # as newer transformers have it
+    for each in dict.fromkeys((name, bare)):
+        yield f"{encoder}.{each}"
+        yield from (f"base_model.model.{encoder}.{each}",) if encoder == ENCODERS[1] else ()
+        if not index:
+            yield from (f"base_model.model.{each}", each)
+    flat = name.replace(".", "_")
+    yield f"lora_te{ENCODERS.index(encoder) + 1}_{flat}"
+    if not index:
+        yield f"lora_te_{flat}"
+
+
+def kohya_names(
+    layers: Iterable[str], ldm: UNetConfig | None, encoders: tuple[str, ...] = ENCODERS
+) -> dict[str, str]:
+    """What sd-scripts calls layers. ldm: the U-Net whose layers have LDM's names, as SDXL's have;
+    None: they have diffusers', as those of SD1 and SD2 have."""
+    layers = list(layers)
+    theirs = {} if ldm is None else {ours: there for there, ours in ldm_names(ldm).items()}
+    two = ldm is not None or any(layer.startswith("text.1.") for layer in layers)
+    names = {}
+    for layer in layers:
+        first, _, name = layer.partition(".")
+        if first == "unet":
+            prefix, name = "lora_unet", theirs.get(layer, name)
+        else:
+            number, _, name = name.partition(".")
+            place = ENCODERS.index(encoders[int(number)]) + 1
+            prefix = f"lora_te{place}" if two else "lora_te"
+        names[layer] = f"{prefix}_{name.replace('.', '_')}"
+    return names
+
+
+def _variants(name: str) -> Iterator[str]:
+    """A layer's name in a file, and as it would be without the detours of old diffusers."""
+    yield name
+    plain = name.replace(".processor.", ".")
+    yield plain
+    if ".self_attn.to_" in plain:
+        first, _, kind = plain.rpartition(".to_")
+        yield f"{first}.{kind}_proj"
+    elif plain.endswith(".to_out"):
+        yield f"{plain}.0"
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: UNetConfig) -> Lora:
+    """What a file changes of a model with layers whose weights have these shapes (None: any).
+
+    UsageError if there is no such file; InputError if it is malformed, holds no LoRA, or does not
+    fit the model.
+    """
+    source, config = _open(path)
+    known = spellings(layers, unet)
+    grouped: dict[str, dict[str, Located]] = {}
+    names: dict[str, str] = {}
+    unused: dict[str, str] = {}
+    for name, place in source.tensors.items():
+        found = PATTERN.fullmatch(name)
+        if not found:
+            unused[name] = "no tensor of a LoRA that this version knows"
+            continue
+        spelled = found["layer"]
+        layer = next((known[n] for n in _variants(spelled) if n in known), None)
+        if layer is None:
+            unused[name] = "the model has no such layer"
+            continue
+        role = next(role for role in ROLES if found[role] is not None)
+        if role in grouped.setdefault(layer, {}):
+            raise InputError(f"{path} is malformed", f"it changes {layer} twice ({name})")
+        if place.info.dtype not in FLOATS:
+            raise InputError(f"{path} is malformed", f"{name} is {place.info.dtype}")
+        grouped[layer][role], names[layer] = place, spelled
+    if not any(PATTERN.fullmatch(name) for name in source.tensors):
+        raise InputError(f"{path} is no LoRA", "none of its tensors is one of a LoRA")
+    changes = {}
+    for layer, tensors in grouped.items():
+        kind = _kind(tensors)
+        if kind is None:
+            for role, place in tensors.items():
+                unused[place.name] = f"its layer has no more than {', '.join(tensors)}"
+                assert role
+            continue
+        alpha, rooted = scale_of(config, names[layer]) if kind == "lora" else (None, False)
+        changes[layer] = Change(kind, tensors, alpha, rooted)
+        _check(path, layer, changes[layer], layers[layer])
+    dialect, encoders = _dialect(source.tensors), encoders_of(layers, unet)
+    return Lora(source.path, dialect, changes, unused, source.metadata, names, encoders)
+
+
+def _open(path: Path) -> tuple[TensorSource, dict[str, Any]]:
+    """The tensors of a file or of a folder's, and PEFT's configuration of them."""
+    if path.is_dir():
+        wanted = [path / name.replace(".safetensors", end) for end in (".safetensors", ".bin")
+                  for name in FILES]  # fmt: skip
+        found = [file for file in wanted if file.is_file()]
+        if not found:
+            what = f"{path} is no LoRA"
+            raise InputError(what, f"it has no {' or '.join(FILES)}", "name the file itself")
+        path = found[0]
+    source = open_source(path)
+    beside = path.parent / "adapter_config.json"
+    if ADAPTER in source.metadata:
+        config = parse_json(source.metadata[ADAPTER], f"{ADAPTER} of {path}")
+    elif path.name in (FILES[1], "adapter_model.bin") and beside.is_file():
+        config = {f".{key}": value for key, value in read_json(beside).items()}
+    else:
+        config = {}
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is malformed", f"{ADAPTER} is no object")
+    return source, config
+
+
+def scale_of(config: Mapping[str, Any], name: str) -> tuple[float | None, bool]:
+    """A layer's alpha and whether it is rsLoRA's, by PEFT's configuration; None: the rank."""
+    if not config:
+        return None, False
+    components = {key.partition(".")[0] for key in config}
+    prefix = next((c for c in components if c and name.startswith(f"{c}.")), "")
+    inner = name.removeprefix(f"{prefix}.") if prefix else name
+
+    def told(key: str) -> Any:
+        return config.get(f"{prefix}.{key}")
+
+    alpha, patterns = told("lora_alpha"), told("alpha_pattern") or {}
+    if isinstance(patterns, dict):
+        inner = inner.removeprefix("base_model.model.")
+        fitting = (k for k in patterns if _fits(k, inner))
+        if (key := next(fitting, None)) is not None:
+            alpha = patterns[key]
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise InputError("PEFT's configuration is malformed", f"lora_alpha is {alpha!r}")
+    return None if alpha is None else float(alpha), bool(told("use_rslora"))
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a key of PEFT's patterns is about a layer: its end, as a regular expression."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", name) is not None
+    except re.error:
+        return False
+
+
+def _kind(tensors: Iterable[str]) -> Kind | None:
+    """What change tensors of those roles make; None if none, or not one alone."""
+    roles = frozenset(tensors)
+    for kind, ways in NEEDED.items():
+        if any(way <= roles <= way | ALLOWED[kind] for way in ways):
+            return kind
+    return None
+
+
+def _dialect(names: Iterable[str]) -> str:
+    """In words, for people."""
+    text = "\n".join(names)
+    for dialect, pattern in (
+        ("LyCORIS", r"\.hada_|\.lokr_|\.diff$|\.diff_b$|\.w_norm$"),
+        ("PEFT", r"\.lora_A\."),
+        ("diffusers", r"[._]lora\.down\.|lora_linear_layer"),
+    ):
+        if re.search(pattern, text, re.MULTILINE):
+            return dialect
+    return "kohya"
+
+
+# --- fit -------------------------------------------------------------------------------------
+
+
+def _flat(shape: Shape) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])
+
+
+def _factor(s: Mapping[str, Shape], name: str) -> tuple[int, int]:
+    """Rows, and columns times kernel, of one of LoKr's factors."""
+    if name in s:
+        return _flat(s[name])
+    if "lokr_t2" in s and name == "lokr_w2":
+        return s[f"{name}_a"][1], s[f"{name}_b"][1] * prod(s["lokr_t2"][2:])
+    return s[f"{name}_a"][0], prod(s[f"{name}_b"][1:])
+
+
+def fits(change: Change, shape: Shape) -> bool:
+    """Whether a weight of that shape, and its bias, can be changed so."""
+    roles = change.tensors.keys()
+    biases = {change.tensors[role].info.shape for role in roles & {"diff_bias", "up_bias"}}
+    whole = change.kind != "full" or "diff" in roles
+    return (not whole or change.shape == _flat(shape)) and biases <= {shape[:1]}
+
+
+MATRICES = {
+    "lora": ("down", "up"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_w1", "lokr_w2"),
+    "full": (),
+}
+PAIRS = (("up", "down"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"),
+         ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))  # fmt: skip
+TUCKER = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}
+"""Cores, with which the first matrix of a pair lies the other way round."""
+
+
+def _check(path: Path, layer: str, change: Change, shape: Shape | None) -> None:
+    """InputError unless a change can be made, and of a weight of that shape."""
+    s = {role: place.info.shape for role, place in change.tensors.items()}
+    what = f"{path} is malformed"
+    for role in MATRICES[change.kind]:
+        if role in s and (len(s[role]) not in (2, 4) or 0 in s[role]):
+            raise InputError(what, f"{change.tensors[role].name} is {list(s[role])}")
+    for first, second in PAIRS:
+        if first in s and second in s:
+            rows = s[first][0 if TUCKER.get(first) in s else 1]
+            core = s.get("mid" if first == "up" else TUCKER.get(first, ""))
+            expected = (rows, s[second][0])
+            if core is not None and core[:2] != expected:
+                raise InputError(what, f"the core of {layer} is {list(core)}")
+            if core is None and expected[0] != expected[1]:
+                why = f"{change.tensors[first].name} is {list(s[first])}, which does not go with "
+                raise InputError(what, why + f"{change.tensors[second].name}, {list(s[second])}")
+    if "alpha" in s and prod(s["alpha"]) != 1:
+        raise InputError(what, f"{change.tensors['alpha'].name} is no number")
+    if shape is None:
+        return
+    if not fits(change, shape):
+        there = [*(s["diff_bias"] if "diff_bias" in s else change.shape)]
+        why = f"it changes {layer} by {there}, whose weight is {list(shape)}"
+        raise InputError(f"{path} was made for another model", why, "try the model it is for")
+    if "magnitude" in s and prod(s["magnitude"]) != shape[0 if change.by_row else 1]:
+        raise InputError(what, f"{change.tensors['magnitude'].name} is {list(s['magnitude'])}")
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT; UsageError for a weight that is none."""
+    first, colon, last = text.rpartition(":")
+    if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", last.strip()):
+        return Path(first), float(last)
+    if colon and not Path(text).exists() and Path(first).exists():
+        hint = "give a number: --lora FILE:0.8"
+        raise UsageError(f'"{last}" is not the weight of a LoRA', hint=hint)
+    return Path(text), 1.0

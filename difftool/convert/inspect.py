@@ -1,0 +1,104 @@
+"""What is in a model, from headers and configuration files alone. Torch-free; loads no tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from difftool.convert.convert import component
+from difftool.convert.lora import describe
+from difftool.diffusion.path import build_path
+from difftool.formats.detect import kind_of
+from difftool.formats.model_source import (
+    FORMATS,
+    NOTHING_TOLD,
+    Told,
+    free_metadata,
+    locate,
+    open_model,
+)
+from difftool.formats.prediction_type import WORDS
+from difftool.storage.tensor_file import is_source, open_source
+from difftool.storage.tensors import Info
+
+SCHEMA = 1
+ODD = 5
+"""Tensors of no use that are named."""
+DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+def inspect(path: Path, told: Told = NOTHING_TOLD) -> dict[str, Any]:
+    """A description of a model, or of any safetensors file, as the JSON object of `--inspect`.
+
+    UsageError if there is nothing at the path, InputError if it is malformed or unsupported.
+    """
+    path = locate(path)
+    known = any(format.recognises(path) for format in FORMATS.values())
+    return _model(path, told) if known or not is_source(path) else _file(path)
+
+
+def _model(path: Path, told: Told) -> dict[str, Any]:
+    source = open_model(path, told)
+    return {
+        "schema": SCHEMA,
+        "format": source.kind,
+        "family": source.values.get("family", "difftool"),
+        "prediction": source.values["target"],
+        "zero_snr": bool(getattr(build_path(source.values["path"]), "zero_snr", False)),
+        "evidence": [finding._asdict() for finding in source.findings],
+        "weights": list(source.weights),
+        "components": _components((name, place.info) for name, place in source.tensors.items()),
+        "metadata": source.metadata,
+        "warnings": list(source.warnings),
+        # JSON has no infinities.
+        "preset": json.loads(json.dumps(source.values), parse_constant=str),
+    }
+
+
+def _file(path: Path) -> dict[str, Any]:
+    header = open_source(path)
+    names = list(header.tensors)
+    family, says = kind_of(names)
+    evidence = [{"source": "tensor names", "says": says}]
+    prediction = WORDS.get(header.metadata.get("modelspec.prediction_type", ""))
+    if prediction:
+        evidence.append({"source": "modelspec.prediction_type", "says": f"target {prediction}"})
+    if architecture := header.metadata.get("modelspec.architecture"):
+        evidence.append({"source": "modelspec.architecture", "says": architecture})
+    parts: dict[str, str] = {}
+    warnings = [*header.warnings]
+    if family == "lora":
+        lines, parts, odd = describe(path)
+        evidence += [{"source": "layers", "says": says} for says in lines]
+        warnings += odd[:ODD] + [f"and {len(odd) - ODD} more tensors"] * (len(odd) > ODD)
+    else:
+        warnings.append("this version does not convert files of this kind")
+    return {
+        "schema": SCHEMA,
+        "format": header.kind,
+        "family": family,
+        "prediction": prediction,
+        "zero_snr": None,
+        "evidence": evidence,
+        "weights": [],
+        "components": _components(
+            (parts.get(name, name), place.info) for name, place in header.tensors.items()
+        ),
+        "metadata": free_metadata(header.metadata),
+        "warnings": warnings,
+    }
+
+
+def _components(tensors: Iterable[tuple[str, Info]]) -> dict[str, Any]:
+    """Tensors, parameters and dtypes (with how many tensors have them) of each component."""
+    found: dict[str, Any] = {}
+    for name, info in tensors:
+        part = found.setdefault(component(name), {"tensors": 0, "parameters": 0, "dtypes": {}})
+        dtype = DTYPES.get(info.dtype, info.dtype.lower())
+        part["tensors"] += 1
+        part["parameters"] += prod(info.shape)
+        part["dtypes"][dtype] = part["dtypes"].get(dtype, 0) + 1
+    return found

@@ -1,0 +1,356 @@
+"""LoRAs from kohya's names to PEFT's and back, nothing lost, without a model at hand.
+
+What one dialect does not say (unusual names, which alphas were there and of what dtype) goes into
+the header under NOTES, and comes back from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from math import isclose
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from difftool.adapters.lora.file import (
+    ADAPTER,
+    FLOATS,
+    Change,
+    Lora,
+    fits,
+    kohya_names,
+    read_lora,
+    scale_of,
+)
+from difftool.config.networks import UNetConfig
+from difftool.config.schema import load_preset
+from difftool.convert.convert import target_place
+from difftool.errors import CheckError, InputError
+from difftool.formats.names import Shape, clip_rules, unet_rules
+from difftool.storage.commit import refuse_existing
+from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
+from difftool.storage.strict_json import parse_json
+from difftool.storage.tensors import (
+    Piece,
+    load_located,
+    piece_of_file,
+    piece_of_tensor,
+    torch_dtype,
+)
+
+KINDS = ("kohya", "peft")
+NOTES = "difftool.lora"
+FAMILIES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner"}
+"""Presets by whose layers names are understood, by family."""
+
+
+class Known(NamedTuple):
+    """A LoRA, understood by the names of a family's layers."""
+
+    lora: Lora
+    family: str
+    unet: UNetConfig
+    fits: bool
+    """Whether its layers are as wide as the family's too; else it is for a model like these."""
+
+
+def open_lora(path: Path) -> Known:
+    """A LoRA of one of the published families; UsageError if there is no such file, InputError if
+    it is none, or malformed."""
+    found = []
+    for family in FAMILIES:
+        layers, unet = _layers(family)
+        lora = read_lora(path, dict.fromkeys(layers), unet)
+        strange = sum(not fits(change, layers[n]) for n, change in lora.changes.items())
+        found.append((len(lora.changes), -strange, Known(lora, family, unet, not strange)))
+        if not lora.unused and not strange:
+            break
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+@cache
+def _layers(family: str) -> tuple[dict[str, Shape], UNetConfig]:
+    """The shapes of all layers' weights of a family's networks, and its U-Net."""
+    preset = load_preset(FAMILIES[family])
+    tables = {"unet": unet_rules(preset.unet)}
+    tables |= {f"text.{i}": clip_rules(config) for i, config in enumerate(preset.text)}
+    return {
+        f"{part}.{name.removesuffix('.weight')}": rule.shape
+        for part, rules in tables.items()
+        for rule in rules
+        for name in rule.here
+        if name.endswith(".weight")
+    }, preset.unet
+
+
+# --- conversion ------------------------------------------------------------------------------
+
+
+def convert_lora(
+    path: Path,
+    target: Path,
+    kind: str,
+    *,
+    overwrite: bool = False,
+    allow_unused: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write a LoRA in kohya's or PEFT's names, whole or not at all; a report of what became of it.
+
+    InputError if it is malformed; CheckError if the other dialect cannot hold it, or something in
+    it is not understood (unless that may be left out); UsageError if the target is there already.
+    """
+    known = open_lora(path)
+    lora = known.lora
+    if not lora.changes:
+        raise InputError(f"{path} is a LoRA for no family that this version knows")
+    if lora.unused and not allow_unused:
+        name, why = next(iter(lora.unused.items()))
+        hint = "--allow-unused leaves it out"
+        raise CheckError(f"converting {path} would lose {name}", why, hint)
+    notes = _kept(lora)
+    pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
+    if not dry_run:
+        refuse_existing(target, overwrite)
+        with target_place(target, True, overwrite) as place:
+            hashes = write_pieces(place, pieces, metadata)
+            if verify and digests(place) != hashes:
+                raise CheckError(f"{target} does not read back as it was written")
+    return {
+        "source": str(path),
+        "target": str(target),
+        "kinds": [lora.dialect, kind],
+        "family": known.family,
+        "layers": len(lora.changes),
+        "tensors": names,
+        "unused": lora.unused,
+        "verified": verify and not dry_run,
+    }
+
+
+def _kept(lora: Lora) -> dict[str, Any]:
+    """What an earlier conversion noted in the header; InputError if that is malformed."""
+    text = lora.metadata.get(NOTES)
+    notes = {} if text is None else parse_json(text, f"{NOTES} of {lora.path}")
+    kinds: dict[str, Any] = {"names": dict, "alphas": dict | str | None, "adapter": str | None}
+    sound = isinstance(notes, dict) and all(
+        isinstance(value, kinds.get(key, object)) for key, value in notes.items()
+    )
+    dtypes = notes.get("alphas") if sound else None
+    dtypes = dtypes.values() if isinstance(dtypes, dict) else [dtypes]
+    if not sound or not {d for d in dtypes if d is not None} <= set(FLOATS):
+        raise InputError(f"{lora.path} is malformed", f"its header's {NOTES} is")
+    return notes
+
+
+def _alpha(change: Change) -> float:
+    """By which, over the rank, a change is scaled."""
+    rank = change.rank
+    assert rank is not None
+    if "alpha" in change.tensors:
+        return float(load_located({"alpha": change.tensors["alpha"]})["alpha"].double())
+    alpha = float(rank) if change.alpha is None else change.alpha
+    return alpha * rank**0.5 if change.rooted else alpha
+
+
+ENDS = {
+    "peft": {
+        "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+    },
+    "kohya": {
+        "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight",
+        "magnitude": "dora_scale",
+    },
+}  # fmt: skip
+"""Ends of tensors' names in each dialect, by role."""
+
+
+def _pieces(
+    lora: Lora, kind: str, layers: Mapping[str, str]
+) -> tuple[dict[str, Piece], dict[str, str]]:
+    """A LoRA's tensors but for its alphas under a dialect's names, and what they were called.
+
+    layers: the layers' names there. CheckError for changes that the dialect has no names for.
+    """
+    what = f"{lora.path} cannot be written as {kind}"
+    pieces: dict[str, Piece] = {}
+    names: dict[str, str] = {}
+    for layer, change in lora.changes.items():
+        if change.kind != "lora":
+            hint = "difftool convert MODEL DST --lora FILE merges it into a model"
+            raise CheckError(what, f"{layer} is changed by a {change.kind}, not by a LoRA", hint)
+        for role, place in change.tensors.items():
+            if role == "alpha":
+                continue
+            if role not in ENDS[kind]:
+                raise CheckError(what, f"it has no place for {place.name}")
+            name = f"{layers[layer]}.{ENDS[kind][role]}"
+            piece = piece_of_file(place.file, place.info)
+            if role == "magnitude" and (kind == "peft" or change.by_row):
+                piece = piece._replace(shape=_magnitude_shape(what, kind, change))
+            pieces[name], names[name] = piece, place.name
+    return pieces, names
+
+
+def _magnitude_shape(what: str, kind: str, change: Change) -> Shape:
+    """Of the lengths of a weight's rows, as a dialect has them; CheckError for those of inputs."""
+    if not change.by_row:
+        why = f"{change.tensors['magnitude'].name} is of inputs; PEFT's magnitudes are of rows"
+        raise CheckError(what, why)
+    rows, axes = change.tensors["up"].info.shape[0], len(change.tensors["down"].info.shape)
+    if kind == "kohya":
+        return rows, *[1] * (axes - 1)
+    return (1, rows, 1, 1) if axes == 4 else (rows,)
+
+
+def _free(lora: Lora) -> dict[str, str]:
+    """The header's notes without those that are about the dialect."""
+    return {k: v for k, v in lora.metadata.items() if k not in (DATA_HASH, ADAPTER, NOTES)}
+
+
+def _peft(
+    known: Known, notes: Mapping[str, Any]
+) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
+    """Tensors, their former names, and the header of the file that diffusers and PEFT read."""
+    lora, came = known.lora, "adapter" in notes  # from PEFT's
+    told = notes.get("names", {}) if came else {}
+    layers = {n: str(told.get(n, peft_name(n, lora.encoders))) for n in lora.changes}
+    pieces, names = _pieces(lora, "peft", layers)
+    metadata, kept = _free(lora), notes.get("adapter")
+    if not came:
+        metadata[NOTES] = json.dumps(_notes(known), sort_keys=True)
+    if came and _same_scales(known, kept or "{}"):  # as it was before it was kohya's
+        metadata |= {ADAPTER: kept} if kept else {}
+    else:
+        metadata[ADAPTER] = json.dumps(_adapter(lora), sort_keys=True)
+    return pieces, names, metadata
+
+
+def _kohya(
+    known: Known, notes: Mapping[str, Any]
+) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
+    """The same of the file that kohya's scripts and the interfaces read."""
+    lora, came = known.lora, bool(notes) and "adapter" not in notes  # from kohya's
+    told = notes.get("names", {}) if came else {}
+    dtypes = notes.get("alphas", "F32") if came else "F32"
+    layers = {n: str(told.get(n, usual)) for n, usual in _kohya_names(known).items()}
+    pieces, names = _pieces(lora, "kohya", layers)
+    for layer, change in lora.changes.items():
+        dtype, alpha = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes, _alpha(change)
+        if dtype is None and not isclose(alpha, change.rank or 0):
+            dtype = "F32"
+        if dtype is not None:
+            name = f"{layers[layer]}.alpha"
+            pieces[name], names[name] = _number(alpha, str(dtype)), ADAPTER
+    metadata = _free(lora)
+    if not came:
+        unusual = {n: s for n, s in lora.names.items() if s != peft_name(n, lora.encoders)}
+        metadata[NOTES] = json.dumps({"adapter": lora.metadata.get(ADAPTER), "names": unusual})
+    return pieces, names, metadata
+
+
+def _number(value: float, dtype: str) -> Piece:
+    import torch
+
+    return piece_of_tensor(torch.tensor(value, dtype=torch.float64).to(torch_dtype(dtype)))
+
+
+def _notes(known: Known) -> dict[str, Any]:
+    """What kohya's file says that PEFT's does not."""
+    lora, usual = known.lora, _kohya_names(known)
+    dtypes = {
+        layer: change.tensors["alpha"].info.dtype if "alpha" in change.tensors else None
+        for layer, change in lora.changes.items()
+    }
+    notes: dict[str, Any] = {"alphas": dtypes}
+    if len(set(dtypes.values())) == 1:
+        notes["alphas"] = next(iter(dtypes.values()))
+    if unusual := {n: s for n, s in lora.names.items() if n in usual and s != usual[n]}:
+        notes["names"] = unusual
+    return notes
+
+
+def _kohya_names(known: Known) -> dict[str, str]:
+    """Layers' names as sd-scripts writes them for a family."""
+    xl = known.family.startswith("sdxl") and known.fits
+    return kohya_names(known.lora.changes, known.unet if xl else None, known.lora.encoders)
+
+
+def peft_name(layer: str, encoders: tuple[str, ...]) -> str:
+    """A layer's name in the files that diffusers writes."""
+    first, _, name = layer.partition(".")
+    if first == "unet":
+        return layer
+    number, _, name = name.partition(".")
+    return f"{encoders[int(number)]}.{name}"
+
+
+def _adapter(lora: Lora) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA: the commonest rank and alpha, and those of all others.
+
+    Its keys fit the ends of layers' names: transformers' have begun in two ways.
+    """
+    parts: dict[str, dict[str, Change]] = {}
+    for layer, change in lora.changes.items():
+        component, _, name = peft_name(layer, lora.encoders).partition(".")
+        parts.setdefault(component, {})[name.removeprefix("text_model.")] = change
+    adapter: dict[str, Any] = {}
+    for component, changes in sorted(parts.items()):
+        ranks = {name: change.rank or 0 for name, change in changes.items()}
+        alphas = {name: _alpha(change) for name, change in changes.items()}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        config = {
+            "r": rank,
+            "lora_alpha": _plain(alpha),
+            "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
+            "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha},
+            "target_modules": sorted(changes),
+            "use_dora": any("magnitude" in change.tensors for change in changes.values()),
+            "lora_bias": any("up_bias" in change.tensors for change in changes.values()),
+        }
+        adapter |= {f"{component}.{key}": value for key, value in config.items()}
+    return adapter
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
+
+
+def _same_scales(known: Known, adapter: str) -> bool:
+    """Whether PEFT's configuration, kept from before, still says what the file's alphas say."""
+    config = parse_json(adapter, ADAPTER)
+    for layer, change in known.lora.changes.items():
+        alpha, rooted = scale_of(config, peft_name(layer, known.lora.encoders))
+        before = change._replace(
+            alpha=alpha, rooted=rooted, tensors={k: v for k, v in change.tensors.items()
+                                                 if k != "alpha"},
+        )  # fmt: skip
+        if not isclose(_alpha(before), _alpha(change), rel_tol=1e-6):
+            return False
+    return True
+
+
+def describe(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """What a LoRA is, in words; the component ("unet", "text_encoder") of each of its tensors; and
+    what is odd about it. Errors as `open_lora`."""
+    known = open_lora(path)
+    lora = known.lora
+    ranks = Counter(str(c.rank) for c in lora.changes.values() if c.rank is not None)
+    kinds = Counter(c.kind + "+dora" * ("magnitude" in c.tensors) for c in lora.changes.values())
+    says = [
+        f"{lora.dialect}'s names",
+        f"{'' if known.fits else 'narrower or wider '}layers of {known.family}",
+    ]
+    says += [f"{count} layers by {kind}" for kind, count in kinds.most_common()]
+    says += [f"rank {rank} in {count} layers" for rank, count in ranks.most_common(4)]
+    components = {
+        place.name: peft_name(layer, lora.encoders).partition(".")[0]
+        for layer, change in lora.changes.items()
+        for place in change.tensors.values()
+    }
+    return says, components, [f"{name}: {why}" for name, why in lora.unused.items()]

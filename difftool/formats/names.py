@@ -1,0 +1,278 @@
+"""Names and shapes of LDM's single files <-> difftool's, as bijective tables. Torch-free.
+
+A table is generated from a network's configuration, so it holds for any depth and width. Each rule
+gives one tensor there and the one, or the three stacked in it, that it is here:
+
+    copy        the same tensor
+    reshape     a 1x1 convolution there, a linear layer here: the same bytes
+    stack       three tensors here are thirds of the rows of the one there (OpenCLIP's q, k, v)
+    transpose   rows there are columns here (OpenCLIP's text projection)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import NamedTuple
+
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig, VisionConfig
+from difftool.errors import CheckError
+from difftool.storage.tensors import Op
+
+Shape = tuple[int, ...]
+
+
+class Rule(NamedTuple):
+    """One tensor of a single file, and what it is in difftool."""
+
+    there: str
+    here: tuple[str, ...]
+    shape: Shape
+    """Of each tensor here."""
+    op: Op = "copy"
+
+    @property
+    def shape_there(self) -> Shape:
+        """Of the tensor there."""
+        match self.op:
+            case "reshape":
+                return (*self.shape, 1, 1)
+            case "stack":
+                return (len(self.here) * self.shape[0], *self.shape[1:])
+            case "transpose":
+                return self.shape[::-1]
+        return self.shape
+
+
+def placed(rules: Iterable[Rule], there: str, here: str) -> Iterator[Rule]:
+    """The same rules with a prefix before the names of each side."""
+    for rule in rules:
+        names = tuple(here + name for name in rule.here)
+        yield rule._replace(there=there + rule.there, here=names)
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+def _layer(there: str, here: str, shape: Shape, bias: bool = True, op: Op = "copy"):
+    yield Rule(f"{there}.weight", (f"{here}.weight",), shape, op)
+    if bias:
+        yield Rule(f"{there}.bias", (f"{here}.bias",), shape[:1])
+
+
+def _conv(there: str, here: str, inner: int, width: int, size: int = 3) -> Iterator[Rule]:
+    return _layer(there, here, (width, inner, size, size))
+
+
+def _resnet(there: str, here: str, inner: int, width: int, emb: int) -> Iterator[Rule]:
+    yield from _layer(f"{there}.in_layers.0", f"{here}.norm1", (inner,))
+    yield from _conv(f"{there}.in_layers.2", f"{here}.conv1", inner, width)
+    yield from _layer(f"{there}.emb_layers.1", f"{here}.time_emb_proj", (width, emb))
+    yield from _layer(f"{there}.out_layers.0", f"{here}.norm2", (width,))
+    yield from _conv(f"{there}.out_layers.3", f"{here}.conv2", width, width)
+    if inner != width:
+        yield from _conv(f"{there}.skip_connection", f"{here}.conv_shortcut", inner, width, 1)
+
+
+def _transformer(
+    there: str, here: str, width: int, depth: int, config: UNetConfig, cross: bool
+) -> Iterator[Rule]:
+    """Names are the same on both sides. cross: the self-attention looks at the context too."""
+    context = config.context_dim or width
+    project: Shape = (width, width) if config.linear_projection else (width, width, 1, 1)
+    yield from _layer(f"{there}.norm", f"{here}.norm", (width,))
+    yield from _layer(f"{there}.proj_in", f"{here}.proj_in", project)
+    for i in range(depth):
+        shapes: dict[str, Shape] = {"ff.net.0.proj": (8 * width, width)}
+        shapes["ff.net.2"] = (width, 4 * width)
+        for attention, source in (("attn1", context if cross else width), ("attn2", context)):
+            shapes[f"{attention}.to_q"] = (width, width)
+            shapes |= {f"{attention}.to_{kv}": (width, source) for kv in "kv"}
+            shapes[f"{attention}.to_out.0"] = (width, width)
+        shapes |= {f"norm{k}": (width,) for k in (1, 2, 3)}
+        for name, shape in shapes.items():
+            path = f"transformer_blocks.{i}.{name}"
+            bias = not name.endswith(("to_q", "to_k", "to_v"))
+            yield from _layer(f"{there}.{path}", f"{here}.{path}", shape, bias)
+    yield from _layer(f"{there}.proj_out", f"{here}.proj_out", project)
+
+
+# --- the U-Net -------------------------------------------------------------------------------
+
+
+def unet_rules(c: UNetConfig) -> Iterator[Rule]:
+    """A U-Net's table; CheckError for networks that LDM's code cannot build."""
+    plain = c.attention == "plain" and (any(map(any, c.down_depths)) or c.mid_depth > 0)
+    if plain or c.scale_shift or c.resblock_updown:
+        what = "LDM's single files cannot hold this U-Net"
+        raise CheckError(what, "it is not of Stable Diffusion's kind", "use --to diffusers")
+    channels, emb, last = c.channels, 4 * c.channels[0], len(c.channels) - 1
+
+    def attention(there: str, here: str, i: int, depth: int, middle: bool = False):
+        cross = i in c.only_cross and not middle
+        return _transformer(there, here, channels[i], depth, c, cross) if depth else iter(())
+
+    yield from _conv("input_blocks.0.0", "conv_in", c.in_channels, channels[0])
+    for there, here in (("time_embed.0", "linear_1"), ("time_embed.2", "linear_2")):
+        inner = channels[0] if here == "linear_1" else emb
+        yield from _layer(there, f"time_embedding.{here}", (emb, inner))
+    if c.guidance_dim:  # no other tool has a name for it in this layout
+        name, shape = "time_embedding.cond_proj.weight", (channels[0], c.guidance_dim)
+        yield Rule(name, (name,), shape)
+    if c.num_classes:
+        shape = (c.num_classes, emb)
+        yield Rule("label_emb.weight", ("class_embedding.weight",), shape)
+    if c.vector_dim:
+        yield from _layer("label_emb.0.0", f"{c.vector_name}.linear_1", (emb, c.vector_dim))
+        yield from _layer("label_emb.0.2", f"{c.vector_name}.linear_2", (emb, emb))
+
+    before, skips, block = channels[0], [channels[0]], count(1)
+    for i, (width, depths) in enumerate(zip(channels, c.down_depths, strict=True)):
+        for j, depth in enumerate(depths):
+            there, here = f"input_blocks.{next(block)}", f"down_blocks.{i}"
+            yield from _resnet(f"{there}.0", f"{here}.resnets.{j}", before, width, emb)
+            yield from attention(f"{there}.1", f"{here}.attentions.{j}", i, depth)
+            before = width
+            skips.append(width)
+        if i < last:
+            there = f"input_blocks.{next(block)}.0.op"
+            yield from _conv(there, f"down_blocks.{i}.downsamplers.0.conv", width, width)
+            skips.append(width)
+
+    middle = count(0)
+    for j in range(c.mid_blocks):
+        there, here = f"middle_block.{next(middle)}", f"mid_block.resnets.{j}"
+        yield from _resnet(there, here, before, before, emb)
+        if c.mid_depth and j + 1 < c.mid_blocks:
+            there, here = f"middle_block.{next(middle)}", f"mid_block.attentions.{j}"
+            yield from attention(there, here, last, c.mid_depth, middle=True)
+
+    block = count(0)
+    for i in range(last, -1, -1):
+        width, depths = channels[i], c.up_depths[i]
+        for j, depth in enumerate(depths):
+            there, here = f"output_blocks.{next(block)}", f"up_blocks.{last - i}"
+            inner = before + skips.pop()
+            yield from _resnet(f"{there}.0", f"{here}.resnets.{j}", inner, width, emb)
+            yield from attention(f"{there}.1", f"{here}.attentions.{j}", i, depth)
+            before = width
+            if i and j + 1 == len(depths):
+                there = f"{there}.{2 if depth else 1}.conv"
+                yield from _conv(there, f"{here}.upsamplers.0.conv", width, width)
+    yield from _layer("out.0", "conv_norm_out", (channels[0],))
+    yield from _conv("out.2", "conv_out", channels[0], c.out_channels)
+
+
+# --- the autoencoder -------------------------------------------------------------------------
+
+
+def _vae_resnet(there: str, here: str, inner: int, width: int) -> Iterator[Rule]:
+    yield from _layer(f"{there}.norm1", f"{here}.norm1", (inner,))
+    yield from _conv(f"{there}.conv1", f"{here}.conv1", inner, width)
+    yield from _layer(f"{there}.norm2", f"{here}.norm2", (width,))
+    yield from _conv(f"{there}.conv2", f"{here}.conv2", width, width)
+    if inner != width:
+        yield from _conv(f"{there}.nin_shortcut", f"{here}.conv_shortcut", inner, width, 1)
+
+
+def _vae_middle(side: str, width: int, attends: bool) -> Iterator[Rule]:
+    there, here = f"{side}.mid", f"{side}.mid_block"
+    for j in (0, 1):
+        yield from _vae_resnet(f"{there}.block_{j + 1}", f"{here}.resnets.{j}", width, width)
+    if attends:
+        there, here = f"{there}.attn_1", f"{here}.attentions.0"
+        yield from _layer(f"{there}.norm", f"{here}.group_norm", (width,))
+        layers = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+        for theirs, ours in layers.items():
+            shape = (width, width)
+            yield from _layer(f"{there}.{theirs}", f"{here}.{ours}", shape, op="reshape")
+
+
+def vae_rules(c: VaeConfig) -> Iterator[Rule]:
+    """An autoencoder's table. Levels on the way up count from the deepest here, and from full
+    resolution there."""
+    widths, last = c.widths, len(c.widths) - 1
+    for side, outer, inner in (
+        ("encoder", c.channels, 2 * c.latent_channels),
+        ("decoder", c.channels, c.latent_channels),
+    ):
+        encodes = side == "encoder"
+        first, final = (outer, inner) if encodes else (inner, outer)
+        order = range(last + 1) if encodes else range(last, -1, -1)
+        before = widths[order[0]]
+        yield from _conv(f"{side}.conv_in", f"{side}.conv_in", first, before)
+        if not encodes:
+            yield from _vae_middle(side, before, c.mid_attention)
+        way = "down" if encodes else "up"
+        for i, level in enumerate(order):
+            there, here = f"{side}.{way}.{level}", f"{side}.{way}_blocks.{i}"
+            for j in range(c.blocks + (not encodes)):
+                names = (f"{there}.block.{j}", f"{here}.resnets.{j}")
+                yield from _vae_resnet(*names, before, widths[level])
+                before = widths[level]
+            if i < last:
+                names = (f"{there}.{way}sample.conv", f"{here}.{way}samplers.0.conv")
+                yield from _conv(*names, before, before)
+        if encodes:
+            yield from _vae_middle(side, before, c.mid_attention)
+        yield from _layer(f"{side}.norm_out", f"{side}.conv_norm_out", (before,))
+        yield from _conv(f"{side}.conv_out", f"{side}.conv_out", before, final)
+    if c.quant_conv:
+        for name, width in (("quant_conv", 2), ("post_quant_conv", 1)):
+            yield from _conv(name, name, width * c.latent_channels, width * c.latent_channels, 1)
+
+
+# --- text encoders ---------------------------------------------------------------------------
+
+
+def clip_rules(c: TextConfig) -> Iterator[Rule]:
+    """The table of a text encoder under transformers' names, which are difftool's too."""
+    for rule in openclip_rules(c):
+        for name in rule.here:
+            yield Rule(name, (name,), rule.shape)
+
+
+def openclip_rules(c: TextConfig) -> Iterator[Rule]:
+    """The table of a text encoder under OpenCLIP's names."""
+    width, here = c.width, "text_model.embeddings"
+    shape = (c.vocab_size, width)
+    yield Rule("token_embedding.weight", (f"{here}.token_embedding.weight",), shape)
+    name = f"{here}.position_embedding.weight"
+    yield Rule("positional_embedding", (name,), (c.length, width))
+    yield from _blocks("text_model", c.layers, width, c.mlp)
+    yield from _layer("ln_final", "text_model.final_layer_norm", (width,))
+    if c.projection is not None:
+        name = ("text_projection.weight",)
+        yield Rule("text_projection", name, (c.projection, width), "transpose")
+
+
+def _blocks(here: str, layers: int, width: int, mlp: int) -> Iterator[Rule]:
+    """The transformer of one of OpenCLIP's towers."""
+    for i in range(layers):
+        there, ours = f"transformer.resblocks.{i}", f"{here}.encoder.layers.{i}"
+        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+            names = tuple(f"{ours}.self_attn.{part}_proj.{kind}" for part in "qkv")
+            yield Rule(f"{there}.attn.in_proj_{kind}", names, shape, "stack")
+        for theirs, name, shape in (
+            ("attn.out_proj", "self_attn.out_proj", (width, width)),
+            ("ln_1", "layer_norm1", (width,)),
+            ("ln_2", "layer_norm2", (width,)),
+            ("mlp.c_fc", "mlp.fc1", (mlp, width)),
+            ("mlp.c_proj", "mlp.fc2", (width, mlp)),
+        ):
+            yield from _layer(f"{there}.{theirs}", f"{ours}.{name}", shape)
+
+
+def vision_rules(c: VisionConfig) -> Iterator[Rule]:
+    """The table of a picture encoder under OpenCLIP's names, which are OpenAI's too."""
+    width, here = c.width, "vision_model"
+    name = f"{here}.embeddings.patch_embedding.weight"
+    yield Rule("class_embedding", (f"{here}.embeddings.class_embedding",), (width,))
+    yield Rule("conv1.weight", (name,), (width, 3, c.patch, c.patch))
+    places = (c.size // c.patch) ** 2 + 1
+    name = f"{here}.embeddings.position_embedding.weight"
+    yield Rule("positional_embedding", (name,), (places, width))
+    yield from _layer("ln_pre", f"{here}.pre_layrnorm", (width,))
+    yield from _blocks(here, c.layers, width, c.mlp)
+    yield from _layer("ln_post", f"{here}.post_layernorm", (width,))
+    yield Rule("proj", ("visual_projection.weight",), (c.projection, width), "transpose")

@@ -1,0 +1,184 @@
+"""What the tensors and metadata of a single file mean: a preset. Torch-free.
+
+Structure comes from the tensors, target and zero SNR from collected evidence, and the way of
+sampling from the family's published preset, for no tensor says how it wants to be sampled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.schema import Preset, build_preset, load_preset, to_values
+from difftool.errors import InputError
+from difftool.formats import detect
+from difftool.formats.model_source import NOTHING_TOLD, Evidence, Told, checked_values
+from difftool.formats.names import Shape
+from difftool.formats.prediction_type import Find, decide, network_of, numbers
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""Before LDM's names of the tensors of those networks."""
+BASES = {
+    "sd2": "sd21", "sd2-inpaint": "sd21", "sd2-depth": "sd21", "sd2-unclip": "sd21",
+    "x4-upscaler": "sd21", "sdxl": "sdxl", "sdxl-inpaint": "sdxl", "ssd-1b": "sdxl",
+    "sdxl-refiner": "sdxl-refiner",
+}  # fmt: skip
+"""Presets whose way of sampling a family has; sd15 for all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """A preset derived from a file's tensors and metadata."""
+
+    preset: Preset
+    findings: tuple[Evidence, ...]
+    warnings: tuple[str, ...]
+
+
+def derive(
+    where: str,
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    find: Find,
+    *,
+    name: str,
+    told: Told = NOTHING_TOLD,
+    params: Mapping[str, Any] | None = None,
+) -> Meaning:
+    """The preset that tensors under their usual names mean; InputError if difftool has no such.
+
+    params: of the configuration file beside it.
+    """
+    params = params or {}
+
+    def part(prefix: str) -> dict[str, Shape]:
+        return {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+
+    try:
+        unet = detect.unet_config(part(UNET))
+        codec = detect.vae_config(part(VAE))
+        text = _text(shapes, unet)
+        if unet.vector_dim and not any(t.pooled for t in text):
+            unet = replace(unet, vector_name="class_embedding")
+        family = detect.family_of(unet, codec, text)
+        unet = detect.with_heads(unet, family, network_of(params))
+    except (KeyError, IndexError, ValueError, StopIteration) as error:
+        raise unknown_family(where, part(UNET), str(error)) from None
+    noise = decide(where, family, metadata, params, find, told)
+    base = load_preset(_base(family, unet, noise.target, metadata))
+    codec = _codec(codec, family, params, find)
+    path = noise.path if "kind" in noise.path else base.path | noise.path
+    if family == "x4-upscaler":
+        path = {"kind": "discrete", "schedule": "scaled_linear"} | noise.path
+        path |= {"beta_start": 1e-4, "beta_end": 0.02}
+    sample, scheduler = to_values(base.sample), dict(base.scheduler)
+    if noise.path.get("zero_snr"):  # other spacings never visit the last time
+        sample |= {"schedule": "trailing", "schedule_options": {}, "guidance_rescale": 0.7}
+        scheduler["timestep_spacing"] = "trailing"
+    elif path["kind"] == "edm":
+        sample |= {"schedule": "karras", "schedule_options": {}, "start_noise": "hypot"}
+        scheduler = {}  # which are of discrete paths
+    if size := _size(metadata.get("modelspec.resolution", ""), codec):
+        sample["size"] = list(size)
+    pooled = sum(t.projection or 0 for t in text if t.pooled)
+    numbered, rest = divmod((unet.vector_dim or 0) - pooled, 256)
+    if not any(t.pooled for t in text):
+        numbered = rest = 0
+    if rest or not 0 <= numbered <= 6:
+        why = f"label_emb takes {unet.vector_dim}, which is not {pooled} and some sizes of 256"
+        raise InputError(f"{where} does not fit together", why)
+    layer = metadata.get("modelspec.encoder_layer", "")
+    if family in ("sd1", "sd1-inpaint", "pix2pix") and layer.isdecimal() and text:
+        hidden = -min(max(1, int(layer)), text[0].layers)
+        text = (replace(text[0], hidden=hidden), *text[1:])
+    values = to_values(base) | {
+        "name": metadata.get("modelspec.title") or name,
+        "about": f"a model of family {family}",
+        "family": family,
+        "codec": to_values(codec),
+        "unet": to_values(unet),
+        "text": [to_values(encoder) for encoder in text],
+        "size_numbers": numbered,
+        "path": path,
+        "target": noise.target,
+        "scheduler": scheduler,
+        "sample": sample,
+    }
+    says = f"family {family}, {len(shapes)} tensors"
+    warnings = noise.warnings
+    if any(width % 64 for width in unet.channels) and not network_of(params):
+        warnings = [*warnings, "how many heads attend is not in the tensors of networks this small"]
+    preset = build_preset(checked_values(values, where))
+    return Meaning(
+        preset=preset,
+        findings=(Evidence("tensor names and shapes", says), *noise.findings),
+        warnings=tuple(warnings),
+    )
+
+
+def _text(shapes: Mapping[str, Shape], unet: UNetConfig) -> tuple[TextConfig, ...]:
+    """The text encoders, in their order."""
+    found = []
+    for stage in ("cond_stage_model", *(f"conditioner.embedders.{i}" for i in range(3))):
+        for kind in ("transformer", "model"):
+            prefix, openclip = f"{stage}.{kind}.", kind == "model"
+            part = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+            if not any(name.endswith("token_embedding.weight") for name in part):
+                continue
+            xl = stage != "cond_stage_model"
+            spare = int(openclip and not xl and _has_spare_layer(part))
+            config = detect.text_config(part, openclip, spare)
+            if xl:
+                pooled = openclip and config.projection is not None
+                config = replace(config, hidden=-2, final_norm=False, pooled=pooled)
+            elif openclip:
+                config = replace(config, projection=None)
+            found.append(config)
+    return tuple(found)
+
+
+def _has_spare_layer(shapes: Mapping[str, Shape]) -> bool:
+    """Whether a text encoder's last layer is there but not used, as in SD2's complete files."""
+    whole = {"text_projection", "logit_scale"} & shapes.keys()
+    return bool(whole) or "transformer.resblocks.23.ln_1.weight" in shapes
+
+
+def _base(family: str, unet: UNetConfig, target: str, metadata: Mapping[str, str]) -> str:
+    """The preset whose way of sampling a model has."""
+    if "turbo" in metadata.get("modelspec.architecture", "") and family == "sdxl":
+        return "sdxl-turbo"
+    if unet.guidance_dim:
+        return "lcm"
+    base = BASES.get(family, "sd15")
+    return "sd21-v" if base == "sd21" and target == "v" else base
+
+
+def _codec(codec: VaeConfig, family: str, params: Mapping[str, Any], find: Find) -> VaeConfig:
+    """The autoencoder with the scale that its family's latents have."""
+    xl = family.startswith(("sdxl", "ssd"))
+    scale = 0.13025 if xl else 0.08333 if family == "x4-upscaler" else 0.18215
+    if isinstance(params.get("scale_factor"), float):
+        scale = params["scale_factor"]
+    mean, std = find("edm_mean"), find("edm_std")
+    moments: dict[str, Any] = {}
+    if mean and std:  # Playground 2.5
+        moments = {"latents_mean": tuple(numbers(mean)), "latents_std": tuple(numbers(std))}
+        scale = 0.5
+    return replace(codec, scale=scale, force_upcast=xl, **moments)
+
+
+def _size(text: str, codec: VaeConfig) -> tuple[int, int] | None:
+    """Width and height of modelspec.resolution."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    return sides if all(side and side % codec.factor == 0 for side in sides) else None
+
+
+def unknown_family(where: str, unet: Mapping[str, Shape], why: str) -> InputError:
+    """The refusal of what is no model of a known structure."""
+    family, first = detect.nearest(unet)
+    why = f"nearest family: {family}, but " + "; ".join(first) if first else why
+    return InputError(f"{where} is not of a family known to this version", why)

@@ -1,0 +1,308 @@
+"""Pictures in and out: files are read defensively into 8-bit sRGB and written whole or not at all.
+
+The decoder is chosen from the content, among a short list; the size is checked before anything is
+decoded; of every file that can be opened, colour is brought to plain RGB the way a viewer shows it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+
+from difftool.errors import InputError, UsageError
+from difftool.storage.commit import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The decoders in use; others (EPS, PSD, ...) are never run, whatever the file is called."""
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+)
+ORIENTATION = 0x0112
+"""EXIF's tag; from 5 on, width and height are exchanged."""
+MAX_BYTES = 256 << 20
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 20_000
+
+# Pillow's doubts about odd metadata are no news to the user; a decompression bomb is an error.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class Picture(NamedTuple):
+    """A picture in 8-bit sRGB, and what was done to get there ("alpha over white", ...)."""
+
+    image: Image.Image
+    notes: tuple[str, ...]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_picture(source: str | Path | bytes, background: str = "white") -> Picture:
+    """The picture in a file (or in a file's bytes), upright, in RGB, above the background colour.
+
+    Raises UsageError if the file is missing, InputError (its `why` is the reason alone) otherwise.
+    """
+    name = "the picture" if isinstance(source, bytes) else str(source)
+    data = source if isinstance(source, bytes) else _read_file(Path(source))
+    with _refusals(name), _open(data) as image:
+        return _to_rgb(image, background)
+
+
+def probe(data: bytes, background: str = "white") -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Width and height of the picture that `read_picture` would give, and its notes.
+
+    All of the file is read, but a JPEG is decoded at an eighth, at a fraction of the cost.
+    """
+    with _refusals("the picture"), _open(data) as image:
+        size = image.size
+        if drafted := image.format == "JPEG":
+            image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
+            if image.getexif().get(ORIENTATION, 1) >= 5:
+                size = size[1], size[0]
+        picture = _to_rgb(image, background)
+        return size if drafted else picture.image.size, picture.notes
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is an InputError."""
+    try:
+        yield
+        return
+    except _Refused as error:
+        reason = str(error)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        reason = f"more than {MAX_PIXELS // 10**6} megapixels"
+    except Image.UnidentifiedImageError:
+        reason = "not a picture in a supported format (" + ", ".join(FORMATS) + ")"
+    except UsageError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on malformed data
+        reason = f"cannot be decoded ({error or type(error).__name__})"
+    raise InputError(f"cannot read {name}", reason)
+
+
+def read_image(source: str | Path | bytes) -> Image.Image:
+    """The same without the notes."""
+    return read_picture(source).image
+
+
+class _Refused(Exception):
+    """A picture that could perhaps be decoded but must not be."""
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}", error.strerror) from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture with its header read and its size found acceptable, not decoded yet."""
+    if not data:
+        raise _Refused("0 bytes")
+    if len(data) > MAX_BYTES:
+        raise _Refused(f"larger than {MAX_BYTES >> 20} MiB")
+    image = Image.open(BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if max(width, height) > MAX_SIDE:
+        raise _Refused(f"{width}x{height}, sides are limited to {MAX_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise _Refused(f"{width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
+    return image
+
+
+def _to_rgb(image: Image.Image, background: str) -> Picture:
+    notes = []
+    if getattr(image, "is_animated", False):
+        notes.append("first frame of several")
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        notes.append("turned upright as its EXIF says")
+    profile = image.info.get("icc_profile")
+
+    if image.mode.startswith(("I", "F")):
+        image = _to_8bit(image)
+        notes.append("16 bits scaled to 8")
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+
+    alpha = image.getchannel("A") if "A" in image.getbands() and image.mode != "LAB" else None
+    if alpha is not None:
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile and (converted := _to_srgb(image, profile)) is not None:
+        image = converted
+        notes.append("colour profile converted to sRGB")
+    elif image.mode == "CMYK":
+        notes.append("CMYK without a usable profile")
+    elif image.mode == "LAB":
+        raise _Refused("LAB colour without a usable profile")
+    image = image.convert("RGB")
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        below = Image.new("RGB", image.size, colour(background))
+        image = Image.composite(image, below, alpha)
+        notes.append(f"alpha composited over {background}")
+    image.info = {}  # a profile that was applied must not be written out again
+    return Picture(image, tuple(notes))
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """A colour of a name or #rrggbb; UsageError if it is none."""
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+        return red, green, blue
+    except (ValueError, IndexError):
+        raise UsageError(f'there is no colour "{text}"', hint="a name, or #rrggbb") from None
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (which Pillow may hold in 32) as 8 bits, rounded."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise _Refused("32 bits a channel; 8 and 16 are supported")
+    scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The picture taken from its colour profile to sRGB; None where there is nothing to do or the
+    profile is unusable, in which case viewers show the numbers as they are too."""
+    try:
+        from PIL import ImageCms
+    except ImportError:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+
+
+# --- shaping and tensors ---------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """How a picture fills a frame: scaled to width x height, from which the frame is cut at (left,
+    top). All in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def fit(
+    picture: tuple[int, int], frame: tuple[int, int], at: tuple[float, float] | None = None
+) -> Fit:
+    """How a picture of that size covers a frame; of what stands out, `at` (in [0, 1) across and
+    down) of it is cut off before the frame, half where it is None."""
+    scale = max(side / own for side, own in zip(frame, picture, strict=True))
+    width, height = (
+        max(side, round(own * scale)) for side, own in zip(frame, picture, strict=True)
+    )
+    spare = width - frame[0], height - frame[1]
+    if at is None:
+        return Fit(width, height, spare[0] // 2, spare[1] // 2)
+    return Fit(width, height, int(at[0] * (spare[0] + 1)), int(at[1] * (spare[1] + 1)))
+
+
+def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at another size (Lanczos)."""
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def framed(
+    image: Image.Image, frame: tuple[int, int], at: tuple[float, float] | None = None
+) -> Image.Image:
+    """The part of the picture, scaled, that fills a frame (width, height); see `fit`."""
+    width, height, left, top = fit(image.size, frame, at)
+    if width * height > MAX_PIXELS:  # a strip: only what is seen of it is ever scaled
+        x, y = image.width / width, image.height / height
+        box = left * x, top * y, (left + frame[0]) * x, (top + frame[1]) * y
+        return image.resize(frame, Image.Resampling.LANCZOS, box=box)
+    image = scaled(image, (width, height))
+    box = left, top, left + frame[0], top + frame[1]
+    return image if image.size == frame else image.crop(box)
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 [3,H,W]."""
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_tensor(image: Image.Image | Tensor) -> Tensor:
+    """A picture, or uint8 [..., H,W], as fp32 in [-1, 1] of shape [3,H,W] or the tensor's own."""
+    pixels = to_uint8(image) if isinstance(image, Image.Image) else image
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3,H,W] in [-1, 1] as an RGB picture."""
+    return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def tile(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """The pictures in rows on one sheet, about as many across as down where it is not said."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file's bytes; text chunks are tEXt where Latin-1 suffices, else iTXt."""
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def write_png(
+    image: Image.Image,
+    where: str | Path | BinaryIO,
+    text: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a PNG with text chunks; see `write_whole` for paths."""
+    data = encode_png(image, text)
+    if isinstance(where, str | Path):
+        write_whole(Path(where), data, overwrite)
+    else:
+        where.write(data)

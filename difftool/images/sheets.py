@@ -1,0 +1,91 @@
+"""Sample sheets: small pictures enlarged to be seen, what each was asked for written below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from difftool.images.pictures import tile, to_pil
+
+SIDE = 144
+"""Pictures are enlarged, pixel by pixel, to at least about this."""
+PAPER, INK, EDGE = "#fbfaf7", "#4a4741", "#e3dfd6"
+LINES, LONGEST, TEXT = 3, 2000, 12
+GAP, LEADING = 10, 15
+
+
+class Cell(NamedTuple):
+    """One place of a sheet: a picture, or a few above each other, and words below."""
+
+    pictures: Sequence[Image.Image]
+    caption: str
+
+
+def enlarged(image: Tensor) -> Image.Image:
+    """An image [3,H,W] in [-1, 1] as a picture whose pixels can be seen."""
+    zoom = max(1, round(SIDE / min(image.shape[1:])))
+    picture = to_pil(image)
+    size = (picture.width * zoom, picture.height * zoom)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
+    """The cells in rows, about as many across as down where it is not said."""
+    width = max(p.width for cell in cells for p in cell.pictures)
+    texts = [_wrap(cell.caption, width) for cell in cells]
+    words = LEADING * max(len(lines) for lines in texts)
+    margin = GAP // 2
+    drawn = []
+    for cell, lines in zip(cells, texts, strict=True):
+        height = sum(p.height for p in cell.pictures) + 2 * (len(cell.pictures) - 1)
+        below = words + (6 if words else 0)
+        page = Image.new("RGB", (width + GAP, height + below + GAP), PAPER)
+        top = margin
+        for picture in cell.pictures:
+            page.paste(picture, (margin, top))
+            top += picture.height + 2
+        draw = ImageDraw.Draw(page)
+        draw.rectangle((margin - 1, margin - 1, margin + width, top - 2), outline=EDGE)
+        for i, line in enumerate(lines):
+            draw.text((margin, top + 14 + i * LEADING), line, INK, _font(), anchor="ls")
+        drawn.append(page)
+    inner = tile(drawn, columns)
+    page = Image.new("RGB", (inner.width + GAP, inner.height + GAP), PAPER)
+    page.paste(inner, (margin, margin))
+    return page
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines that fit, at most LINES; an ellipsis says that there was more."""
+    words, lines = text[:LONGEST].split(), [""]
+    while words:
+        line = f"{lines[-1]} {words[0]}".lstrip()
+        if _font().getlength(line) <= width:
+            lines[-1] = line
+            words.pop(0)
+        elif lines[-1] and len(lines) < LINES:
+            lines.append("")
+        else:
+            whole = line if not lines[-1] else f"{lines[-1]} {' '.join(words)}"
+            lines[-1] = _cut(whole, width)
+            break
+    return [line for line in lines if line]
+
+
+def _cut(text: str, width: int) -> str:
+    while text and _font().getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans in the copy that comes with matplotlib: legible when small, and it has Greek,
+    Cyrillic and Arabic too."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", TEXT)

@@ -1,0 +1,369 @@
+"""report.html: all that a run shows, on one page that needs nothing else.
+
+It is made from the files of the run folder alone (config.yaml, run.json, metrics.jsonl, samples/),
+so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from difftool.config.schema import RECIPES, Part, Preset, build_preset, parse_yaml
+from difftool.storage.commit import write_whole
+from difftool.training.report.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
+from difftool.training.run.validation import cast, overfits
+
+FACTS = "run.json"
+PARTS: dict[Part, str] = {"vae": "autoencoder", "clip": "text encoder", "unet": "U-Net"}
+SHEETS = 24
+"""Sheets that the slider goes through, at most, the first and the last among them."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write (or write anew) the report of the run in a folder; its path."""
+    path = folder / "report.html"
+    write_whole(path, report(folder).encode(), overwrite=True)
+    return path
+
+
+def report(folder: Path) -> str:
+    """The page, as HTML."""
+    facts = json.loads((folder / FACTS).read_text())
+    config = (folder / "config.yaml").read_text()
+    preset = build_preset(parse_yaml(config, "config.yaml"), "config.yaml")
+    metrics = Metrics.read(folder / "metrics.jsonl")
+    name = folder.resolve().name
+    body = [
+        _header(name, preset, facts, metrics),
+        *(f'<p class="warning">{_text(w)}</p>' for w in warnings(metrics, facts).values()),
+        _learning(metrics, facts),
+        _samples(folder),
+        _colours(metrics),
+        _use(preset, facts, folder),
+        _data(facts),
+        _configuration(facts, config),
+        *(_earlier(folder / part, part) for part in ("vae", "clip")),
+    ]
+    page = PAGE.replace("$TITLE", _text(name)).replace("$STYLE", STYLE)
+    return page.replace("$BODY", "\n".join(part for part in body if part))
+
+
+def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
+    """Commands that do something with what a run made."""
+    data, part = facts["argument"], facts["part"]
+    if part == "vae":
+        return [_command("train", data, "--part", "unet", "--vae", folder)]
+    if part == "clip":
+        return []
+    asked: list[Any] = []
+    if preset.text:
+        asked = [facts["example"]]
+    elif preset.classes:
+        asked = ["--label", preset.classes[0]]
+    model = ["-m", folder]
+    if base := preset.train.lora_base:
+        model = ["-m", base, "--lora", folder / "lora.safetensors"]
+    lines = [_command("sample", *asked, *model, "-n", 4, "--grid")]
+    lines.append(_command("sample", *asked, *model, "--seed", 7, "-o", "picture.png"))
+    return lines if base else [*lines, _command("train", data, "--from", folder)]
+
+
+def warnings(metrics: Metrics, facts: dict[str, Any]) -> dict[str, str]:
+    """What the measures give reason to worry about, by kind."""
+    found = {}
+    if metrics.validation:
+        held = [line["validation"][metrics.compared] for line in metrics.validation]
+        if overfits(held, training_at(metrics)):
+            best = min(range(len(held)), key=held.__getitem__)
+            step = metrics.validation[best]["step"]
+            found["overfitting"] = (
+                f"the loss on held-out pictures was lowest at step {step} and has risen since, "
+                "while that on training pictures falls: the model learns the pictures by heart"
+            )
+    if metrics.colours and 2 * metrics.colours[-1]["step"] > facts["steps"]:
+        last = metrics.colours[-1]["colours"]
+        if words := cast(last["samples"], last["data"], last["count"]):
+            found["colours"] = words
+    return found
+
+
+def training_at(metrics: Metrics) -> list[float]:
+    """The same measure of the training pictures, its mean over the time before each."""
+    means, last = [], 0
+    for line in metrics.validation:
+        span = [x[metrics.compared] for x in metrics.training if last < x["step"] <= line["step"]]
+        means.append(sum(span) / len(span) if span else float("nan"))
+        last = line["step"]
+    return means
+
+
+# --- sections --------------------------------------------------------------------------------
+
+
+def _header(name: str, preset: Preset, facts: dict[str, Any], metrics: Metrics) -> str:
+    step = metrics.training[-1]["step"] if metrics.training else 0
+    done = f"{step:,} steps" if facts["finished"] else f"step {step:,} of {facts['steps']:,}"
+    seconds = sum(s["seconds"] for s in facts["sessions"])
+    images = sum((s["to"] - s["from"]) * facts["batch"] for s in facts["sessions"])
+    total = sum(facts["parameters"].values())
+    kind = {"text": "by caption", "class": f"{len(preset.classes)} classes", "none": ""}
+    about = [preset.name, PARTS[facts["part"]], kind[facts["kind"]], f"{facts['size']} pixels"]
+    rows = [
+        ("state", f"finished, {done}" if facts["finished"] else done),
+        ("loss", f"{metrics.training[-1]['loss']:.4f}" if metrics.training else ""),
+        (f"{metrics.compared}, held out",
+         f"{metrics.validation[-1]['validation'][metrics.compared]:.4f}"
+         if metrics.validation else ""),
+        ("reconstruction", f"{metrics.psnr[-1]['psnr']:.1f} dB" if metrics.psnr else ""),
+        ("time", duration(seconds)),
+        ("speed", f"{images / seconds:,.1f} images/s" if seconds and images else ""),
+        ("batch", f"{facts['batch']} images"),
+        ("epochs", f"{step * facts['batch'] / max(1, facts['images']):,.2f}"),
+        ("parameters", f"{total / 1e6:,.2f} M"),
+        ("device", facts["device"]),
+    ]  # fmt: skip
+    cells = "".join(f"<div><dt>{k}</dt><dd>{_text(v)}</dd></div>" for k, v in rows if v)
+    data = f"{facts['images']:,} pictures of {facts['data']}"
+    return (
+        f"<header><h1>{_text(name)}</h1><p>{_text(' · '.join(a for a in about if a))}</p>"
+        f"<p>trained on {_text(data)}</p></header><dl class='facts'>{cells}</dl>"
+    )
+
+
+def _learning(metrics: Metrics, facts: dict[str, Any]) -> str:
+    figure = loss_figure(metrics, "loss")
+    if figure is None:
+        return ""
+    words = []
+    if metrics.validation:
+        name = metrics.compared
+        best = min(metrics.validation, key=lambda line: line["validation"][name])
+        words.append(
+            f"{facts['held_out']} pictures are held out: never trained on, measured with the "
+            f"averaged weights, always with the same noise. Lowest {name}: "
+            f"{best['validation'][name]:.4f}, at step {best['step']:,}."
+        )
+    return _section("Learning", f"<figure>{svg(figure)}</figure>", *words)
+
+
+def _samples(folder: Path) -> str:
+    sheets = _spread(sorted((folder / "samples").glob("step-*.png"), key=_step), SHEETS)
+    if not sheets:
+        return ""
+    last = len(sheets) - 1
+    images = "".join(
+        f'<img data-step="{_step(path):,}" alt="samples at step {_step(path)}" '
+        f'src="{_embedded(path, path.stat().st_mtime_ns)}"{"" if i == last else " hidden"}>'
+        for i, path in enumerate(sheets)
+    )
+    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step">'
+    control = f"<label>step <output>{_step(sheets[last]):,}</output>{slider}</label>"
+    return _section("Samples", f'<div class="sheets">{control if last else ""}{images}</div>')
+
+
+def _colours(metrics: Metrics) -> str:
+    figure = colour_figure(metrics)
+    if figure is None:
+        return ""
+    last = metrics.colours[-1]["colours"]
+    rows = [
+        [
+            f'<i style="background:{color}"></i> {name}',
+            *(f"{last[who][key][i]:+.3f}".replace("-", "−")
+              for key in ("mean", "std") for who in ("samples", "data")),
+        ]
+        for i, (name, color) in enumerate(CHANNELS.items())
+    ]  # fmt: skip
+    head = ["", "mean, samples", "data", "deviation, samples", "data"]
+    return _section(
+        "Colours",
+        f"<figure>{svg(figure)}</figure>",
+        _table(head, rows),
+        "Of the sample sheets, and dashed of the data; pictures are in −1 to 1.",
+    )
+
+
+def _use(preset: Preset, facts: dict[str, Any], folder: Path) -> str:
+    lines = usage(preset, facts, folder)
+    if not lines:
+        return ""
+    return _section("Use", "<pre>" + "\n".join(map(_text, lines)) + "</pre>")
+
+
+def _data(facts: dict[str, Any]) -> str:
+    return _section("Data", "<pre>" + "\n".join(map(_text, facts["audit"])) + "</pre>")
+
+
+def _configuration(facts: dict[str, Any], config: str) -> str:
+    others = set(RECIPES.values()) - {RECIPES[facts["part"]]}
+    rows = [
+        [f"<code>{_text(k)}</code>", f"<code>{_text(_value(v))}</code>",
+         _text(why.rpartition("chosen: ")[2])]
+        for k, v, why in facts["choices"]
+        if k.partition(".")[0] not in others
+    ]  # fmt: skip
+    sizes = ", ".join(f"{n} {c / 1e6:,.2f} M" for n, c in facts["parameters"].items())
+    return _section(
+        "Configuration",
+        _table(["", "value", "why"], rows) if rows else "As the preset has it.",
+        f"<details><summary>all of it</summary><pre>{_text(config)}</pre></details>",
+        f"Parameters: {sizes}. difftool {facts['version']}, torch {facts['torch']}.",
+    )
+
+
+def _earlier(folder: Path, part: Part) -> str:
+    """What a part that was trained before showed, in short."""
+    if not (folder / FACTS).is_file():
+        return ""
+    metrics = Metrics.read(folder / "metrics.jsonl")
+    figure = loss_figure(metrics, f"loss of the {PARTS[part]}")
+    drawn = f"<figure>{svg(figure)}</figure>" if figure else ""
+    sheets = sorted((folder / "samples").glob("step-*.png"), key=_step)[-1:]
+    shown = "".join(f'<img src="{_embedded(p, p.stat().st_mtime_ns)}" alt="">' for p in sheets)
+    words = f'<a href="{part}/report.html">Its own report</a>'
+    title = f"Before: the {PARTS[part]}"
+    return _section(title, f"{drawn}<div class='sheets'>{shown}</div>", words)
+
+
+# --- pieces ----------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """A time in words: "42 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
+    seconds = round(seconds)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for i, (unit, length) in enumerate(units):
+        if seconds >= length:
+            whole, rest = divmod(seconds, length)
+            below = units[i + 1] if i + 1 < len(units) else None
+            more = rest // below[1] if below else 0
+            return f"{whole} {unit}" + (f" {more} {below[0]}" if below and more else "")
+    return "0 s"
+
+
+def _value(value: Any) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, ensure_ascii=False)
+
+
+def _command(*words: object) -> str:
+    return "difftool " + shlex.join(map(str, words))
+
+
+def _text(value: object) -> str:
+    """Safe in HTML, whatever it came from."""
+    return html.escape(str(value))
+
+
+def _section(title: str, *parts: str) -> str:
+    blocks = (p if p.startswith("<") and not p.startswith("<a") else f"<p>{p}</p>" for p in parts)
+    return f"<section><h2>{title}</h2>{''.join(blocks)}</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _spread(items: list[Path], count: int) -> list[Path]:
+    """At most `count` of them, evenly, with the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+@lru_cache(4 * SHEETS)
+def _embedded(path: Path, _modified: int) -> str:
+    """A picture as a data URL."""
+    with Image.open(path) as image, io.BytesIO() as file:
+        image.save(file, "WEBP", quality=90)
+        data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/webp;base64,{data}"
+
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fbfaf7; --ink: #1c1b19; --muted: #85817a; --rule: #e3dfd6; --sheet: #f3f0e9;
+  --line: #00798c; --pale: #a9cdd3; --red: #d1495b;
+  --time0: #c3dde1; --time1: #8fc0c7; --time2: #5ba3ae; --time3: #2a8795; --time4: #006374;
+  --sans: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif;
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #181715; --ink: #e8e5de; --muted: #938e85; --rule: #34312c; --sheet: #211f1c;
+  --line: #4fb6c6; --pale: #2f5a62; --red: #e8707f;
+  --time0: #24454b; --time1: #2f6670; --time2: #3d8a97; --time3: #58b0be; --time4: #93d8e2; } }
+* { box-sizing: border-box; }
+body { background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans);
+  max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
+h1 { font-size: 2.1rem; font-weight: 600; letter-spacing: -.015em; line-height: 1.15;
+  margin: 0 0 .4rem; }
+h2 { font-size: 1.05rem; font-weight: 600; margin: 0 0 1rem; }
+header p { color: var(--muted); margin: 0; }
+section { margin-top: 2.6rem; border-top: 1px solid var(--rule); padding-top: 1.2rem; }
+section p { color: var(--muted); max-width: 46rem; font-size: .92rem; }
+a { color: var(--line); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr));
+  gap: 1.1rem 1.5rem; margin: 1.8rem 0 0; }
+dt { color: var(--muted); font-size: .8rem; }
+dd { margin: 0; font-size: 1.08rem; font-variant-numeric: tabular-nums; }
+.warning { border-left: 3px solid var(--red); padding: .5rem 1rem; margin: 1.4rem 0 0;
+  background: var(--sheet); }
+.warning::first-letter { text-transform: uppercase; }
+figure { margin: 0; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+pre { font: .84rem/1.6 var(--mono); background: var(--sheet); border-radius: 6px;
+  padding: .9rem 1.1rem; margin: 0; overflow-x: auto; }
+code { font: .86rem var(--mono); overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
+  margin: 0 0 1rem; }
+th { text-align: left; color: var(--muted); font-weight: 400; }
+td, th { padding: .3rem 1.6rem .3rem 0; border-bottom: 1px solid var(--rule);
+  vertical-align: baseline; }
+td i { display: inline-block; width: .65em; height: .65em; border-radius: 50%; }
+summary { cursor: pointer; color: var(--line); margin-bottom: .8rem; font-size: .92rem; }
+.sheets img { max-width: 100%; border-radius: 6px; display: block; }
+.sheets img[hidden] { display: none; }
+.sheets label { display: flex; gap: .8rem; align-items: center; color: var(--muted);
+  font-size: .92rem; margin-bottom: .8rem; }
+.sheets output { color: var(--ink); min-width: 4.5em; font-variant-numeric: tabular-nums; }
+.sheets input { flex: 1; max-width: 30rem; accent-color: var(--line); }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$TITLE</title>
+<style>$STYLE</style>
+</head>
+<body>
+$BODY
+<script>
+for (const slider of document.querySelectorAll(".sheets input")) {
+  const box = slider.closest(".sheets"), images = box.querySelectorAll("img");
+  slider.addEventListener("input", () => {
+    images.forEach((image, i) => { image.hidden = i != slider.value; });
+    box.querySelector("output").value = images[slider.value].dataset.step;
+  });
+}
+</script>
+</body>
+</html>
+"""

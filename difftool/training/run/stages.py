@@ -1,0 +1,152 @@
+"""The parts of a model, trained one after the other into one run folder.
+
+OUT/vae/ and OUT/clip/ are run folders of the parts that come first; OUT itself is the last one's.
+A part that is done has its model.safetensors and is not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from difftool.config.schema import Layer, Part, Preset, build_preset
+from difftool.data import Dataset
+from difftool.errors import UsageError
+from difftool.formats import open_model
+from difftool.storage.shards import written_at
+from difftool.training.run.folder import Run
+from difftool.training.step.checkpoint import checkpoints, newest_good, verify_checkpoint
+
+FINE_TUNED = {"difftool": 0.1}
+"""Share of the recipe's learning rate that fine-tuning starts with, by family."""
+PUBLISHED_LR = 1e-5
+"""Learning rate of fine-tuning a published model."""
+LORA_LR = {"difftool": 1e-3}
+"""Learning rates of LoRAs, by family."""
+PUBLISHED_LORA_LR = 1e-4
+"""Of a LoRA of a published model."""
+CHANNELS = ("in_channels", "out_channels")
+
+
+class Stage(NamedTuple):
+    """One part of a run."""
+
+    part: Part
+    folder: Path
+    checkpoint: Path | None
+    """Where to go on from; None = from the start."""
+    done: Path | None
+    """Its finished model."""
+
+
+def survey(
+    out: Path, parts: Sequence[Part], *, resume: bool, resume_from: Path | None = None
+) -> tuple[list[Stage], list[str]]:
+    """How far each part of the run in `out` is, and notes on damaged checkpoints.
+
+    UsageError if there is nothing to resume.
+    """
+    stages, notes = [], []
+    for part in parts:
+        last = part == parts[-1]
+        folder = out if last else out / part
+        model, checkpoint = folder / "model.safetensors", None
+        done = written_at(model) if resume and not last else None
+        if resume_from is not None and last:
+            checkpoint = _sound(resume_from)
+        elif resume and not done and (len(parts) == 1 or checkpoints(folder / "checkpoints")):
+            checkpoint, more = newest_good(folder / "checkpoints")
+            notes += more
+        stages.append(Stage(part, folder, checkpoint, done))
+    if (resume or resume_from) and not any(s.checkpoint or s.done for s in stages):
+        hint = "start without --resume, or point --out at the run to continue"
+        raise UsageError(f"there is no checkpoint to resume from in {out}", hint=hint)
+    return stages, notes
+
+
+def _sound(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise UsageError(f"checkpoint {checkpoint} does not exist")
+    if problem := verify_checkpoint(checkpoint):
+        raise UsageError(f"checkpoint {checkpoint} is damaged", problem)
+    return checkpoint
+
+
+def vocabulary(stages: Sequence[Stage]) -> str | None:
+    """The learned vocabulary that the run already has."""
+    for stage in stages:
+        where = stage.done or (stage.checkpoint and stage.checkpoint / "model.safetensors")
+        if where and (text := open_model(where).tokenizer_json):
+            return text
+    return None
+
+
+def with_codec_of(preset: Preset, model: Path) -> Preset:
+    """The preset with the autoencoder of another model, as it describes itself."""
+    return replace(preset, codec=build_preset(open_model(model).values, str(model)).codec)
+
+
+def vae_layer(flag: str, model: Path) -> Layer:
+    """What --vae MODEL says: its autoencoder, and a U-Net with as many channels."""
+    preset = build_preset(open_model(model).values, str(model))
+    if preset.codec.kind != "vae":
+        raise UsageError(f"{model} has no autoencoder", f"its codec is {preset.codec.kind}")
+    values: dict[str, Any] = open_model(model).values["codec"]
+    channels = preset.codec.latent_channels
+    return Layer(flag, {"codec": values, "unet": dict.fromkeys(CHANNELS, channels)})
+
+
+def start_layers(model: Path) -> list[Layer]:
+    """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
+    learning rate; how long and on what it was trained is its past."""
+    values = dict(open_model(model).values)
+    past = {"steps", "batch_size", "flip", "size"}
+    train = {k: v for k, v in values.get("train", {}).items() if k not in past}
+    values |= {"train": train, "parts": ["unet"], "data": {}}
+    family = str(values.get("family", "difftool"))
+    share = FINE_TUNED.get(family)
+    lr = PUBLISHED_LR if share is None else share * float(train.get("lr", 1e-3))
+    origin = "chosen: fine-tuning starts gently"
+    return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
+
+
+def lora_layers(model: Path, rank: int) -> list[Layer]:
+    """What --lora says: small matrices are trained by AdamW, and the model stays as it is."""
+    family = str(open_model(model).values.get("family", "difftool"))
+    lr = LORA_LR.get(family, PUBLISHED_LORA_LR)
+    values = {"lora_rank": rank, "lora_base": str(model)}
+    gentle = {"optimizer": "adamw", "lr": lr}
+    return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]
+
+
+def runs(
+    stages: Sequence[Stage],
+    preset: Preset,
+    dataset: Dataset,
+    *,
+    adopt: Mapping[str, Path],
+    **options: Any,
+) -> Iterator[Run]:
+    """The run of each part that is not done, to be taken to its end before the next is asked for.
+
+    What a part has learned goes to those after it. adopt: models that parts start from.
+    """
+    adopt = dict(adopt)
+    for stage in stages:
+        if stage.done is None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            yield Run(
+                stage.folder,
+                preset,
+                dataset,
+                part=stage.part,
+                adopt={} if stage.checkpoint and not preset.train.lora_rank else adopt,
+                resume=stage.checkpoint,
+                **options,
+            )
+        model = stage.folder / "model.safetensors"
+        adopt["text" if stage.part == "clip" else stage.part] = model
+        if stage.part == "vae":
+            preset = with_codec_of(preset, model)

@@ -1,0 +1,159 @@
+"""What frozen networks make of a dataset, made once: latents of pictures, embeddings of captions.
+
+A file is named by the hash of all that it depends on (the pictures and size or the caption, and the
+weights), so a stale one is never read; it is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from difftool.data import Dataset
+from difftool.data.buckets import Buckets, Size
+from difftool.networks.codecs import VaeCodec
+from difftool.pipeline.model import Model
+from difftool.storage.safetensors import load_tensors, save_tensors
+from difftool.training.step.batches import to_signal
+
+BATCH = 64
+
+
+class Latents:
+    """Mean and deviation of every picture's latent, fp16: as it is, and mirrored.
+
+    tables: by size, [n,1 or 2,2c,h,w] of the pictures of that size. sizes: of every picture.
+    """
+
+    def __init__(self, tables: dict[Size, Tensor], sizes: Sequence[Size]):
+        self.tables, self.sizes = tables, sizes
+        seen: Counter[Size] = Counter()
+        self.rows = []
+        for size in sizes:
+            self.rows.append(seen[size])
+            seen[size] += 1
+
+    def read(
+        self, indices: Sequence[int], flips: Sequence[bool], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Raw mean and deviation of those pictures, of one size, fp32 [B,c,h,w] each."""
+        table = self.tables[self.sizes[indices[0]]]
+        side = [int(flip) if table.shape[1] > 1 else 0 for flip in flips]
+        chosen = table[[self.rows[i] for i in indices], side]
+        mean, std = chosen.to(device, non_blocking=True).float().chunk(2, dim=1)
+        return mean, std
+
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of each channel over the set, posterior noise included."""
+        pixels = [table[:, 0].float().transpose(0, 1).flatten(1) for table in self.tables.values()]
+        mean, std = torch.cat(pixels, dim=1).chunk(2)
+        spread = (mean.var(dim=1, correction=0) + (std**2).mean(dim=1)).sqrt()
+        return mean.mean(dim=1).tolist(), spread.tolist()
+
+    @classmethod
+    @torch.no_grad()
+    def make(
+        cls,
+        model: Model,
+        dataset: Dataset,
+        frame: int | Buckets,
+        *,
+        flip: bool,
+        folder: Path | None = None,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Latents:
+        """The latents of the set's first `limit` pictures, in squares of a side or in buckets; read
+        from the folder or made into it."""
+        count = min(limit or len(dataset), len(dataset))
+        sizes = [
+            (frame, frame) if isinstance(frame, int) else dataset.bucket(index, frame)
+            for index in range(count)
+        ]
+        assert isinstance(model.codec, VaeCodec)
+        vae, path = model.codec.vae, None
+        if folder is not None:
+            facts = f"{dataset.fingerprint} {frame} {flip} {count} {_digest({'vae': vae})}"
+            name = hashlib.sha256(facts.encode()).hexdigest()[:32]
+            path = folder / f"latents-{name}.safetensors"
+            if path.is_file():
+                return cls({_size(key): t for key, t in load_tensors(path).items()}, sizes)
+        tables, done = {}, 0
+        for size in dict.fromkeys(sizes):
+            members, rows = [i for i in range(count) if sizes[i] == size], []
+            for first in range(0, len(members), BATCH):
+                indices, sides = members[first : first + BATCH], []
+                for mirrored in (False, True)[: 2 if flip else 1]:
+                    pictures = dataset.images(indices, size, [mirrored] * len(indices))
+                    mean, logvar = vae.encode(to_signal(pictures, model.device).to(vae.dtype))
+                    sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
+                rows.append(torch.stack(sides, dim=1).half().cpu())
+                done += len(indices)
+                if progress:
+                    progress(done, count)
+            tables[size] = torch.cat(rows)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            named = {f"{width}x{height}": table for (width, height), table in tables.items()}
+            save_tensors(path, named, {}, overwrite=True)
+        return cls(tables, sizes)
+
+
+def _size(text: str) -> Size:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+class Embeddings:
+    """The text encoders' outputs, fp16, a file a caption; called like Model.embed.
+
+    What was used last is held in memory. A caption gives the same numbers whether it was cached or
+    not, so that a resumed run is exact.
+    """
+
+    HELD = 4096
+
+    def __init__(self, model: Model, folder: Path):
+        encoders = {n: p for n, p in model.parts().items() if n.startswith("text.")}
+        self.model, self.folder = model, folder / f"text-{_digest(encoders)}"
+        self.held: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Context [B,L,D] and pooled [B,P] of prompts, fp32."""
+        rows = [self._row(prompt) for prompt in prompts]
+        # As fp32 first: autocast to bf16 on a CPU has no way to stack fp16.
+        columns = {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
+        made = {k: t.to(self.model.device, non_blocking=True) for k, t in columns.items()}
+        return made["context"], made.get("pooled")
+
+    def _row(self, prompt: str) -> dict[str, Tensor]:
+        row = self.held.pop(prompt, None)
+        if row is None:
+            path = self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+            if path.is_file():
+                row = load_tensors(path)
+            else:
+                parts = zip(("context", "pooled"), self.model.embed([prompt]), strict=True)
+                row = {name: t[0].half().cpu() for name, t in parts if t is not None}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors(path, row, {}, overwrite=True)
+        self.held[prompt] = row  # last in, last out
+        if len(self.held) > self.HELD:
+            del self.held[next(iter(self.held))]
+        return row
+
+
+def _digest(networks: Mapping[str, nn.Module]) -> str:
+    """Hash of networks' weights, in hex."""
+    digest = hashlib.sha256()
+    for prefix, network in networks.items():
+        for name, tensor in network.state_dict().items():
+            digest.update(f"{prefix}.{name}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,380 @@
+"""The training loop: a generator of TrainStep, so that progress, previews and stops live outside.
+
+One optimiser step: pictures, times and noise drawn by coordinates (rng.py); x_t = alpha x0 +
+sigma eps; the network's error against its target; the optimiser; the moving average. A run that is
+stopped and resumed continues bit for bit. Nothing in a step waits for the device. Several processes
+(parallel.py) share each batch, and a run comes out the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from difftool.config.schema import OptimConfig, Part, TrainConfig, to_values
+from difftool.data import Dataset
+from difftool.errors import InputError, ResourceError, UsageError
+from difftool.pipeline.model import Model
+from difftool.training.step import parallel
+from difftool.training.step.batches import Ahead, Batch, Batches, buckets_of
+from difftool.training.step.checkpoint import checkpoint_name, save_checkpoint
+from difftool.training.step.ema import Ema
+from difftool.training.step.objectives import OBJECTIVES
+from difftool.training.step.optim import OPTIMIZERS
+from difftool.training.step.record import Record
+
+LOG_EVERY = 10
+HELPERS = "helpers.safetensors"
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+
+
+class TrainStep(NamedTuple):
+    """What one optimiser step did. What is measured on the device (loss, gradient norm, the terms
+    of the loss, the loss by noise level) is the mean since the last report, and None or empty on
+    the steps between reports, where it is not fetched."""
+
+    step: int
+    lr: float
+    loss: float | None
+    grad_norm: float | None
+    images_per_second: float
+    terms: dict[str, float]
+    levels: list[float | None]
+    """Mean loss in each bin of LEVELS; None where there was no sample."""
+
+
+class Trainer:
+    """Trains one part of a model on a dataset; every choice is in its preset's recipe for it."""
+
+    def __init__(
+        self,
+        model: Model,
+        dataset: Dataset,
+        part: Part = "unet",
+        *,
+        workers: int | None = None,
+        compiled: bool = False,
+    ):
+        """workers: threads that prepare batches ahead; None = as many as the device can use.
+        compiled: run the U-Net through torch's compiler. Neither changes what is learned."""
+        config = model.preset.recipe(part)
+        assert config.steps and config.batch_size and config.size
+        self.model, self.dataset, self.part, self.config = model, dataset, part, config
+        self.step, self.seed = 0, config.seed
+        self.objective = objective = OBJECTIVES[part](model, config)
+        drop = config.drop if isinstance(config, TrainConfig) else 0.0
+        self.batches = Batches(
+            model,
+            dataset,
+            self.seed,
+            config.size,
+            bool(config.flip),
+            drop,
+            buckets_of(model.preset, config.size),
+            config.batch_size,
+        )
+        trained, self.helpers = objective.trained(), objective.helpers()
+        for name, network in model.parts().items():
+            network.requires_grad_(name in trained).train(name in trained)
+        self.parameters = _parameters(trained)
+        """What the model keeps, by its names in a model file."""
+        self.learning = self.parameters | _parameters(self.helpers)
+        for network in (*model.parts().values(), *self.helpers.values()):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = OPTIMIZERS[config.optimizer](self.learning, config)
+        self.ema = Ema.of(config, self.parameters)
+        precision = config.precision
+        if precision == "auto":
+            precision = "bf16" if _has_bf16(model.device) else "fp32"
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+        self.record = Record(model.device)
+        if model.device.type == "cpu":
+            keep_memory()
+        if isinstance(config, TrainConfig) and config.checkpointing:
+            model.denoiser.network.checkpoint()  # type: ignore[operator]
+        self.compiled = compiled and part == "unet"
+        if self.compiled:
+            model.denoiser.network.compile(dynamic=False)
+        # What is not a sum over samples every process computes whole.
+        self.share = (
+            parallel.share(config.batch_size) if objective.by_sample else range(config.batch_size)
+        )
+        self.gradients = parallel.GradientSum(self.learning.values())
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
+        self.ahead = Ahead(self._draw, workers, config.steps * config.accumulate)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def lr(self, step: int) -> float:
+        """Learning rate: a linear warm-up, then the decay to zero at the last step."""
+        config = self.config
+        warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        rest = max(config.steps - config.warmup, 1)  # type: ignore[operator]
+        left = min(1.0, max(0.0, 1 - (step - config.warmup) / rest))
+        shape = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        return config.lr * warm * shape[config.decay]
+
+    def _draw(self, position: int) -> Batch:
+        """This process's share of batch number `position` of the run."""
+        first = position * (self.config.batch_size or 0) + self.share.start
+        pictures = self.objective.needs_pictures()
+        return self.batches.draw(first, len(self.share), pictures=pictures)
+
+    def advance(self) -> None:
+        """One optimiser step; what it measured stays on the device."""
+        config, objective = self.config, self.objective
+        if self.model.preset.unet.dropout:  # which draws from the global generator
+            torch.manual_seed((self.seed * 1_000_003 + self.step) ^ (parallel.rank() << 48))
+        for part in range(config.accumulate):
+            batch = self.ahead[self.step * config.accumulate + part]
+            enabled = self.autocast is not None
+            with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
+                outcome = objective.losses(batch, self.step)
+            if part == config.accumulate - 1:
+                self.gradients.start()
+            loss = outcome.loss.mean() / (config.accumulate * parallel.size())
+            self.scaler.scale(loss).backward()
+            self.record.add(outcome)
+        self.gradients.finish()
+        self.scaler.unscale_(self.optimizer)
+        bound = config.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), bound)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update()
+        self.record.add_norm(norm.detach())
+        self.step += 1
+
+    def run(self) -> Iterator[TrainStep]:
+        """Steps until the last; ResourceError if the loss or a gradient stops being finite."""
+        config = self.config
+        assert config.steps and config.batch_size
+        began, images = time.monotonic(), 0
+        try:
+            while self.step < config.steps:
+                lr = self.lr(self.step)
+                self.advance()
+                images += config.batch_size * config.accumulate
+                step = TrainStep(self.step, lr, None, None, 0.0, {}, [])
+                if self.step % LOG_EVERY == 0 or self.step == config.steps:
+                    step = step._replace(**self._report())
+                yield step._replace(images_per_second=images / (time.monotonic() - began))
+        finally:
+            self.ahead.close()
+
+    def _report(self) -> dict[str, Any]:
+        self.record.share()
+        report = self.record.report()
+        loss, norm = report["loss"], report["grad_norm"]
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
+            raise ResourceError(
+                f"training stopped at step {self.step}: the numbers are not finite",
+                f"loss {loss}, gradient norm {norm}",
+                "resume from the last checkpoint with a lower --lr",
+            )
+        return report
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """In the block the U-Net is not compiled: other shapes would be compiled anew."""
+        if not self.compiled:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    # --- state -------------------------------------------------------------------------------
+
+    def kept_parts(self) -> list[str]:
+        """The parts that the run's files hold: the whole model if the U-Net is trained, else what
+        is trained, for another model to adopt."""
+        trained = self.objective.trained()
+        return list(self.model.parts() if "unet" in trained else trained)
+
+    def save(self, folder: Path, *, keep: int) -> Path:
+        """Write a checkpoint of everything that the next step depends on.
+
+        Of several processes all call it and the first writes. Averages to choose from go to the
+        folder `ema` beside `folder`.
+        """
+        self.record.share()
+        if not parallel.leads():
+            parallel.wait()
+            return folder / checkpoint_name(self.step)
+
+        def write(where: Path) -> None:
+            parts = self.kept_parts()
+            self.model.save(where / "model.safetensors", parts=parts)
+            if self.ema:
+                note, path = {"difftool.weights": "ema"}, where / "ema.safetensors"
+                self.model.save(path, parts=parts, weights=self.ema.average, metadata=note)
+                for rule, track in list(self.ema.tracks.items())[:-1]:
+                    whole = {name: value.contiguous() for name, value in track.items()}
+                    save_file(whole, where / f"ema-{rule}.safetensors")
+            optimizer = {
+                f"{name}.{key}": value.contiguous()
+                for name, p in self.learning.items()
+                for key, value in self.optimizer.state.get(p, {}).items()
+            }
+            save_file(optimizer, where / "optimizer.safetensors")
+            if self.helpers:
+                left = {n: p.detach() for n, p in _parameters(self.helpers).items()}
+                save_file({n: p.contiguous() for n, p in left.items()}, where / HELPERS)
+            state = {
+                "schema": 1,
+                "step": self.step,
+                "record": self.record.state(),
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "scaler": self.scaler.state_dict(),
+                "train": to_values(self.config),
+                "dataset": self.dataset.fingerprint,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+            (where / "state.json").write_text(json.dumps(state, indent=1))
+
+        path = save_checkpoint(folder, self.step, write, keep)
+        if self.ema and self.config.ema_profile == "power":
+            self.ema.snapshot(folder.parent / "ema")
+        parallel.wait()
+        return path
+
+    def restore(self, checkpoint: Path) -> list[str]:
+        """Continue from a checkpoint; returns notes on what differs from when it was made.
+
+        UsageError if the run's seed, batches or networks are not the checkpoint's.
+        """
+        state = json.loads((checkpoint / "state.json").read_text())
+        self._check_state(state, checkpoint)
+        kept = tuple(f"{part}." for part in self.kept_parts())
+        mine = {n: t for n, t in self.model.tensors().items() if n.startswith(kept)}
+        _copy(mine, _tensors(checkpoint / "model.safetensors"), checkpoint)
+        if self.helpers:
+            _copy(_parameters(self.helpers), _tensors(checkpoint / HELPERS), checkpoint)
+        if self.ema:
+            for rule, track in self.ema.tracks.items():
+                name = "ema" if track is self.ema.average else f"ema-{rule}"
+                _copy(track, _tensors(checkpoint / f"{name}.safetensors"), checkpoint)
+            self.ema.updates = state["ema_updates"]
+        saved = _tensors(checkpoint / "optimizer.safetensors")
+        for name, p in self.learning.items():
+            prefix = f"{name}."
+            entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
+            entry = {key: t for key, t in entry.items() if "." not in key}
+            # In the parameter's own memory layout: the fused optimiser walks raw memory.
+            laid_out = {
+                k: t if k == "step" else torch.empty_like(p).copy_(t) for k, t in entry.items()
+            }
+            if laid_out:
+                self.optimizer.state[p] = laid_out
+        self.scaler.load_state_dict(state["scaler"])
+        self.record.restore(state["record"])
+        self.step = state["step"]
+        notes = []
+        if state["dataset"] != self.dataset.fingerprint:
+            notes.append("the dataset has changed since the checkpoint")
+        if state["threads"] != torch.get_num_threads():
+            notes.append(
+                f"the checkpoint was made with {state['threads']} threads: sums may differ"
+            )
+        return notes
+
+    def _check_state(self, state: dict[str, Any], checkpoint: Path) -> None:
+        now, then = to_values(self.config), state["train"]
+        fixed = ("seed", "batch_size", "accumulate", "size", "ema")
+        for key in (*fixed, "optimizer", "ema_profile", "ema_lengths"):
+            before = then.get(key, OptimConfig.__dataclass_fields__[key].default)
+            before = list(before) if isinstance(before, tuple) else before
+            if now[key] != before:
+                raise UsageError(
+                    f"cannot resume {checkpoint} with another {key}",
+                    f"it was {before}, now {now[key]}",
+                    "give the same value, or start a new run",
+                )
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch's compiler does not work here; None if it does. Compiles a line to know."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 numbers natively (CPUs: with AVX-512 BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    tests = (getattr(torch.cpu, name, None) for name in names)
+    return device.type == "cpu" and any(test() for test in tests if test)
+
+
+def keep_memory() -> None:
+    """Keep freed memory for the next step: giving it back to the system and having new pages
+    zeroed takes a tenth of a step on a CPU. Where the C library is not glibc nothing is done."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 1 << 30)
+        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    named = ((prefix, network.named_parameters()) for prefix, network in networks.items())
+    return {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise InputError(f"cannot read {path}", str(error)) from None
+
+
+@torch.no_grad()
+def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor], checkpoint: Path) -> None:
+    for name, target in targets.items():
+        if name not in sources or sources[name].shape != target.shape:
+            why = f"{name} is missing or has another shape"
+            raise UsageError(f"{checkpoint} does not fit this model", why)
+        target.copy_(sources[name])
+
+
+@contextmanager
+def graceful_stop() -> Iterator[list[int]]:
+    """In the block a first SIGINT or SIGTERM is noted in the list; a second stops at once."""
+    received: list[int] = []
+
+    def note(signum: int, _frame: Any) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

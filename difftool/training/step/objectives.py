@@ -1,0 +1,237 @@
+"""What each part of a model learns: one class a part, and the registry that names them.
+
+unet: the error of its prediction against noise (the text encoders with a vocabulary of their own
+learn with it). vae: to give pictures back through a narrow latent. clip: which caption belongs to
+which picture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from difftool.config.schema import ClipTrainConfig, TrainConfig, VaeTrainConfig
+from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
+from difftool.diffusion.path import call
+from difftool.networks.codecs import VaeCodec
+from difftool.pipeline.model import Model
+from difftool.registry import Registry
+from difftool.training.step import rng
+from difftool.training.step.batches import Batch, to_signal
+from difftool.training.step.cache import Embeddings, Latents
+from difftool.training.step.perception import PatchDiscriminator, PictureEncoder, pyramid_distance
+from difftool.training.step.rng import Stream
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Outcome(NamedTuple):
+    """The losses of a batch."""
+
+    loss: Tensor
+    """[B]; its mean is what the step descends."""
+    terms: dict[str, Tensor]
+    """What it is made of, for the record: scalars on the device."""
+    log_snr: Tensor | None = None
+    """[B]: the noise level that each sample was seen at."""
+
+
+class Objective(ABC):
+    """What one part of a model learns from a batch."""
+
+    by_sample = True
+    """Whether a sample's loss is its own, so that processes can share a batch."""
+
+    def __init__(self, model: Model, config: Any):
+        self.model, self.config, self.seed = model, config, config.seed
+
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Module]:
+        """The parts of the model that learn, by their names in it."""
+
+    def helpers(self) -> dict[str, nn.Module]:
+        """Networks that learn beside them and are left behind at the end."""
+        return {}
+
+    def needs_pictures(self) -> bool:
+        """Whether a batch must bring its pictures."""
+        return True
+
+    @abstractmethod
+    def losses(self, batch: Batch, step: int) -> Outcome:
+        """The losses of a batch; `step` counts optimiser steps."""
+
+    def held_out(self, batch: Batch) -> Outcome:
+        """The losses of a batch that is not learned from: a function of the weights and its slots,
+        so that those of two steps can be compared."""
+        return self.losses(batch, -1)  # before any discriminator has a say
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("part")
+
+
+@OBJECTIVES.register("unet")
+class Denoising(Objective):
+    """The diffusion objective."""
+
+    config: TrainConfig
+
+    latents: Latents | None = None
+    """Where x0 comes from, in place of pictures and the codec."""
+    embeddings: Embeddings | None = None
+    """Where frozen text encoders' outputs come from, in place of running them."""
+
+    def __init__(self, model: Model, config: TrainConfig):
+        super().__init__(model, config)
+        self.times = partial(TIMES[config.time], model.denoiser.path, **config.time_options)
+        self.weight = partial(WEIGHTS[config.weight], **config.weight_options)
+        call(f'time distribution "{config.time}"', self.times, torch.full((1,), 0.5))
+        one, target = torch.ones(1, 1, 1, 1), model.denoiser.target
+        call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
+
+    def trained(self) -> dict[str, nn.Module]:
+        if self.model.adapters is not None:
+            return {"lora": self.model.adapters}
+        texts = enumerate(self.model.preset.text)
+        names = {"unet"} | {f"text.{i}" for i, t in texts if t.tokenizer == "learned"}
+        return {name: part for name, part in self.model.parts().items() if name in names}
+
+    def reads(self) -> bool:
+        """Whether the text encoders learn too."""
+        return any(name.startswith("text.") for name in self.trained())
+
+    def needs_pictures(self) -> bool:
+        return self.latents is None
+
+    def losses(self, batch: Batch, step: int) -> Outcome:
+        return self._errors(
+            batch, rng.uniform(self.seed, Stream.TIME, 0, batch.slots), Stream.NOISE
+        )
+
+    def held_out(self, batch: Batch) -> Outcome:
+        # Times of a golden ratio sequence: any run of slots covers the levels evenly.
+        u = ((batch.slots.double() + 0.5) * GOLDEN).frac().float().clamp(1e-4, 1 - 1e-4)
+        return self._errors(batch, u, Stream.VALIDATION)
+
+    def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> Outcome:
+        """The losses at those quantiles [B] of the training times, with noise of that stream."""
+        model, config, slots = self.model, self.config, batch.slots
+        x0 = self._x0(batch)
+        times = self.times(u)
+        eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
+        size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
+        cond = model.cond(batch.captions, batch.labels, size, embed=self.embeddings)
+        losses = training_loss(
+            model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
+        )
+        alpha, sigma = model.denoiser.path.coefficients(times)
+        return Outcome(losses, {}, 2 * (alpha / sigma).log().flatten())
+
+    def _x0(self, batch: Batch) -> Tensor:
+        model = self.model
+        if batch.pictures is None:
+            assert self.latents is not None
+            mean, std = self.latents.read(batch.indices, batch.flips, model.device)
+            noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
+            return model.codec.scaled(mean + std * noise)  # type: ignore[attr-defined]
+        images = to_signal(batch.pictures, model.device)
+        # In full precision whatever the U-Net trains in: what it learns is no better than x0.
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            sides = (side // model.codec.factor for side in images.shape[-2:])
+            shape = (model.codec.channels, *sides)
+            vae = isinstance(model.codec, VaeCodec)
+            noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape) if vae else None
+            return model.codec.encode(images, noise)
+
+
+@OBJECTIVES.register("vae")
+class Reconstruction(Objective):
+    """The autoencoder's objective (Rombach et al. 2022, appendix G): reconstruction, a distance
+    that looks at structure, the latent's divergence from a unit normal, and, where it is asked
+    for, a patch discriminator's opinion."""
+
+    config: VaeTrainConfig
+
+    def __init__(self, model: Model, config: VaeTrainConfig):
+        super().__init__(model, config)
+        assert isinstance(model.codec, VaeCodec)
+        self.vae = model.codec.vae
+        self.critic: PatchDiscriminator | None = None
+        if config.adversarial:
+            self.critic = PatchDiscriminator(model.preset.codec.channels)
+            self.critic.init_weights(torch.Generator().manual_seed(config.seed))
+            self.critic.to(model.device)
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def helpers(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic} if self.critic else {}
+
+    def losses(self, batch: Batch, step: int) -> Outcome:
+        assert batch.pictures is not None
+        images, config = to_signal(batch.pictures, self.model.device), self.config
+        mean, logvar = self.vae.encode(images)
+        noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
+        back = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).float()
+        mean, logvar = mean.float(), logvar.float()
+        terms = {
+            "pixels": (back - images).abs().mean(dim=(1, 2, 3)),
+            "structure": pyramid_distance(back, images),
+            "kl": 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)),
+        }
+        # The divergence counts a whole latent; a share of the picture's values keeps its weight
+        # the same at every size.
+        weights = {"structure": config.structure, "kl": config.kl / images[0].numel()}
+        if self.critic is not None and step >= config.adversarial_from:
+            terms |= self.critic.losses(back, images)
+            weights |= {"fooling": config.adversarial}
+        loss = torch.stack([weights.get(n, 1.0) * t for n, t in terms.items()]).sum(0)
+        return Outcome(loss, {name: term.detach().mean() for name, term in terms.items()})
+
+
+@OBJECTIVES.register("clip")
+class Contrast(Objective):
+    """CLIP's objective (Radford et al. 2021): within a batch, which caption is whose picture.
+
+    The text encoders learn; the picture encoder that they learn against is left behind.
+    """
+
+    config: ClipTrainConfig
+    by_sample = False
+
+    def __init__(self, model: Model, config: ClipTrainConfig):
+        super().__init__(model, config)
+        widths = [t.projection or t.width for t in model.preset.text]
+        self.encoder = PictureEncoder(config.width, widths)
+        self.encoder.init_weights(torch.Generator().manual_seed(config.seed))
+        self.encoder.to(model.device)
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {n: part for n, part in self.model.parts().items() if n.startswith("text.")}
+
+    def helpers(self) -> dict[str, nn.Module]:
+        return {"pictures": self.encoder}
+
+    def losses(self, batch: Batch, step: int) -> Outcome:
+        assert batch.pictures is not None
+        seen = self.encoder(to_signal(batch.pictures, self.model.device))
+        scale = self.encoder.scale()
+        total, right = torch.zeros_like(batch.slots, dtype=torch.float32), []
+        # The same caption twice in a batch is no mistake: both pictures are its.
+        numbers = {caption: i for i, caption in enumerate(dict.fromkeys(batch.captions))}
+        ids = torch.tensor([numbers[c] for c in batch.captions], device=self.model.device)
+        same = (ids[:, None] == ids[None]).float()
+        wanted = same / same.sum(1, keepdim=True)
+        for pictures, texts in zip(seen, self.model.pooled(batch.captions), strict=True):
+            logits = scale * F.normalize(pictures, dim=1) @ F.normalize(texts.float(), dim=1).T
+            total = total + F.cross_entropy(logits, wanted, reduction="none") / 2
+            total = total + F.cross_entropy(logits.T, wanted, reduction="none") / 2
+            best = logits.detach().argmax(1)
+            right.append(same.gather(1, best[:, None]).mean())
+        return Outcome(total / len(right), {"right": torch.stack(right).mean()})
