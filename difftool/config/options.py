@@ -1,0 +1,149 @@
+"""Options as rows: what a row says gives the flag, its help, completion, checks and the keyword of
+the library. Torch-free.
+
+A command is a list of rows (`cli.options` makes Typer's parameters of them); the library reads its
+keywords by the same rows, so that both refuse the same values in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from difftool.errors import UsageError, suggestion
+
+Choices = Callable[[], Iterable[str]]
+"""Asked when help is shown, a word completed or a value checked: plugins may have added some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a command. None, everywhere, is an option that was not given."""
+
+    name: str
+    """Keyword in the library; the flag is --name with dashes, unless `flags` says otherwise."""
+    type: Any = str
+    """str, int, float, bool or Path, of one value."""
+    many: bool = False
+    """Whether it may be repeated, which makes a list of it."""
+    argument: bool = False
+    """Whether it is given by its place and not by a flag."""
+    required: bool = False
+    help: str
+    panel: str
+    flags: tuple[str, ...] = ()
+    """Spellings of the flag, the one of messages first; "--a/--no-a" for a switch both ways."""
+    metavar: str | None = None
+    default: str | None = None
+    """What is shown as the default."""
+    choices: Choices | None = None
+    """The values that there are; `read` may take more (other tools' spellings)."""
+    complete: Choices | None = None
+    """Values to complete to where others are allowed too; None = `choices`."""
+    read: Callable[[Any], Any] | None = None
+    """From a value as it was typed to the value that is meant; UsageError if there is none."""
+    low: float | None = None
+    """The smallest value."""
+    above: float | None = None
+    """What a value must be greater than."""
+    high: float | None = None
+    """The largest value."""
+    key: str | None = None
+    """Path of the preset's value that it changes: "train.lr"."""
+    excludes: tuple[str, ...] = ()
+    """Names of options that cannot be given too; one side of a pair says it."""
+    needs: tuple[str, ...] = ()
+    """Names of options of which one must be given too."""
+    why: str | None = None
+    """What is said where `needs` is not met, after the flag: "is a LoRA's"."""
+    habits: tuple[str, ...] = ()
+    """Flags of other tools that mean this; answered with its name."""
+
+    @property
+    def flag(self) -> str:
+        """As it is named in messages."""
+        if self.argument:
+            return self.metavar or self.name.upper()
+        return (self.flags[0] if self.flags else f"--{self.name.replace('_', '-')}").split("/")[0]
+
+    def value(self, given: Any) -> Any:
+        """The value that is meant by one as it was typed or passed; UsageError if it is not one."""
+        if given is None or (self.many and not given):
+            return None
+        return [self._one(each) for each in given] if self.many else self._one(given)
+
+    def _one(self, given: Any) -> Any:
+        if self.type in (int, float):
+            self._check_number(given)
+        if self.read is not None:
+            return self.read(given)
+        if self.choices is not None and given not in (names := list(self.choices())):
+            known = suggestion(str(given), names)
+            raise UsageError(f'{self.flag} "{given}" is not one of its values', hint=known)
+        return given
+
+    def _check_number(self, given: object) -> None:
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise UsageError(f"{self.flag} {given!r} is not a number")
+        if not math.isfinite(given):
+            raise UsageError(f"{self.flag} {given} is not a finite number")
+        low, high = self.low, self.high
+        if self.above is not None and given <= self.above:
+            what = "positive" if self.above == 0 else f"above {self.above:g}"
+            raise UsageError(f"{self.flag} {given:g} is not {what}")
+        if low is not None and high is not None and not low <= given <= high:
+            raise UsageError(f"{self.flag} {given:g} is not a number from {low:g} to {high:g}")
+        if low is not None and given < low:
+            what = "a positive number" if low == 1 else f"at least {low:g}"
+            raise UsageError(f"{self.flag} {given:g} is not {what}")
+        if high is not None and given > high:
+            raise UsageError(f"{self.flag} {given:g} is more than {high:g}")
+
+
+def by_name(rows: Iterable[Option]) -> dict[str, Option]:
+    """The rows of a command by their names; no two have one."""
+    rows = list(rows)
+    named = {row.name: row for row in rows}
+    assert len(named) == len(rows), "a name that two options have"
+    return named
+
+
+def read_options(rows: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a command by name: what was given, read and checked; None for the others.
+
+    UsageError for an unknown name, a value that is not one, options that exclude each other and
+    options whose company is missing.
+    """
+    named = by_name(rows)
+    for name in given:
+        if name not in named:
+            raise UsageError(f'there is no option "{name}"', hint=suggestion(name, list(named)))
+    values = {name: row.value(given.get(name)) for name, row in named.items()}
+    present = [name for name, value in values.items() if value is not None and value is not False]
+    for row in map(named.__getitem__, present):
+        for other in row.excludes:
+            if other in present:
+                what = f"{row.flag} and {named[other].flag} exclude each other"
+                raise UsageError(what, hint="leave one of them out")
+        if row.needs and not any(other in present for other in row.needs):
+            flags = " or ".join(named[other].flag for other in row.needs)
+            why = row.why or "has nothing to apply to"
+            raise UsageError(f"{row.flag} {why}", hint=f"add {flags}")
+    return values
+
+
+def option_layers(
+    rows: Iterable[Option], values: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The values of options that are keys of a preset, each a flag and a nested mapping."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for row in rows:
+        if row.key is None or values.get(row.name) is None:
+            continue
+        nested: Any = values[row.name]
+        for key in reversed(row.key.split(".")):
+            nested = {key: nested}
+        found.append((row.flag, nested))
+    return found
