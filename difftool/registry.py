@@ -6,9 +6,10 @@ the tests read the tables, so nothing else has to be told.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from difftool.errors import UsageError, suggestion
 
@@ -71,3 +72,17 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def call(what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """function(*args, **options), where a wrong option is the user's error and names `what`."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+        known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        for name in options:
+            if name not in known and len(known) == len(parameters):
+                hint = suggestion(name, known) if known else None
+                raise UsageError(f'{what} has no option "{name}"', hint=hint)
+        return function(*args, **options)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{what} has a wrong option", str(error)) from error

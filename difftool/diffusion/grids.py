@@ -20,56 +20,94 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial, wraps
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
-from difftool.diffusion.path import Discrete, Flow, Level, Path, call
+from difftool.diffusion.path import Discrete, Flow, Level, Path
 from difftool.errors import UsageError, suggestion
-from difftool.registry import Registry
-
-Grid = Callable[..., list[Level]]
-"""(path, n, **options) -> n levels and the end, noisy to clean."""
-
-GRIDS: Registry[Grid] = Registry("schedule")
+from difftool.registry import Registry, call
 
 
-def _register(name: str, *aliases: str) -> Callable[[Callable[..., list[Level]]], Grid]:
-    """Adds a grid from the function that gives its n levels; the rest is the same for all."""
+@dataclass(frozen=True)
+class Grid:
+    """A grid is a row: its kind says what `function` divides, the rest is the same for all.
 
-    def add(levels: Callable[..., list[Level]]) -> Grid:
-        what = f'schedule "{name}"'
+    index   (T, n, **options) -> indices of a table of T entries; with `rounds` it is given what
+            rounds an index too: half to even on a table, nothing on a continuous path
+    scale   (hi, lo, n, **options) -> noise scales
+    level   (path, n, **options) -> levels
+    """
 
-        @wraps(levels)
-        def grid(
-            path: Path,
-            n: int,
-            *,
-            end: str = "clean",
-            terminal_alpha_bar: float | None = None,
-            lookup: str | None = None,
-            time: str | None = None,
-            **options: Any,
-        ) -> list[Level]:
-            if not 1 <= n <= path.steps:
-                why = f"steps = {n}, the noise path has {path.steps}"
-                raise UsageError("the number of steps does not fit", why)
-            table = {"terminal_alpha_bar": terminal_alpha_bar, "lookup": lookup, "time": time}
-            if table := {name: value for name, value in table.items() if value is not None}:
-                if not isinstance(path, Discrete):
-                    raise UsageError(f"{next(iter(table))} belongs to discrete noise paths")
-                path = call(what, partial(replace, path), **table)
-            found = [_told(level, time) for level in call(what, levels, path, n, **options)]
-            return _checked(what, _ended(found, path, end), n)
+    name: str
+    kind: Literal["index", "scale", "level"]
+    function: Callable[..., Sequence[Any]]
+    about: str
+    """One line for lists and help."""
+    aliases: tuple[str, ...] = ()
+    """Other tools' spellings of the name."""
+    rounds: bool = False
+    a1111: str | None = None
+    """A1111's name of it; None = it has none."""
 
-        return GRIDS.add(name, grid, *aliases)
+    def __call__(
+        self,
+        path: Path,
+        n: int,
+        *,
+        end: str = "clean",
+        terminal_alpha_bar: float | None = None,
+        lookup: str | None = None,
+        time: str | None = None,
+        **options: Any,
+    ) -> list[Level]:
+        """n levels and the end, noisy to clean; UsageError if the path has no such levels."""
+        what = f'schedule "{self.name}"'
+        if not 1 <= n <= path.steps:
+            why = f"steps = {n}, the noise path has {path.steps}"
+            raise UsageError("the number of steps does not fit", why)
+        table = {"terminal_alpha_bar": terminal_alpha_bar, "lookup": lookup, "time": time}
+        if table := {name: value for name, value in table.items() if value is not None}:
+            if not isinstance(path, Discrete):
+                raise UsageError(f"{next(iter(table))} belongs to discrete noise paths")
+            path = call(what, partial(replace, path), **table)
+        divided = {"index": self._indices, "scale": self._scales, "level": self._levels}[self.kind]
+        levels = [_at_network_time(level, time) for level in divided(what, path, n, options)]
+        return _checked(what, _ended(levels, path, end), n)
 
-    return add
+    def _levels(self, what: str, path: Path, n: int, options: dict[str, Any]) -> Sequence[Level]:
+        return call(what, self.function, path, n, **options)
+
+    def _indices(self, what: str, path: Path, n: int, options: dict[str, Any]) -> Sequence[Level]:
+        given = (path.steps, n)
+        if self.rounds:
+            given = (*given, (lambda index: index) if path.continuous else round)
+        return [path.at_index(index) for index in call(what, self.function, *given, **options)]
+
+    def _scales(self, what: str, path: Path, n: int, options: dict[str, Any]) -> Sequence[Level]:
+        noisy, clean = _range(path, n, options.pop("range", "table"))
+        hi, lo = options.pop("sigma_max", None), options.pop("sigma_min", None)
+        hi = path.k_sigma(noisy) if hi is None else hi
+        lo = path.k_sigma(clean) if lo is None else lo
+        if not 0 < lo < hi < math.inf:
+            hint = "set terminal_alpha_bar or sigma_max, or choose another schedule"
+            raise UsageError(f"{what} needs a finite range", f"{lo:g} to {hi:g}", hint)
+        scales = call(what, self.function, hi, lo, n, **options)
+        return [path.at_k_sigma(scale) for scale in scales]
 
 
-def _told(level: Level, time: str | None) -> Level:
-    """The level at the time that the network is told."""
+def _range(path: Path, n: int, within: str | Mapping[str, Any]) -> tuple[Level, Level]:
+    """The noisiest and the cleanest level of a scale grid."""
+    if within == "table":
+        return path.level(path.t_max), path.level(path.t_min)
+    options: dict[str, Any] = {"kind": within} if isinstance(within, str) else dict(within)
+    levels = GRIDS[str(options.pop("kind", ""))](path, n, **options)
+    return levels[0], levels[-2]
+
+
+def _at_network_time(level: Level, time: str | None) -> Level:
+    """The level at the time that the network is given."""
     whole = {"nearest": round, "floor": math.floor}.get(time or "")
     return level if whole is None else level._replace(t=float(whole(level.t)))
 
@@ -99,23 +137,6 @@ def _ramp(n: int) -> list[float]:
 # --- index grids: T = path.steps entries, i the step ------------------------------------------
 
 
-def _index_grid(name: str, *aliases: str) -> Callable[[Callable[..., Sequence[float]]], Grid]:
-    """Adds a grid from a function (T, n, whole, **options) -> indices.
-
-    whole rounds half to even on a table, and does nothing on a continuous path.
-    """
-
-    def add(indices: Callable[..., Sequence[float]]) -> Grid:
-        def levels(path: Path, n: int, **options: Any) -> list[Level]:
-            whole = (lambda index: index) if path.continuous else round
-            found = call(f'schedule "{name}"', indices, path.steps, n, whole, **options)
-            return [path.at_index(index) for index in found]
-
-        return _register(name, *aliases)(levels)
-
-    return add
-
-
 Whole = Callable[[float], float]
 
 
@@ -126,69 +147,58 @@ def _even(last: float, n: int) -> list[float]:
     return [last, *(i * step for i in range(n - 2, -1, -1))]
 
 
-@_index_grid("leading")
-def _leading(T: int, n: int, whole: Whole, offset: int = 0) -> Sequence[float]:
+def _leading(T: int, n: int, offset: int = 0) -> Sequence[float]:
     """DDIM, DDPM, PNDM and the Euler family of diffusers; Stable Diffusion 1 has offset 1."""
     return [i * (T // n) + offset for i in reversed(range(n))]
 
 
-@_index_grid("leading_open")
-def _leading_open(T: int, n: int, whole: Whole, offset: int = 0) -> Sequence[float]:
+def _leading_open(T: int, n: int, offset: int = 0) -> Sequence[float]:
     """The "leading" of diffusers' DPM-Solver, UniPC and DEIS."""
     return [i * (T // (n + 1)) + offset for i in range(n, 0, -1)]
 
 
-@_index_grid("trailing", "uniform")
 def _trailing(T: int, n: int, whole: Whole) -> Sequence[float]:
     """From the noisiest entry on (2305.08891, section 3.3); 1 - i/n on a flow."""
     return [whole(T - i * T / n) - 1 for i in range(n)]
 
 
-@_index_grid("linspace")
 def _linspace(T: int, n: int, whole: Whole) -> Sequence[float]:
     """Both ends of the table: DDIM, DDPM, PNDM."""
     return [whole(index) for index in _even(T - 1, n)]
 
 
-@_index_grid("linspace_open")
 def _linspace_open(T: int, n: int, whole: Whole) -> Sequence[float]:
     """linspace of n + 1, without index 0: diffusers' DPM-Solver, UniPC and DEIS."""
     return [whole(index) for index in _even(T - 1, n + 1)[:-1]]
 
 
-@_index_grid("normal")
-def _normal(T: int, n: int, whole: Whole) -> Sequence[float]:
+def _normal(T: int, n: int) -> Sequence[float]:
     """linspace, never rounded: k-diffusion, ComfyUI, the Euler family of diffusers."""
     return _even(T - 1, n)
 
 
-@_index_grid("sgm_uniform")
-def _sgm_uniform(T: int, n: int, whole: Whole) -> Sequence[float]:
+def _sgm_uniform(T: int, n: int) -> Sequence[float]:
     """linspace_open, never rounded: sgm, ComfyUI; on a flow, diffusers' UniPC."""
     return _even(T - 1, n + 1)[:-1]
 
 
-@_index_grid("simple")
-def _simple(T: int, n: int, whole: Whole) -> Sequence[float]:
+def _simple(T: int, n: int) -> Sequence[float]:
     """ComfyUI."""
     return [T - 1 - i * T // n for i in range(n)]
 
 
-@_index_grid("ddim_uniform")
-def _ddim_uniform(T: int, n: int, whole: Whole) -> Sequence[float]:
+def _ddim_uniform(T: int, n: int) -> Sequence[float]:
     """ComfyUI; as published it takes more than n steps where n does not divide T."""
     return list(range(1, T, T // n))[::-1]
 
 
-@_index_grid("lcm")
-def _lcm(T: int, n: int, whole: Whole, original_steps: int = 50) -> Sequence[float]:
+def _lcm(T: int, n: int, original_steps: int = 50) -> Sequence[float]:
     """Every so many of the steps that an LCM was distilled on (2310.04378)."""
     stride = T // original_steps
     return [stride * (original_steps - original_steps * i // n) - 1 for i in range(n)]
 
 
-@_index_grid("beta")
-def _beta(T: int, n: int, whole: Whole, alpha: float = 0.6, beta: float = 0.6) -> Sequence[float]:
+def _beta(T: int, n: int, alpha: float = 0.6, beta: float = 0.6) -> Sequence[float]:
     """Quantiles of a beta distribution over the index (2407.12173, ComfyUI); repeats dropped."""
     shares = (beta_quantile(1 - i / n, alpha, beta) for i in range(n))
     return list(dict.fromkeys(round(share * (T - 1)) for share in shares))
@@ -197,63 +207,22 @@ def _beta(T: int, n: int, whole: Whole, alpha: float = 0.6, beta: float = 0.6) -
 # --- scale grids: from noise scale hi to lo ---------------------------------------------------
 
 
-def _scale_grid(name: str, *aliases: str) -> Callable[[Callable[..., Sequence[float]]], Grid]:
-    """Adds a grid from a function (hi, lo, n, **options) -> noise scales."""
-
-    def add(scales: Callable[..., Sequence[float]]) -> Grid:
-        what = f'schedule "{name}"'
-
-        def levels(
-            path: Path,
-            n: int,
-            *,
-            range: str | Mapping[str, Any] = "table",
-            sigma_min: float | None = None,
-            sigma_max: float | None = None,
-            **options: Any,
-        ) -> list[Level]:
-            noisy, clean = _range(path, n, range)
-            hi = path.k_sigma(noisy) if sigma_max is None else sigma_max
-            lo = path.k_sigma(clean) if sigma_min is None else sigma_min
-            if not 0 < lo < hi < math.inf:
-                hint = "set terminal_alpha_bar or sigma_max, or choose another schedule"
-                raise UsageError(f"{what} needs a finite range", f"{lo:g} to {hi:g}", hint)
-            return [path.at_k_sigma(s) for s in call(what, scales, hi, lo, n, **options)]
-
-        return _register(name, *aliases)(levels)
-
-    return add
-
-
-def _range(path: Path, n: int, within: str | Mapping[str, Any]) -> tuple[Level, Level]:
-    """The noisiest and the cleanest level of a scale grid."""
-    if within == "table":
-        return path.level(path.t_max), path.level(path.t_min)
-    options = {"kind": within} if isinstance(within, str) else dict(within)
-    levels = GRIDS[str(options.pop("kind", ""))](path, n, **options)
-    return levels[0], levels[-2]
-
-
-@_scale_grid("karras")
 def _karras(hi: float, lo: float, n: int, rho: float = 7.0) -> Sequence[float]:
     """EDM (2206.00364, eq. 5)."""
     a, b = hi ** (1 / rho), lo ** (1 / rho)
     return [(a + share * (b - a)) ** rho for share in _ramp(n)]
 
 
-@_scale_grid("polyexponential")
 def _polyexponential(hi: float, lo: float, n: int, rho: float = 1.0) -> Sequence[float]:
     """k-diffusion."""
     return [lo * (hi / lo) ** ((1 - share) ** rho) for share in _ramp(n)]
 
 
-@_scale_grid("exponential", "lu")
 def _exponential(hi: float, lo: float, n: int) -> Sequence[float]:
     """Even in log noise scale: k-diffusion, DPM-Solver; diffusers' Lu rounds its t."""
     return [hi * (lo / hi) ** share for share in _ramp(n)]
 
 
-@_scale_grid("beta_sigma")
 def _beta_sigma(
     hi: float, lo: float, n: int, alpha: float = 0.6, beta: float = 0.6
 ) -> Sequence[float]:
@@ -277,7 +246,6 @@ AYS = {
 }
 
 
-@_register("ays", "align_your_steps")
 def _ays(path: Path, n: int, table: str = "sd1") -> list[Level]:
     """Optimised for one model; other numbers of steps interpolate log rho."""
     if table not in AYS:
@@ -288,7 +256,6 @@ def _ays(path: Path, n: int, table: str = "sd1") -> list[Level]:
     return [path.at_half_log_snr(-value) for value in values]
 
 
-@_register("sd3", "flow_match")
 def _sd3(
     path: Path, n: int, twice: bool = True, shift_terminal: float | None = None
 ) -> list[Level]:
@@ -306,7 +273,6 @@ def _sd3(
     return [flow.level(t) for t in times]
 
 
-@_register("flow_dpm")
 def _flow_dpm(path: Path, n: int) -> list[Level]:
     """diffusers' DPM-Solver and DEIS on a flow: starts below t = 1."""
     flow = _flow(path)
@@ -319,7 +285,6 @@ def _flow(path: Path) -> Flow:
     raise UsageError("this schedule belongs to flow models", hint="choose trailing or karras")
 
 
-@_register("explicit")
 def _explicit(
     path: Path,
     n: int,
@@ -333,6 +298,58 @@ def _explicit(
     if len(levels) != n:
         raise UsageError("the list of levels does not fit", f"{len(levels)} levels, {n} steps")
     return levels
+
+
+# --- the rows ----------------------------------------------------------------------------------
+
+GRIDS: Registry[Grid] = Registry("schedule")
+
+for row in (
+    Grid("leading", "index", _leading, "every T/n-th entry from 0: DDIM, DDPM, PNDM, Euler"),
+    Grid("leading_open", "index", _leading_open, "every T/(n+1)-th entry: diffusers' DPM-Solver"),
+    Grid(
+        *("trailing", "index", _trailing, "every T/n-th entry back from T; 1 - i/n on a flow"),
+        aliases=("uniform",),
+        rounds=True,
+    ),
+    Grid("linspace", "index", _linspace, "both ends of the table, rounded", rounds=True),
+    Grid(
+        *("linspace_open", "index", _linspace_open, "linspace of n + 1 without entry 0, rounded"),
+        rounds=True,
+    ),
+    Grid("normal", "index", _normal, "both ends of the table, never rounded", a1111="Normal"),
+    Grid(
+        *("sgm_uniform", "index", _sgm_uniform, "normal of n + 1 without entry 0: sgm, ComfyUI"),
+        a1111="SGM Uniform",
+    ),
+    Grid("simple", "index", _simple, "every T/n-th entry back from T - 1: ComfyUI", a1111="Simple"),
+    Grid("ddim_uniform", "index", _ddim_uniform, "every T/n-th entry from 1: ComfyUI"),
+    Grid("lcm", "index", _lcm, "every so many of the steps an LCM was distilled on"),
+    Grid("beta", "index", _beta, "quantiles of a beta distribution over the index", a1111="Beta"),
+    Grid("karras", "scale", _karras, "even in sigma^(1/rho), rho = 7 (EDM)", a1111="Karras"),
+    Grid(
+        *("polyexponential", "scale", _polyexponential, "a power of even steps in log sigma"),
+        a1111="Polyexponential",
+    ),
+    Grid(
+        *("exponential", "scale", _exponential, "even in log sigma"),
+        aliases=("lu",),
+        a1111="Exponential",
+    ),
+    Grid("beta_sigma", "scale", _beta_sigma, "quantiles of a beta distribution over sigma"),
+    Grid(
+        *("ays", "level", _ays, "Align Your Steps: optimised for SD1, SDXL or SVD"),
+        aliases=("align_your_steps",),
+        a1111="Align Your Steps",
+    ),
+    Grid(
+        *("sd3", "level", _sd3, "diffusers' FlowMatch schedulers, the end shifted twice"),
+        aliases=("flow_match",),
+    ),
+    Grid("flow_dpm", "level", _flow_dpm, "diffusers' DPM-Solver on a flow"),
+    Grid("explicit", "level", _explicit, "a list of times or of sigmas"),
+):
+    GRIDS.add(row.name, row, *row.aliases)
 
 
 # --- the beta distribution --------------------------------------------------------------------

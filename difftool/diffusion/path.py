@@ -7,7 +7,6 @@ edm        alpha = 1, sigma = t
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from bisect import bisect_right
@@ -15,17 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from difftool.diffusion.prediction import SIGMA_DATA
 from difftool.errors import UsageError, suggestion
-from difftool.registry import Registry
+from difftool.registry import Registry, call
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 class Level(NamedTuple):
@@ -385,17 +382,3 @@ def build_path(options: Mapping[str, Any]) -> Path:
     if not isinstance(kind, str):
         raise UsageError("the noise path has no kind", hint=suggestion("", PATHS))
     return call(f'noise path "{kind}"', PATHS[kind], **options)
-
-
-def call(what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """function(*args, **options), where a wrong option is the user's error and names `what`."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[len(args) :]
-        known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        for name in options:
-            if name not in known and len(known) == len(parameters):
-                hint = suggestion(name, known) if known else None
-                raise UsageError(f'{what} has no option "{name}"', hint=hint)
-        return function(*args, **options)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{what} has a wrong option", str(error)) from error

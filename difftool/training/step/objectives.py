@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from difftool.config.schema import ClipTrainConfig, TrainConfig, VaeTrainConfig
 from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
-from difftool.diffusion.path import call
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.model import Model
-from difftool.registry import Registry
+from difftool.registry import Registry, call
 from difftool.training.step import rng
 from difftool.training.step.batches import Batch, to_signal
 from difftool.training.step.cache import Embeddings, Latents
