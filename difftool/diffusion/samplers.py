@@ -118,6 +118,8 @@ class Method:
     """Fields of the loop that are not at their defaults."""
     options: Mapping[str, Option]
     """What a user may change."""
+    a1111: str | None = None
+    """A1111's name of it; None = it has none."""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -183,10 +185,11 @@ def _row(
     about: str,
     spellings: str,
     options: Mapping[str, Option],
+    a1111: str | None = None,
     **numbers: Any,
 ) -> None:
     names = (name, *spellings.split())
-    method = Method(name, about, loop, numbers, options)
+    method = Method(name, about, loop, numbers, options, a1111)
     SAMPLERS.add(name, method, *names, *(f"k_{spelling}" for spelling in names))
 
 
@@ -209,37 +212,38 @@ UNIPC: dict[str, Option] = TAPER | {
 # fmt: off
 # First order: kappa alone.
 _row("ddim", Multistep, "DDIM; eta = 1 is DDPM", "DDIMScheduler",
-     {"eta": ANY}, fresh=posterior, eta=0.0)
+     {"eta": ANY}, fresh=posterior, eta=0.0, a1111="DDIM")
 _row("ddpm", Multistep, "DDPM", "DDPMScheduler",
      {"variance": one_of("small", "large")}, fresh=posterior)
 _row("euler", Multistep, "Euler, with churn if asked; without it the same as DDIM",
-     "EulerDiscreteScheduler EDMEulerScheduler FlowMatchEulerDiscreteScheduler", CHURN)
+     "EulerDiscreteScheduler EDMEulerScheduler FlowMatchEulerDiscreteScheduler", CHURN,
+     a1111="Euler")
 _row("euler_a", Multistep, "Euler ancestral", "euler_ancestral EulerAncestralDiscreteScheduler",
-     NOISE, fresh=posterior)
+     NOISE, fresh=posterior, a1111="Euler a")
 _row("euler_a_rf", Multistep, "Euler ancestral of rectified flows",
      "euler_ancestral_rf LTXEulerAncestralRFScheduler", NOISE, fresh=rectified)
 _row("lcm", Multistep, "latent consistency models", "LCMScheduler FlowMatchLCMScheduler",
-     {"boundary": one_of(True, False), "s_noise": ANY}, fresh=full, boundary=True)
+     {"boundary": one_of(True, False), "s_noise": ANY}, fresh=full, boundary=True, a1111="LCM")
 _row("tcd", Multistep, "trajectory consistency distillation, eta its gamma", "TCDScheduler",
      {"eta": Range(0.0, 1.0)}, fresh=tcd, eta=0.3)
 
 # Several steps, x0 in lam.
 _row("dpmpp_2m", Multistep, "DPM-Solver++(2M)",
      "dpmsolver++ DPMSolverMultistepScheduler EDMDPMSolverMultistepScheduler",
-     PAIR | CLOCK | TAPER, order=2, pair="half", taper="short")
+     PAIR | CLOCK | TAPER, order=2, pair="half", taper="short", a1111="DPM++ 2M")
 _row("dpmpp_3m", Multistep, "DPM-Solver++(3M); published: of second order, third = 1: of third", "",
      PAIR | THIRD | CLOCK | TAPER, order=3, pair="half", third=0.5, taper="short")
 _row("dpmpp_2m_sde", Multistep, "DPM-Solver++(2M) of the reverse SDE",
      "dpmpp_2m_sde_bt dpmpp_2m_sde_gpu sde-dpmsolver++",
      BROWNIAN | PAIR | TAPER | {"order": one_of(1, 2)},
-     order=2, pair="half", fresh=reverse_sde, brownian=True, taper="short")
+     order=2, pair="half", fresh=reverse_sde, brownian=True, taper="short", a1111="DPM++ 2M SDE")
 _row("dpmpp_2m_sde_heun", Multistep, "the same with the exact first moment",
      "dpmpp_2m_sde_heun_gpu", BROWNIAN | TAPER,
-     order=2, fresh=reverse_sde, brownian=True, taper="short")
+     order=2, fresh=reverse_sde, brownian=True, taper="short", a1111="DPM++ 2M SDE Heun")
 _row("dpmpp_3m_sde", Multistep, "DPM-Solver++(3M) of the reverse SDE", "dpmpp_3m_sde_gpu",
-     BROWNIAN | THIRD, order=3, third=0.5, fresh=reverse_sde, brownian=True)
+     BROWNIAN | THIRD, order=3, third=0.5, fresh=reverse_sde, brownian=True, a1111="DPM++ 3M SDE")
 _row("unipc", Multistep, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",
-     UNIPC, order=3, pair="bh1", corrector=True, taper="always")
+     UNIPC, order=3, pair="bh1", corrector=True, taper="always", a1111="UniPC")
 _row("unipc_bh2", Multistep, "UniPC, B2 as in diffusers", "uni_pc_bh2 UniPCMultistepScheduler",
      UNIPC, order=3, pair="half", corrector=True, taper="always")
 
@@ -254,28 +258,28 @@ _row("deis", Multistep, "DEIS, a polynomial in log rho, rho or DEIS's own time (
 _row("lms", Multistep, "linear multistep in rho, or in t = sigma / (alpha + sigma)",
      "LMSDiscreteScheduler", ORDER | {"variable": variants(
          rho={"target": "eps", "clock": "rho"}, t={"target": "flow", "clock": "t"})},
-     target="eps", order=4, clock="rho")
+     target="eps", order=4, clock="rho", a1111="LMS")
 _row("ipndm", Multistep, "Adams-Bashforth in the number of the step", "IPNDMScheduler",
      ORDER, target="eps", order=4, clock="index")
 _row("plms", Multistep, "PNDM without its Runge-Kutta start; target: the network's own",
      "pndm PNDMScheduler", {"target": one_of("eps", "v", "x0", "flow")},
-     target="eps", order=4, clock="index", start="heun")
+     target="eps", order=4, clock="index", start="heun", a1111="PLMS")
 
 # Two stages.
 _row("heun", TwoStage, "Heun in rho (EDM, with churn if asked), or in t = sigma / (alpha + sigma)",
      "HeunDiscreteScheduler FlowMatchHeunDiscreteScheduler", CHURN | {"variable": variants(
-         rho={"target": "eps"}, t={"target": "flow"})}, target="eps", r=1.0)
+         rho={"target": "eps"}, t={"target": "flow"})}, target="eps", r=1.0, a1111="Heun")
 _row("dpm2", TwoStage, "DPM-Solver-2, with churn if asked", "dpm_2 KDPM2DiscreteScheduler",
-     CHURN, target="eps")
+     CHURN, target="eps", a1111="DPM2")
 _row("dpm2_a", TwoStage, "DPM-Solver-2 ancestral",
      "dpm_2_a dpm_2_ancestral KDPM2AncestralDiscreteScheduler",
-     NOISE, target="eps", fresh=posterior)
+     NOISE, target="eps", fresh=posterior, a1111="DPM2 a")
 _row("dpmpp_2s", TwoStage, "DPM-Solver++(2S)", "dpmsingle DPMSolverSinglestepScheduler", {})
 _row("dpmpp_2s_a", TwoStage, "DPM-Solver++(2S) ancestral", "dpmpp_2s_ancestral",
-     NOISE, fresh=posterior)
+     NOISE, fresh=posterior, a1111="DPM++ 2S a")
 _row("dpmpp_sde", TwoStage, "DPM-Solver++ with fresh noise in both stages",
      "dpmpp_sde_gpu DPMSolverSDEScheduler", BROWNIAN | {"r": Range(0.01, 1.0)},
-     fresh=posterior, stage="fresh", brownian=True)
+     fresh=posterior, stage="fresh", brownian=True, a1111="DPM++ SDE")
 # fmt: on
 
 

@@ -29,37 +29,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MAX_BYTES = 1 << 20
 
-# A1111's spellings; any other name is written as it is.
-SAMPLER_NAMES = {
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2m_sde_heun": "DPM++ 2M SDE Heun",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "dpmpp_2s_a": "DPM++ 2S a",
-    "dpmpp_sde": "DPM++ SDE",
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-SCHEDULE_NAMES = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "sgm_uniform": "SGM Uniform",
-    "simple": "Simple",
-    "normal": "Normal",
-    "beta": "Beta",
-    "kl_optimal": "KL Optimal",
-    "ays": "Align Your Steps",
-}
-
 
 class Recipe(NamedTuple):
     """All that one picture was made from."""
@@ -88,8 +57,8 @@ def parameters(recipe: Recipe, model: Model) -> str:
     sampler, schedule = SAMPLERS.resolve(settings.sampler), GRIDS.resolve(settings.schedule)
     values = {
         "Steps": settings.steps,
-        "Sampler": SAMPLER_NAMES.get(sampler, sampler),
-        "Schedule type": SCHEDULE_NAMES.get(schedule, schedule),
+        "Sampler": SAMPLERS[sampler].a1111 or sampler,
+        "Schedule type": GRIDS[schedule].a1111 or schedule,
         "CFG scale": settings.guidance,
         "Seed": recipe.seed,
         "Size": "x".join(map(str, settings.size)),
