@@ -30,6 +30,7 @@ class Mode:
 
     json: bool = False
     quiet: bool = False
+    verbose: bool = False
     debug: bool = False
     follower: bool = int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("RANK") != "0"
     """Another process of a parallel run speaks for this one."""
@@ -175,6 +176,12 @@ def say(text: str) -> None:
     """Talk: what was decided, what happens. Silent under --quiet."""
     if not (mode.quiet or mode.follower):
         _print(text)
+
+
+def detail(text: str) -> None:
+    """Talk that only --verbose shows: evidence, files, all that was decided."""
+    if mode.verbose:
+        say(text)
 
 
 def warn(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
@@ -76,6 +77,8 @@ def command(
         for flag in ("json", "quiet", "debug", "verbose"):
             if given.get(flag):
                 setattr(console.mode, flag, True)
+        if given.get("offline"):  # what the hub's own package goes by, in child processes too
+            os.environ["HF_HUB_OFFLINE"] = "1"
         run(read_options(rows, given))
 
     parameters = [_parameter(row) for row in rows]
