@@ -39,7 +39,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from difftool.images.pictures import to_tensor, to_uint8
+from difftool.images.fit import to_tensor, to_uint8
 from difftool.images.sheets import Cell, enlarged, sheet
 from difftool.pipeline.model import Item, Model
 

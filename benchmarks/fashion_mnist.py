@@ -156,7 +156,7 @@ def samples(where: Path) -> tuple[Tensor, Tensor]:
 
 def generate(where: str, count: int, batch: int, **changes: Any) -> tuple[Tensor, Tensor]:
     """Samples of a model, the classes in turn, seeds 0 .. count - 1."""
-    from difftool.images.pictures import to_pil
+    from difftool.images.fit import to_pil
     from difftool.pipeline.model import Item, Model
 
     model = Model.load(where, device="auto")

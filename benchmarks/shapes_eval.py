@@ -240,7 +240,7 @@ def report(results: Iterable[tuple[str, dict[str, bool]]]) -> dict[str, dict[str
 
 def generate(where: str, captions: list[str], batch: int, **changes: Any) -> Iterator[np.ndarray]:
     """A model's pictures of captions, seeds 0, 1, ..."""
-    from difftool.images.pictures import to_pil
+    from difftool.images.fit import to_pil
     from difftool.pipeline.model import Item, Model
 
     model = Model.load(where, device="auto")

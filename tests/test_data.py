@@ -19,7 +19,7 @@ from PIL import Image
 from difftool.config.schema import DataConfig
 from difftool.data import open_dataset
 from difftool.errors import InputError, UsageError
-from difftool.images.pictures import framed
+from difftool.images.fit import framed
 
 # --- captions --------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from PIL import Image
 from difftool.config.schema import DataConfig
 from difftool.data import Buckets, Dataset, Schedule, Subset, open_dataset
 from difftool.errors import UsageError
-from difftool.images.pictures import fit, framed
+from difftool.images.fit import fit, framed
 from difftool.training.step import rng
 
 SHAPES = [(40, 40), (80, 40), (40, 80), (66, 40), (20, 20), (400, 40), (41, 40), (39, 41)]

@@ -126,7 +126,7 @@ def test_too_many_files(tmp_path, monkeypatch):
 
 def test_members_that_unpack_to_more_than_a_picture_may_have(tmp_path, monkeypatch):
     monkeypatch.setattr("difftool.data.pictures.MAX_BYTES", 10_000)
-    monkeypatch.setattr("difftool.images.pictures.MAX_BYTES", 10_000)
+    monkeypatch.setattr("difftool.images.read.MAX_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("good.png", png())
         made.writestr("bomb.png", png() + bytes(50_000_000))

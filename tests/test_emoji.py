@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from difftool.data import open_dataset
-from difftool.images.pictures import to_tensor, to_uint8
+from difftool.images.fit import to_tensor, to_uint8
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # as the scripts see each other
 from benchmarks import emoji, emoji_eval

@@ -17,20 +17,11 @@ import torch
 from PIL import Image, ImageCms
 
 from difftool.errors import InputError, ResourceError, UsageError
-from difftool.images import pictures as images
-from difftool.images.pictures import (
-    encode_png,
-    framed,
-    probe,
-    read_image,
-    read_picture,
-    tile,
-    to_pil,
-    to_pixels,
-    to_tensor,
-    write_png,
-    write_whole,
-)
+from difftool.images import read as images
+from difftool.images.fit import framed, tile, to_pil, to_pixels, to_tensor
+from difftool.images.read import probe, read_image, read_picture
+from difftool.images.write import encode_png, write_png
+from difftool.storage.commit import write_whole
 
 GRADIENT = np.stack(np.meshgrid(np.arange(24) * 10, np.arange(16) * 15), -1)
 PHOTO = Image.fromarray(np.concatenate([GRADIENT, GRADIENT[..., :1] // 2], -1).astype(np.uint8))

@@ -18,7 +18,7 @@ from difftool.forward.levels import even_levels, psnr
 from difftool.forward.process import marginals
 from difftool.forward.reverse import ModelSpace, condition, frame_size
 from difftool.forward.sheets import markov_sheet, reverse_sheet, strip_sheet
-from difftool.images.pictures import framed, to_tensor
+from difftool.images.fit import framed, to_tensor
 from difftool.pipeline.model import Model
 
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))

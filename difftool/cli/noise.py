@@ -368,7 +368,7 @@ def _show(show: Show, image: Path, target: Path, kind: str, overwrite: bool) -> 
     """Show one picture in a file; what is told of it under --json."""
     from difftool.forward.levels import finite
     from difftool.forward.outputs import OUTPUTS
-    from difftool.images.pictures import read_picture
+    from difftool.images.read import read_picture
 
     picture = read_picture(image)
     if show.reverse:

@@ -28,13 +28,14 @@ from difftool.cli.console import (
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import DifftoolError, UsageError
+from difftool.images.formats import OUTPUT_FORMATS
 
 if TYPE_CHECKING:
     from difftool.config.schema import Layer, SampleConfig
     from difftool.pipeline.model import Model
     from difftool.sampling.run import Event, Result
 
-FORMATS = ["png", "jpg", "webp"]
+FORMATS = list(OUTPUT_FORMATS)
 SYNTAXES = ["none", "a1111", "comfy"]
 MATCHES = ["diffusers"]
 

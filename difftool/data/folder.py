@@ -21,7 +21,7 @@ from difftool.data.dataset import Audit, Kind, Skipped, count, named
 from difftool.data.listing import Listing, describe_syntax, orphans, sidecars
 from difftool.data.pictures import Checked, FolderDataset, Pool, Row, check
 from difftool.errors import InputError, UsageError
-from difftool.images.pictures import SUFFIXES, colour
+from difftool.images.read import SUFFIXES, colour
 
 SPLITS = ("train", "validation", "valid", "val", "test")
 """Folders that are parts of a set, in the order of preference for what is held out."""

@@ -18,16 +18,8 @@ from difftool.data.buckets import Buckets, Size
 from difftool.data.captions import Caption, Dice, Syntax
 from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniforms
 from difftool.errors import InputError
-from difftool.images.pictures import (
-    MAX_BYTES,
-    Fit,
-    fit,
-    framed,
-    probe,
-    read_picture,
-    scaled,
-    to_uint8,
-)
+from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
+from difftool.images.read import MAX_BYTES, probe, read_picture
 
 if TYPE_CHECKING:
     from PIL import Image

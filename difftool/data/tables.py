@@ -20,7 +20,7 @@ from difftool.data.captions import Caption
 from difftool.data.dataset import count, named
 from difftool.data.listing import MAX_CAPTION, MAX_METADATA, Listing, sound_text, stem
 from difftool.errors import InputError, UsageError, suggestion
-from difftool.images.pictures import SUFFIXES
+from difftool.images.read import SUFFIXES
 
 COLUMNS = ("text", "caption", "prompt", "additional_feature")
 """Columns of the metadata that captions are looked for in, in this order."""

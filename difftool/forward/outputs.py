@@ -11,7 +11,7 @@ from difftool.forward.levels import csv_text
 from difftool.forward.page import page
 from difftool.forward.plots import draw_curves
 from difftool.forward.sheets import Sheet
-from difftool.images.pictures import encode_png
+from difftool.images.write import encode_png
 
 
 class Output(NamedTuple):

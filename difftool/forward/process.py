@@ -15,7 +15,7 @@ from PIL import Image
 
 from difftool.diffusion.path import Level, Path
 from difftool.forward.levels import even_levels
-from difftool.images.pictures import scaled
+from difftool.images.fit import scaled
 
 Signal = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]

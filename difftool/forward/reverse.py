@@ -13,7 +13,7 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError, UsageError
 from difftool.forward.process import Pixels, Signal
-from difftool.images.pictures import framed, to_pixels, to_tensor
+from difftool.images.fit import framed, to_pixels, to_tensor
 from difftool.pipeline.model import Model
 
 

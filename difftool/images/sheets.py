@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from difftool.images.pictures import tile, to_pil
+from difftool.images.fit import tile, to_pil
 
 SIDE = 144
 """Pictures are enlarged, pixel by pixel, to at least about this."""

@@ -6,10 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from difftool.errors import InputError, UsageError
-from difftool.images.pictures import read_image, scaled, to_tensor
+from difftool.errors import UsageError
+from difftool.images.fit import scaled, to_tensor
+from difftool.images.read import read_image, read_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +70,7 @@ def _mask(file: File, size: tuple[int, int]) -> Tensor:
     import numpy as np
     import torch
 
-    try:
-        with Image.open(file.path) as image:
-            grey = ImageOps.exif_transpose(image).convert("LA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the mask {file.path}", str(error)) from None
-    flat = Image.new("L", grey.size, 0)
-    flat.paste(grey.getchannel(0), mask=grey.getchannel(1))
+    flat = read_mask(file.path)
     values = torch.from_numpy(np.array(flat if flat.size == size else scaled(flat, size)))
     if not values.any():
         raise UsageError(f"the mask {file.path} is all black", "nothing would be repainted")

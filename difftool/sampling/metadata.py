@@ -7,7 +7,6 @@ user comment.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -20,7 +19,8 @@ from difftool.config.schema import SampleConfig, to_values
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import InputError, UsageError
-from difftool.images.pictures import encode_png
+from difftool.images import write
+from difftool.images.read import read_notes
 from difftool.sampling.requests import Request
 
 if TYPE_CHECKING:
@@ -131,26 +131,12 @@ def chunk(recipe: Recipe, model: Model) -> dict[str, Any]:
 
 # --- into and out of files -------------------------------------------------------------------
 
-_PILLOW = {"jpg": "JPEG", "webp": "WEBP"}
-_USER_COMMENT = (0x8769, 0x9286)  # EXIF: the sub-directory and the tag
-
 
 def encode(image: Image.Image, format: str, text: str | None = None, values: Any = None) -> bytes:
     """The bytes of a picture file, with the text and the JSON values that it carries."""
-    if format == "png":
-        chunks = {"parameters": text} if text is not None else {}
-        return encode_png(image, chunks | ({"difftool": json.dumps(values)} if values else {}))
-    exif = Image.Exif()
-    if text is not None:
-        exif.get_ifd(_USER_COMMENT[0])[_USER_COMMENT[1]] = b"UNICODE\0" + text.encode("utf-16-be")
-    options = {"subsampling": 0} if format == "jpg" else {}
-    file = io.BytesIO()
-    try:
-        image.save(file, _PILLOW[format], quality=95, exif=exif, **options)
-    except ValueError as error:
-        hint = "--format png has room for the metadata, --no-metadata leaves it out"
-        raise UsageError(f"cannot write a {format} picture", str(error), hint) from None
-    return file.getvalue()
+    chunks = {"parameters": text} if text is not None else {}
+    chunks |= {"difftool": json.dumps(values)} if values else {}
+    return write.encode(image, format, chunks, text or "")
 
 
 def read(path: Path) -> Request:
@@ -160,17 +146,10 @@ def read(path: Path) -> Request:
     """
     if not path.is_file():
         raise UsageError(f"there is no picture {path}")
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            info: dict[Any, Any] = dict(image.info)
-            comment = image.getexif().get_ifd(_USER_COMMENT[0]).get(_USER_COMMENT[1])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read {path}", str(error)) from None
+    info, comment = read_notes(path)
     if isinstance(values := info.get("difftool"), str):
         return from_chunk(values, str(path))
-    text = info.get("parameters")
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        text = comment[8:].decode("utf-16-be", "replace")
+    text = info.get("parameters") if comment is None else comment
     if isinstance(text, str):
         return from_parameters(text, str(path))
     raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
+from difftool.images.formats import OUTPUT_FORMATS, format_of
 from difftool.storage.commit import write_whole
 
-ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
-FORMATS = ("png", "jpg", "webp")
 FIELDS = (
     "seed", "index", "prompt", "negative", "label", "steps", "guidance", "sampler", "schedule",
     "width", "height", "model", "model_hash", "date",
@@ -100,7 +99,7 @@ class Output:
             )
         check_template(where)
         ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
-        if format is not None and ENDINGS[ending.lower()] != format:
+        if format is not None and format_of(ending) != format:
             raise UsageError(f"{where} is not a name for --format {format}", hint="leave one out")
         if many and not _FIELD.search(where):
             where = f"{where.removesuffix(ending)}-[index:04]{ending}"
@@ -110,7 +109,7 @@ class Output:
         output = cls(
             root=root,
             template=template,
-            format=ENDINGS[ending.lower()],
+            format=format_of(ending) or "png",
             overwrite=overwrite,
             skip_existing=skip_existing,
         )
@@ -191,8 +190,10 @@ class Output:
 
 def _ending(name: str, hint: str) -> str:
     ending = PurePath(name).suffix
-    if ending.lower() not in ENDINGS:
-        raise UsageError(f"{name} is not the name of a png, jpg or webp picture", hint=hint)
+    if format_of(ending) is None:
+        *names, last = OUTPUT_FORMATS
+        listed = f"{', '.join(names)} or {last}"
+        raise UsageError(f"{name} is not the name of a {listed} picture", hint=hint)
     return ending
 
 
@@ -205,7 +206,7 @@ def _checked_name(out: str, format: str) -> str:
     if not out.isprintable():
         raise UsageError("the name of a picture has control characters")
     ending = _ending(out, f'"{out}.{format}" is one')
-    if ENDINGS[ending.lower()] != format:
+    if format_of(ending) != format:
         raise UsageError(f"{out} is not the name of a {format} picture", hint="see --format")
     return out
 

@@ -16,7 +16,7 @@ import torch
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.samplers import split_spelling
 from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
-from difftool.images.pictures import tile, to_pil
+from difftool.images.fit import tile, to_pil
 from difftool.pipeline.decode import out_of_memory
 from difftool.pipeline.generate import Item, Second, check_items, plan
 from difftool.pipeline.inputs import mask, picture, seen, size_of

@@ -16,9 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from difftool.config.schema import RECIPES, Part, Preset, build_preset, parse_yaml
+from difftool.images.read import read_image
 from difftool.storage.commit import write_whole
 from difftool.training.report.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
 from difftool.training.run.validation import cast, overfits
@@ -291,8 +290,8 @@ def _spread(items: list[Path], count: int) -> list[Path]:
 @lru_cache(4 * SHEETS)
 def _embedded(path: Path, _modified: int) -> str:
     """A picture as a data URL."""
-    with Image.open(path) as image, io.BytesIO() as file:
-        image.save(file, "WEBP", quality=90)
+    with io.BytesIO() as file:
+        read_image(path).save(file, "WEBP", quality=90)
         data = base64.b64encode(file.getvalue()).decode()
     return f"data:image/webp;base64,{data}"
 

@@ -27,8 +27,8 @@ from difftool.config.schema import Part, Preset, to_yaml
 from difftool.data import Dataset
 from difftool.data.dataset import count
 from difftool.errors import Stopped, UsageError
-from difftool.images.pictures import write_png
 from difftool.images.sheets import Cell, enlarged, sheet
+from difftool.images.write import write_png
 from difftool.pipeline.model import Item, Model
 from difftool.storage.commit import write_whole
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size, written_at

@@ -1,4 +1,4 @@
-"""Pictures in and out: files are read defensively into 8-bit sRGB and written whole or not at all.
+"""Pictures that come in, all of them: files are read defensively into 8-bit sRGB.
 
 The decoder is chosen from the content, among a short list; the size is checked before anything is
 decoded; of every file that can be opened, colour is brought to plain RGB the way a viewer shows it.
@@ -6,22 +6,17 @@ decoded; of every file that can be opened, colour is brought to plain RGB the wa
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageOps
 
 from difftool.errors import InputError, UsageError
-from difftool.storage.commit import write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders in use; others (EPS, PSD, ...) are never run, whatever the file is called."""
@@ -30,6 +25,8 @@ SUFFIXES = frozenset(
 )
 ORIENTATION = 0x0112
 """EXIF's tag; from 5 on, width and height are exchanged."""
+EXIF_FOLDER, EXIF_USER_COMMENT = 0x8769, 0x9286
+"""EXIF's sub-directory, and its tag there for a text of any length."""
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
@@ -97,6 +94,22 @@ def _refusals(name: str) -> Iterator[None]:
 def read_image(source: str | Path | bytes) -> Image.Image:
     """The same without the notes."""
     return read_picture(source).image
+
+
+def read_mask(source: str | Path) -> Image.Image:
+    """A mask in 8-bit grey, its transparent parts black. Raises as `read_picture` does."""
+    return read_picture(source, "black").image.convert("L")
+
+
+def read_notes(source: str | Path) -> tuple[dict[str, Any], str | None]:
+    """What a picture's file says beside its pixels: text chunks by keyword, and the EXIF user
+    comment where there is one. Nothing is decoded. Raises as `read_picture` does."""
+    with _refusals(str(source)), _open(_read_file(Path(source))) as image:
+        comment = image.getexif().get_ifd(EXIF_FOLDER).get(EXIF_USER_COMMENT)
+        text = None
+        if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+            text = comment[8:].decode("utf-16-be", "replace")
+        return {str(key): value for key, value in image.info.items()}, text
 
 
 class _Refused(Exception):
@@ -198,111 +211,3 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
         return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
     except (OSError, ValueError, ImageCms.PyCMSError):
         return None
-
-
-# --- shaping and tensors ---------------------------------------------------------------------
-
-
-class Fit(NamedTuple):
-    """How a picture fills a frame: scaled to width x height, from which the frame is cut at (left,
-    top). All in pixels."""
-
-    width: int
-    height: int
-    left: int
-    top: int
-
-
-def fit(
-    picture: tuple[int, int], frame: tuple[int, int], at: tuple[float, float] | None = None
-) -> Fit:
-    """How a picture of that size covers a frame; of what stands out, `at` (in [0, 1) across and
-    down) of it is cut off before the frame, half where it is None."""
-    scale = max(side / own for side, own in zip(frame, picture, strict=True))
-    width, height = (
-        max(side, round(own * scale)) for side, own in zip(frame, picture, strict=True)
-    )
-    spare = width - frame[0], height - frame[1]
-    if at is None:
-        return Fit(width, height, spare[0] // 2, spare[1] // 2)
-    return Fit(width, height, int(at[0] * (spare[0] + 1)), int(at[1] * (spare[1] + 1)))
-
-
-def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture at another size (Lanczos)."""
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def framed(
-    image: Image.Image, frame: tuple[int, int], at: tuple[float, float] | None = None
-) -> Image.Image:
-    """The part of the picture, scaled, that fills a frame (width, height); see `fit`."""
-    width, height, left, top = fit(image.size, frame, at)
-    if width * height > MAX_PIXELS:  # a strip: only what is seen of it is ever scaled
-        x, y = image.width / width, image.height / height
-        box = left * x, top * y, (left + frame[0]) * x, (top + frame[1]) * y
-        return image.resize(frame, Image.Resampling.LANCZOS, box=box)
-    image = scaled(image, (width, height))
-    box = left, top, left + frame[0], top + frame[1]
-    return image if image.size == frame else image.crop(box)
-
-
-def to_uint8(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [3,H,W]."""
-    import torch
-
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def to_tensor(image: Image.Image | Tensor) -> Tensor:
-    """A picture, or uint8 [..., H,W], as fp32 in [-1, 1] of shape [3,H,W] or the tensor's own."""
-    pixels = to_uint8(image) if isinstance(image, Image.Image) else image
-    return pixels.float() / 127.5 - 1
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated."""
-    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """One image [3,H,W] in [-1, 1] as an RGB picture."""
-    return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().contiguous().numpy())
-
-
-def tile(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """The pictures in rows on one sheet, about as many across as down where it is not said."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * width, index // columns * height))
-    return sheet
-
-
-# --- writing ---------------------------------------------------------------------------------
-
-
-def encode_png(image: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file's bytes; text chunks are tEXt where Latin-1 suffices, else iTXt."""
-    chunks = PngImagePlugin.PngInfo()
-    for keyword, value in (text or {}).items():
-        chunks.add_text(keyword, value)
-    buffer = BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunks)
-    return buffer.getvalue()
-
-
-def write_png(
-    image: Image.Image,
-    where: str | Path | BinaryIO,
-    text: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a PNG with text chunks; see `write_whole` for paths."""
-    data = encode_png(image, text)
-    if isinstance(where, str | Path):
-        write_whole(Path(where), data, overwrite)
-    else:
-        where.write(data)

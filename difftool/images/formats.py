@@ -1,0 +1,47 @@
+"""The formats that pictures are written in. Needs no other package: help lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from difftool.registry import Registry
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """A format that pictures are written in: a row is all there is to add."""
+
+    name: str
+    pillow: str
+    """Pillow's name of it."""
+    endings: tuple[str, ...]
+    """Of file names, the usual one first."""
+    about: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of Pillow's encoder."""
+    chunks: bool = False
+    """Whether it has text chunks by keyword; without, one text goes into its EXIF comment."""
+
+
+OUTPUT_FORMATS: Registry[OutputFormat] = Registry("format of pictures")
+
+for row in (
+    OutputFormat("png", "PNG", (".png",), "lossless, with all metadata", chunks=True),
+    OutputFormat(
+        *("jpg", "JPEG", (".jpg", ".jpeg"), "quality 95, A1111's text as EXIF comment"),
+        options={"quality": 95, "subsampling": 0},
+    ),
+    OutputFormat(
+        *("webp", "WEBP", (".webp",), "quality 95, A1111's text as EXIF comment"),
+        options={"quality": 95},
+    ),
+):
+    OUTPUT_FORMATS.add(row.name, row)
+
+
+def format_of(ending: str) -> str | None:
+    """The name of the format that an ending (".JPG") promises; None if it is none of ours."""
+    rows = OUTPUT_FORMATS.values()
+    return next((row.name for row in rows if ending.lower() in row.endings), None)
