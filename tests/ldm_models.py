@@ -12,8 +12,8 @@ from torch import Tensor
 
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset, SampleConfig
-from difftool.formats.ldm import ema_rules, model_rules, text_places
-from difftool.formats.names import Rule
+from difftool.formats.ldm.names import ema_rules, model_rules, text_places
+from difftool.formats.rules import Rule
 
 VAE = VaeConfig(widths=(32, 64), blocks=1)
 CLIP = TextConfig(width=24, layers=2, heads=1, mlp=40)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from difftool.config.networks import TextConfig
-from difftool.formats.diffusers import _tokenizer_files
+from difftool.formats.diffusers.tokenizers import tokenizer_files
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def scaled(module: nn.Module, seed: int, gain: float = 1.0) -> Any:
 def tokenizer(folder: Path, pad: int | None) -> Any:
     """CLIP's, padding with the end mark or with "!"."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in _tokenizer_files(TextConfig(pad_id=pad)).items():
+    for name, text in tokenizer_files(TextConfig(pad_id=pad)).items():
         (folder / name).write_text(text, encoding="utf-8")
     return transformers.CLIPTokenizer.from_pretrained(folder)
 

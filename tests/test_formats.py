@@ -27,16 +27,20 @@ from difftool.config.schema import (
     preset_names,
     to_values,
 )
-from difftool.convert import convert
+from difftool.convert import convert as conversion
 from difftool.convert.convert import Ledger
 from difftool.convert.inspect import inspect
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
-from difftool.formats import FORMATS, diffusers, networks, open_model, schedulers
-from difftool.formats.detect import family_of
+from difftool.formats import FORMATS, open_model
+from difftool.formats.diffusers import networks, schedulers
+from difftool.formats.diffusers.components import EXTRA_JSON, EXTRA_TENSORS, LEGACY
+from difftool.formats.diffusers.read import open_diffusers
+from difftool.formats.diffusers.tokenizers import pad_id, tokenizer_files
+from difftool.formats.ldm.detect import family_of
 from difftool.formats.model_source import ModelSource
-from difftool.formats.names import Rule
 from difftool.formats.native import read_native, write_native
+from difftool.formats.rules import Rule
 from difftool.networks.unet import UNet
 from difftool.pipeline.model import Model
 from difftool.storage import shards
@@ -159,7 +163,7 @@ def shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
 
 
 def run(source: ModelSource, target: Path, kind: str, **options: Any) -> Ledger:
-    return convert.convert(source, target, kind, expected=shapes(source), **options)
+    return conversion.convert(source, target, kind, expected=shapes(source), **options)
 
 
 def same_tensors(a: ModelSource, b: ModelSource) -> None:
@@ -332,7 +336,7 @@ def test_every_precision_survives(name, dtype, tmp_path):
 def tokenizer(**changes: Any) -> Any:
     """CLIP's tokenizer in transformers."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in diffusers._tokenizer_files(replace(TEXT, **changes)).items():
+        for name, text in tokenizer_files(replace(TEXT, **changes)).items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
         return transformers.CLIPTokenizer.from_pretrained(folder)
 
@@ -646,7 +650,7 @@ def test_what_difftool_does_not_have_is_refused_by_name(file, changes, says, fol
 def test_malformed_configuration_files_are_refused(file, content, folder):
     (folder / file).write_text(content)
     with pytest.raises(InputError):
-        open_model(folder) if file != "model_index.json" else diffusers.open_diffusers(folder)
+        open_model(folder) if file != "model_index.json" else open_diffusers(folder)
 
 
 def test_pickled_weights_are_read_as_data(folder, folders):
@@ -685,7 +689,7 @@ def test_position_ids_are_dropped_by_a_named_rule(spoilt, folder, folders, tmp_p
 def test_old_names_are_read(folder, folders):
     """Plain attention before diffusers 0.17, and text encoders before transformers 5.6."""
     vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    old = {new: legacy for legacy, new in diffusers.LEGACY.items()}
+    old = {new: legacy for legacy, new in LEGACY.items()}
 
     def renamed(name: str) -> str:
         for new, legacy in old.items():
@@ -743,7 +747,7 @@ def test_transformers_reads_the_tokenizers(name, pad, written):
     prompts = ["", f"a smiling fox, 4k{'!' * (pad is None)}", "ÀÉ naïve 東京 🦊", "word " * 100]
     found = theirs(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"]
     assert found == Tokenizer.clip(pad_id=pad).encode(prompts, 77)
-    assert diffusers._pad_id(written / name) == pad
+    assert pad_id(written / name) == pad
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
@@ -751,7 +755,7 @@ def test_tokenizers_that_transformers_saves_are_read(name, written, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.CLIPTokenizer.from_pretrained(written / name).save_pretrained(tmp_path)
-    assert diffusers._pad_id(tmp_path) == diffusers._pad_id(written / name)
+    assert pad_id(tmp_path) == pad_id(written / name)
 
 
 def test_another_vocabulary_is_refused(written, tmp_path):
@@ -768,7 +772,7 @@ def test_another_vocabulary_is_refused(written, tmp_path):
 def test_a_malformed_vocabulary_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="not CLIP's vocabulary"):
-        diffusers._pad_id(tmp_path)
+        pad_id(tmp_path)
 
 
 def test_added_tokens_are_refused(written, tmp_path):
@@ -811,16 +815,16 @@ def test_whoever_edits_a_folder_is_right(tmp_path):
 )
 def test_a_malformed_extra_file_is_refused(changes, tmp_path):
     run(write(PRESETS["pixel"], tmp_path / "m"), tmp_path / "d", "diffusers")
-    edit(tmp_path / "d" / diffusers.EXTRA_JSON, **changes)
+    edit(tmp_path / "d" / EXTRA_JSON, **changes)
     with pytest.raises(InputError):
         open_model(tmp_path / "d")
 
 
 def test_tensors_without_a_place_lie_beside_the_model(tmp_path):
     ledger = run(write(PRESETS["three-encoders"], tmp_path / "m"), tmp_path / "d", "diffusers")
-    assert ledger.counts()["keep"] == len(load_file(tmp_path / "d" / diffusers.EXTRA_TENSORS))
+    assert ledger.counts()["keep"] == len(load_file(tmp_path / "d" / EXTRA_TENSORS))
     assert all((e.source or "").startswith("text.2.") for e in ledger.entries if e.op == "keep")
-    shutil.copy(tmp_path / "m", tmp_path / "d" / diffusers.EXTRA_TENSORS)
+    shutil.copy(tmp_path / "m", tmp_path / "d" / EXTRA_TENSORS)
     with pytest.raises(InputError, match="second time"):
         open_model(tmp_path / "d")
 
@@ -867,7 +871,7 @@ def test_a_cast_is_measured(tmp_path):
     for name, tensor in source.load().items():
         half = again.load()[name] if name == "unet.conv_in.weight" else None
         assert half is None or half.equal(tensor.half())
-        part = convert.component(name)
+        part = conversion.component(name)
         error = (tensor.double() - tensor.half().double()).abs().max().item()
         worst[part] = max(worst.get(part, 0.0), error)
     assert {part: cast.max_abs_error for part, cast in ledger.casts.items()} == worst
@@ -933,7 +937,8 @@ def test_a_plan_that_forgets_or_doubles_a_tensor_is_stopped(tmp_path, monkeypatc
             made = good.plan(opened, keep)
             return replace(made, files={"": fault(made.files[""])})
 
-        monkeypatch.setitem(FORMATS._entries, "difftool", replace(good, plan=plan))
+        faulty = {**FORMATS, "difftool": replace(good, plan=plan)}
+        monkeypatch.setattr(conversion, "FORMATS", faulty)
         with pytest.raises(CheckError, match="lose a tensor"):
             run(source, tmp_path / "out", "difftool")
         assert not (tmp_path / "out").exists()
@@ -959,7 +964,8 @@ def test_a_swapped_tensor_is_found_when_reading_back(tmp_path, monkeypatch):
             }
             return replace(made, files=files)
 
-        monkeypatch.setitem(FORMATS._entries, "diffusers", replace(good, plan=plan))
+        faulty = {**FORMATS, "diffusers": replace(good, plan=plan)}
+        monkeypatch.setattr(conversion, "FORMATS", faulty)
         with pytest.raises(CheckError, match="differs"):
             run(source, tmp_path / "out", "diffusers")
         assert not (tmp_path / "out").exists()

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from difftool.config.networks import TextConfig
 from difftool.config.schema import build_preset
 from difftool.convert.convert import convert
-from difftool.formats import diffusers, open_model
+from difftool.formats import open_model
+from difftool.formats.diffusers.tokenizers import tokenizer_files
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -37,7 +38,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 def pipeline(name: str, folder: Path) -> Any:
     """A small pipeline of a family, as diffusers makes it."""
     torch.manual_seed(0)
-    for file, text in diffusers._tokenizer_files(TextConfig(pad_id=0)).items():
+    for file, text in tokenizer_files(TextConfig(pad_id=0)).items():
         (folder / file).write_text(text, encoding="utf-8")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     text = transformers.CLIPTextModel(

@@ -19,13 +19,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftool.config.schema import build_preset, load_preset
+from difftool.convert import convert as conversion
 from difftool.convert.convert import Ledger, assembled, convert
 from difftool.convert.inspect import inspect
 from difftool.errors import CheckError, InputError, UsageError
-from difftool.formats import ldm, networks, open_model
+from difftool.formats import FORMATS, open_model
+from difftool.formats.diffusers import networks
+from difftool.formats.ldm.names import (
+    clip_rules,
+    ema_name,
+    ema_rules,
+    model_rules,
+    openclip_rules,
+    text_places,
+    unet_rules,
+    vae_rules,
+)
+from difftool.formats.ldm.prediction_type import BIAS
 from difftool.formats.model_source import ModelSource, Told, choose_weights
-from difftool.formats.names import Rule, clip_rules, openclip_rules, unet_rules, vae_rules
-from difftool.formats.prediction_type import BIAS
+from difftool.formats.rules import Rule
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import read_header
 from difftool.storage.tensors import piece_of_tensor
@@ -71,7 +83,7 @@ def theirs(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     vae = oracle.convert_ldm_vae_checkpoint(dict(tensors), networks.write_vae(VAE, 64))
     found |= {f"vae.{n}": t for n, t in vae.items()}
     preset = small(name)
-    for i, (prefix, openclip) in enumerate(ldm.text_places(preset.unet, preset.text)):
+    for i, (prefix, openclip) in enumerate(text_places(preset.unet, preset.text)):
         text: dict[str, Any] = {}
         if openclip:
             encoder = type("Encoder", (), {"config": type("Config", (), {"hidden_size": 40})})
@@ -125,13 +137,13 @@ def test_the_tables_have_the_published_sizes():
         assert len([*unet_rules(preset.unet)]) == unet
         assert len([*vae_rules(preset.codec)]) == vae
         for (_, openclip), config, count in zip(
-            ldm.text_places(preset.unet, preset.text), preset.text, text, strict=True
+            text_places(preset.unet, preset.text), preset.text, text, strict=True
         ):
             assert len([*(openclip_rules if openclip else clip_rules)(config)]) == count
-    sd1 = ldm.model_rules(load_preset("sd15"))
+    sd1 = model_rules(load_preset("sd15"))
     assert len(sd1) == 1130
-    assert len([*ldm.ema_rules(sd1)]) == 686
-    xl = {rule.there: rule.shape_there for rule in ldm.model_rules(load_preset("sdxl"))}
+    assert len([*ema_rules(sd1)]) == 686
+    xl = {rule.there: rule.shape_there for rule in model_rules(load_preset("sdxl"))}
     assert xl["model.diffusion_model.label_emb.0.0.weight"] == (1280, 2816)
     assert xl["conditioner.embedders.1.model.text_projection"] == (1280, 1280)
     assert xl["model.diffusion_model.output_blocks.5.2.conv.weight"] == (640, 640, 3, 3)
@@ -303,7 +315,7 @@ def test_weights_are_chosen_and_the_others_are_told(tmp_path):
         written = load_file(tmp_path / which)
         assert not any(n.startswith("model_ema.") for n in written)
         name = "model.diffusion_model.out.2.weight"
-        assert written[name].equal(tensors[name if which == "live" else ldm.ema_name(name)])
+        assert written[name].equal(tensors[name if which == "live" else ema_name(name)])
         assert open_model(tmp_path / which).weights == (which,)
         with pytest.raises(UsageError, match="weights"):
             choose_weights(open_model(tmp_path / which), {"live": "ema", "ema": "live"}[which])
@@ -311,7 +323,7 @@ def test_weights_are_chosen_and_the_others_are_told(tmp_path):
 
 def test_averaged_weights_that_are_not_whole_are_refused(tmp_path):
     tensors = ldms.state("sd1", ema=True)
-    del tensors[ldm.ema_name("model.diffusion_model.out.2.weight")]
+    del tensors[ema_name("model.diffusion_model.out.2.weight")]
     save_file(tensors, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="not a whole model"):
         open_model(tmp_path / "m.safetensors")
@@ -410,7 +422,7 @@ def test_sd2s_prediction_is_guessed_from_a_bias(deviation, target, tmp_path):
     """A network of four levels, where the tensor lies that ComfyUI looks at."""
     unet = replace(UNETS["sd2"], channels=(32, 64, 64, 96), depth=(1, 1, 1, 0))
     preset = replace(small("sd2"), unet=unet)
-    tensors = {r.there: torch.randn(r.shape_there) for r in ldm.model_rules(preset)}
+    tensors = {r.there: torch.randn(r.shape_there) for r in model_rules(preset)}
     tensors[BIAS] = torch.randn(32) / torch.randn(32).std()
     tensors[BIAS] = (tensors[BIAS] / tensors[BIAS].std(unbiased=False) * deviation).half()
     save_file(tensors, tmp_path / "m.safetensors")
@@ -645,15 +657,15 @@ def test_a_faulty_table_is_found_when_reading_back(tmp_path, monkeypatch):
     """The user's own safety net: --verify, where writer and reader disagree."""
     ldms.write(tmp_path / "m.safetensors", "sdxl")
     source = open_model(tmp_path / "m.safetensors")
-    good = ldm.plan_ldm
+    good = FORMATS["ldm"]
     for mutant in range(6):
 
         def faulty(opened: ModelSource, keep: bool, mutant: int = mutant) -> Any:
-            made = good(opened, keep)
+            made = good.plan(opened, keep)
             return replace(made, files={"": mutants(made.files[""], 6, seed=1)[mutant]})
 
-        entry = replace(ldm.FORMATS["ldm"], plan=faulty)
-        monkeypatch.setitem(ldm.FORMATS._entries, "ldm", entry)
+        formats = {**FORMATS, "ldm": replace(good, plan=faulty)}
+        monkeypatch.setattr(conversion, "FORMATS", formats)
         with pytest.raises(CheckError):
             run(source, tmp_path / "out.safetensors", "ldm")
         assert not (tmp_path / "out.safetensors").exists()

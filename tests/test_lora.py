@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
-from difftool.adapters.lora.merge import open_loras
 from difftool.config.schema import load_preset
 from difftool.convert.convert import convert
 from difftool.convert.lora import FAMILIES, convert_lora, open_lora

@@ -16,7 +16,7 @@ from difftool.config.networks import UNetConfig, VaeConfig
 from difftool.config.schema import Preset, load_preset, preset_names, to_values
 from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
-from difftool.formats.scheduler_switch import switched
+from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.networks.clip import ClipText
 from difftool.networks.codecs import build_codec
 from difftool.networks.unet import UNet

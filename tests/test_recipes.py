@@ -13,8 +13,8 @@ from difftool.config.schema import load_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import build_path
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.formats.scheduler_switch import switched
-from difftool.formats.schedulers import CLASSES, kept, read_scheduler
+from difftool.formats.diffusers.scheduler_switch import switched
+from difftool.formats.diffusers.schedulers import CLASSES, kept, read_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PUBLISHED: dict[str, dict[str, Any]] = {

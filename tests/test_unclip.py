@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from difftool.config.networks import VisionConfig
 from difftool.convert.convert import convert
 from difftool.formats import open_model
-from difftool.formats.names import vision_rules
+from difftool.formats.ldm.names import vision_rules
 from difftool.pipeline.model import Model
 
 WIDTH, LAYERS, PATCH, SIZE, PROJECTION = 128, 2, 8, 32, 40

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from difftool.config.networks import VaeConfig
 from difftool.errors import CheckError
-from difftool.formats.networks import write_vae
+from difftool.formats.diffusers.networks import write_vae
 from difftool.networks.vae import Vae
 
 SMALL = VaeConfig(widths=(16, 24, 32), groups=8)

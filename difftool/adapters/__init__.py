@@ -1,0 +1,1 @@
+"""What changes a model: LoRAs (lora/) and learned words (words)."""

@@ -159,8 +159,8 @@ def convert(
     if report is not None:
         refuse_existing(report, overwrite)
 
+    from difftool.adapters.lora.algebra import open_loras
     from difftool.adapters.lora.file import parse_lora
-    from difftool.adapters.lora.merge import open_loras
     from difftool.config.schema import build_preset
     from difftool.convert import convert as formats
     from difftool.formats import open_model

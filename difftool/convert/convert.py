@@ -21,7 +21,7 @@ from difftool import __version__
 from difftool.adapters.lora.file import changed_by
 from difftool.errors import CheckError, UsageError
 from difftool.formats.model_source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
-from difftool.formats.names import Rule
+from difftool.formats.rules import Rule
 from difftool.storage.commit import make_folder, refuse_existing, sync_folder, write_whole
 from difftool.storage.shards import MAX_SHARD_SIZE, index_of, move_set, parse_size, write_set
 from difftool.storage.tensors import (
@@ -38,7 +38,7 @@ from difftool.storage.tensors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from difftool.adapters.lora.merge import Applied
+    from difftool.adapters.lora.algebra import Applied
 
 SCHEMA = 1
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -422,7 +422,7 @@ def _bytes(place: Located) -> Piece:
 
 def _merged(source: ModelSource, name: str, dtype: str, loras: Sequence[Applied]) -> Piece:
     """A tensor as LoRAs have changed it, averaged weights like live ones."""
-    from difftool.adapters.lora.merge import apply
+    from difftool.adapters.lora.algebra import apply
 
     average = EMA if name.startswith(EMA) else ""
     layer, _, last = name.removeprefix(EMA).rpartition(".")

@@ -11,7 +11,8 @@ from typing import Any
 from difftool.convert.convert import component
 from difftool.convert.lora import describe
 from difftool.diffusion.path import build_path
-from difftool.formats.detect import kind_of
+from difftool.formats.kinds import kind_of
+from difftool.formats.ldm.prediction_type import WORDS
 from difftool.formats.model_source import (
     FORMATS,
     NOTHING_TOLD,
@@ -20,7 +21,6 @@ from difftool.formats.model_source import (
     locate,
     open_model,
 )
-from difftool.formats.prediction_type import WORDS
 from difftool.storage.tensor_file import is_source, open_source
 from difftool.storage.tensors import Info
 

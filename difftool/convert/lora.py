@@ -28,7 +28,8 @@ from difftool.config.networks import UNetConfig
 from difftool.config.schema import load_preset
 from difftool.convert.convert import target_place
 from difftool.errors import CheckError, InputError
-from difftool.formats.names import Shape, clip_rules, unet_rules
+from difftool.formats.ldm.names import clip_rules, unet_rules
+from difftool.formats.rules import Shape
 from difftool.storage.commit import refuse_existing
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.strict_json import parse_json

@@ -14,13 +14,13 @@ from pathlib import Path
 from difftool.config.networks import CodecConfig, VaeConfig
 from difftool.config.schema import build_preset, to_values
 from difftool.errors import InputError
-from difftool.formats import detect
-from difftool.formats.diffusers import WEIGHTS, component_tensors, our_name
-from difftool.formats.ldm import mapped, usual_names
+from difftool.formats.diffusers.components import WEIGHTS, component_tensors, our_name
+from difftool.formats.diffusers.networks import read_vae
+from difftool.formats.kinds import kind_of
+from difftool.formats.ldm import detect
+from difftool.formats.ldm.names import VAE, usual_names, vae_rules
+from difftool.formats.ldm.read import mapped
 from difftool.formats.model_source import FORMATS, Evidence, ModelSource, locate, open_model
-from difftool.formats.names import vae_rules
-from difftool.formats.networks import read_vae
-from difftool.formats.preset_of_file import VAE
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensor_file import is_source, open_source
 
@@ -69,7 +69,7 @@ def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelS
             codec = _like(detect.vae_config(shapes), like)
         except (KeyError, IndexError, ValueError, StopIteration):
             what, hint = f"{path} is not an autoencoder", "difftool convert FILE --inspect"
-            raise InputError(what, detect.kind_of(source.tensors)[1], hint) from None
+            raise InputError(what, kind_of(source.tensors)[1], hint) from None
     if not theirs:
         known = {rule.there for rule in vae_rules(codec)}
         if strange := [name for name in places if name not in known]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.config.schema import build_preset, to_values
 from difftool.errors import InputError, UsageError
-from difftool.formats.detect import kind_of
-from difftool.formats.names import Rule
+from difftool.formats.kinds import kind_of
+from difftool.formats.rules import Rule
 from difftool.registry import Registry
 from difftool.storage.shards import written_at
 from difftool.storage.tensor_file import is_source, open_source
@@ -123,7 +123,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Format:
     """How one kind of model is recognised, opened and written."""
 

@@ -18,17 +18,15 @@ from difftool import __version__
 from difftool.errors import InputError
 from difftool.formats.model_source import (
     EMA,
-    FORMATS,
     NOTHING_TOLD,
     Evidence,
-    Format,
     ModelSource,
     Plan,
     Told,
     checked_values,
     free_metadata,
 )
-from difftool.formats.names import Rule
+from difftool.formats.rules import Rule
 from difftool.storage.safetensors import (
     DATA_HASH,
     looks_like_safetensors,
@@ -134,7 +132,7 @@ def modelspec(values: Mapping[str, Any], implementation: str | None = None) -> d
     }
 
 
-def _recognises(path: Path) -> bool:
+def recognises_native(path: Path) -> bool:
     if is_index(path):
         return KEY in open_source(path).metadata
     if not path.is_file() or not looks_like_safetensors(path):
@@ -172,6 +170,3 @@ def plan_native(source: ModelSource, keep_metadata: bool) -> Plan:
         metadata[DIFFUSERS] = json.dumps(source.configs, ensure_ascii=False)
     rules = [Rule(name, (name,), place.info.shape) for name, place in source.tensors.items()]
     return Plan(files={"": rules}, metadata=metadata)
-
-
-FORMATS.add("difftool", Format(recognises=_recognises, open=open_native, plan=plan_native))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from difftool.errors import ResourceError, UsageError
-from difftool.formats.diffusers import (
+from difftool.formats.diffusers.components import (
     EXTRA_JSON,
     EXTRA_TENSORS,
     FOREIGN,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from difftool.adapters.lora.algebra import Applied, apply, open_loras
 from difftool.adapters.lora.file import changed_by
-from difftool.adapters.lora.merge import Applied, apply, open_loras
 from difftool.config.networks import CodecConfig, VaeConfig
 from difftool.config.schema import (
     Preset,
@@ -34,10 +34,10 @@ from difftool.diffusion.samplers import SAMPLERS, Step
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
+from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource
 from difftool.formats.native import write_native
-from difftool.formats.scheduler_switch import switched
-from difftool.formats.vision import read_vision
+from difftool.formats.unclip import read_vision
 from difftool.hub.find import find_model
 from difftool.networks.clip import ClipText
 from difftool.networks.codecs import Codec, VaeCodec, build_codec

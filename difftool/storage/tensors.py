@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import dtype as Dtype
 
 Op = Literal["copy", "reshape", "stack", "transpose"]
-"""What is done to a tensor of another layout; formats.names says when."""
+"""What is done to a tensor of another layout; formats.rules says when."""
 MAX_DIM = 1 << 31
 MAX_RANK = 8
 CHUNK = 1 << 20

@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 from difftool.config.networks import UNetConfig
 from difftool.errors import CheckError, InputError, UsageError
-from difftool.formats.names import Shape, unet_rules
+from difftool.formats.ldm.names import unet_rules
+from difftool.formats.rules import Shape
 from difftool.storage.safetensors import looks_like_safetensors
 from difftool.storage.strict_json import parse_json, read_json
 from difftool.storage.tensor_file import TensorSource, open_source

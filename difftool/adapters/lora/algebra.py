@@ -22,7 +22,7 @@ from torch import Tensor
 
 from difftool.adapters.lora.file import Change, Lora, read_lora
 from difftool.errors import DifftoolError, InputError
-from difftool.formats.names import Shape
+from difftool.formats.rules import Shape
 from difftool.storage.tensors import load_located
 
 if TYPE_CHECKING:

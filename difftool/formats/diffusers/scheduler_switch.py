@@ -9,7 +9,7 @@ from difftool.config.schema import Preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.formats.schedulers import BETAS, CLASSES, FLOOR, TARGETS, read_scheduler
+from difftool.formats.diffusers.schedulers import BETAS, CLASSES, FLOOR, TARGETS, read_scheduler
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),

@@ -2,12 +2,11 @@
 
 Networks are read off LDM's names block by block, so any depth and width is understood; a family is
 told by structure (which text encoders, how many input channels, what joins the time embedding), and
-whoever disagrees with the tables of `layout` in one shape is refused with the nearest family.
+whoever disagrees with the tables of `names` in one shape is refused with the nearest family.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -23,20 +22,11 @@ from difftool.config.networks import (
     VaeConfig,
     VisionConfig,
 )
-from difftool.formats.names import Shape, unet_rules
+from difftool.formats.ldm.names import unet_rules
+from difftool.formats.rules import Shape
 
 Shapes = Mapping[str, Shape]
 
-KINDS = {
-    "lora": r"lora_|\.lora\.|hada_w|lokr_w|dora_scale",
-    "controlnet": r"^(control_model\.|controlnet_|input_hint_block\.)",
-    "embedding": r"^(emb_params|clip_[lg]|string_to_param.*|<.*>)$",
-    "unet": r"^(model\.diffusion_model\.)?"
-    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block)\.",
-    "vae": r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv)",
-    "text-encoder": r"^(text_model|transformer|cond_stage_model|conditioner\.embedders)\.",
-}
-"""Kinds of files that are no whole model, by the names of their tensors; the first that fits."""
 PUBLISHED = {
     "sd15": "sd1",
     "sd21": "sd2",
@@ -44,15 +34,6 @@ PUBLISHED = {
     "sdxl-refiner": "sdxl-refiner",
 }
 """Presets of the networks that an unknown file is compared with."""
-
-
-def kind_of(names: Iterable[str]) -> tuple[str | None, str]:
-    """The kind of a file that is no whole model, and what tells."""
-    names = list(names)
-    for kind, pattern in KINDS.items():
-        if found := next((name for name in names if re.search(pattern, name)), None):
-            return kind, f"{found} is a tensor of a {kind} file"
-    return None, "no name that this version knows"
 
 
 def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:

@@ -1,54 +1,31 @@
 """Names and shapes of LDM's single files <-> difftool's, as bijective tables. Torch-free.
 
-A table is generated from a network's configuration, so it holds for any depth and width. Each rule
-gives one tensor there and the one, or the three stacked in it, that it is here:
-
-    copy        the same tensor
-    reshape     a 1x1 convolution there, a linear layer here: the same bytes
-    stack       three tensors here are thirds of the rows of the one there (OpenCLIP's q, k, v)
-    transpose   rows there are columns here (OpenCLIP's text projection)
+A table is generated from a network's configuration, so it holds for any depth and width.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import count
-from typing import NamedTuple
 
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig, VisionConfig
+from difftool.config.schema import Preset
 from difftool.errors import CheckError
+from difftool.formats.model_source import (
+    EMA,
+)
+from difftool.formats.rules import Rule, Shape, placed
 from difftool.storage.tensors import Op
 
-Shape = tuple[int, ...]
-
-
-class Rule(NamedTuple):
-    """One tensor of a single file, and what it is in difftool."""
-
-    there: str
-    here: tuple[str, ...]
-    shape: Shape
-    """Of each tensor here."""
-    op: Op = "copy"
-
-    @property
-    def shape_there(self) -> Shape:
-        """Of the tensor there."""
-        match self.op:
-            case "reshape":
-                return (*self.shape, 1, 1)
-            case "stack":
-                return (len(self.here) * self.shape[0], *self.shape[1:])
-            case "transpose":
-                return self.shape[::-1]
-        return self.shape
-
-
-def placed(rules: Iterable[Rule], there: str, here: str) -> Iterator[Rule]:
-    """The same rules with a prefix before the names of each side."""
-    for rule in rules:
-        names = tuple(here + name for name in rule.here)
-        yield rule._replace(there=there + rule.there, here=names)
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""Before LDM's names of the tensors of those networks."""
+AVERAGED = "model_ema."
+OLD_TEXT = re.compile(
+    r"((?:cond_stage_model|conditioner\.embedders\.\d)\.transformer\.)"
+    r"(?:embeddings|encoder|final_layer_norm)\."
+)
+"""Names of text encoders from before, and after, transformers put text_model. there."""
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -276,3 +253,70 @@ def vision_rules(c: VisionConfig) -> Iterator[Rule]:
     yield from _blocks(here, c.layers, width, c.mlp)
     yield from _layer("ln_post", f"{here}.post_layernorm", (width,))
     yield Rule("proj", ("visual_projection.weight",), (c.projection, width), "transpose")
+
+
+# --- whole models ----------------------------------------------------------------------------
+
+
+def usual_names(names: Iterable[str]) -> dict[str, str]:
+    """The names that difftool writes, by those that other tools have written."""
+    names = list(names)
+    bare_vae = not any(name.startswith(VAE) for name in names)
+    vector = f"{UNET}label_emb.0.0.weight" in names
+    found = {}
+    for name in names:
+        usual = name
+        if bare_vae and usual.startswith("vae."):
+            usual = VAE + usual.removeprefix("vae.")
+        for side in ("encoder.quant_conv", "decoder.post_quant_conv"):
+            if usual.startswith(f"{VAE}{side}."):
+                usual = VAE + usual.removeprefix(VAE).partition(".")[2]
+        if not vector and usual.startswith("conditioner.embedders.0."):
+            usual = "cond_stage_model." + usual.removeprefix("conditioner.embedders.0.")
+        if found_old := OLD_TEXT.match(usual):
+            usual = f"{found_old[1]}text_model.{usual.removeprefix(found_old[1])}"
+        usual = usual.replace("text_projection.weight.weight", "text_projection.weight")
+        if usual.endswith(".model.text_projection.weight"):
+            usual = usual.removesuffix(".weight")
+        found[name] = usual
+    return found
+
+
+def ema_name(name: str) -> str:
+    """The averaged tensor's name in LDM's files, which has no dots left."""
+    return AVERAGED + name.removeprefix("model.").replace(".", "")
+
+
+def text_places(unet: UNetConfig, text: tuple[TextConfig, ...]) -> list[tuple[str, bool]]:
+    """The prefix of each text encoder, and whether its names are OpenCLIP's."""
+    xl = bool(unet.vector_dim) and unet.vector_name == "add_embedding"
+    if len(text) == 1 and not xl:
+        openclip = text[0].activation == "gelu"
+        return [(f"cond_stage_model.{'model' if openclip else 'transformer'}.", openclip)]
+    return [
+        (f"conditioner.embedders.{i}.{'model' if t.pooled else 'transformer'}.", t.pooled)
+        for i, t in enumerate(text)
+    ]
+
+
+def model_rules(preset: Preset) -> list[Rule]:
+    """The table of a whole model; CheckError if LDM's layout cannot hold it."""
+    what = "LDM's single files cannot hold this model"
+    if not isinstance(preset.codec, VaeConfig):
+        raise CheckError(what, f"its codec is {preset.codec.kind}", "use --to diffusers")
+    if preset.codec.patch > 1:
+        raise CheckError(what, "its autoencoder folds pixels into channels")
+    rules = [*placed(unet_rules(preset.unet), UNET, "unet.")]
+    rules += placed(vae_rules(preset.codec), VAE, "vae.")
+    for i, (prefix, openclip) in enumerate(text_places(preset.unet, preset.text)):
+        table = openclip_rules if openclip else clip_rules
+        rules += placed(table(preset.text[i]), prefix, f"text.{i}.")
+    return rules
+
+
+def ema_rules(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """The table of the U-Net's averaged weights."""
+    for rule in rules:
+        if rule.there.startswith(UNET):
+            names = tuple(f"{EMA}{name}" for name in rule.here)
+            yield rule._replace(there=ema_name(rule.there), here=names)

@@ -14,13 +14,12 @@ from typing import Any
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset, build_preset, load_preset, to_values
 from difftool.errors import InputError
-from difftool.formats import detect
+from difftool.formats.ldm import detect
+from difftool.formats.ldm.names import UNET, VAE
+from difftool.formats.ldm.prediction_type import Find, decide, network_of, numbers
 from difftool.formats.model_source import NOTHING_TOLD, Evidence, Told, checked_values
-from difftool.formats.names import Shape
-from difftool.formats.prediction_type import Find, decide, network_of, numbers
+from difftool.formats.rules import Shape
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-"""Before LDM's names of the tensors of those networks."""
 BASES = {
     "sd2": "sd21", "sd2-inpaint": "sd21", "sd2-depth": "sd21", "sd2-unclip": "sd21",
     "x4-upscaler": "sd21", "sdxl": "sdxl", "sdxl-inpaint": "sdxl", "ssd-1b": "sdxl",

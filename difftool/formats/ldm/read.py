@@ -1,0 +1,270 @@
+"""One of LDM's single files as a source. Torch-free."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from difftool.config.schema import Preset, build_preset, to_values
+from difftool.errors import CheckError, InputError
+from difftool.formats.ldm import detect
+from difftool.formats.ldm.names import (
+    UNET,
+    ema_rules,
+    model_rules,
+    text_places,
+    usual_names,
+)
+from difftool.formats.ldm.prediction_type import yaml_beside
+from difftool.formats.ldm.preset_of_file import derive, unknown_family
+from difftool.formats.model_source import (
+    EXTRA,
+    LAYOUT,
+    NOTHING_TOLD,
+    UNKNOWN,
+    Drop,
+    ModelSource,
+    Told,
+    checked_values,
+    free_metadata,
+)
+from difftool.formats.roundtrip import checked_extra, with_extra
+from difftool.formats.rules import Rule, Shape
+from difftool.formats.unclip import NOTHING, seen_in
+from difftool.storage.strict_json import parse_json
+from difftool.storage.tensor_file import TensorSource, is_source, open_source
+from difftool.storage.tensors import Info, Located, piece_of_file, rows_strides
+
+KEPT = f"{EXTRA}ldm."
+OURS, ADDED, SETTLED = "difftool.extra", "difftool.markers", "difftool.settled"
+"""Metadata: what LDM's layout has no place for; markers that were added; what the user decided."""
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+POSITIONS = "embeddings.position_ids"
+KNOWN = re.compile(
+    r"[^.]+"  # tables of the noise schedule, markers
+    r"|(model_ema|denoiser|edm_\w+|loss|first_stage_model\.loss)\..+"
+    r"|(embedder|noise_augmentor|depth_model|low_scale_model|control_model)\..+"
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?"
+    r"(logit_scale|text_projection|attn_mask|visual\..+|logit_bias)"
+    r"|.+\.embeddings\.position_ids|difftool\.extra\..+"
+)
+"""Names of tensors that belong to no network of difftool's, and that other tools know."""
+
+
+def recognises_ldm(path: Path) -> bool:
+    if not path.is_file() or not is_source(path):
+        return False
+    source = open_source(path)
+    if "difftool" in source.metadata:
+        return False
+    there = {name.split(".")[0] for name in source.tensors}
+    text = {"cond_stage_model", "conditioner"} & there
+    vae = {"first_stage_model", "vae"} & there
+    unet = any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in source.tensors)
+    return bool(text and vae) and unet
+
+
+def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
+    """A single file as a source; InputError if it is malformed or of no known family."""
+    header = open_source(path)
+    usual = usual_names(header.tensors)
+    places = {usual[name]: place for name, place in header.tensors.items()}
+    if len(places) != len(usual):
+        raise InputError(f"{path} holds a tensor twice, under an old name and a new one")
+    added = header.metadata.get(ADDED, "").split()
+    shapes = {
+        name: place.info.shape[:: -1 if _is_turned(name, place) else 1]
+        for name, place in places.items()
+    }
+    extra = _read_extra(header.metadata, path)
+    meaning = derive(
+        str(path),
+        shapes,
+        header.metadata,
+        places.get,
+        name=path.stem,
+        told=settled(header.metadata, told),
+        params=yaml_beside(path),
+    )
+    values, notes = with_extra(to_values(meaning.preset), extra, f"metadata {OURS}")
+    preset = build_preset(checked_values(values, str(path)))
+    try:
+        rules = model_rules(preset)
+    except CheckError as error:
+        raise InputError(f"{path} is malformed", error.what) from None
+    tensors, flat = mapped(rules, places, str(path))
+    averaged = [*ema_rules(rules)]
+    has_ema = averaged[0].there in places
+    if has_ema:
+        more, flatter = mapped(averaged, places, str(path))
+        tensors, flat = tensors | more, [*flat, *flatter]
+    seen = seen_in(shapes) if values["family"] == "sd2-unclip" else NOTHING
+    more, _ = mapped(seen.rules, places, str(path))
+    tensors |= more
+    dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
+    warnings = [*header.warnings, *seen.warnings]
+    taken = (*rules, *(averaged if has_ema else ()), *seen.rules)
+    used = {id(places[rule.there]) for rule in taken}
+    for name, place in places.items():
+        if id(place) in used:
+            continue
+        if rule := _drop_rule(name, place, preset, told, added):
+            dropped.append(Drop(place, rule))
+            if name.endswith(POSITIONS):
+                warnings.append(f"{place.name} is spoilt; positions are counted instead")
+        elif KNOWN.fullmatch(name) or _is_spare(name, preset):
+            tensors[_kept_name(place.name)] = place
+        else:
+            tensors[f"{UNKNOWN}{place.name}"] = place
+    return ModelSource(
+        kind="ldm",
+        path=path,
+        file=path,
+        values=to_values(preset),
+        tensors=tensors,
+        findings=(*meaning.findings, *notes),
+        weights=(*extra.get("weights", ("live",))[:1], *(("ema",) if has_ema else ())),
+        tokenizer_json=extra.get("tokenizer"),
+        metadata=free_metadata(header.metadata),
+        configs=seen.configs
+        | extra.get("configs", {})
+        | {LAYOUT: _record(usual, flat, header, preset)},
+        dropped=tuple(dropped),
+        warnings=(*warnings, *meaning.warnings),
+    )
+
+
+def _read_extra(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if OURS not in metadata:
+        return {}
+    where = f"the metadata of {path}"
+    extra = parse_json(metadata[OURS], where, infinite=True)
+    if not isinstance(extra, dict) or not isinstance(extra.get("configs", {}), dict):
+        raise InputError(f"{where} is malformed")
+    return checked_extra(extra, where)
+
+
+def settled(metadata: Mapping[str, str], told: Told) -> Told:
+    """What the user says now, or has said when the file was written."""
+    if told != NOTHING_TOLD or SETTLED not in metadata:
+        return told
+    target, _, zero_snr = metadata[SETTLED].partition(" ")
+    return Told(target, zero_snr == "zero-snr")
+
+
+def mapped(
+    rules: Iterable[Rule], places: Mapping[str, Located], where: str
+) -> tuple[dict[str, Located], list[str]]:
+    """The tensors here, and names of those there that lie as they do here where others do not."""
+    tensors: dict[str, Located] = {}
+    flat: list[str] = []
+    shapes = {name: place.info.shape for name, place in places.items()}
+    for rule in rules:
+        place = places.get(rule.there)
+        given = None if place is None else place.info.shape
+        turned = place is not None and _is_turned(rule.there, place)
+        if (rule.op == "reshape" or turned) and given == rule.shape:
+            flat.append(rule.there)
+            rule = rule._replace(op="copy")
+        if place is None or given != rule.shape_there:
+            unet = {n.removeprefix(UNET): s for n, s in shapes.items() if n.startswith(UNET)}
+            first = next(detect.differences({rule.there: given} if given else {},
+                                            {rule.there: rule.shape_there}))  # fmt: skip
+            raise (
+                unknown_family(where, unet, first)
+                if rule.there.startswith(UNET)
+                else InputError(f"{where} is not a whole model", first)
+            )
+        tensors |= zip(rule.here, parts_of(rule, place), strict=True)
+    return tensors, flat
+
+
+def _is_turned(name: str, place: Located) -> bool:
+    """Whether OpenCLIP's text projection lies as in transformers, of which its name is the only
+    evidence."""
+    return name.endswith(".text_projection") and place.name.endswith(".weight")
+
+
+def parts_of(rule: Rule, place: Located) -> list[Located]:
+    """Where difftool's tensors of a rule lie."""
+    dtype, _, start, end, strides = place.info
+    if rule.op == "transpose":
+        turned = (strides or rows_strides(place.info.shape))[::-1]
+        return [place._replace(info=Info(dtype, rule.shape, start, end, turned), op=rule.op)]
+    if rule.op != "stack":
+        kept = None if strides is None else strides[: len(rule.shape)]
+        return [place._replace(info=Info(dtype, rule.shape, start, end, kept), op=rule.op)]
+    parts = []
+    for i in range(len(rule.here)):
+        if strides is None:
+            step = (end - start) // len(rule.here)
+            info = Info(dtype, rule.shape, start + i * step, start + (i + 1) * step)
+        else:
+            step = i * rule.shape[0] * strides[0] * place.info.size
+            step //= max(1, _count(place.info.shape))
+            info = Info(dtype, rule.shape, start + step, end, strides)
+        parts.append(place._replace(info=info, op=rule.op))
+    return parts
+
+
+def _count(shape: Shape) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _is_spare(name: str, preset: Preset) -> bool:
+    """Whether a tensor is of the layer that SD2 does not use."""
+    for config, (prefix, openclip) in zip(
+        preset.text, text_places(preset.unet, preset.text), strict=True
+    ):
+        if openclip and name.startswith(f"{prefix}transformer.resblocks.{config.layers}."):
+            return True
+    return False
+
+
+def _drop_rule(
+    name: str, place: Located, preset: Preset, told: Told, added: list[str]
+) -> str | None:
+    """Why a tensor is left out."""
+    if name in added:
+        return "a marker that difftool adds"
+    if name == "v_pred" and told.prediction and preset.target != "v":
+        return f"--prediction {told.prediction}"
+    if name == "ztsnr" and told.zero_snr is False:
+        return "--no-zero-snr"
+    if name.endswith(POSITIONS) and not _counts(place):
+        return "position_ids that are not 0, 1, 2, ..."
+    return None
+
+
+def _counts(place: Located) -> bool:
+    """Whether positions are whole numbers that count up; merges have spoilt some."""
+    count = place.info.shape[-1] if place.info.shape else 0
+    data = b"".join(piece_of_file(place.file, place.info).chunks())
+    return place.info.dtype == "I64" and data == struct.pack(f"<{count}q", *range(count))
+
+
+def _kept_name(name: str) -> str:
+    """difftool's name of a tensor that no network has."""
+    theirs = f"difftool.{EXTRA}"
+    return EXTRA + name.removeprefix(theirs) if name.startswith(theirs) else KEPT + name
+
+
+def _record(
+    usual: Mapping[str, str], flat: list[str], header: TensorSource, preset: Preset
+) -> dict[str, Any]:
+    """In what a file differs from those that difftool writes."""
+    spec = {k: v for k, v in header.metadata.items() if k.startswith("modelspec.")}
+    form = {k: v for k, v in header.metadata.items() if k in ("format", ADDED, SETTLED)}
+    return {
+        "names": {new: old for old, new in usual.items() if old != new},
+        "flat": flat,
+        "metadata": spec | form,
+        "target": preset.target,
+        "path": to_values(preset)["path"],
+    }
