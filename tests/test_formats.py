@@ -1330,8 +1330,8 @@ def test_inspection_loads_neither_torch_nor_tensors(tmp_path, folders):
     code = """
 import sys
 from pathlib import Path
-from difftool.formats.inspect import inspect
-from difftool.formats.layout import Rule
+from difftool.convert.inspect import inspect
+from difftool.formats.rules import Rule
 for path in sys.argv[1:]:
     assert inspect(Path(path))["components"]
 assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
