@@ -17,9 +17,7 @@ import ldm_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from difftool.cli.app import app
 from difftool.config.networks import IdentityConfig, UNetConfig
 from difftool.config.schema import SampleConfig, load_preset
 from difftool.formats import open_model
@@ -278,11 +276,11 @@ def test_a_run_folder_is_a_source(convert):
     assert load_file("out.safetensors").keys() == load_file("m.safetensors").keys()
 
 
-def test_help_shows_examples_and_every_choice():
-    shown = CliRunner().invoke(app, ["convert", "--help"])
-    assert shown.exit_code == 0
+def test_help_shows_examples_and_every_choice(convert):
+    shown = convert("--help")
+    assert shown.code == 0
     for text in ("Examples", "--inspect", "--dry-run", "--strip-metadata", "--weights", "ldm,"):
-        assert text in shown.output
+        assert text in shown.out
 
 
 # --- single files ----------------------------------------------------------------------------

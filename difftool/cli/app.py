@@ -3,68 +3,94 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from difftool import __version__
 from difftool.cli import console
+from difftool.cli.options import JSON, RUN, Command, Group, command, with_rows
+from difftool.config.options import Option
 from difftool.errors import DifftoolError, ResourceError, UsageError
 
-app = typer.Typer(
-    name="difftool",
-    help="Train, sample, inspect and convert diffusion models.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+ABOUT = """
+Train, sample, inspect and convert diffusion models.
 
-
-def _version(value: bool) -> None:
-    if value:
-        console.emit(f"difftool {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
-
-
+difftool COMMAND --help says what a command takes, with examples.
+"""
 COMMANDS = {
     "train": "Train a diffusion model on a folder of pictures.",
     "sample": "Make pictures from prompts, classes or nothing.",
     "noise": "Show what the forward process does to a picture.",
     "convert": "Convert a model to another format, losing nothing, or say what is in it.",
 }
-"""The commands, each a function of its name in a module of its name, and a line about it."""
+"""The commands, each a module of its name, and a line about it."""
+ROWS = (
+    Option(name="version", type=bool, panel=RUN, help="Show the version"),
+    JSON,
+)
+COMPLETION = (
+    Option(name="install_completion", type=bool, panel=RUN, help="Teach your shell completion"),
+    Option(name="show_completion", type=bool, panel=RUN, help="Show what would be installed"),
+)
+"""Typer's own."""
 
 
-def add_commands(wanted: str | None) -> None:
-    """Register the commands. Only the wanted one is imported: the help of all needs their lines."""
-    completing = "_DIFFTOOL_COMPLETE" in os.environ  # the shell's words are not in sys.argv
+class Root(Group):
+    """What stands before a command."""
+
+    rows = (*ROWS, *COMPLETION)
+
+
+def build(words: Sequence[str]) -> typer.Typer:
+    """The tool for a command line of these words. Only the command that is meant is imported: the
+    help of all needs their lines."""
+    app = typer.Typer(
+        name="difftool",
+        help=ABOUT,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    root = with_rows(_root, ROWS, context)
+    app.callback(cls=Root, invoke_without_command=True)(root)
+    wanted = next((word for word in words if not word.startswith("-")), None)
     for name, about in COMMANDS.items():
-        if name == wanted or completing:
-            app.command(name)(getattr(import_module(f"difftool.cli.{name}"), name))
-        else:
+        if name != wanted:
             app.command(name, help=about)(lambda: None)
+            continue
+        module = import_module(f"difftool.cli.{name}")
+        if hasattr(module, "ROWS"):
+            kind = type(name, (Command,), {"rows": module.ROWS})
+            made = command(module.ROWS, module.run, name=name, about=module.ABOUT)
+            app.command(name, cls=kind)(made)
+        else:
+            app.command(name)(getattr(module, name))
+    return app
+
+
+def _root(context: typer.Context, **given: Any) -> None:
+    if given["version"]:
+        console.emit(f"difftool {__version__}")
+    elif context.invoked_subcommand is None:
+        raise UsageError("no command was given", hint="choose from: " + ", ".join(COMMANDS))
 
 
 def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
-        add_commands(next((word for word in sys.argv[1:] if not word.startswith("-")), None))
-        code = app(standalone_mode=False)
+        words = sys.argv[1:] or ["--help"]
+        console.mode.json = "--json" in words  # for what is wrong before options are read
+        console.mode.debug = "--debug" in words
+        code = build(words)(words, prog_name="difftool", standalone_mode=False)
         sys.stdout.flush()
     except DifftoolError as error:
         code = _report(error)
@@ -94,8 +120,6 @@ def _report(error: DifftoolError) -> int:
 def _report_usage(error: typer.TyperException) -> int:
     """Typer's own complaints (unknown option, missing argument) in the shape of ours."""
     message = getattr(error, "format_message", lambda: str(error))()
-    if "--json" in sys.argv:
-        console.mode.json = True  # parsing stopped before the flag's callback ran
     context = getattr(error, "ctx", None)
     hint = f"see {context.command_path} --help" if context else None
     value = _given(getattr(getattr(error, "param", None), "opts", ()))

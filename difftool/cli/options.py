@@ -5,27 +5,41 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from difftool.cli import console
+from difftool.cli import console, help
 from difftool.config.options import Option, read_options
 
-EVERYWHERE = "Everywhere"
+RUN = "Run"
+"""The panel of what every command has, the last one."""
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+class Command(TyperCommand):
+    """A command of rows, with a help of its own."""
+
+    rows: ClassVar[Sequence[Option]] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if self.rows:
+            usage = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
+            help.show(usage, self.help or "", [*self.rows, HELP])
+        else:
+            super().format_help(ctx, formatter)
 
 
-def _help(row: Option) -> str:
-    """The line of an option in a command's help, its values and default included."""
-    text = row.help.rstrip(".")
-    if row.choices is not None:
-        text = f"{text}: {', '.join(row.choices())}"
-    return _escaped(f"{text}." + (f"  [{row.default}]" if row.default else ""))
+class Group(TyperGroup):
+    """The tool itself, with its commands."""
+
+    rows: ClassVar[Sequence[Option]] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        usage = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
+        commands = {name: command.help or "" for name, command in self.commands.items()}
+        help.show(usage, self.help or "", [*self.rows, HELP], commands)
 
 
 def _completion(row: Option) -> Callable[[str], Iterable[str]] | None:
@@ -39,19 +53,23 @@ def _completion(row: Option) -> Callable[[str], Iterable[str]] | None:
     return complete
 
 
-def _parameter(row: Option) -> inspect.Parameter:
+def _escaped(text: str) -> str:
+    """As text for Typer, which reads brackets as markup where it shows a completion's meaning."""
+    return text.replace("[", "\\[")
+
+
+def parameter(row: Option) -> inspect.Parameter:
     """Typer's parameter of an option."""
     kind: Any = list[row.type] if row.many else row.type
     if row.argument:
         info: Any = typer.Argument(
-            metavar=row.metavar, help=_help(row), autocompletion=_completion(row)
+            metavar=row.metavar, help=_escaped(row.help), autocompletion=_completion(row)
         )
     else:
         info = typer.Option(
             *(row.flags or (row.flag,)),
             metavar=row.metavar,
-            help=_help(row),
-            rich_help_panel=row.panel,
+            help=_escaped(row.help),
             autocompletion=_completion(row),
             show_default=False,
         )
@@ -65,51 +83,62 @@ def _parameter(row: Option) -> inspect.Parameter:
     )
 
 
-def command(
-    rows: Sequence[Option], run: Callable[[dict[str, Any]], None], *, name: str, about: str
-) -> Callable[..., None]:
-    """A Typer command of these rows: `run` gets every option by name, read and checked.
+F = TypeVar("F", bound=Callable[..., Any])
 
-    How the process talks (--json, --quiet, --debug, --verbose) is set before anything is checked.
-    """
 
-    def function(**given: Any) -> None:
-        for flag in ("json", "quiet", "debug", "verbose"):
-            if given.get(flag):
-                setattr(console.mode, flag, True)
-        if given.get("offline"):  # what the hub's own package goes by, in child processes too
-            os.environ["HF_HUB_OFFLINE"] = "1"
-        run(read_options(rows, given))
-
-    parameters = [_parameter(row) for row in rows]
-    function.__name__ = name
-    function.__doc__ = about
+def with_rows(function: F, rows: Sequence[Option], *first: inspect.Parameter) -> F:
+    """Let Typer see these rows, after what comes first, as the parameters of a function."""
+    parameters = [*first, *map(parameter, rows)]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function
 
 
+def command(
+    rows: Sequence[Option], run: Callable[[dict[str, Any]], int | None], *, name: str, about: str
+) -> Callable[..., int | None]:
+    """A Typer command of these rows: `run` gets every option by name, read and checked, and gives
+    the exit code; None = 0.
+
+    How the process talks (--json, --quiet, --debug, --verbose) is set before anything is checked.
+    """
+
+    def function(**given: Any) -> int | None:
+        for flag in ("json", "quiet", "debug", "verbose"):
+            if given.get(flag):
+                setattr(console.mode, flag, True)
+        if given.get("offline"):  # what the hub's own package goes by, in child processes too
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        return run(read_options(rows, given))
+
+    function.__name__ = name
+    function.__doc__ = about
+    return with_rows(function, rows)
+
+
 def _switch(name: str, help: str, *flags: str) -> Option:
-    return Option(name=name, type=bool, help=help, panel=EVERYWHERE, flags=flags)
+    return Option(name=name, type=bool, help=help, panel=RUN, flags=flags)
 
 
 SET = Option(
-    name="set", many=True, metavar="KEY.PATH=VALUE", panel=EVERYWHERE,
+    name="set", many=True, metavar="KEY.PATH=VALUE", panel=RUN,
     help="Change a value of the preset; repeatable",
 )  # fmt: skip
 PRINT_CONFIG = _switch("print_config", "Print the configuration, each value's origin, and stop")
 DEVICE = Option(
-    name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=EVERYWHERE, default="auto",
+    name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
     complete=lambda: ("auto", "cpu", "cuda", "mps"),
 )  # fmt: skip
 DTYPE = Option(
-    name="dtype", help="Arithmetic of the networks", panel=EVERYWHERE, default="auto",
+    name="dtype", help="Arithmetic of the networks", panel=RUN, default="auto",
     choices=lambda: DTYPES,
 )  # fmt: skip
 OFFLINE = _switch("offline", "Never use the network: models of the hub from its cache only")
 OVERWRITE = _switch("overwrite", "Replace existing output")
+HELP = _switch("help", "Show this and stop", "--help", "-h")
+JSON = _switch("json", "Results as JSON on stdout")
 TALK = (
-    _switch("json", "Results as JSON on stdout"),
+    JSON,
     _switch("quiet", "No talk on stderr", "--quiet", "-q"),
     _switch("verbose", "All that was decided, on stderr", "--verbose", "-v"),
     _switch("debug", "Tracebacks with errors"),

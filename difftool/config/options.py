@@ -36,8 +36,8 @@ class Option:
     flags: tuple[str, ...] = ()
     """Spellings of the flag, the one of messages first; "--a/--no-a" for a switch both ways."""
     metavar: str | None = None
-    default: str | None = None
-    """What is shown as the default."""
+    default: str | Callable[[], str] | None = None
+    """What is shown as the default; asked when help is shown."""
     choices: Choices | None = None
     """The values that there are; `read` may take more (other tools' spellings)."""
     complete: Choices | None = None
@@ -67,6 +67,10 @@ class Option:
         if self.argument:
             return self.metavar or self.name.upper()
         return (self.flags[0] if self.flags else f"--{self.name.replace('_', '-')}").split("/")[0]
+
+    def shown_default(self) -> str | None:
+        """What help shows as the default."""
+        return self.default() if callable(self.default) else self.default
 
     def value(self, given: Any) -> Any:
         """The value that is meant by one as it was typed or passed; UsageError if it is not one."""
