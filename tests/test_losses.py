@@ -49,7 +49,7 @@ def test_loss_is_the_weighted_error_of_the_output(path: str, target: str):
     denoiser = Denoiser(Linear(), PATHS[path](), target)
     x0, eps = pair()
     times = TIMES["uniform"](denoiser.path, torch.tensor([0.1, 0.4, 0.6, 0.95]))
-    loss = training_loss(
+    loss, _ = training_loss(
         denoiser, x0, Cond(), times=times, weight=lambda *_: column(1, 2, 3, 4), eps=eps
     )
     assert loss.shape == (4,)
@@ -72,10 +72,10 @@ def test_huber():
     alpha, sigma = denoiser.path.coefficients(times)
     error = 0.3 * (alpha * x0 + sigma * eps) - eps
     expected = (2 * c * ((error**2 + c**2).sqrt() - c)).mean(dim=(1, 2, 3))
-    huber = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=c)  # type: ignore[arg-type]
+    huber, _ = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=c)  # type: ignore[arg-type]
     torch.testing.assert_close(huber, expected)
-    mse = training_loss(denoiser, x0, Cond(), **given)  # type: ignore[arg-type]
-    wide = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=100.0)  # type: ignore[arg-type]
+    mse, _ = training_loss(denoiser, x0, Cond(), **given)  # type: ignore[arg-type]
+    wide, _ = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=100.0)  # type: ignore[arg-type]
     torch.testing.assert_close(wide, mse, rtol=2e-2, atol=0)
 
 
@@ -86,7 +86,7 @@ def test_a_perfect_network_has_no_loss():
 
     x0, eps = pair()
     denoiser = Denoiser(Perfect(), PATHS["flow"](), "flow")
-    loss = training_loss(
+    loss, _ = training_loss(
         denoiser, x0, Cond(), times=torch.rand(4), weight=WEIGHTS["min_snr"], eps=eps
     )
     assert loss.tolist() == [0] * 4

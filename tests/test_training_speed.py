@@ -229,8 +229,8 @@ class NoFetch(TorchDispatchMode):
 @pytest.mark.parametrize("train", [{}, {"optimizer": "muon", "ema_profile": "power"}])
 def test_a_step_asks_the_device_for_nothing(pictures, train):
     made = trainer(pictures, {**train, "accumulate": 2, "weight": "min_snr"})
-    batches = {position: made.ahead[position] for position in range(2)}
-    made.ahead = batches  # type: ignore[assignment]
+    batches = {position: made.prefetcher[position] for position in range(2)}
+    made.prefetcher = batches  # type: ignore[assignment]
     with NoFetch():
         made.advance()
     assert made.step == 1
@@ -254,7 +254,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(pictures, train):
             made.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        made.ahead.close()
+        made.prefetcher.close()
 
 
 # --- the compiler ----------------------------------------------------------------------------

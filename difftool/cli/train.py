@@ -381,7 +381,7 @@ def train(
     check_disk(out or Path("runs"), costs.disk)
     folder = parallel.from_first(lambda: out or new_folder(data))
     folder.mkdir(parents=True, exist_ok=True)
-    if not resuming and parallel.leads():
+    if not resuming and parallel.is_main():
         (folder / "config.yaml").write_text(to_yaml(resolved))
     console.say(f"run folder {folder}")
     if compiled and (problem := compiler_problem(where)):

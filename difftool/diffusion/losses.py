@@ -32,8 +32,9 @@ def training_loss(
     eps: Tensor,
     kind: Literal["mse", "huber"] = "mse",
     c: float = 0.1,
-) -> Tensor:
-    """Loss of each sample [B], fp32: the weighted error of F, mean over C, H, W.
+) -> tuple[Tensor, Level]:
+    """Loss of each sample [B], fp32: the weighted error of F, mean over C, H, W; and the level that
+    each is noised to, its alpha and sigma [B,1,1,1].
 
     x0, eps: [B,C,H,W]. times: [B], from TIMES. c: where the pseudo-Huber loss turns from
     squared to absolute error; it equals mse below.
@@ -46,7 +47,7 @@ def training_loss(
     squared = error**2
     if kind == "huber":
         squared = 2 * c * ((squared + c**2).sqrt() - c)
-    return (weight(alpha, sigma, denoiser.target) * squared).mean(dim=(1, 2, 3))
+    return (weight(alpha, sigma, denoiser.target) * squared).mean(dim=(1, 2, 3)), level
 
 
 # --- when ------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from difftool.training.step import parallel, rng
 from difftool.training.step.batches import buckets_of, to_signal
 from difftool.training.step.cache import Embeddings, Latents
 from difftool.training.step.loop import Trainer, TrainStep, graceful_stop
-from difftool.training.step.objectives import Denoising
+from difftool.training.step.objectives import DenoisingObjective
 
 PREVIEWS = 16
 COLUMNS = range(3, 9)
@@ -122,7 +122,7 @@ class Run:
         self.worries: set[str] = set()
         self.drawn = -math.inf
         self.metrics = folder / "metrics.jsonl"
-        self.leads = parallel.leads()
+        self.leads = parallel.is_main()
         """Of several processes the first writes; the others only train."""
         self.lock = _lock(folder) if self.leads else None
         try:
@@ -149,10 +149,14 @@ class Run:
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
             objective = self.trainer.objective
-            if isinstance(objective, Denoising) and preset.text and not objective.reads():
+            if (
+                isinstance(objective, DenoisingObjective)
+                and preset.text
+                and not objective.learns_text()
+            ):
                 objective.embeddings = Embeddings(model, folder / "cache")
             latent = preset.codec.kind == "vae" and self.dataset.fixed
-            if isinstance(objective, Denoising) and latent:
+            if isinstance(objective, DenoisingObjective) and latent:
                 with (
                     parallel.first_before_others(),
                     progress("encoding pictures", len(self.dataset)) as shown,
@@ -187,7 +191,7 @@ class Run:
                 if step.loss is not None:
                     self._write(_line(step))
                 yield step
-                if signum := parallel.highest(signals[0] if signals else 0):
+                if signum := parallel.max_over_ranks(signals[0] if signals else 0):
                     where = self.save()
                     self._state(finished=False)
                     hint = f"continue with --out {self.folder} --resume"

@@ -45,7 +45,8 @@ class Validation:
 
     def __init__(self, trainer: Trainer, dataset: Dataset):
         self.trainer, self.dataset = trainer, dataset
-        self.batches = replace(trainer.batches, dataset=dataset, flip=False, drop=0.0)
+        whole = trainer.batches.conditioning._replace(drop=0.0)
+        self.batches = replace(trainer.batches, dataset=dataset, flip=False, conditioning=whole)
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from difftool.config.schema import Preset
-from difftool.data import Dataset
+from difftool.data import Dataset, Kind
 from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.pipeline.model import Model
 from difftool.training.step import rng
@@ -39,19 +39,36 @@ class Batch(NamedTuple):
     """Both with the dropped ones emptied."""
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Draws the batches of a run. `drop` is the share of captions or labels left out."""
+class Conditioning(NamedTuple):
+    """What a model is conditioned on, and how much of it is left out for guidance's sake."""
 
-    model: Model
+    kind: Kind
+    null_label: int | None = None
+    """The label that means "none"; None = there is no such label."""
+    drop: float = 0.0
+    """Share of the captions or labels that are left out."""
+
+    @classmethod
+    def of(cls, model: Model, drop: float) -> Conditioning:
+        """A model's own."""
+        kind: Kind = "class" if model.preset.unet.num_classes else "none"
+        guidable = bool(model.text) or model.null_label is not None
+        return cls("text" if model.text else kind, model.null_label, drop if guidable else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Draws the batches of a run."""
+
     dataset: Dataset
+    conditioning: Conditioning
     seed: int
     size: int
     flip: bool
-    drop: float = 0.0
     buckets: Buckets | None = None
     batch_size: int = 0
     """Samples of one shape in a row, where there are buckets."""
+    device: torch.device
 
     @cached_property
     def _order(self) -> Callable[[int], Tensor]:
@@ -80,30 +97,33 @@ class Batches:
     def draw(self, first: int, count: int, *, pictures: bool = True) -> Batch:
         """The samples first .. first + count of the run, in buckets within one batch. Safe to call
         in any thread."""
-        data, seed, model = self.dataset, self.seed, self.model
+        data, seed, (kind, null_label, drop) = self.dataset, self.seed, self.conditioning
         slots = torch.arange(first, first + count)
         indices, epochs, size = self._samples(slots)
         keys, chosen = rng.keys(seed, epochs, indices), indices.tolist()
         flips = (rng.uniform(seed, Stream.FLIP, 0, slots) < 0.5).tolist()
         flips = flips if self.flip else [False] * count
-        drops = (rng.uniform(seed, Stream.DROP, 0, slots) < self.drop).tolist()
-        drops = [d and model.guidable for d in drops]
-        captions = data.captions(chosen, keys) if model.text else [""] * count
+        drops = (rng.uniform(seed, Stream.DROP, 0, slots) < drop).tolist()
+        captions = data.captions(chosen, keys) if kind == "text" else [""] * count
         labels: list[int | None] = [None] * count
-        if model.preset.unet.num_classes:
+        if kind == "class":
             labels = list(data.labels(chosen))
         images = data.images(chosen, size, flips, keys) if pictures else None
         return Batch(
-            slots=_pinned(slots, model).to(model.device, non_blocking=True),
+            slots=self._pinned(slots).to(self.device, non_blocking=True),
             indices=chosen,
             flips=flips,
-            pictures=None if images is None else _pinned(images, model),
+            pictures=None if images is None else self._pinned(images),
             captions=["" if d else c for c, d in zip(captions, drops, strict=True)],
-            labels=[model.null_label if d else v for v, d in zip(labels, drops, strict=True)],
+            labels=[null_label if d else v for v, d in zip(labels, drops, strict=True)],
         )
 
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Where a copy to the GPU is not waited for."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-class Ahead:
+
+class Prefetcher:
     """Batches by position, prepared ahead in background threads; the same whatever their number.
 
     Decoders and tensor operations let go of Python's lock. Without workers a batch is made when it
@@ -143,11 +163,6 @@ def buckets_of(preset: Preset, size: int) -> Buckets | None:
 def step_of(preset: Preset) -> int:
     """What the sides of a model's pictures are multiples of: below it no level halves evenly."""
     return preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
-
-
-def _pinned(tensor: Tensor, model: Model) -> Tensor:
-    """Where a copy to the GPU is not waited for."""
-    return tensor.pin_memory() if model.device.type == "cuda" else tensor
 
 
 def to_signal(pictures: Tensor, device: torch.device) -> Tensor:

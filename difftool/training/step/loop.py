@@ -29,7 +29,7 @@ from difftool.data import Dataset
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.pipeline.model import Model
 from difftool.training.step import parallel
-from difftool.training.step.batches import Ahead, Batch, Batches, buckets_of
+from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher, buckets_of
 from difftool.training.step.checkpoint import checkpoint_name, save_checkpoint
 from difftool.training.step.ema import Ema
 from difftool.training.step.objectives import OBJECTIVES
@@ -78,14 +78,14 @@ class Trainer:
         self.objective = objective = OBJECTIVES[part](model, config)
         drop = config.drop if isinstance(config, TrainConfig) else 0.0
         self.batches = Batches(
-            model,
-            dataset,
-            self.seed,
-            config.size,
-            bool(config.flip),
-            drop,
-            buckets_of(model.preset, config.size),
-            config.batch_size,
+            dataset=dataset,
+            conditioning=Conditioning.of(model, drop),
+            seed=self.seed,
+            size=config.size,
+            flip=bool(config.flip),
+            buckets=buckets_of(model.preset, config.size),
+            batch_size=config.batch_size,
+            device=model.device,
         )
         trained, self.helpers = objective.trained(), objective.helpers()
         for name, network in model.parts().items():
@@ -111,13 +111,15 @@ class Trainer:
         if self.compiled:
             model.denoiser.network.compile(dynamic=False)
         # What is not a sum over samples every process computes whole.
-        self.share = (
-            parallel.share(config.batch_size) if objective.by_sample else range(config.batch_size)
+        self.local = (
+            parallel.local_slice(config.batch_size)
+            if objective.by_sample
+            else range(config.batch_size)
         )
         self.gradients = parallel.GradientSum(self.learning.values())
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
-        self.ahead = Ahead(self._draw, workers, config.steps * config.accumulate)
+        self.prefetcher = Prefetcher(self._draw, workers, config.steps * config.accumulate)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -132,9 +134,9 @@ class Trainer:
 
     def _draw(self, position: int) -> Batch:
         """This process's share of batch number `position` of the run."""
-        first = position * (self.config.batch_size or 0) + self.share.start
+        first = position * (self.config.batch_size or 0) + self.local.start
         pictures = self.objective.needs_pictures()
-        return self.batches.draw(first, len(self.share), pictures=pictures)
+        return self.batches.draw(first, len(self.local), pictures=pictures)
 
     def advance(self) -> None:
         """One optimiser step; what it measured stays on the device."""
@@ -142,15 +144,15 @@ class Trainer:
         if self.model.preset.unet.dropout:  # which draws from the global generator
             torch.manual_seed((self.seed * 1_000_003 + self.step) ^ (parallel.rank() << 48))
         for part in range(config.accumulate):
-            batch = self.ahead[self.step * config.accumulate + part]
+            batch = self.prefetcher[self.step * config.accumulate + part]
             enabled = self.autocast is not None
             with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
-                outcome = objective.losses(batch, self.step)
+                output = objective.losses(batch, self.step)
             if part == config.accumulate - 1:
                 self.gradients.start()
-            loss = outcome.loss.mean() / (config.accumulate * parallel.size())
+            loss = output.loss.mean() / (config.accumulate * parallel.size())
             self.scaler.scale(loss).backward()
-            self.record.add(outcome)
+            self.record.add(output)
         self.gradients.finish()
         self.scaler.unscale_(self.optimizer)
         bound = config.clip_norm or math.inf
@@ -180,10 +182,10 @@ class Trainer:
                     step = step._replace(**self._report())
                 yield step._replace(images_per_second=images / (time.monotonic() - began))
         finally:
-            self.ahead.close()
+            self.prefetcher.close()
 
     def _report(self) -> dict[str, Any]:
-        self.record.share()
+        self.record.reduce()
         report = self.record.report()
         loss, norm = report["loss"], report["grad_norm"]
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
@@ -217,8 +219,8 @@ class Trainer:
         Of several processes all call it and the first writes. Averages to choose from go to the
         folder `ema` beside `folder`.
         """
-        self.record.share()
-        if not parallel.leads():
+        self.record.reduce()
+        if not parallel.is_main():
             parallel.wait()
             return folder / checkpoint_name(self.step)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from difftool.training.step.rng import Stream
 GOLDEN = (5**0.5 - 1) / 2
 
 
-class Outcome(NamedTuple):
+class LossOutput(NamedTuple):
     """The losses of a batch."""
 
     loss: Tensor
@@ -62,10 +62,10 @@ class Objective(ABC):
         return True
 
     @abstractmethod
-    def losses(self, batch: Batch, step: int) -> Outcome:
+    def losses(self, batch: Batch, step: int) -> LossOutput:
         """The losses of a batch; `step` counts optimiser steps."""
 
-    def held_out(self, batch: Batch) -> Outcome:
+    def held_out(self, batch: Batch) -> LossOutput:
         """The losses of a batch that is not learned from: a function of the weights and its slots,
         so that those of two steps can be compared."""
         return self.losses(batch, -1)  # before any discriminator has a say
@@ -75,7 +75,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry("part")
 
 
 @OBJECTIVES.register("unet")
-class Denoising(Objective):
+class DenoisingObjective(Objective):
     """The diffusion objective."""
 
     config: TrainConfig
@@ -100,24 +100,24 @@ class Denoising(Objective):
         names = {"unet"} | {f"text.{i}" for i, t in texts if t.tokenizer == "learned"}
         return {name: part for name, part in self.model.parts().items() if name in names}
 
-    def reads(self) -> bool:
+    def learns_text(self) -> bool:
         """Whether the text encoders learn too."""
         return any(name.startswith("text.") for name in self.trained())
 
     def needs_pictures(self) -> bool:
         return self.latents is None
 
-    def losses(self, batch: Batch, step: int) -> Outcome:
+    def losses(self, batch: Batch, step: int) -> LossOutput:
         return self._errors(
             batch, rng.uniform(self.seed, Stream.TIME, 0, batch.slots), Stream.NOISE
         )
 
-    def held_out(self, batch: Batch) -> Outcome:
+    def held_out(self, batch: Batch) -> LossOutput:
         # Times of a golden ratio sequence: any run of slots covers the levels evenly.
         u = ((batch.slots.double() + 0.5) * GOLDEN).frac().float().clamp(1e-4, 1 - 1e-4)
         return self._errors(batch, u, Stream.VALIDATION)
 
-    def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> Outcome:
+    def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> LossOutput:
         """The losses at those quantiles [B] of the training times, with noise of that stream."""
         model, config, slots = self.model, self.config, batch.slots
         x0 = self._x0(batch)
@@ -125,11 +125,11 @@ class Denoising(Objective):
         eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
         cond = model.cond(batch.captions, batch.labels, size, embed=self.embeddings)
-        losses = training_loss(
+        losses, level = training_loss(
             model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
         )
-        alpha, sigma = model.denoiser.path.coefficients(times)
-        return Outcome(losses, {}, 2 * (alpha / sigma).log().flatten())
+        ratio = cast(Tensor, level.alpha / level.sigma)
+        return LossOutput(losses, {}, 2 * ratio.log().flatten())
 
     def _x0(self, batch: Batch) -> Tensor:
         model = self.model
@@ -149,7 +149,7 @@ class Denoising(Objective):
 
 
 @OBJECTIVES.register("vae")
-class Reconstruction(Objective):
+class VaeObjective(Objective):
     """The autoencoder's objective (Rombach et al. 2022, appendix G): reconstruction, a distance
     that looks at structure, the latent's divergence from a unit normal, and, where it is asked
     for, a patch discriminator's opinion."""
@@ -172,7 +172,7 @@ class Reconstruction(Objective):
     def helpers(self) -> dict[str, nn.Module]:
         return {"critic": self.critic} if self.critic else {}
 
-    def losses(self, batch: Batch, step: int) -> Outcome:
+    def losses(self, batch: Batch, step: int) -> LossOutput:
         assert batch.pictures is not None
         images, config = to_signal(batch.pictures, self.model.device), self.config
         mean, logvar = self.vae.encode(images)
@@ -191,11 +191,11 @@ class Reconstruction(Objective):
             terms |= self.critic.losses(back, images)
             weights |= {"fooling": config.adversarial}
         loss = torch.stack([weights.get(n, 1.0) * t for n, t in terms.items()]).sum(0)
-        return Outcome(loss, {name: term.detach().mean() for name, term in terms.items()})
+        return LossOutput(loss, {name: term.detach().mean() for name, term in terms.items()})
 
 
 @OBJECTIVES.register("clip")
-class Contrast(Objective):
+class ClipObjective(Objective):
     """CLIP's objective (Radford et al. 2021): within a batch, which caption is whose picture.
 
     The text encoders learn; the picture encoder that they learn against is left behind.
@@ -217,7 +217,7 @@ class Contrast(Objective):
     def helpers(self) -> dict[str, nn.Module]:
         return {"pictures": self.encoder}
 
-    def losses(self, batch: Batch, step: int) -> Outcome:
+    def losses(self, batch: Batch, step: int) -> LossOutput:
         assert batch.pictures is not None
         seen = self.encoder(to_signal(batch.pictures, self.model.device))
         scale = self.encoder.scale()
@@ -233,4 +233,4 @@ class Contrast(Objective):
             total = total + F.cross_entropy(logits.T, wanted, reduction="none") / 2
             best = logits.detach().argmax(1)
             right.append(same.gather(1, best[:, None]).mean())
-        return Outcome(total / len(right), {"right": torch.stack(right).mean()})
+        return LossOutput(total / len(right), {"right": torch.stack(right).mean()})

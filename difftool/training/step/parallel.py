@@ -38,7 +38,7 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def leads() -> bool:
+def is_main() -> bool:
     """Whether this process writes and speaks."""
     return rank() == 0
 
@@ -59,7 +59,7 @@ def join(device: torch.device) -> torch.device:
 # --- agreements ------------------------------------------------------------------------------
 
 
-def share(count: int) -> range:
+def local_slice(count: int) -> range:
     """Which of a batch's `count` samples are this process's."""
     if count % size():
         why = f"a batch of {count} does not divide among {size()} processes"
@@ -79,7 +79,7 @@ def from_first(function: Callable[[], T]) -> T:
     if size() == 1:
         return function()
     wait()
-    result = [function() if leads() else None]
+    result = [function() if is_main() else None]
     dist.broadcast_object_list(result, src=0)
     return cast(T, result[0])
 
@@ -87,14 +87,14 @@ def from_first(function: Callable[[], T]) -> T:
 @contextmanager
 def first_before_others() -> Iterator[None]:
     """In the block the first process is done before the others begin: what it writes they read."""
-    if not leads():
+    if not is_main():
         wait()
     yield
-    if leads():
+    if is_main():
         wait()
 
 
-def highest(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of all processes' numbers; on the host, so that no device is waited for."""
     if size() == 1:
         return number

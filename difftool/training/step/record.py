@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from difftool.training.step import parallel
-from difftool.training.step.objectives import Outcome
+from difftool.training.step.objectives import LossOutput
 
 LEVELS = tuple(range(-12, 13, 2))
 """Inner edges of the bins of log SNR = log(alpha^2 / sigma^2) by which a loss is told apart."""
@@ -43,14 +43,14 @@ class Record:
         self.levels = torch.zeros(2, len(LEVELS) + 1, device=self.device)
 
     @torch.no_grad()
-    def add(self, outcome: Outcome) -> None:
+    def add(self, output: LossOutput) -> None:
         """Count a batch in."""
-        self._sum("loss", outcome.loss.detach().mean())
-        for name, term in outcome.terms.items():
+        self._sum("loss", output.loss.detach().mean())
+        for name, term in output.terms.items():
             self._sum(f"terms.{name}", term)
-        if outcome.log_snr is not None:
-            bins = torch.bucketize(outcome.log_snr, self.edges)
-            both = torch.stack([outcome.loss.detach(), torch.ones_like(outcome.loss)])
+        if output.log_snr is not None:
+            bins = torch.bucketize(output.log_snr, self.edges)
+            both = torch.stack([output.loss.detach(), torch.ones_like(output.loss)])
             self.levels.index_add_(1, bins, both)
 
     def add_norm(self, norm: Tensor) -> None:
@@ -61,7 +61,7 @@ class Record:
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.counts[name] = self.counts.get(name, 0) + 1
 
-    def share(self) -> None:
+    def reduce(self) -> None:
         """Make the sums the means over all processes; those by level keep their ratios."""
         if parallel.size() > 1:
             *sums, self.levels = parallel.mean([*self.sums.values(), self.levels])
