@@ -57,9 +57,37 @@ class Stopped(DifftoolError):
         self.code = 128 + signum
 
 
+# --- the same words for the same trouble -----------------------------------------------------
+
+
 def suggestion(name: str, options: Iterable[str]) -> str:
     """'Did you mean "x"?' for the nearest option, followed by the full list."""
     options = list(options)
     close = get_close_matches(name.lower(), options, n=1, cutoff=0.5)
     listed = "choose from: " + ", ".join(options)
     return f'did you mean "{close[0]}"? ({listed})' if close else listed
+
+
+def missing(what: object, hint: str | None = None) -> UsageError:
+    """Nothing is at a path that the user named."""
+    return UsageError(f"{what} does not exist", hint=hint)
+
+
+def taken(path: object) -> UsageError:
+    """Something is at a path that is to be written."""
+    return UsageError(f"{path} is there already", hint="--overwrite replaces it")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """A name that none of its kind has; the nearest one is suggested."""
+    return UsageError(f'there is no {kind} "{name}"', hint=suggestion(name, known))
+
+
+def clash(one: object, other: object, why: str | None = None) -> UsageError:
+    """Two options, or values of them, that cannot be given together."""
+    return UsageError(f"{one} and {other} exclude each other", why, "leave one of them out")
+
+
+def unreadable(what: object, error: OSError) -> InputError:
+    """The system does not give a file's bytes."""
+    return InputError(f"cannot read {what}", error.strerror or str(error) or type(error).__name__)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from difftool.errors import UsageError, suggestion
+from difftool.errors import UsageError, clash, suggestion, unknown
 
 Choices = Callable[[], Iterable[str]]
 """Asked when help is shown, a word completed or a value checked: plugins may have added some."""
@@ -123,14 +123,13 @@ def read_options(rows: Sequence[Option], given: Mapping[str, Any]) -> dict[str, 
     named = by_name(rows)
     for name in given:
         if name not in named:
-            raise UsageError(f'there is no option "{name}"', hint=suggestion(name, list(named)))
+            raise unknown("option", name, named)
     values = {name: row.value(given.get(name)) for name, row in named.items()}
     present = [name for name, value in values.items() if value is not None and value is not False]
     for row in map(named.__getitem__, present):
         for other in row.excludes:
             if other in present:
-                what = f"{row.flag} and {named[other].flag} exclude each other"
-                raise UsageError(what, hint="leave one of them out")
+                raise clash(row.flag, named[other].flag)
         if row.needs and not any(other in present for other in row.needs):
             flags = " or ".join(named[other].flag for other in row.needs)
             why = row.why or "has nothing to apply to"

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 import yaml
 
 from difftool.config.networks import CodecConfig, IdentityConfig, TextConfig, UNetConfig
-from difftool.errors import InputError, UsageError, suggestion
+from difftool.errors import InputError, UsageError, missing, suggestion, unknown
 
 Options = dict[str, Any]
 
@@ -334,11 +334,11 @@ def preset_layers(name: str, seen: tuple[str, ...] = ()) -> list[Layer]:
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         path = Path(name)
         if not path.is_file():
-            raise UsageError(f"preset file {name} does not exist")
+            raise missing(f"preset file {name}")
     else:
         path = preset_folder() / f"{name}.yaml"
         if not path.is_file():
-            raise UsageError(f'there is no preset "{name}"', hint=suggestion(name, preset_names()))
+            raise unknown("preset", name, preset_names())
     if name in seen:
         raise InputError(f"preset {name} extends itself", " -> ".join((*seen, name)))
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path))

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from difftool.errors import ResourceError, UsageError
+from difftool.errors import ResourceError, UsageError, taken
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def make_folder(path: Path) -> None:
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """UsageError if something is at the path and is not to be replaced."""
     if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"{path} is there already", hint="--overwrite replaces it")
+        raise taken(path)
 
 
 def move(file: Path, path: Path, overwrite: bool) -> None:

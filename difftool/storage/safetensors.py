@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from difftool.errors import InputError
+from difftool.errors import InputError, unreadable
 from difftool.storage.commit import atomic_file
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
                 raise _refused(path, f"a header of {length} bytes, the limit is {MAX_HEADER}")
             text = file.read(length)
     except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+        raise unreadable(path, error) from None
     if not text.startswith(b"{"):
         raise _refused(path, "its header does not begin with {")
     values = parse_json(text, f"the header of {path}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from difftool.errors import InputError
+from difftool.errors import InputError, unreadable
 
 MAX_BYTES = 16 << 20
 
@@ -43,7 +43,7 @@ def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+        raise unreadable(path, error) from None
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} is too large", f"the limit is {MAX_BYTES} bytes")
     value = parse_json(data, str(path), infinite=infinite)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, missing
 from difftool.storage.safetensors import DATA_HASH, looks_like_safetensors, read_header
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensors import Located, load_located
@@ -59,7 +59,7 @@ def open_source(path: Path) -> TensorSource:
     if it is malformed or not safe.
     """
     if not path.exists():
-        raise UsageError(f"{path} does not exist")
+        raise missing(path)
     if path.is_dir():
         indices = [file for file in sorted(path.iterdir()) if is_index(file)]
         if len(indices) != 1:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from difftool.errors import InputError
+from difftool.errors import InputError, unreadable
 from difftool.storage.pickles import (
     MAX_PICKLE,
     Global,
@@ -106,7 +106,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             else:
                 raise _refused(path, "it is neither a zip archive nor a pickle")
     except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+        raise unreadable(path, error) from None
     return _Tree(path, places, size).checkpoint(found)
 
 
