@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from difftool.config.schema import Layer, Preset, preset_layers, resolve
+from difftool.config.layers import Layer, preset_layers, resolve
+from difftool.config.schema import Preset
 from difftool.data import open_dataset
 from difftool.data.dataset import Dataset
 from difftool.pipeline.model import Model

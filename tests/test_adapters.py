@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from difftool.adapters.lora.train import Adapters
-from difftool.config.schema import build_preset, load_preset, merge, to_values
+from difftool.config.layers import load_preset, merge
+from difftool.config.validate import build_preset, to_values
 from difftool.data import shapes
 from difftool.errors import UsageError
 from difftool.pipeline.model import Item, Model

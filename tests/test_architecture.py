@@ -20,9 +20,10 @@ ROOMS = (
 COMMANDS = {"convert", "sampling", "training", "forward"}
 """The rooms of the four commands, none of which imports another."""
 TORCH_FREE = (
-    *("errors", "registry", "storage.commit", "config.schema", "config.networks", "diffusion"),
+    *("errors", "registry", "config.layers", "config.options", "diffusion"),
+    *sorted(f"storage.{f.stem}" for f in PACKAGE.glob("storage/[a-z]*.py")),
     *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
-    *("storage.safetensors", "formats", "images.read", "cli.app"),
+    *("formats", "images.read", "cli.app"),
 )
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config.schema import build_preset
+from difftool.config.validate import build_preset
 from difftool.data import open_dataset
 from difftool.data.buckets import Buckets
 from difftool.networks.codecs import VaeCodec

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from difftool.config.layers import load_preset
 from difftool.config.networks import IdentityConfig, UNetConfig
-from difftool.config.schema import SampleConfig, load_preset
+from difftool.config.schema import SampleConfig
 from difftool.formats import open_model
 from difftool.pipeline.model import Model
 from difftool.storage import safetensors

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftool.config.schema import build_preset
+from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
 from difftool.pipeline.model import Model

@@ -14,7 +14,7 @@ import torch
 from commands import ENVIRONMENT, Ran
 from PIL import Image
 
-from difftool.config.schema import build_preset
+from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
 from difftool.diffusion.samplers import SAMPLERS

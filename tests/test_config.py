@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from difftool.config import schema as config
-from difftool.config.schema import Layer, build_preset, load_preset, parse_yaml, to_values, to_yaml
+from difftool.config import layers as config
+from difftool.config.layers import Layer, load_preset
+from difftool.config.validate import build_preset, to_values, to_yaml
 from difftool.errors import InputError, UsageError
+from difftool.storage.yaml import parse_yaml
 
 
 @pytest.mark.parametrize("name", config.preset_names())
@@ -102,15 +104,31 @@ def test_presets_that_extend_each_other_are_refused(tmp_path):
         load_preset(str(tmp_path / "a.yaml"))
 
 
-def test_presets_are_found_in_the_package_or_in_the_checkout(monkeypatch, tmp_path):
-    checkout = config.preset_folder()
+def test_presets_are_found_in_the_package_or_in_the_checkout(tmp_path):
     package = tmp_path / "difftool"
     (package / "presets").mkdir(parents=True)
-    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
-    assert config.preset_folder() == package / "presets"
+    assert config.preset_folder(package) == package / "presets"
     (package / "presets").rmdir()
-    assert config.preset_folder() == tmp_path / "presets"
-    assert checkout.is_dir()
+    assert config.preset_folder(package) == tmp_path / "presets"
+    assert config.preset_folder().is_dir()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(b"name: \xff", "UTF-8"), (b"extends: 5", "no name of a preset"), (b"[]", "not a mapping")],
+)
+def test_an_unsound_preset_file_is_refused(tmp_path, data, says):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=says):
+        load_preset(str(path))
+
+
+def test_the_values_of_a_file_are_wrong_as_input_and_a_user_s_as_usage():
+    values = to_values(load_preset("pixel-small")) | {"target": "epsillon"}
+    for error in (UsageError, InputError):
+        with pytest.raises(error, match="eps"):
+            build_preset(values, "model.safetensors", error)
 
 
 def test_layers_name_the_missing_key():

@@ -10,14 +10,9 @@ import pytest
 from commands import spawn
 from folders import lay, pictures
 
-from difftool.config.schema import (
-    DataConfig,
-    data_config,
-    load_preset,
-    override_layers,
-    preset_layers,
-)
-from difftool.config.schema import to_yaml as written
+from difftool.config.layers import data_config, load_preset, override_layers, preset_layers
+from difftool.config.schema import DataConfig
+from difftool.config.validate import to_yaml as written
 from difftool.errors import UsageError
 
 FLAGS = {

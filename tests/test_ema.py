@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from difftool.config.schema import Layer, TrainConfig, preset_layers, resolve
+from difftool.config.layers import Layer, preset_layers, resolve
+from difftool.config.schema import TrainConfig
 from difftool.data import open_dataset
 from difftool.errors import UsageError
 from difftool.pipeline.model import Model

@@ -18,15 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from difftool.config.layers import load_preset, preset_names
 from difftool.config.networks import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
-from difftool.config.schema import (
-    Preset,
-    SampleConfig,
-    build_preset,
-    load_preset,
-    preset_names,
-    to_values,
-)
+from difftool.config.schema import Preset, SampleConfig
+from difftool.config.validate import build_preset, to_values
 from difftool.convert import convert as conversion
 from difftool.convert.convert import Ledger
 from difftool.convert.inspect import inspect

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from difftool.config.networks import TextConfig
-from difftool.config.schema import build_preset
+from difftool.config.validate import build_preset
 from difftool.convert.convert import convert
 from difftool.formats import open_model
 from difftool.formats.diffusers.tokenizers import tokenizer_files

@@ -13,7 +13,8 @@ import ldm_models as ldms
 import pytest
 from test_safetensors import mutated
 
-from difftool.config.schema import build_preset, load_preset, merge, to_values
+from difftool.config.layers import load_preset, merge
+from difftool.config.validate import build_preset, to_values
 from difftool.convert.convert import convert
 from difftool.convert.inspect import inspect
 from difftool.errors import DifftoolError, InputError

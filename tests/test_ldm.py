@@ -18,7 +18,8 @@ from ldm_models import COMPLETE, FAMILIES, OPENCLIP, UNETS, VAE, small
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from difftool.config.schema import build_preset, load_preset
+from difftool.config.layers import load_preset
+from difftool.config.validate import build_preset
 from difftool.convert import convert as conversion
 from difftool.convert.convert import Ledger, assembled, convert
 from difftool.convert.inspect import inspect

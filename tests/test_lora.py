@@ -19,7 +19,7 @@ from torch import Tensor
 
 from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
-from difftool.config.schema import load_preset
+from difftool.config.layers import load_preset
 from difftool.convert.convert import convert
 from difftool.convert.lora import FAMILIES, convert_lora, open_lora
 from difftool.errors import CheckError, InputError, UsageError

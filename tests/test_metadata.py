@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from difftool import __version__
-from difftool.config.schema import SampleConfig, build_preset, to_values
+from difftool.config.schema import SampleConfig
+from difftool.config.validate import build_preset, to_values
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import InputError, UsageError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from difftool.config.schema import load_preset
+from difftool.config.layers import load_preset
 from difftool.errors import InputError, UsageError
 from difftool.hub.find import find_model
 from difftool.pipeline.model import Item, Model, pick_device

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from difftool.config.layers import load_preset, preset_names
 from difftool.config.networks import UNetConfig, VaeConfig
-from difftool.config.schema import Preset, load_preset, preset_names, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.formats.diffusers.scheduler_switch import switched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difftool.config.schema import load_preset
+from difftool.config.layers import load_preset
 from difftool.errors import UsageError
 from difftool.pipeline.model import Model
 from difftool.text.syntax import chunks, nested, weighted

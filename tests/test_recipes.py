@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from difftool.config.schema import load_preset
+from difftool.config.layers import load_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import build_path
 from difftool.diffusion.samplers import SAMPLERS

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftool.config.schema import load_preset, to_yaml
+from difftool.config.layers import load_preset
+from difftool.config.validate import to_yaml
 from difftool.training.report.page import duration, report, usage, warnings, write_report
 from difftool.training.report.plots import INK, Metrics, loss_figure, png, running_mean, svg
 

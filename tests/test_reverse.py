@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config.schema import build_preset
+from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.prediction import Prediction
 from difftool.errors import ResourceError, UsageError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config.schema import Layer
+from difftool.config.layers import Layer
 from difftool.data import open_dataset
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import ResourceError, Stopped, UsageError

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftool.config.schema import SampleConfig, build_preset
+from difftool.config.schema import SampleConfig
+from difftool.config.validate import build_preset
 from difftool.errors import DifftoolError, ResourceError, UsageError
 from difftool.pipeline.model import Item
 from difftool.sampling.metadata import read

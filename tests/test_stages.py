@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config.schema import load_preset
+from difftool.config.layers import load_preset
 from difftool.data import shapes
 from difftool.errors import InputError
 from difftool.formats import open_model

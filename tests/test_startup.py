@@ -37,7 +37,7 @@ def test_help_imports_nothing_slow(arguments):
     assert not modules & SLOW
 
 
-@pytest.mark.parametrize("name", ["difftool.config.schema", "difftool.diffusion"])
+@pytest.mark.parametrize("name", ["difftool.config.layers", "difftool.diffusion"])
 def test_configuration_and_mathematics_import_nothing_slow(name):
     assert not imported(f"import {name}") & SLOW
 

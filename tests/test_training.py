@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from difftool.config.schema import Layer
+from difftool.config.layers import Layer
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.formats import open_model

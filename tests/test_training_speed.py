@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.networks import UNetConfig
-from difftool.config.schema import Layer, preset_layers, resolve
 from difftool.data import open_dataset
 from difftool.networks import layers
 from difftool.networks.layers import GroupNorm, Upsample, attend

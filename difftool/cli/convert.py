@@ -161,7 +161,7 @@ def convert(
 
     from difftool.adapters.lora.algebra import open_loras
     from difftool.adapters.lora.file import parse_lora
-    from difftool.config.schema import build_preset
+    from difftool.config.validate import build_preset
     from difftool.convert import convert as formats
     from difftool.formats import open_model
     from difftool.formats.model_source import Told, choose_weights

@@ -308,7 +308,7 @@ def _path(name: str, settings: Sequence[str] | None) -> tuple[str, NoisePath]:
 
     options: dict[str, Any] = {}
     if settings:
-        from difftool.config.schema import merge, override_layers
+        from difftool.config.layers import merge, override_layers
 
         for layer in override_layers(settings):
             options = merge(options, layer.values)
@@ -319,7 +319,7 @@ def _path(name: str, settings: Sequence[str] | None) -> tuple[str, NoisePath]:
 
 def _model_path(where: str) -> dict[str, NoisePath]:
     """The path of a model by the model's name, read without loading its weights."""
-    from difftool.config.schema import build_preset
+    from difftool.config.validate import build_preset
     from difftool.diffusion.path import build_path
     from difftool.formats import open_model
     from difftool.hub.find import find_model

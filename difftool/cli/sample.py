@@ -31,7 +31,8 @@ from difftool.errors import DifftoolError, UsageError
 from difftool.images.formats import OUTPUT_FORMATS
 
 if TYPE_CHECKING:
-    from difftool.config.schema import Layer, SampleConfig
+    from difftool.config.layers import Layer
+    from difftool.config.schema import SampleConfig
     from difftool.pipeline.model import Model
     from difftool.sampling.run import Event, Result
 
@@ -320,7 +321,8 @@ def sample(
         stream = read_requests(prompt_file, requests[0])
 
     from difftool.adapters.lora.file import parse_lora
-    from difftool.config.schema import Layer, origins, to_values
+    from difftool.config.layers import Layer, origins
+    from difftool.config.validate import to_values
     from difftool.pipeline.model import Model
     from difftool.pipeline.words import add_embeddings
     from difftool.sampling.run import Run, resolve_settings
@@ -374,7 +376,7 @@ def _recipe(settings: SampleConfig) -> str:
 
 def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
     """What was asked for on the command line, flag by flag, as layers over the model's preset."""
-    from difftool.config.schema import Layer, override_layers
+    from difftool.config.layers import Layer, override_layers
 
     # Fresh noise is an option of the sampler; every other flag is a setting of its own.
     layers = [
@@ -394,7 +396,7 @@ def _layers(flags: dict[str, Any], overrides: list[str]) -> list[Layer]:
 
 
 def _asked(layers: list[Layer]) -> dict[str, Any]:
-    from difftool.config.schema import merge
+    from difftool.config.layers import merge
 
     asked: dict[str, Any] = {}
     for layer in layers:

@@ -19,7 +19,8 @@ from difftool.cli.console import (
     choice,
     choices,
 )
-from difftool.config.schema import RECIPES, Layer, Part, preset_names
+from difftool.config.layers import Layer, preset_names
+from difftool.config.schema import RECIPES, Part
 from difftool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -281,14 +282,14 @@ def train(
     if start is not None and preset is not None:
         raise UsageError("--from brings its own preset", hint="leave --preset out; use --set")
 
-    from difftool.config.schema import (
+    from difftool.config.layers import (
         data_config,
         load_preset,
         origins,
         override_layers,
         preset_layers,
-        to_yaml,
     )
+    from difftool.config.validate import to_yaml
     from difftool.data import open_dataset
     from difftool.formats import open_model
     from difftool.hub.find import find_model

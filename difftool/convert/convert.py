@@ -542,7 +542,7 @@ def _verify(
 
     hashes: of the bytes meant to be written, by difftool's names.
     """
-    from difftool.config.schema import build_preset
+    from difftool.config.validate import build_preset
 
     what = "what was written differs from what was read"
     again = open_model(written)

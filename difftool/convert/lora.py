@@ -24,8 +24,8 @@ from difftool.adapters.lora.file import (
     read_lora,
     scale_of,
 )
+from difftool.config.layers import load_preset
 from difftool.config.networks import UNetConfig
-from difftool.config.schema import load_preset
 from difftool.convert.convert import target_place
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm.names import clip_rules, unet_rules

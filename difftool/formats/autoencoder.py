@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from difftool.config.networks import CodecConfig, VaeConfig
-from difftool.config.schema import build_preset, to_values
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import WEIGHTS, component_tensors, our_name
 from difftool.formats.diffusers.networks import read_vae

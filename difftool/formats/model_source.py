@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from difftool.config.schema import build_preset, to_values
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import InputError, UsageError
 from difftool.formats.kinds import kind_of
 from difftool.formats.rules import Rule

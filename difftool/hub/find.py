@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from difftool.config.schema import preset_folder
+from difftool.config.layers import preset_folder
 from difftool.errors import UsageError, suggestion
 from difftool.hub.hub import cached, download, parse_name
 from difftool.storage.shards import written_at

@@ -17,16 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from difftool.adapters.lora.algebra import Applied, apply, open_loras
 from difftool.adapters.lora.file import changed_by
+from difftool.config.layers import load_preset, merge
 from difftool.config.networks import CodecConfig, VaeConfig
-from difftool.config.schema import (
-    Preset,
-    SampleConfig,
-    build_preset,
-    load_preset,
-    merge,
-    to_values,
-    validate,
-)
+from difftool.config.schema import Preset, SampleConfig
+from difftool.config.validate import build_preset, to_values, validate
 from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, build_path

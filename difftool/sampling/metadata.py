@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from difftool import __version__
-from difftool.config.schema import SampleConfig, to_values
+from difftool.config.schema import SampleConfig
+from difftool.config.validate import to_values
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import InputError, UsageError

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.adapters.lora.file import kohya_names
-from difftool.config.schema import Preset, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import to_values
 from difftool.errors import UsageError
 from difftool.formats.native import modelspec
 from difftool.storage.safetensors import save_tensors

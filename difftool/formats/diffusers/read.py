@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from difftool.config.schema import build_preset, to_values
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
 from difftool.formats.diffusers.components import (
     CLASSES,

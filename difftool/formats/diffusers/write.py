@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from difftool.config.networks import VaeConfig
-from difftool.config.schema import Preset, build_preset, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import build_preset, to_values
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import DifftoolError

@@ -50,7 +50,7 @@ def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
 
 @cache
 def _published(name: str) -> dict[str, Shape]:
-    from difftool.config.schema import load_preset
+    from difftool.config.layers import load_preset
 
     config = load_preset(name).unet
     return {rule.there: rule.shape_there for rule in unet_rules(config)}

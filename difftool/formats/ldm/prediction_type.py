@@ -59,7 +59,7 @@ def numbers(place: Located) -> list[float]:
 
 def yaml_beside(path: Path) -> dict[str, Any]:
     """model.params of LDM's configuration file beside a checkpoint; empty if there is none."""
-    from difftool.config.schema import parse_yaml
+    from difftool.storage.yaml import parse_yaml
 
     file = path.with_suffix(".yaml")
     if not file.is_file():

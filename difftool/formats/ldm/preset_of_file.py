@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from difftool.config.layers import load_preset
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
-from difftool.config.schema import Preset, build_preset, load_preset, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import InputError
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import UNET, VAE

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from difftool.config.schema import Preset, build_preset, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import (

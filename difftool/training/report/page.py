@@ -16,9 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from difftool.config.schema import RECIPES, Part, Preset, build_preset, parse_yaml
+from difftool.config.schema import RECIPES, Part, Preset
+from difftool.config.validate import build_preset
 from difftool.images.read import read_image
 from difftool.storage.commit import write_whole
+from difftool.storage.yaml import parse_yaml
 from difftool.training.report.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
 from difftool.training.run.validation import cast, overfits
 

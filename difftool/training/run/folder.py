@@ -23,7 +23,8 @@ import torch
 
 from difftool import __version__
 from difftool.adapters.lora.train import Adapters
-from difftool.config.schema import Part, Preset, to_yaml
+from difftool.config.schema import Part, Preset
+from difftool.config.validate import to_yaml
 from difftool.data import Dataset
 from difftool.data.dataset import count
 from difftool.errors import Stopped, UsageError

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from difftool.config.schema import RECIPES, Layer, Part, Preset, preset_layers, resolve
+from difftool.config.layers import Layer, preset_layers, resolve
+from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer

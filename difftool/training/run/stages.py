@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difftool.config.schema import Layer, Part, Preset, build_preset
+from difftool.config.layers import Layer
+from difftool.config.schema import Part, Preset
+from difftool.config.validate import build_preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.formats import open_model

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from difftool.config.schema import OptimConfig, Part, TrainConfig, to_values
+from difftool.config.schema import OptimConfig, Part, TrainConfig
+from difftool.config.validate import to_values
 from difftool.data import Dataset
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.pipeline.model import Model

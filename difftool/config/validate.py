@@ -1,0 +1,121 @@
+"""From plain values to configuration, checked key by key, and back. Torch-free.
+
+A preset is checked where it comes in, from a user or a file; whatever works with it takes the
+`Preset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from difftool.config.networks import CodecConfig
+from difftool.config.schema import Preset
+from difftool.errors import DifftoolError, UsageError, suggestion
+from difftool.storage.yaml import dump_yaml
+
+T = TypeVar("T")
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    for part in _dataclasses(cls):
+        part.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    return TypeAdapter(cls)
+
+
+def _dataclasses(annotation: Any) -> set[Any]:
+    """The dataclasses that a type is made of."""
+    if not dataclasses.is_dataclass(annotation):
+        return set().union(*map(_dataclasses, get_args(annotation)))
+    hints = get_type_hints(annotation).values()
+    return {annotation}.union(*map(_dataclasses, hints))
+
+
+def build_preset(
+    values: Mapping[str, Any], source: str = "preset", error: type[DifftoolError] = UsageError
+) -> Preset:
+    """The Preset of plain values, as `to_values` gives them; an error that names a wrong key or
+    value. error: InputError where the values are a file's and not the user's words."""
+    try:
+        preset = validate(Preset, values, source)
+        check_names(preset)
+    except UsageError as found:
+        raise error(found.what, found.why, found.hint) from None
+    return preset
+
+
+def validate(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+    """An instance of a configuration dataclass from plain values, checked key by key."""
+    from pydantic import ValidationError
+
+    try:
+        # Through JSON, where strict typing still reads a list as a tuple.
+        return _adapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise UsageError(*_explain(cls, values, error.errors(), source)) from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source} is not valid", str(error)) from None
+
+
+def _explain(
+    cls: type, values: Mapping[str, Any], errors: Sequence[Any], source: str
+) -> tuple[str, str | None, str | None]:
+    """What is wrong with the values, why, and the nearest right key."""
+
+    def chosen(error: Any) -> bool:
+        """Whether the error is about the member of a union that the values' `kind` names."""
+        name = next((str(p) for p in error["loc"] if str(p).endswith("Config")), None)
+        codec = values.get("codec")
+        kind = codec.get("kind", "identity") if isinstance(codec, Mapping) else None
+        kinds = {c.__name__: c.kind for c in get_args(CodecConfig)}
+        return name is None or kinds.get(name) == kind
+
+    error = next(filter(chosen, errors), errors[0])
+    path = [str(part) for part in error["loc"] if not str(part).endswith(("Config", "]"))]
+    where = ".".join(path) or source
+    if error["type"] == "unexpected_keyword_argument":
+        known = _fields_at(cls, error["loc"][:-1])
+        return f'{source}: there is no key "{where}"', None, suggestion(path[-1], known)
+    if error["type"].startswith("missing"):
+        return f'{source}: the key "{where}" is missing', None, None
+    got = json.dumps(error["input"], default=str)[:60]
+    return f"{source}: {where} is not valid", f"{error['msg']}, got {got}", None
+
+
+def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
+    """Names of the fields of the dataclass that an error's location leads to."""
+    for part in loc:
+        parts = {c.__name__: c for c in _dataclasses(cls)}
+        if part in parts:
+            cls = parts[part]
+        elif dataclasses.is_dataclass(cls) and part in get_type_hints(cls):
+            inner = _dataclasses(get_type_hints(cls)[part])
+            cls = next(iter(inner)) if len(inner) == 1 else get_type_hints(cls)[part]
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def check_names(preset: Preset) -> None:
+    """UsageError for a name or an option that its registry does not have: of paths, targets,
+    samplers and grids. For whoever replaces one of them in a preset that was checked."""
+    from difftool.diffusion import GRIDS, SAMPLERS, TARGETS
+    from difftool.diffusion.path import build_path
+
+    TARGETS.resolve(preset.target)
+    GRIDS.resolve(preset.sample.schedule)
+    SAMPLERS[preset.sample.sampler](build_path(preset.path), **preset.sample.sampler_options)
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """Plain values (JSON, YAML) of a configuration; `build_preset` gives the same one back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """The same as YAML text."""
+    return dump_yaml(to_values(config))

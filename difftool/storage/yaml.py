@@ -1,0 +1,100 @@
+"""YAML from files of others, read strictly: plain data and no traps. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from difftool.errors import InputError, unreadable
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 64
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without YAML 1.1's traps: no aliases, no duplicate keys, yes/no/on/off and dates
+    are strings, and 1e-4 is a number."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):  # type: ignore[override]
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed", problem_mark=self.peek_event().start_mark
+            )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):  # type: ignore[override]
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not text", problem_mark=key_node.start_mark
+                )
+            if key in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f'duplicate key "{key}"', problem_mark=key_node.start_mark
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for tag, pattern, first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first)
+    )
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # YAML 1.1 would read 0123 as octal and 1:30 as base 60
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML document; InputError, naming source and line, if it is not sound."""
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{source} is too large", f"{len(text)} bytes, the limit is {MAX_BYTES}")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(
+            f"cannot read {source}{where}", getattr(error, "problem", str(error))
+        ) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file; InputError if it cannot be read or is not sound."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {path}", "it is not UTF-8") from None
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML text, in their own order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
