@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 DIFFTOOL = """
-from difftool.model import Item, Model
+from difftool.pipeline.model import Item, Model
 model = Model.load({path!r}, device="cpu", dtype="fp32")
 settings = model.settings(steps=1, size=(512, 512), guidance=1.0)
 next(iter(model.generate([Item("a fox", seed=1)], settings)))
@@ -41,10 +41,10 @@ pipe("a fox", height=512, width=512, num_inference_steps=1, guidance_scale=1.0,
 MAKE = """
 import sys
 from pathlib import Path
-from difftool.config import load_preset
+from difftool.config.layers import load_preset
 from difftool.formats import open_model
-from difftool.formats.convert import convert
-from difftool.model import Model
+from difftool.convert.convert import convert
+from difftool.pipeline.model import Model
 preset, single, whole = sys.argv[1:]
 native = Path(single).with_suffix(".difftool")
 Model.fresh(load_preset(preset), seed=0).save(native, dtype="fp16", overwrite=True)

@@ -143,7 +143,7 @@ def test_headers_are_read_without_torch(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from difftool.formats.files import open_source
+from difftool.storage.tensor_file import open_source
 for file in Path(sys.argv[1]).iterdir():
     assert open_source(file).tensors["a"].info.shape == (1,)
 assert not {"torch", "numpy", "safetensors", "pydantic", "zipfile"} & set(sys.modules)
@@ -649,7 +649,7 @@ WATCHED = """
 import json, sys
 from pathlib import Path
 from difftool.errors import InputError
-from difftool.formats.files import open_source
+from difftool.storage.tensor_file import open_source
 seen = []
 str(b"x", "raw-unicode-escape")  # Python imports this one when it is first used
 def watch(event, arguments):

@@ -22,14 +22,19 @@ from difftool.errors import InputError, ResourceError, UsageError
 from difftool.storage import safetensors, tensors
 from difftool.storage.commit import atomic_file
 from difftool.storage.safetensors import (
-    copy_tensors,
     digests,
     load_tensors,
     read_header,
     save_tensors,
+    write_pieces,
 )
 from difftool.storage.tensor_file import open_source
-from difftool.storage.tensors import TORCH_NAMES
+from difftool.storage.tensors import TORCH_NAMES, piece_of_file
+
+
+def copied(source: Path, name: str, target: Path) -> dict[str, str]:
+    """A file of one tensor of another, byte for byte."""
+    return write_pieces(target, {name: piece_of_file(source, read_header(source).tensors[name])})
 
 
 def f32(shape: list[int], start: int, end: int) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def test_dtypes_that_torch_lacks_are_listed_and_not_loaded(tmp_path):
         with pytest.raises(InputError, match="torch has no such numbers"):
             load_tensors(path, [name])
     assert load_tensors(path, ["a"])["a"].shape == (1,)
-    copy_tensors({"b": (path, "f4")}, tmp_path / "y")
+    copied(path, "f4", tmp_path / "y")
     assert (tmp_path / "y").read_bytes().endswith(b"\4\5\6")
     with pytest.raises(InputError, match="no tensor 'none'"):
         load_tensors(path, ["none"])
@@ -241,9 +246,13 @@ def test_tensors_are_renamed_without_torch(tmp_path):
 import sys
 import time
 from pathlib import Path
-from difftool.formats.safetensors import copy_tensors
-a, b = Path({str(tmp_path / "a")!r}), Path({str(tmp_path / "b")!r})
-copy_tensors({{"ax": (a, "x"), "ay": (a, "y"), "bx": (b, "x")}}, Path({str(tmp_path / "c")!r}))
+from difftool.storage.safetensors import read_header, write_pieces
+from difftool.storage.tensors import piece_of_file
+here, pieces = Path({str(tmp_path)!r}), {{}}
+for file in (here / "a", here / "b"):
+    for name, info in read_header(file).tensors.items():
+        pieces[file.name + name] = piece_of_file(file, info)
+write_pieces(here / "c", pieces)
 assert not {{"torch", "numpy", "safetensors"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -257,9 +266,9 @@ def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "CHUNK", 1000)
     tensor = torch.randn(1234, generator=torch.Generator().manual_seed(0))
     before = save_tensors(tmp_path / "a", {"x": tensor})
-    after = copy_tensors({"z": (tmp_path / "a", "x")}, tmp_path / "b")
-    assert before["x"] == after["z"]
-    assert load_file(tmp_path / "b")["z"].equal(tensor)
+    after = copied(tmp_path / "a", "x", tmp_path / "b")
+    assert before["x"] == after["x"]
+    assert load_file(tmp_path / "b")["x"].equal(tensor)
 
 
 @pytest.mark.parametrize("held", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -415,7 +424,7 @@ def test_the_header_reader_needs_neither_torch_nor_the_library(tmp_path):
 import sys
 import time
 from pathlib import Path
-from difftool.formats.safetensors import read_header
+from difftool.storage.safetensors import read_header
 assert list(read_header(Path(sys.argv[1])).tensors) == ["a"]
 assert not {"torch", "numpy", "safetensors", "tokenizers", "pydantic"} & set(sys.modules)
 """

@@ -152,23 +152,6 @@ def save_tensors(
     return write_pieces(path, pieces, metadata, overwrite)
 
 
-def copy_tensors(
-    sources: Mapping[str, tuple[Path, str]],
-    path: Path,
-    metadata: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> dict[str, str]:
-    """Write tensors of other files, {new name: (file, name there)}, byte for byte, without torch.
-
-    See `write_pieces`.
-    """
-    headers = {file: read_header(file) for file in {file for file, _ in sources.values()}}
-    pieces = {
-        new: piece_of_file(file, headers[file].tensors[old]) for new, (file, old) in sources.items()
-    }
-    return write_pieces(path, pieces, metadata, overwrite)
-
-
 def write_pieces(
     path: Path,
     pieces: Mapping[str, Piece],
