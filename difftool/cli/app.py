@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from difftool import __version__
-from difftool.cli import console
+from difftool.cli import console, habits
 from difftool.cli.options import JSON, RUN, Command, Group, command, with_rows
 from difftool.config.options import Option
 from difftool.errors import DifftoolError, ResourceError, UsageError
@@ -119,12 +119,15 @@ def _report(error: DifftoolError) -> int:
 
 def _report_usage(error: typer.TyperException) -> int:
     """Typer's own complaints (unknown option, missing argument) in the shape of ours."""
-    message = getattr(error, "format_message", lambda: str(error))()
     context = getattr(error, "ctx", None)
-    hint = f"see {context.command_path} --help" if context else None
+    called = context.command_path if context else "difftool"
+    rows = getattr(context and context.command, "rows", ())
+    if rows and hasattr(error, "possibilities"):  # flags of a similar name: there is no such one
+        return _report(habits.answer(getattr(error, "option_name", ""), rows, called))
+    message = getattr(error, "format_message", lambda: str(error))()
     value = _given(getattr(getattr(error, "param", None), "opts", ()))
     why = f"got {value}" if value is not None and value not in message else None
-    return _report(UsageError(message.rstrip("."), why, hint))
+    return _report(UsageError(message.rstrip("."), why, f"see {called} --help"))
 
 
 def _given(options: Sequence[str]) -> str | None:

@@ -68,6 +68,12 @@ class Option:
             return self.metavar or self.name.upper()
         return (self.flags[0] if self.flags else f"--{self.name.replace('_', '-')}").split("/")[0]
 
+    @property
+    def spellings(self) -> list[str]:
+        """Every flag that gives it; none of an argument."""
+        flags = () if self.argument else self.flags or (self.flag,)
+        return [part for flag in flags for part in flag.split("/")]
+
     def shown_default(self) -> str | None:
         """What help shows as the default."""
         return self.default() if callable(self.default) else self.default
