@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from difftool.config.networks import CLIP_MEAN, CLIP_STD, VisionConfig
 from difftool.diffusion.path import Path, build_path
 from difftool.errors import InputError
-from difftool.formats.diffusers.networks import VERSION
+from difftool.formats.diffusers.fields import VERSION
 from difftool.formats.diffusers.schedulers import CLASSES, read_scheduler
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import vision_rules

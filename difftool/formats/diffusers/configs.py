@@ -19,7 +19,7 @@ from difftool.formats.diffusers.components import (
     PLAIN_FILES,
     TOKENIZERS,
 )
-from difftool.formats.diffusers.networks import VERSION
+from difftool.formats.diffusers.fields import VERSION
 from difftool.formats.diffusers.pipelines import (
     CLASSES_OF_FAMILIES,
     NEEDED,

@@ -15,7 +15,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import SCHEDULES, Discrete, Edm, Flow, Path
 from difftool.diffusion.prediction import SIGMA_DATA
 from difftool.errors import InputError
-from difftool.formats.diffusers.networks import VERSION, Fields
+from difftool.formats.diffusers.fields import VERSION, Fields
 
 TARGETS = {
     "epsilon": "eps",
