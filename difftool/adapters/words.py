@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from difftool.errors import InputError
 from difftool.storage.tensor_file import open_source
-from difftool.storage.tensors import Located
+from difftool.storage.tensors import FLOATS, Located
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 ENCODERS = ("clip_l", "clip_g")
 """SDXL's tensors: of CLIP-L, and of OpenCLIP bigG."""
 NAMELESS = ("", "emb_params")

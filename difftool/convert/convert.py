@@ -26,6 +26,7 @@ from difftool.storage.commit import make_folder, refuse_existing, sync_folder, w
 from difftool.storage.shards import MAX_SHARD_SIZE, index_of, move_set, parse_size, write_set
 from difftool.storage.tensors import (
     BITS,
+    FLOATS,
     Located,
     Piece,
     digest_of,
@@ -44,8 +45,6 @@ SCHEMA = 1
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 SLICE = 1 << 20
 """Numbers of a tensor that are looked at together."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes that a cast applies to; whole numbers and 8-bit floats stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

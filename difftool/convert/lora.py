@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from difftool.adapters.lora.file import (
     ADAPTER,
-    FLOATS,
     Change,
     Lora,
     fits,
@@ -34,6 +33,7 @@ from difftool.storage.commit import refuse_existing
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
+    FLOATS,
     Piece,
     load_located,
     piece_of_file,

@@ -31,6 +31,8 @@ BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 """Size of an element of every dtype of safetensors, by its name there."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are computed with; 8-bit floats are only stored."""
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",

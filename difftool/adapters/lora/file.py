@@ -29,7 +29,7 @@ from difftool.formats.rules import Shape
 from difftool.storage.safetensors import looks_like_safetensors
 from difftool.storage.strict_json import parse_json, read_json
 from difftool.storage.tensor_file import TensorSource, open_source
-from difftool.storage.tensors import Located, file_chunks
+from difftool.storage.tensors import FLOATS, Located, file_chunks
 
 Kind = Literal["lora", "loha", "lokr", "full"]
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -37,7 +37,6 @@ ADAPTER = "lora_adapter_metadata"
 """Key of diffusers' headers for PEFT's configuration, a prefix of a component before each key."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 _ADAPTER_NAME = r"(?:\.[^.]+)??"
 ROLES = {

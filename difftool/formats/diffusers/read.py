@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,10 @@ from difftool.formats.model_source import (
     checked_values,
 )
 from difftool.formats.roundtrip import checked_extra, with_extra
+from difftool.formats.values import counts_up
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensor_file import open_source
-from difftool.storage.tensors import Located, piece_of_file
+from difftool.storage.tensors import Located
 
 
 def recognises_diffusers(path: Path) -> bool:
@@ -178,11 +178,7 @@ def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
 
 def _positions(place: Located, warnings: list[str]) -> str:
     """The rule that drops position_ids: 0, 1, 2, ... in any dtype; merges have spoilt some."""
-    data = b"".join(piece_of_file(place.file, place.info).chunks())
-    code = {"I64": "q", "I32": "i", "F32": "f", "F16": "e", "F64": "d"}.get(place.info.dtype)
-    count = place.info.shape[-1] if place.info.shape else 0
-    good = code and list(struct.unpack(f"<{count}{code}", data)) == [*range(count)]
-    if not good:
+    if not counts_up(place):
         warnings.append(f"{place.name} in {place.file} is spoilt; positions are counted instead")
     return "position_ids are 0, 1, 2, ... and are not stored"
 

@@ -6,7 +6,6 @@ otherwise of is for the user to settle, and what nobody speaks of is the family'
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 
 from difftool.errors import InputError, UsageError
 from difftool.formats.model_source import Evidence, Told
-from difftool.storage.tensors import Located, piece_of_file
+from difftool.formats.values import MAX_NUMBERS, numbers
+from difftool.storage.tensors import Located
 
 WORDS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
 """Names of targets in metadata and configuration files."""
@@ -23,7 +23,6 @@ ALWAYS_V = ("x4-upscaler", "sd2-unclip")
 BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_DEVIATION = 0.09
 """SD2's v-models have a larger deviation in that tensor, its eps-models a smaller one (ComfyUI)."""
-MAX_NUMBERS = 65_536
 
 Find = Callable[[str], Located | None]
 """Where the tensor of that name lies."""
@@ -43,18 +42,6 @@ class _Word(NamedTuple):
     source: str
     target: str | None = None
     zero_snr: bool | None = None
-
-
-def numbers(place: Located) -> list[float]:
-    """The values of a small tensor of floats; empty if it is none."""
-    code = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}.get(place.info.dtype)
-    data = b"".join(piece_of_file(place.file, place.info).chunks()) if code else b""
-    if not data or len(data) > 8 * MAX_NUMBERS:
-        return []
-    values = struct.unpack(f"<{len(data) // struct.calcsize('<' + str(code))}{code}", data)
-    if code == "H":  # the upper half of an fp32 number
-        return [struct.unpack("<f", struct.pack("<I", value << 16))[0] for value in values]
-    return list(values)
 
 
 def yaml_beside(path: Path) -> dict[str, Any]:

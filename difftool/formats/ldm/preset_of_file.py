@@ -18,9 +18,10 @@ from difftool.config.validate import build_preset, to_values
 from difftool.errors import InputError
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import UNET, VAE
-from difftool.formats.ldm.prediction_type import Find, decide, network_of, numbers
+from difftool.formats.ldm.prediction_type import Find, decide, network_of
 from difftool.formats.model_source import NOTHING_TOLD, Evidence, Told, checked_values
 from difftool.formats.rules import Shape
+from difftool.formats.values import numbers
 
 BASES = {
     "sd2": "sd21", "sd2-inpaint": "sd21", "sd2-depth": "sd21", "sd2-unclip": "sd21",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ from difftool.formats.model_source import (
     free_metadata,
 )
 from difftool.formats.roundtrip import checked_extra, with_extra
-from difftool.formats.rules import Rule, Shape
+from difftool.formats.rules import Rule
 from difftool.formats.unclip import NOTHING, seen_in
+from difftool.formats.values import counts_up
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensor_file import TensorSource, is_source, open_source
-from difftool.storage.tensors import Info, Located, piece_of_file, rows_strides
+from difftool.storage.tensors import Info, Located, rows_strides
 
 KEPT = f"{EXTRA}ldm."
 OURS, ADDED, SETTLED = "difftool.extra", "difftool.markers", "difftool.settled"
@@ -205,17 +206,10 @@ def parts_of(rule: Rule, place: Located) -> list[Located]:
             info = Info(dtype, rule.shape, start + i * step, start + (i + 1) * step)
         else:
             step = i * rule.shape[0] * strides[0] * place.info.size
-            step //= max(1, _count(place.info.shape))
+            step //= max(1, prod(place.info.shape))
             info = Info(dtype, rule.shape, start + step, end, strides)
         parts.append(place._replace(info=info, op=rule.op))
     return parts
-
-
-def _count(shape: Shape) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _is_spare(name: str, preset: Preset) -> bool:
@@ -238,16 +232,9 @@ def _drop_rule(
         return f"--prediction {told.prediction}"
     if name == "ztsnr" and told.zero_snr is False:
         return "--no-zero-snr"
-    if name.endswith(POSITIONS) and not _counts(place):
+    if name.endswith(POSITIONS) and not (place.info.dtype == "I64" and counts_up(place)):
         return "position_ids that are not 0, 1, 2, ..."
     return None
-
-
-def _counts(place: Located) -> bool:
-    """Whether positions are whole numbers that count up; merges have spoilt some."""
-    count = place.info.shape[-1] if place.info.shape else 0
-    data = b"".join(piece_of_file(place.file, place.info).chunks())
-    return place.info.dtype == "I64" and data == struct.pack(f"<{count}q", *range(count))
 
 
 def _kept_name(name: str) -> str:
