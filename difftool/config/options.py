@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from difftool.errors import UsageError, clash, suggestion, unknown
@@ -38,6 +39,8 @@ class Option:
     metavar: str | None = None
     default: str | Callable[[], str] | None = None
     """What is shown as the default; asked when help is shown."""
+    file: str | None = None
+    """What it is the path of, which must be there: "picture"."""
     choices: Choices | None = None
     """The values that there are; `read` may take more (other tools' spellings)."""
     complete: Choices | None = None
@@ -80,36 +83,59 @@ class Option:
 
     def value(self, given: Any) -> Any:
         """The value that is meant by one as it was typed or passed; UsageError if it is not one."""
-        if given is None or (self.many and not given):
+        if given is None or (self.many and isinstance(given, list | tuple) and not given):
             return None
-        return [self._one(each) for each in given] if self.many else self._one(given)
+        if not self.many:
+            return self.one(given)
+        return [self.one(each) for each in (given if isinstance(given, list | tuple) else [given])]
 
-    def _one(self, given: Any) -> Any:
+    def one(self, given: Any, called: str | None = None) -> Any:
+        """The value that is meant by a single one; `called` is what messages call the option where
+        it was not given by its flag (a key of JSON, say)."""
+        called = called or self.flag
         if self.type in (int, float):
-            self._check_number(given)
+            self._check_number(given, called)
+        elif self.type is bool and not isinstance(given, bool):
+            raise UsageError(f"{called} {given!r} is neither true nor false")
+        elif self.type is Path and isinstance(given, str):
+            given = Path(given)
         if self.read is not None:
             return self.read(given)
+        if self.type in (str, Path) and not isinstance(given, self.type):
+            raise UsageError(f"{called} {given!r} is not a text")
         if self.choices is not None and given not in (names := list(self.choices())):
             known = suggestion(str(given), names)
-            raise UsageError(f'{self.flag} "{given}" is not one of its values', hint=known)
+            raise UsageError(f'{called} "{given}" is not one of its values', hint=known)
         return given
 
-    def _check_number(self, given: object) -> None:
+    def _check_number(self, given: object, called: str) -> None:
         if isinstance(given, bool) or not isinstance(given, int | float):
-            raise UsageError(f"{self.flag} {given!r} is not a number")
-        if not math.isfinite(given):
-            raise UsageError(f"{self.flag} {given} is not a finite number")
+            raise UsageError(f"{called} {given!r} is not a number")
+        if self.type is int and not isinstance(given, int):
+            raise UsageError(f"{called} {given} is not a whole number")
+        if isinstance(given, float) and not math.isfinite(given):
+            raise UsageError(f"{called} {given} is not a finite number")
         low, high = self.low, self.high
+        text = f"{given:g}" if isinstance(given, float) else given
         if self.above is not None and given <= self.above:
             what = "positive" if self.above == 0 else f"above {self.above:g}"
-            raise UsageError(f"{self.flag} {given:g} is not {what}")
+            raise UsageError(f"{called} {text} is not {what}")
         if low is not None and high is not None and not low <= given <= high:
-            raise UsageError(f"{self.flag} {given:g} is not a number from {low:g} to {high:g}")
+            raise UsageError(f"{called} {text} is not a number from {low:g} to {high:g}")
         if low is not None and given < low:
             what = "a positive number" if low == 1 else f"at least {low:g}"
-            raise UsageError(f"{self.flag} {given:g} is not {what}")
+            raise UsageError(f"{called} {text} is not {what}")
         if high is not None and given > high:
-            raise UsageError(f"{self.flag} {given:g} is more than {high:g}")
+            raise UsageError(f"{called} {text} is more than {high:g}")
+
+    def check_files(self, value: Any) -> None:
+        """UsageError if a file that it names is not there; what goes with a path may follow it."""
+        if self.file is None:
+            return
+        for each in value if self.many else [value]:
+            path = each[0] if isinstance(each, tuple) else each
+            if not Path(path).exists():
+                raise UsageError(f"there is no {self.file} {path}")
 
 
 def by_name(rows: Iterable[Option]) -> dict[str, Option]:
@@ -124,7 +150,7 @@ def read_options(rows: Sequence[Option], given: Mapping[str, Any]) -> dict[str, 
     """Every option of a command by name: what was given, read and checked; None for the others.
 
     UsageError for an unknown name, a value that is not one, options that exclude each other and
-    options whose company is missing.
+    options whose company is missing, and files that are not there.
     """
     named = by_name(rows)
     for name in given:
@@ -140,6 +166,8 @@ def read_options(rows: Sequence[Option], given: Mapping[str, Any]) -> dict[str, 
             flags = " or ".join(named[other].flag for other in row.needs)
             why = row.why or "has nothing to apply to"
             raise UsageError(f"{row.flag} {why}", hint=f"add {flags}")
+    for row in map(named.__getitem__, present):
+        row.check_files(values[row.name])
     return values
 
 
