@@ -16,6 +16,10 @@ from difftool.errors import UsageError, suggestion
 S = TypeVar("S")
 T = TypeVar("T")
 
+ADDITIONS: list[tuple[Registry[Any], str]] = []
+"""Every registry and name that a component was added under in this process, in order: by which
+plugins know what a file of a user's has added."""
+
 
 def canonical(name: str) -> str:
     """The form in which names are compared: lower case, "+" spelled "p", no separators."""
@@ -42,7 +46,13 @@ class Registry(Mapping[str, T], Generic[T]):
                 raise ValueError(f"{self.kind} {spelling!r} is registered twice")
             self._names[key] = name
         self._entries[name] = component
+        ADDITIONS.append((self, name))
         return component
+
+    def remove(self, name: str) -> None:
+        """Take a component back, with all spellings of its name."""
+        del self._entries[name]
+        self._names = {key: own for key, own in self._names.items() if own != name}
 
     def register(self, name: str, *aliases: str) -> Callable[[S], S]:
         """Decorator form of `add`; what it decorates keeps its own type."""

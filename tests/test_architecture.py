@@ -12,7 +12,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
-    *("errors", "registry", "plugins", "storage", "diffusion", "config", "text", "networks"),
+    *(
+        "errors",
+        "registry",
+        "plugins",
+        "plugins",
+        "storage",
+        "diffusion",
+        "config",
+        "text",
+        "networks",
+    ),
     *("engine", "images", "formats", "adapters", "hub", "data", "pipeline", "convert"),
     *("sampling", "training", "forward", "library", "cli", "__main__"),
 )
