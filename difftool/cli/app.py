@@ -16,8 +16,8 @@ import typer
 
 from difftool import __version__
 from difftool.cli import console, habits
-from difftool.cli.options import JSON, RUN, Command, Group, command, with_rows
-from difftool.config.options import Option
+from difftool.cli.options import JSON, Command, Group, command, with_rows
+from difftool.config.options import RUN, Option
 from difftool.errors import DifftoolError, ResourceError, UsageError
 
 ABOUT = """

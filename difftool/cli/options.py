@@ -11,11 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from difftool.cli import console, help
-from difftool.config.options import Option, read_options
-
-RUN = "Run"
-"""The panel of what every command has, the last one."""
-DTYPES = ("auto", "fp32", "fp16", "bf16")
+from difftool.config.options import Option, read_options, switch
 
 
 class Command(TyperCommand):
@@ -116,31 +112,13 @@ def command(
     return with_rows(function, rows)
 
 
-def _switch(name: str, help: str, *flags: str) -> Option:
-    return Option(name=name, type=bool, help=help, panel=RUN, flags=flags)
-
-
-SET = Option(
-    name="set", many=True, metavar="KEY.PATH=VALUE", panel=RUN,
-    help="Change a value of the preset; repeatable",
-)  # fmt: skip
-PRINT_CONFIG = _switch("print_config", "Print the configuration, each value's origin, and stop")
-DEVICE = Option(
-    name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
-    complete=lambda: ("auto", "cpu", "cuda", "mps"),
-)  # fmt: skip
-DTYPE = Option(
-    name="dtype", help="Arithmetic of the networks", panel=RUN, default="auto",
-    choices=lambda: DTYPES,
-)  # fmt: skip
-OFFLINE = _switch("offline", "Never use the network: models of the hub from its cache only")
-OVERWRITE = _switch("overwrite", "Replace existing output")
-HELP = _switch("help", "Show this and stop", "--help", "-h")
-JSON = _switch("json", "Results as JSON on stdout")
+PRINT_CONFIG = switch("print_config", "Print the configuration, each value's origin, and stop")
+HELP = switch("help", "Show this and stop", "--help", "-h")
+JSON = switch("json", "Results as JSON on stdout")
 TALK = (
     JSON,
-    _switch("quiet", "No talk on stderr", "--quiet", "-q"),
-    _switch("verbose", "All that was decided, on stderr", "--verbose", "-v"),
-    _switch("debug", "Tracebacks with errors"),
+    switch("quiet", "No talk on stderr", "--quiet", "-q"),
+    switch("verbose", "All that was decided, on stderr", "--verbose", "-v"),
+    switch("debug", "Tracebacks with errors"),
 )
 """How a command talks; every command ends with these rows."""

@@ -184,3 +184,31 @@ def option_layers(
             nested = {key: nested}
         found.append((row.flag, nested))
     return found
+
+
+# --- rows that commands and the library share ------------------------------------------------
+
+RUN = "Run"
+"""The panel of what every command has, the last one."""
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+
+
+def switch(name: str, help: str, *flags: str) -> Option:
+    """An option without a value, in the panel of what every command has."""
+    return Option(name=name, type=bool, help=help, panel=RUN, flags=flags)
+
+
+SET = Option(
+    name="set", many=True, metavar="KEY.PATH=VALUE", panel=RUN,
+    help="Change a value of the preset; repeatable",
+)  # fmt: skip
+DEVICE = Option(
+    name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
+    complete=lambda: ("auto", "cpu", "cuda", "mps"),
+)  # fmt: skip
+DTYPE = Option(
+    name="dtype", help="Arithmetic of the networks", panel=RUN, default="auto",
+    choices=lambda: DTYPES,
+)  # fmt: skip
+OFFLINE = switch("offline", "Never use the network: models of the hub from its cache only")
+OVERWRITE = switch("overwrite", "Replace existing output")
