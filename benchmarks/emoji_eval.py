@@ -41,7 +41,12 @@ from torch import Tensor, nn
 
 from difftool.images.fit import to_tensor, to_uint8
 from difftool.images.sheets import Cell, enlarged, sheet
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.decode import decode, encode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import SamplePlan, plan_sampling, resolve_settings
 
 SIZE = 64
 """Side of the pictures that the encoder sees."""
@@ -402,14 +407,14 @@ def some(pairs: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
 # --- the model -------------------------------------------------------------------------------
 
 
-def draw(model: Model, prompts: Sequence[str], settings: Any, batch: int) -> Tensor:
+def draw(plan: SamplePlan, prompts: Sequence[str], batch: int) -> Tensor:
     """A model's pictures [N,3,H,W] in [-1, 1] of prompts, seeds 0, 1, ..."""
     images, start = [], time.perf_counter()
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        items = [Item(prompt, seed=first + i) for i, prompt in enumerate(part)]
-        *_, last = model.generate(items, settings)
-        images.append(model.decode(last.x).cpu())
+        items = [SampleInput(prompt, seed=first + i) for i, prompt in enumerate(part)]
+        *_, last = generate(plan, items)
+        images.append(decode(plan.model, last.x).cpu())
         done = first + len(part)
         speed = done / (time.perf_counter() - start)
         print(f"\r{done} of {len(prompts)}, {speed:.1f}/s", end="", flush=True)
@@ -417,13 +422,13 @@ def draw(model: Model, prompts: Sequence[str], settings: Any, batch: int) -> Ten
     return torch.cat(images)
 
 
-def seconds(model: Model, settings: Any, repeats: int = 5) -> float:
+def seconds(plan: SamplePlan, repeats: int = 5) -> float:
     """Median time of one picture, decoding included, after one that does not count."""
     times = []
     for seed in range(repeats + 1):
         start = time.perf_counter()
-        *_, last = model.generate([Item("a smiling fox", seed=seed)], settings)
-        model.decode(last.x).cpu()
+        *_, last = generate(plan, [SampleInput("a smiling fox", seed=seed)])
+        decode(plan.model, last.x).cpu()
         times.append(time.perf_counter() - start)
     return round(statistics.median(times[1:]), 3)
 
@@ -431,24 +436,23 @@ def seconds(model: Model, settings: Any, repeats: int = 5) -> float:
 @torch.no_grad()
 def reconstruction(model: Model, real: Real, count: int) -> float:
     """Mean PSNR in dB of pictures of held-out pairs that went through the codec."""
-    model.need("vae")
     size = model.preset.sample.size[0]
     paths = [real.paths[real.pairs[pair]] for pair in some(real.chosen(True), count)]
     values = []
     for first in range(0, len(paths), 32):
         part = [to_tensor(to_uint8(opened(path, size))) for path in paths[first : first + 32]]
         images = torch.stack(part).to(model.device)
-        values.append(psnr(model.decode(model.codec.encode(images)), images).cpu())
+        values.append(psnr(decode(model, encode(model, images)), images).cpu())
     return round(float(torch.cat(values).mean()), 2)
 
 
-def evaluate(model: Model, judge: Judge, settings: Any, count: int, batch: int) -> dict[str, Any]:
+def evaluate(plan: SamplePlan, judge: Judge, count: int, batch: int) -> dict[str, Any]:
     """The four measures of a model."""
     real, result = judge.real, {}
     for name, half in (("held-out", True), ("training", False)):
         pairs = some(real.chosen(half), count)
         prompts = [real.rows[real.pairs[pair]]["text"][0] for pair in pairs]
-        images = draw(model, prompts, settings, batch)
+        images = draw(plan, prompts, batch)
         if images.shape[-1] != SIZE:
             images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
         places, styled = judge.ranked(images, pairs), judge.styled(images, pairs)
@@ -460,7 +464,7 @@ def evaluate(model: Model, judge: Judge, settings: Any, count: int, batch: int) 
     return result
 
 
-def draw_sheet(model: Model, real: Real, settings: Any) -> Image.Image:
+def draw_sheet(plan: SamplePlan, real: Real) -> Image.Image:
     """A column a label, a row a style, held-out pairs with a star; then prompts, by four seeds."""
     bases = {row["label"]: row["base"] for row in real.rows}
     asked = [
@@ -471,8 +475,8 @@ def draw_sheet(model: Model, real: Real, settings: Any) -> Image.Image:
     asked += [(prompt, seed, False) for prompt in PROMPTS for seed in range(len(STYLES))]
     cells = []
     for prompt, seed, star in asked:
-        *_, last = model.generate([Item(prompt, seed=seed)], settings)
-        picture = enlarged(model.decode(last.x)[0].cpu())
+        *_, last = generate(plan, [SampleInput(prompt, seed=seed)])
+        picture = enlarged(decode(plan.model, last.x)[0].cpu())
         cells.append(Cell([picture], f"{prompt} *" if star else prompt))
     return sheet(cells, len(LABELS))
 
@@ -509,19 +513,20 @@ def main() -> None:
     scores = check(judge, options.count)
     result: dict[str, Any] = {"retrieval": scores}
     if not options.check:
-        model = Model.load(options.model)
+        model = load_model(options.model)
         given = {k: getattr(options, k) for k in ("steps", "guidance", "sampler")}
-        settings = model.settings(**given)
-        scores |= evaluate(model, judge, settings, options.count, options.batch)
+        settings = resolve_settings(model, given)
+        plan = plan_sampling(model, settings)
+        scores |= evaluate(plan, judge, options.count, options.batch)
         result |= {
             "model": model.name,
             "settings": {k: getattr(settings, k) for k in ("steps", "guidance", "sampler")},
             "reconstruction_psnr": reconstruction(model, real, options.count),
-            "seconds_a_picture": seconds(model, settings),
+            "seconds_a_picture": seconds(plan),
             "threads": options.threads,
         }
         if options.sheet:
-            draw_sheet(model, real, settings).save(options.sheet)
+            draw_sheet(plan, real).save(options.sheet)
     print(table(scores))
     print("\n".join(f"{name}: {value}" for name, value in result.items() if name != "retrieval"))
     if options.json:

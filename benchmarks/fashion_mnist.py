@@ -15,7 +15,6 @@ The classifier is trained once on the 60,000 training images and kept in --cache
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import time
@@ -157,22 +156,25 @@ def samples(where: Path) -> tuple[Tensor, Tensor]:
 def generate(where: str, count: int, batch: int, **changes: Any) -> tuple[Tensor, Tensor]:
     """Samples of a model, the classes in turn, seeds 0 .. count - 1."""
     from difftool.images.fit import to_pil
-    from difftool.pipeline.model import Item, Model
+    from difftool.pipeline.decode import decode
+    from difftool.pipeline.generate import generate as sampled
+    from difftool.pipeline.inputs import SampleInput
+    from difftool.pipeline.load import load_model
+    from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-    model = Model.load(where, device="auto")
+    model = load_model(where, device="auto")
     names = model.preset.classes
-    settings = dataclasses.replace(
-        model.preset.sample, **{k: v for k, v in changes.items() if v is not None}
-    )
+    settings = resolve_settings(model, changes)
+    plan = plan_sampling(model, settings)
     print(f"{settings.steps} steps of {settings.sampler}, guidance {settings.guidance:g}")
 
     def pictures() -> Iterator[Tensor]:
         start = time.perf_counter()
         for first in range(0, count, batch):
             seeds = range(first, min(first + batch, count))
-            items = [Item(label=seed % len(names), seed=seed) for seed in seeds]
-            *_, last = model.generate(items, settings)
-            yield from (prepare(to_pil(image)) for image in model.decode(last.x).cpu())
+            items = [SampleInput(label=seed % len(names), seed=seed) for seed in seeds]
+            *_, last = sampled(plan, items)
+            yield from (prepare(to_pil(image)) for image in decode(model, last.x).cpu())
             done, seconds = seeds[-1] + 1, time.perf_counter() - start
             print(f"\r{done} of {count}, {done / seconds:.1f}/s", end="", flush=True)
         print()

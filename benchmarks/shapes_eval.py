@@ -14,7 +14,6 @@ that training shows, and for pairs that are held out of it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import random
@@ -241,19 +240,22 @@ def report(results: Iterable[tuple[str, dict[str, bool]]]) -> dict[str, dict[str
 def generate(where: str, captions: list[str], batch: int, **changes: Any) -> Iterator[np.ndarray]:
     """A model's pictures of captions, seeds 0, 1, ..."""
     from difftool.images.fit import to_pil
-    from difftool.pipeline.model import Item, Model
+    from difftool.pipeline.decode import decode
+    from difftool.pipeline.generate import generate as sampled
+    from difftool.pipeline.inputs import SampleInput
+    from difftool.pipeline.load import load_model
+    from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-    model = Model.load(where, device="auto")
-    settings = dataclasses.replace(
-        model.preset.sample, **{k: v for k, v in changes.items() if v is not None}
-    )
+    model = load_model(where, device="auto")
+    settings = resolve_settings(model, changes)
+    plan = plan_sampling(model, settings)
     print(f"{settings.steps} steps of {settings.sampler}, guidance {settings.guidance:g}")
     start = time.perf_counter()
     for first in range(0, len(captions), batch):
         some = captions[first : first + batch]
-        items = [Item(caption, seed=first + i) for i, caption in enumerate(some)]
-        *_, last = model.generate(items, settings)
-        for image in model.decode(last.x).cpu():
+        items = [SampleInput(caption, seed=first + i) for i, caption in enumerate(some)]
+        *_, last = sampled(plan, items)
+        for image in decode(model, last.x).cpu():
             yield np.asarray(to_pil(image))
         done = first + len(some)
         speed = done / (time.perf_counter() - start)

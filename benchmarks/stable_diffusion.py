@@ -25,10 +25,13 @@ import time
 from pathlib import Path
 
 DIFFTOOL = """
-from difftool.pipeline.model import Item, Model
-model = Model.load({path!r}, device="cpu", dtype="fp32")
-settings = model.settings(steps=1, size=(512, 512), guidance=1.0)
-next(iter(model.generate([Item("a fox", seed=1)], settings)))
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
+model = load_model({path!r}, device="cpu", dtype="fp32")
+settings = resolve_settings(model, {{"steps": 1, "size": (512, 512), "guidance": 1.0}})
+next(generate(plan_sampling(model, settings), [SampleInput("a fox", seed=1)]))
 """
 DIFFUSERS = """
 import torch

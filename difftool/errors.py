@@ -57,6 +57,13 @@ class Stopped(DifftoolError):
         self.code = 128 + signum
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory gave out, of the machine or of a device."""
+    text = str(error).lower()
+    said = "out of memory" in text or "can't allocate memory" in text
+    return said or isinstance(error, MemoryError)
+
+
 # --- the same words for the same trouble -----------------------------------------------------
 
 

@@ -16,7 +16,11 @@ from difftool.config.layers import load_preset, merge
 from difftool.config.validate import build_preset, to_values
 from difftool.data import shapes
 from difftool.errors import UsageError
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 TINY = {
     "codec": {"kind": "space_to_depth", "block": 2},
@@ -99,17 +103,17 @@ def test_what_is_learned_is_what_is_applied(place, difftool):
     assert len(ups) == len(tensors) / 3 >= 10 and all(up.shape[1] == 3 and up.any() for up in ups)
 
     # As in training, with the averaged weights beside the model's.
-    model = Model.load("base.safetensors", device="cpu")
+    model = load_model("base.safetensors", device="cpu")
     model.adapters = adapters = Adapters(model.denoiser.network, 3, None)
     checkpoint = next(Path("run/checkpoints").glob("step-000012")) / "ema.safetensors"
     adapters.load_state_dict(
         {name.removeprefix("lora."): t for name, t in load_file(checkpoint).items()}
     )
-    merged = Model.load("base.safetensors", device="cpu", loras=[(Path("run/lora.safetensors"), 1)])
-    plain = Model.load("base.safetensors", device="cpu")
-    pictures = []
+    merged = load_model("base.safetensors", device="cpu", loras=[(Path("run/lora.safetensors"), 1)])
+    plain = load_model("base.safetensors", device="cpu")
+    pictures, inputs = [], [SampleInput("a large red circle", seed=1)]
     for each in (model, merged, plain):
-        *_, last = each.generate([Item("a large red circle", seed=1)], each.settings())
+        *_, last = generate(plan_sampling(each, resolve_settings(each)), inputs)
         pictures.append(last.x)
     assert (pictures[0] - pictures[1]).abs().max() < 1e-4
     assert (pictures[0] - pictures[2]).abs().max() > 0.01

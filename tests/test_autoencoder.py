@@ -16,7 +16,8 @@ from difftool.convert.convert import convert
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
-from difftool.pipeline.model import Model
+from difftool.pipeline.decode import decode
+from difftool.pipeline.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
 
@@ -86,11 +87,11 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_decodes_alike(folder, form, tmp_path):
     path = written(form, folder, tmp_path)
-    plain, other = (Model.load(str(folder / name), device="cpu") for name in ("sd1", "other"))
-    model = Model.load(str(folder / "sd1"), device="cpu", vae=str(path))
+    plain, other = (load_model(str(folder / name), device="cpu") for name in ("sd1", "other"))
+    model = load_model(str(folder / "sd1"), device="cpu", vae=str(path))
     x0 = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert model.decode(x0).equal(other.decode(x0))
-    assert not model.decode(x0).equal(plain.decode(x0))
+    assert decode(model, x0).equal(decode(other, x0))
+    assert not decode(model, x0).equal(decode(plain, x0))
     assert model.preset == plain.preset, "the scale is the model's, where a file does not say it"
     assert f"autoencoder of {path}" in model.notes
 
@@ -103,7 +104,7 @@ def test_what_is_none_is_refused(folder, tmp_path):
         open_autoencoder(path, VaeConfig())
     save_file(tensors | {"encoder.nobody.knows": torch.ones(1)}, path)
     with pytest.raises(InputError, match=r"unknown tensor vae.encoder.nobody.knows"):
-        Model.load(str(folder / "sd1"), device="cpu", vae=str(path))
+        load_model(str(folder / "sd1"), device="cpu", vae=str(path))
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, path)
     with pytest.raises(InputError, match="of a lora file"):
         open_autoencoder(path, VaeConfig())

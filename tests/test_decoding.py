@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from difftool.config.networks import VaeConfig
+from difftool.engine.strips import decode_strips
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline import decode as decoding
-from difftool.pipeline.decode import decode, decode_strips
+from difftool.pipeline.decode import decode_codec
 
 CONFIGS = {
     "sd": VaeConfig(widths=(16, 16, 32), blocks=1, groups=4),
@@ -74,7 +75,7 @@ def test_what_does_not_fit_is_decoded_one_by_one_or_in_strips(pixels, calls, mon
     codec, x0 = made("sd"), latents(3)
     whole = codec.decode(x0)
     asked = limited(codec, pixels, monkeypatch)
-    found = decode(codec, x0)
+    found = decode_codec(codec, x0)
     assert asked == calls and (found - whole).abs().max() < 1e-4
 
 
@@ -86,15 +87,15 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr(VaeCodec, "decode", broken)
     with pytest.raises(RuntimeError, match="Half"):
-        decode(codec, latents())
+        decode_codec(codec, latents())
 
 
 def test_a_cpu_without_room_is_not_asked_for_it(monkeypatch):
     codec, x0 = made("sd"), latents(2)
     whole = codec.decode(x0)
     asked = limited(codec, 10**9, monkeypatch)
-    monkeypatch.setattr(decoding, "_fits", lambda *_: False)
-    assert (decode(codec, x0) - whole).abs().max() < 1e-4 and asked == []
+    monkeypatch.setattr(decoding, "fits", lambda *_: False)
+    assert (decode_codec(codec, x0) - whole).abs().max() < 1e-4 and asked == []
 
 
 def test_values_that_are_not_finite_are_decoded_again_in_fp32():
@@ -104,12 +105,12 @@ def test_values_that_are_not_finite_are_decoded_again_in_fp32():
     expected = codec.decode(x0)
     half = made("sd").half()
     assert not half.decode(x0)[1].isfinite().all()
-    found = decode(half, x0)
+    found = decode_codec(half, x0)
     assert found.isfinite().all() and half.vae.dtype == torch.float16
     assert (found[1] - expected[1]).abs().max() < 0.05 * expected[1].abs().max()
 
 
 def test_other_codecs_are_asked_once():
     codec: Any = SimpleNamespace(decode=lambda x0: 2 * x0)
-    assert decode(codec, torch.ones(1, 3, 2, 2)).equal(torch.full((1, 3, 2, 2), 2.0))
+    assert decode_codec(codec, torch.ones(1, 3, 2, 2)).equal(torch.full((1, 3, 2, 2), 2.0))
     assert not isinstance(codec, nn.Module)

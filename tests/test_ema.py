@@ -14,6 +14,7 @@ from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import TrainConfig
 from difftool.data import open_dataset
 from difftool.errors import UsageError
+from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import read_header
 from difftool.training.step.ema import (
@@ -138,7 +139,7 @@ def test_a_model_is_written_with_the_average_that_is_chosen(run, tmp_path):
     for length, wanted in (("0.05", tracks["0.05"]), ("0.1", tracks["0.1"])):
         path = tmp_path / f"{length}.safetensors"
         assert write_model(folder, float(length), path) < 1e-6
-        made = Model.load(str(path), device="cpu").tensors()
+        made = load_model(str(path), device="cpu").tensors()
         assert made.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(made[name], value, atol=1e-6, rtol=2**-10, msg=name)

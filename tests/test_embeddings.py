@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from difftool.adapters.words import read_embeddings
 from difftool.errors import InputError, UsageError
-from difftool.pipeline.model import Model
+from difftool.pipeline.condition import encode_prompts
+from difftool.pipeline.load import load_model
 from difftool.pipeline.words import add_embeddings
 from difftool.text.syntax import chunks
 from difftool.text.tokenizer import Tokenizer
@@ -74,18 +75,18 @@ def test_words_read_as_in_diffusers(families, form, suffix, tmp_path):
         torch.save({"<cat>": nn.Parameter(table)}, path)
     else:
         save_file({"<cat>": table}, path)
-    pipe, model = theirs(families / "sd1", False), Model.load(str(families / "sd1"), device="cpu")
-    before = model.embed([PROMPT])[0]
+    pipe, model = theirs(families / "sd1", False), load_model(str(families / "sd1"), device="cpu")
+    before = encode_prompts(model, [PROMPT])[0]
     files = {file: file.stat().st_mtime_ns for file in families.glob("sd1/**/*")}
     pipe.load_textual_inversion(str(path))
     add_embeddings(model, [path])
     expected, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
-    found = model.embed([PROMPT])[0]
+    found = encode_prompts(model, [PROMPT])[0]
     assert found is not None and before is not None
     assert (found - expected).abs().max() <= 1e-5
     assert (found - before).abs().max() > 0.1, "the word says something"
     assert {file: file.stat().st_mtime_ns for file in families.glob("sd1/**/*")} == files
-    plain = Model.load(str(families / "sd1"), device="cpu")
+    plain = load_model(str(families / "sd1"), device="cpu")
     assert model.tensors().keys() == plain.tensors().keys(), "and no file would have it"
 
 
@@ -93,7 +94,7 @@ def test_sdxls_two_tables_read_as_in_diffusers(families, tmp_path):
     tables = {"clip_l": vectors(24, 2), "clip_g": vectors(40, 2, seed=1)}
     path = tmp_path / "toy.safetensors"
     save_file(tables, path)
-    pipe, model = theirs(families / "sdxl", True), Model.load(str(families / "sdxl"), device="cpu")
+    pipe, model = theirs(families / "sdxl", True), load_model(str(families / "sdxl"), device="cpu")
     for name, place in (("clip_l", ""), ("clip_g", "_2")):
         encoder, tokenizer = (getattr(pipe, f"{n}{place}") for n in ("text_encoder", "tokenizer"))
         pipe.load_textual_inversion(
@@ -102,11 +103,11 @@ def test_sdxls_two_tables_read_as_in_diffusers(families, tmp_path):
     add_embeddings(model, [path])
     prompt = "a <toy> on a hill"
     expected = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
-    context, pooled = model.embed([prompt])
+    context, pooled = encode_prompts(model, [prompt])
     assert context is not None and pooled is not None
     assert (context - expected[0]).abs().max() <= 1e-5
     assert (pooled - expected[2]).abs().max() <= 1e-5
-    plain = model.embed(["a on a hill"])[0]
+    plain = encode_prompts(model, ["a on a hill"])[0]
     assert plain is not None and (context - plain).abs().max() > 0.1
 
 
@@ -154,7 +155,7 @@ def test_every_form_is_the_same_word(families, form, tmp_path):
     path, names = written(form, tmp_path, table)
     (read,) = read_embeddings(path)
     assert set(read.names) == names and read.widths == (24,)
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     add_embeddings(model, [path])
     size = model.tokenizers[0].vocab_size
     for name in names:
@@ -167,7 +168,7 @@ def test_every_form_is_the_same_word(families, form, tmp_path):
 def test_a_file_may_hold_several_words(families, tmp_path):
     path = tmp_path / "both.safetensors"
     save_file({"<a>": vectors(24), "<b>": vectors(24, 2, seed=1)}, path)
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     add_embeddings(model, [path])
     size = model.tokenizers[0].vocab_size
     assert model.tokenizers[0].tokens("<b><a>both") == [
@@ -193,7 +194,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_does_not_fit_is_refused(families, case, tmp_path):
     tables, says = REFUSED[case]
     save_file(tables, tmp_path / "a.safetensors")
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     with pytest.raises(InputError) as refused:
         add_embeddings(model, [tmp_path / "a.safetensors"])
     assert says in str(refused.value)
@@ -202,7 +203,7 @@ def test_what_does_not_fit_is_refused(families, case, tmp_path):
 
 def test_one_table_is_not_enough_for_sdxl(families, tmp_path):
     save_file({"emb_params": vectors(24)}, tmp_path / "a.safetensors")
-    model = Model.load(str(families / "sdxl"), device="cpu")
+    model = load_model(str(families / "sdxl"), device="cpu")
     with pytest.raises(InputError, match="the model is sdxl of 24 and 40 numbers a token"):
         add_embeddings(model, [tmp_path / "a.safetensors"])
 
@@ -219,14 +220,14 @@ def test_a_hostile_file_is_not_run(tmp_path):
 
 def test_a_name_of_two_words_is_neithers(families, tmp_path):
     paths = [a1111(tmp_path / f"{n}.pt", vectors(24, seed=i), "same") for i, n in enumerate("ab")]
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     add_embeddings(model, paths)
     assert [word.names for word in model.words] == [("a",), ("b",)]
     again = tmp_path / "sub" / "a.pt"
     again.parent.mkdir()
     a1111(again, vectors(24, seed=2), "same")
     with pytest.raises(UsageError, match="no name of its own"):
-        add_embeddings(Model.load(str(families / "sd1"), device="cpu"), [paths[0], again])
+        add_embeddings(load_model(str(families / "sd1"), device="cpu"), [paths[0], again])
 
 
 # --- prompts ----------------------------------------------------------------------------------

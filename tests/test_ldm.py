@@ -39,6 +39,7 @@ from difftool.formats.ldm.names import (
 from difftool.formats.ldm.prediction_type import BIAS
 from difftool.formats.model_source import ModelSource, Told, choose_weights
 from difftool.formats.rules import Rule
+from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import read_header
 from difftool.storage.tensors import piece_of_tensor
@@ -494,7 +495,7 @@ def test_an_unexplained_tensor_stops_a_conversion(name, kind, tmp_path):
         run(open_model(tmp_path / "m.safetensors"), tmp_path / "out", kind)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     with pytest.raises(InputError, match="unknown tensor"):
-        Model.load(str(tmp_path / "m.safetensors"), device="cpu")
+        load_model(str(tmp_path / "m.safetensors"), device="cpu")
 
 
 def test_spoilt_positions_are_dropped_by_a_named_rule(tmp_path):

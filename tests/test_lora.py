@@ -24,6 +24,8 @@ from difftool.convert.convert import convert
 from difftool.convert.lora import FAMILIES, convert_lora, open_lora
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import open_model
+from difftool.pipeline.condition import encode_prompts
+from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
@@ -143,10 +145,10 @@ def assert_same(model: Model, wanted: Mapping[str, Tensor], before: Mapping[str,
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_pefts_files_change_what_peft_changes(families, family, kind, tmp_path):
     pipe, folder = opened(families / family), families / family
-    before = Model.load(str(folder), device="cpu").tensors()
+    before = load_model(str(folder), device="cpu").tensors()
     parts = adapted(pipe, kind)
     path = saved(parts, tmp_path, family != "sd1")
-    model = Model.load(str(folder), device="cpu", loras=[(path, 1.0)])
+    model = load_model(str(folder), device="cpu", loras=[(path, 1.0)])
     assert_same(model, fused(parts), before)
     assert str(path) in model.notes[-1] and "PEFT" in model.notes[-1]
 
@@ -157,13 +159,13 @@ def test_the_picture_is_diffusers(families, tmp_path):
     path = saved(adapted(opened(folder), "mixed"), tmp_path, False)
     pipe.load_lora_weights(path)
     pipe.set_adapters(pipe.get_active_adapters(), [0.7])
-    model = Model.load(str(folder), device="cpu", loras=[(path, 0.7)])
+    model = load_model(str(folder), device="cpu", loras=[(path, 0.7)])
     ids = pipe.tokenizer([WORDS], padding="max_length", return_tensors="pt").input_ids
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([300])
     with torch.no_grad():
         context = pipe.text_encoder(ids)[0]
         theirs = pipe.unet(x, t, context).sample
-        ours, _ = model.embed([WORDS])
+        ours, _ = encode_prompts(model, [WORDS])
         assert ours is not None and (ours - context).abs().max() <= 1e-5 * context.abs().max()
         out = model.denoiser.network(x, t, context=ours)
     assert (out - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -177,7 +179,7 @@ def test_a_scale_that_is_not_told_is_one_in_every_layer(families, metadata, tmp_
     """Mixed ranks without alphas: each layer's own rank, whatever the order of its tensors."""
     parts = adapted(opened(families / "sd1"), "mixed")
     path = saved(parts, tmp_path, False, metadata=metadata)
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     shapes = {name: tuple(t.shape) for name, t in model.tensors().items()}
     (applied,) = open_loras([(path, 1.0)], shapes, model.preset.unet, "m")
     scales = {(change.alpha or change.rank or 0) / (change.rank or 1)
@@ -187,14 +189,14 @@ def test_a_scale_that_is_not_told_is_one_in_every_layer(families, metadata, tmp_
 
 def test_adapter_config_tells_the_scale_of_pefts_own_folders(families, tmp_path):
     unet = opened(families / "sd1").unet
-    before = Model.load(str(families / "sd1"), device="cpu").tensors()
+    before = load_model(str(families / "sd1"), device="cpu").tensors()
     config = peft.LoraConfig(target_modules=UNET_LAYERS, r=4, lora_alpha=1)
     wrapped = peft.get_peft_model(unet, config)
     filled(wrapped, 3)
     wrapped.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     merged = {f"unet.{name}": t for name, t in wrapped.merge_and_unload().state_dict().items()}
-    model = Model.load(str(families / "sd1"), device="cpu", loras=[(tmp_path, 1.0)])
+    model = load_model(str(families / "sd1"), device="cpu", loras=[(tmp_path, 1.0)])
     assert_same(model, merged, before)
 
 
@@ -227,8 +229,8 @@ def test_old_diffusers_names_are_understood(families, bare, tmp_path):
         tensors = {n.removeprefix("unet."): t for n, t in tensors.items() if n.startswith("unet.")}
         wanted = {name: tensor for name, tensor in wanted.items() if name.startswith("unet.")}
     save_file(tensors, tmp_path / "old.safetensors")
-    before = Model.load(str(families / "sd1"), device="cpu").tensors()
-    model = Model.load(
+    before = load_model(str(families / "sd1"), device="cpu").tensors()
+    model = load_model(
         str(families / "sd1"), device="cpu", loras=[(tmp_path / "old.safetensors", 1.0)]
     )
     assert_same(model, wanted, before)
@@ -241,8 +243,8 @@ def test_old_diffusers_names_read_as_diffusers_reads_them(families, tmp_path):
     pipe = opened(families / "sd1")
     pipe.load_lora_weights(tmp_path / "old.safetensors")
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    before = Model.load(str(families / "sd1"), device="cpu").tensors()
-    model = Model.load(
+    before = load_model(str(families / "sd1"), device="cpu").tensors()
+    model = load_model(
         str(families / "sd1"), device="cpu", loras=[(tmp_path / "old.safetensors", 1.0)]
     )
     assert_same(model, fused(parts), before)
@@ -290,12 +292,12 @@ def kohya(
 @pytest.mark.parametrize(("family", "ldm"), [("sd1", False), ("sdxl", False), ("sdxl", True)])
 @pytest.mark.parametrize("alpha", [True, False])
 def test_kohyas_files_change_what_the_formula_says(families, family, ldm, alpha, tmp_path):
-    before = Model.load(str(families / family), device="cpu")
+    before = load_model(str(families / family), device="cpu")
     tensors = kohya(before, ldm=ldm, alpha=alpha)
     assert ldm == any("lora_unet_input_blocks_" in name for name in tensors)
     path = tmp_path / "k.safetensors"
     save_file(dict(sorted(tensors.items(), reverse=True)), path)
-    model = Model.load(str(families / family), device="cpu", loras=[(path, 0.5)])
+    model = load_model(str(families / family), device="cpu", loras=[(path, 0.5)])
     old, new = before.tensors(), model.tensors()
     spelled = spellings([n.removesuffix(".weight") for n in old], before.preset.unet)
     count = 0
@@ -315,7 +317,7 @@ def test_kohyas_files_change_what_the_formula_says(families, family, ldm, alpha,
 @pytest.mark.parametrize("alpha", [2.0, None])
 def test_kohyas_files_change_what_diffusers_changes(families, family, alpha, tmp_path):
     """Of one alpha, or of one rank where there is none: diffusers 0.42 mistakes all others."""
-    before = Model.load(str(families / family), device="cpu")
+    before = load_model(str(families / family), device="cpu")
 
     def read_by_diffusers(name: str) -> bool:
         return ("attentions" in name or name.startswith("lora_te")) and "projection" not in name
@@ -331,7 +333,7 @@ def test_kohyas_files_change_what_diffusers_changes(families, family, alpha, tmp
     pipe = opened(families / family)
     pipe.load_lora_weights(tmp_path / "k.safetensors")
     parts = {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None)}
-    model = Model.load(
+    model = load_model(
         str(families / family), device="cpu", loras=[(tmp_path / "k.safetensors", 1.0)]
     )
     assert_same(model, fused(parts), before.tensors())
@@ -353,9 +355,9 @@ def change_of(
         {f"{name}.{k}": v.contiguous() for k, v in tensors.items()}, tmp_path / "l.safetensors"
     )
     folder = str(families / "sd1")
-    before = Model.load(folder, device="cpu").tensors()[f"{layer}.weight"]
+    before = load_model(folder, device="cpu").tensors()[f"{layer}.weight"]
     loras = [(tmp_path / "l.safetensors", strength)]
-    after = Model.load(folder, device="cpu", loras=loras).tensors()[f"{layer}.weight"]
+    after = load_model(folder, device="cpu", loras=loras).tensors()[f"{layer}.weight"]
     return before, after
 
 
@@ -430,7 +432,7 @@ def test_a_core_of_a_lora_is_tuckers(families, tmp_path):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_dora_norms_rows_or_inputs(families, layer, axis, tmp_path):
     torch.manual_seed(3)
-    weight = Model.load(str(families / "sd1"), device="cpu").tensors()[f"{layer}.weight"]
+    weight = load_model(str(families / "sd1"), device="cpu").tensors()[f"{layer}.weight"]
     down = 0.2 * torch.randn(2, *weight.shape[1:])
     up = torch.randn(weight.shape[0], 2, *[1] * (weight.dim() - 2))
     shape = [1] * weight.dim()
@@ -450,7 +452,7 @@ def test_dora_norms_rows_or_inputs(families, layer, axis, tmp_path):
 
 
 def test_whole_changes_are_added_biases_and_norms_too(families, tmp_path):
-    old = Model.load(str(families / "sd1"), device="cpu").tensors()
+    old = load_model(str(families / "sd1"), device="cpu").tensors()
     stem = "unet.down_blocks.1.resnets.0"
     flat = "lora_unet_down_blocks_1_resnets_0"
     tensors = {
@@ -460,7 +462,7 @@ def test_whole_changes_are_added_biases_and_norms_too(families, tmp_path):
         f"{flat}_norm1.b_norm": torch.randn(old[f"{stem}.norm1.bias"].shape),
     }
     save_file(tensors, tmp_path / "f.safetensors")
-    new = Model.load(
+    new = load_model(
         str(families / "sd1"), device="cpu", loras=[(tmp_path / "f.safetensors", -2.0)]
     ).tensors()
     for name, ours in (
@@ -475,31 +477,31 @@ def test_whole_changes_are_added_biases_and_norms_too(families, tmp_path):
 
 
 def test_several_add_up_and_little_memory_is_no_other_model(families, tmp_path):
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     for seed in (1, 2):
         save_file(kohya(model, seed=seed), tmp_path / f"{seed}.safetensors")
     loras = [(tmp_path / "1.safetensors", 0.5), (tmp_path / "2.safetensors", -0.3)]
-    both = Model.load(str(families / "sd1"), device="cpu", loras=loras)
+    both = load_model(str(families / "sd1"), device="cpu", loras=loras)
     base = model.tensors()
-    each = [Model.load(str(families / "sd1"), device="cpu", loras=[one]).tensors() for one in loras]
+    each = [load_model(str(families / "sd1"), device="cpu", loras=[one]).tensors() for one in loras]
     for name, tensor in both.tensors().items():
         wanted = each[0][name] + each[1][name] - base[name]
         assert (tensor - wanted).abs().max() <= 1e-5 * max(1, float(wanted.abs().max()))
-    small = Model.load(str(families / "sd1"), device="cpu", loras=loras, low_memory=True)
-    small.need("unet")
+    small = load_model(str(families / "sd1"), device="cpu", loras=loras, low_memory=True)
+    small.load_part("unet")
     for name, tensor in small.denoiser.network.state_dict().items():
         assert tensor.equal(both.tensors()[f"unet.{name}"])
 
 
 def test_tensors_without_a_use_are_errors_unless_allowed(families, tmp_path):
     folder = str(families / "sd1")
-    tensors = kohya(Model.load(folder, device="cpu"))
+    tensors = kohya(load_model(folder, device="cpu"))
     extra = {"lora_unet_down_blocks_7_resnets_0_conv1.lora_down.weight": torch.zeros(1, 1)}
     save_file(tensors | extra, tmp_path / "l.safetensors")
     with pytest.raises(InputError, match="one of its tensors has no use") as error:
-        Model.load(folder, device="cpu", loras=[(tmp_path / "l.safetensors", 1.0)])
+        load_model(folder, device="cpu", loras=[(tmp_path / "l.safetensors", 1.0)])
     assert "down_blocks_7" in str(error.value.why) and "--allow-unused" in str(error.value.hint)
-    model = Model.load(
+    model = load_model(
         folder, device="cpu", loras=[(tmp_path / "l.safetensors", 1.0)], allow_unused=True
     )
     assert list(model.loras[0].lora.unused) == list(extra)
@@ -523,16 +525,16 @@ def test_files_that_do_not_fit_are_refused(families, change, message, tmp_path):
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{name}.{k}": torch.ones(s) for k, s in change.items()}, tmp_path / "l.safetensors")
     with pytest.raises(InputError, match=message):
-        Model.load(str(families / "sd1"), device="cpu", loras=[(tmp_path / "l.safetensors", 1.0)])
+        load_model(str(families / "sd1"), device="cpu", loras=[(tmp_path / "l.safetensors", 1.0)])
 
 
 def test_what_is_no_lora_is_refused(families, tmp_path):
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "m.safetensors")
     for path, message in ((tmp_path / "m.safetensors", "is no LoRA"), (tmp_path, "is no LoRA")):
         with pytest.raises(InputError, match=message):
-            Model.load(str(families / "sd1"), device="cpu", loras=[(path, 1.0)])
+            load_model(str(families / "sd1"), device="cpu", loras=[(path, 1.0)])
     with pytest.raises(UsageError, match="does not exist"):
-        Model.load(str(families / "sd1"), device="cpu", loras=[(tmp_path / "none", 1.0)])
+        load_model(str(families / "sd1"), device="cpu", loras=[(tmp_path / "none", 1.0)])
 
 
 def test_weights_follow_a_colon():
@@ -556,7 +558,7 @@ def test_no_two_layers_of_a_family_share_a_name(family):
 def test_merged_models_are_those_that_sampling_makes(families, kind, dtype, tmp_path):
     for family in ("sd1", "sdxl"):
         folder = str(families / family)
-        live = Model.load(folder, device="cpu")
+        live = load_model(folder, device="cpu")
         path = tmp_path / f"{family}.safetensors"
         save_file(kohya(live, keep=lambda name: "fc1" not in name), path)
         source = open_model(Path(folder))
@@ -565,8 +567,8 @@ def test_merged_models_are_those_that_sampling_makes(families, kind, dtype, tmp_
         target = tmp_path / f"{family}-merged"
         ledger = convert(source, target, kind, loras=loras, dtype=dtype, expected=shapes)
         assert ledger.verified.startswith("identical") and ledger.loras
-        merged = Model.load(str(target), device="cpu").tensors()
-        wanted = Model.load(folder, device="cpu", loras=[(path, 0.7)]).tensors()
+        merged = load_model(str(target), device="cpu").tensors()
+        wanted = load_model(folder, device="cpu", loras=[(path, 0.7)]).tensors()
         for name, tensor in wanted.items():
             meant = tensor if dtype is None else tensor.half().float()
             assert merged[name].equal(meant), name
@@ -630,7 +632,7 @@ def test_peft_comes_back_from_kohya_as_it_was(families, family, kind, tmp_path):
     assert same_file(first, back)
     folder = str(families / family)
     loaded = [
-        Model.load(folder, device="cpu", loras=[(path, 1.0)]).tensors() for path in (first, second)
+        load_model(folder, device="cpu", loras=[(path, 1.0)]).tensors() for path in (first, second)
     ]
     for name, tensor in loaded[0].items():
         assert torch.allclose(tensor, loaded[1][name], rtol=1e-5, atol=1e-6), name
@@ -638,21 +640,21 @@ def test_peft_comes_back_from_kohya_as_it_was(families, family, kind, tmp_path):
 
 @pytest.mark.parametrize("alpha", [True, False])
 def test_diffusers_reads_what_is_written_for_it(families, alpha, tmp_path):
-    before = Model.load(str(families / "sd1"), device="cpu")
+    before = load_model(str(families / "sd1"), device="cpu")
     tensors = kohya(before, alpha=alpha)
     save_file(tensors, tmp_path / "k.safetensors")
     convert_lora(tmp_path / "k.safetensors", tmp_path / "p.safetensors", "peft")
     pipe = opened(families / "sd1")
     pipe.load_lora_weights(tmp_path / "p.safetensors")
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    model = Model.load(
+    model = load_model(
         str(families / "sd1"), device="cpu", loras=[(tmp_path / "k.safetensors", 1.0)]
     )
     assert_same(model, fused(parts), before.tensors())
 
 
 def test_what_does_not_read_back_replaces_nothing(families, tmp_path, monkeypatch):
-    before = Model.load(str(families / "sd1"), device="cpu")
+    before = load_model(str(families / "sd1"), device="cpu")
     save_file(kohya(before), tmp_path / "k.safetensors")
     (tmp_path / "p.safetensors").write_bytes(b"precious")
     monkeypatch.setattr("difftool.convert.lora.digests", lambda path: {})
@@ -685,7 +687,7 @@ def test_what_a_dialect_has_no_place_for_is_refused(tmp_path):
 
 
 def test_the_commands(families, difftool, tmp_path):
-    model = Model.load(str(families / "sd1"), device="cpu")
+    model = load_model(str(families / "sd1"), device="cpu")
     save_file(kohya(model, keep=lambda n: "attentions" in n), tmp_path / "fox.safetensors")
     folder = families / "sd1"
     sample = ("sample", WORDS, "-m", folder, "--size", "64x64", "--steps", 3, "--seed", 1)

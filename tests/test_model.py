@@ -11,7 +11,12 @@ from diffusers.models.embeddings import get_timestep_embedding
 from difftool.config.layers import load_preset
 from difftool.errors import InputError, UsageError
 from difftool.hub.find import find_model
-from difftool.pipeline.model import Item, Model, pick_device
+from difftool.pipeline.condition import build_cond, encode_prompts
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model, pick_device
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 SMALL = ["unet.channels=[8,8]", "unet.groups=4", "unet.head_dim=4", "unet.blocks=1"]
 CLASSES = [*SMALL, "unet.num_classes=4", "classes=[cat, dog, owl]", "sample.size=[16,16]"]
@@ -35,7 +40,7 @@ def test_a_saved_model_is_the_same_model(tmp_path):
     model = fresh(*CLASSES)
     path = tmp_path / "model.safetensors"
     model.save(path)
-    loaded = Model.load(str(path), device="cpu")
+    loaded = load_model(str(path), device="cpu")
     assert loaded.preset == model.preset
     theirs = loaded.tensors()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.tensors().items())
@@ -57,7 +62,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         tensors = dict(good)
         change(tensors)
         with pytest.raises(InputError, match=says):
-            model._fill(model.denoiser.network, tensors, "unet", torch.float32, "file")
+            model.set_weights("unet", tensors, torch.float32, "file")
 
 
 def test_labels_by_name_and_by_index():
@@ -76,7 +81,7 @@ def test_guidance_needs_something_to_guide_from():
     model = fresh(*SMALL)
     assert not model.guidable
     with pytest.raises(UsageError, match="cannot be guided"):
-        model.settings(guidance=2.0)
+        resolve_settings(model, {"guidance": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -93,14 +98,15 @@ def test_guidance_needs_something_to_guide_from():
 )
 def test_settings_that_cannot_be_are_refused(given, says):
     with pytest.raises(UsageError, match=says):
-        fresh(*CLASSES).settings(**given)
+        model = fresh(*CLASSES)
+        plan_sampling(model, resolve_settings(model, given))
 
 
 def test_another_sampler_drops_the_options_of_the_first():
     model = fresh(*CLASSES, "sample.sampler=ddim", "sample.sampler_options={eta: 0.5}")
-    assert model.settings(steps=3).sampler_options == {"eta": 0.5}
-    assert model.settings(sampler="DDIM").sampler_options == {"eta": 0.5}
-    assert model.settings(sampler="Euler a").sampler_options == {}
+    assert resolve_settings(model, {"steps": 3}).sampler_options == {"eta": 0.5}
+    assert resolve_settings(model, {"sampler": "DDIM"}).sampler_options == {"eta": 0.5}
+    assert resolve_settings(model, {"sampler": "Euler a"}).sampler_options == {}
 
 
 def test_guidance_1_runs_the_network_once_a_step():
@@ -109,8 +115,8 @@ def test_guidance_1_runs_the_network_once_a_step():
     model.denoiser.network.register_forward_hook(lambda m, i, out: calls.append(len(out)))
     for guidance, each in ((1.0, 1), (3.0, 2)):
         calls.clear()
-        settings = model.settings(guidance=guidance, steps=3, sampler="ddim")
-        for _ in model.generate([Item(label=0)], settings):
+        settings = resolve_settings(model, {"guidance": guidance, "steps": 3, "sampler": "ddim"})
+        for _ in generate(plan_sampling(model, settings), [SampleInput(label=0)]):
             pass
         assert calls == [each] * 3
 
@@ -119,10 +125,11 @@ def test_a_picture_is_the_same_in_any_batch():
     model = fresh(*CLASSES)
     last = model.denoiser.network.get_parameter("conv_out.weight")
     torch.nn.init.normal_(last, std=0.1)  # fresh networks say 0
-    settings = model.settings(steps=3, sampler="euler_a", guidance=2.0)
-    items = [Item(label=k, seed=10 + k) for k in range(3)]
-    *_, together = model.generate(items, settings)
-    *_, alone = model.generate(items[2:], settings)
+    settings = resolve_settings(model, {"steps": 3, "sampler": "euler_a", "guidance": 2.0})
+    plan = plan_sampling(model, settings)
+    items = [SampleInput(label=k, seed=10 + k) for k in range(3)]
+    *_, together = generate(plan, items)
+    *_, alone = generate(plan, items[2:])
     assert (together.x[2] - alone.x[0]).abs().max() < 1e-4
     assert (together.x[0] - together.x[1]).abs().max() > 0.1
 
@@ -139,7 +146,8 @@ def test_sdxl_is_told_pooled_text_and_sizes():
         " projection: 24}]",
         preset="sdxl",
     )  # fmt: skip
-    cond = model.cond(["a fox", "an owl"], [None, None], (64, 96))
+    texts = encode_prompts(model, ["a fox", "an owl"])
+    cond = build_cond(model, texts, [None, None], (64, 96))
     assert cond.context is not None and cond.context.shape == (2, 77, 48)
     assert cond.vector is not None and cond.vector.shape == (2, 1560)
     numbers = torch.tensor([96.0, 64, 0, 0, 96, 64])
@@ -177,7 +185,7 @@ def test_bundled_models_may_be_in_shards(monkeypatch, tmp_path):
     model.save(tmp_path / "small" / "model.safetensors")
     model.save(tmp_path / "large" / "model.safetensors", limit=20_000)
     assert len([*(tmp_path / "large").iterdir()]) > 2
-    tensors = [Model.load(name, device="cpu").tensors() for name in ("small", "large")]
+    tensors = [load_model(name, device="cpu").tensors() for name in ("small", "large")]
     assert all(tensor.equal(tensors[1][name]) for name, tensor in tensors[0].items())
     with pytest.raises(UsageError, match="no model"):
         find_model("pictures-only")

@@ -20,8 +20,13 @@ from difftool.config.schema import SampleConfig
 from difftool.convert.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
-from difftool.pipeline.generate import Second
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.condition import encode_prompts, token_count
+from difftool.pipeline.decode import decode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import Refiner, plan_sampling, resolve_settings
 
 SIZE = (32, 48)
 """Width and height, in pixels."""
@@ -59,7 +64,7 @@ def pairs(tmp_path_factory):
             pipe = build(family, folder)
             pipe.saved_scheduler = pipe.scheduler.config
             where = str(folder / family)
-            made[family] = Pair(pipe, Model.load(where, device="cpu"), where)
+            made[family] = Pair(pipe, load_model(where, device="cpu"), where)
         return made[family]
 
     return pair
@@ -105,16 +110,18 @@ def theirs(pipe: Any, sampler: str | None = None, steps: int = STEPS, **given: A
 
 def settings(model: Model, sampler: str | None = None, **given: Any) -> SampleConfig:
     values = {"steps": STEPS, "size": SIZE, "guidance": 3.0, "match": "diffusers"} | given
+    match = values.pop("match")
     if sampler is not None:
         values["sampler"], _, schedule = sampler.partition(" ")
         values |= {"schedule": schedule} if schedule else {}
-    return model.settings(**values)
+    return resolve_settings(model, values, match)
 
 
-def ours(model: Model, chosen: SampleConfig, second: Second | None = None, **item: Any) -> Tensor:
+def ours(model: Model, chosen: SampleConfig, second: Refiner | None = None, **item: Any) -> Tensor:
     given = {"prompt": WORDS, "negative": NEGATIVE, "seed": SEED} | item
-    *_, last = model.generate([Item(**given)], chosen, second)
-    return model.decode(last.x)[0].permute(1, 2, 0) / 2 + 0.5
+    plan = plan_sampling(model, chosen, from_picture="init" in given, refiner=second)
+    *_, last = generate(plan, [SampleInput(**given)])
+    return decode(model, last.x)[0].permute(1, 2, 0) / 2 + 0.5
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -181,7 +188,7 @@ def test_distilled_models_as_they_come(pairs, family, steps):
     guidance = 8.5 if lcm else 1.0
     asked = 8.5 if lcm else 0.0
     expected = theirs(pipe, steps=steps, guidance_scale=asked, **SHAPE, **more)
-    chosen = model.settings(steps=steps, size=SIZE, guidance=guidance)
+    chosen = resolve_settings(model, {"steps": steps, "size": SIZE, "guidance": guidance})
     assert chosen.sampler == ("lcm" if lcm else "euler_a")
     assert difference(ours(model, chosen), expected) <= 1
 
@@ -204,7 +211,7 @@ def test_the_published_configurations_at_full_size(tmp_path, family):
     expected = [theirs(pipe, s, steps=3, width=size[0], height=size[1]) for s in samplers]
     del pipe
     gc.collect()
-    model = Model.load(str(tmp_path / family), device="cpu")
+    model = load_model(str(tmp_path / family), device="cpu")
     for sampler, picture in zip(samplers, expected, strict=True):
         found = ours(model, settings(model, sampler, steps=3, size=size))
         assert difference(found, picture) <= 1
@@ -222,7 +229,8 @@ def test_pictures_to_start_from(pairs, family, sampler, strength):
     expected = theirs(other, sampler, image=picture(), strength=strength)
     chosen = settings(model, sampler, strength=strength)
     assert difference(ours(model, chosen, init=tensor(picture())), expected) <= 1
-    assert model.steps(chosen, init=True) == int(STEPS * strength)
+    plan = plan_sampling(model, chosen, from_picture=True)
+    assert plan.steps == int(STEPS * strength)
 
 
 def from_pipe(kind: str, pipe: Any) -> Any:
@@ -302,7 +310,7 @@ def test_a_refiner_takes_over(pairs, sampler):
     made = refiner(**common, **sizes, image=latent, denoising_start=0.7, output_type="np")
     expected = torch.tensor(made.images[0])
     assert 255 * expected.std() > LIVELY
-    taking_over = Second(second, settings(second, sampler), 0.7)
+    taking_over = Refiner(second, settings(second, sampler), 0.7)
     assert difference(ours(model, settings(model, sampler), taking_over), expected) <= 1
     assert difference(ours(model, settings(model, sampler)), expected) > 3
 
@@ -397,13 +405,13 @@ def test_what_is_not_masked_stays_to_the_bit(pairs, sample):
 
 
 def test_little_memory_makes_the_same_picture(pairs, sample):
-    _, model, folder = pairs("sdxl")
+    _, _, folder = pairs("sdxl")
     _, _, refiner = pairs("refiner")
     arguments = [*flags("sdxl"), "-m", folder, "--refiner", refiner, "--refiner-start", 0.6]
     found, _ = sample(*arguments)
     assert sample(*arguments, "--low-memory")[0].equal(found)
     assert not sample(*flags("sdxl"), "-m", folder)[0].equal(found)
-    staged = Model.load(folder, device="cpu", low_memory=True)
+    staged = load_model(folder, device="cpu", low_memory=True)
 
     def here() -> set[str]:
         parts = staged.parts().items()
@@ -411,8 +419,9 @@ def test_little_memory_makes_the_same_picture(pairs, sample):
 
     seen = []
     staged.denoiser.network.register_forward_pre_hook(lambda *_: seen.append(here()))
-    *_, last = staged.generate([Item(WORDS, seed=1)], model.settings(steps=2, size=SIZE))
-    staged.decode(last.x)
+    plan = plan_sampling(staged, resolve_settings(staged, {"steps": 2, "size": SIZE}))
+    *_, last = generate(plan, [SampleInput(WORDS, seed=1)])
+    decode(staged, last.x)
     assert seen[0] == {"unet"} and here() == {"vae"}
 
 
@@ -448,12 +457,12 @@ def test_clip_skip_counts_from_the_end(pairs, family):
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     for skip in (1, 2):
         expected = norm(states[-skip]) if family == "sd1" else states[-skip]
-        found, _ = model.embed([WORDS], clip_skip=skip)
+        found, _ = encode_prompts(model, [WORDS], clip_skip=skip)
         assert found is not None
         assert (found[..., : expected.shape[-1]] - expected).abs().max() < 1e-5
-    own, _ = model.embed([WORDS])
+    own, _ = encode_prompts(model, [WORDS])
     assert own is not None
-    assert own.equal(model.embed([WORDS], clip_skip=1 if family == "sd1" else 2)[0])  # type: ignore[arg-type]
+    assert own.equal(encode_prompts(model, [WORDS], clip_skip=1 if family == "sd1" else 2)[0])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="clip-skip"):
         ours(model, settings(model, "ddim", clip_skip=4))
 
@@ -463,11 +472,11 @@ def test_exclamation_marks_are_padding_where_diffusers_is_matched(pairs):
     prompt = "a fox! don't, !! it's a!b"
     found = []
     for tool in ("diffusers", None):
-        model.match(tool)
+        model.set_padding(tool)
         found.append(model.tokenizers[0].encode([prompt], 77)[0])
     expected = pipe.tokenizer(prompt, padding="max_length", max_length=77).input_ids
     assert found[0] == expected and found[1] != expected
-    assert model.tokens(prompt)[0] < 77
+    assert token_count(model, prompt)[0] < 77
 
 
 def test_what_a_model_lacks_is_said(pairs, sample):

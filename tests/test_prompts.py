@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from difftool.config.layers import load_preset
 from difftool.errors import UsageError
+from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
 from difftool.text.syntax import chunks, nested, weighted
 from difftool.text.tokenizer import Tokenizer
@@ -126,18 +128,24 @@ def model() -> Model:
     return Model.fresh(load_preset("sd15", small), seed=1)
 
 
+def context(model: Model, prompts: list[str], syntax: str = "none") -> Tensor:
+    found = encode_prompts(model, prompts, syntax=syntax).context
+    assert found is not None
+    return found
+
+
 def test_weights_scale_tokens_and_keep_the_mean(model):
-    plain, _ = model.embed(["a red fox"])
-    found, _ = model.embed(["a (red:1.5) fox"], syntax="a1111")
+    plain = context(model, ["a red fox"])
+    found = context(model, ["a (red:1.5) fox"], syntax="a1111")
     scaled = plain.clone()
     scaled[:, 2] *= 1.5
     assert torch.allclose(found, scaled * (plain.mean() / scaled.mean()), rtol=1e-4, atol=1e-5)
 
 
 def test_comfy_weights_go_away_from_nothing(model):
-    plain, _ = model.embed(["a red fox"])
-    nothing, _ = model.embed([""])
-    found, _ = model.embed(["a (red:1.5) fox"], syntax="comfy")
+    plain = context(model, ["a red fox"])
+    nothing = context(model, [""])
+    found = context(model, ["a (red:1.5) fox"], syntax="comfy")
     expected = plain.clone()
     expected[:, 2] = (plain[:, 2] - nothing[:, 2]) * 1.5 + nothing[:, 2]
     assert torch.allclose(found, expected, atol=1e-5)
@@ -145,9 +153,9 @@ def test_comfy_weights_go_away_from_nothing(model):
 
 def test_chunks_are_joined_and_short_prompts_filled(model):
     long = "a fox, " * 40
-    both, _ = model.embed([long, "an owl"], syntax="a1111")
-    alone, _ = model.embed(["an owl"])
-    empty, _ = model.embed([""])
+    both = context(model, [long, "an owl"], syntax="a1111")
+    alone = context(model, ["an owl"])
+    empty = context(model, [""])
     count = both.shape[1] // LENGTH
     assert count == len(chunks(CLIP, long, LENGTH, "a1111")) > 1
     assert torch.allclose(both[1, :LENGTH], alone[0], atol=1e-5)

@@ -19,6 +19,7 @@ from difftool.forward.process import marginals
 from difftool.forward.reverse import ModelSpace, condition, frame_size
 from difftool.forward.sheets import markov_sheet, reverse_sheet, strip_sheet
 from difftool.images.fit import framed, to_tensor
+from difftool.pipeline.decode import decode
 from difftool.pipeline.model import Model
 
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -81,7 +82,7 @@ def test_noise_is_added_where_the_model_works(space):
     z = np.random.default_rng(7).standard_normal(space.x0.shape, dtype=np.float32)
     for frame, level in zip(sheet.bands[0].frames, levels, strict=True):
         x_t = torch.from_numpy(level.alpha * space.x0 + level.sigma * z)[None]
-        expected = (space.model.decode(x_t)[0] + 1) * 127.5
+        expected = (decode(space.model, x_t)[0] + 1) * 127.5
         np.testing.assert_allclose(frame, expected.permute(1, 2, 0), atol=0.51)
 
 
@@ -100,7 +101,7 @@ def test_predictions_are_the_denoisers(space):
     for k, x_t in enumerate(marginals(space.x0, levels, 5)):
         with torch.no_grad():
             x0 = model.denoiser.predict(torch.from_numpy(x_t)[None], levels[k], cond).x0
-        seen = model.decode(x0)
+        seen = decode(model, x0)
         error = (seen - space.picture).square().mean().sqrt()
         assert sheet.bands[1].errors[k] == pytest.approx(error.item(), rel=1e-4)
         expected = ((seen[0] + 1) * 127.5).permute(1, 2, 0)

@@ -18,6 +18,7 @@ from difftool.data import open_dataset
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.images.sheets import Cell, sheet
+from difftool.pipeline.condition import build_cond, encode_prompts
 from difftool.pipeline.model import Model
 from difftool.training.report.plots import Metrics
 from difftool.training.run.estimate import _kept, activation_bytes, check_disk, estimate
@@ -226,7 +227,7 @@ def test_activations_are_counted_as_the_backward_pass_keeps_them():
     preset, vocabulary, _ = plan(dataset, "cpu", "text-small", [])
     counted = activation_bytes(Model(preset, vocabulary), "unet")
     model = Model.fresh(preset, seed=0, tokenizer_json=vocabulary)
-    cond = model.cond(["a red circle"], [None], (64, 64))
+    cond = build_cond(model, encode_prompts(model, ["a red circle"]), [None], (64, 64))
     x = torch.randn(1, model.codec.channels, 64 // model.codec.factor, 64 // model.codec.factor)
     level = model.denoiser.path.level(0.5)
     with _kept() as tensors:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from difftool.config.schema import SampleConfig
 from difftool.config.validate import build_preset
+from difftool.diffusion.path import build_path
 from difftool.errors import DifftoolError, ResourceError, UsageError
-from difftool.pipeline.model import Item
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.settings import resolve_settings
+from difftool.sampling import run as running
 from difftool.sampling.metadata import read
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Request
@@ -30,7 +33,6 @@ from difftool.sampling.run import (
     Skipped,
     Working,
     default_batch,
-    resolve_settings,
 )
 from difftool.storage.safetensors import load_tensors, save_tensors
 
@@ -62,23 +64,17 @@ class FakeModel:
     concat, vision, words, loras = "none", None, (), ()
     device = torch.device("cpu")
     codec = SimpleNamespace(channels=3, factor=2)
+    denoiser = SimpleNamespace(path=build_path(PRESET.path))
+    guidable = True
 
     def __init__(self, memory: int = 1 << 30):
         self.memory = memory
         self.batches: list[list[int]] = []
 
-    def settings(self, **given: Any) -> SampleConfig:
-        if given.get("steps") == 999:
-            raise UsageError("999 steps are too many")
-        return dataclasses.replace(PRESET.sample, **given)
-
     def label(self, name: str) -> int:
         raise UsageError("the model fake has no classes")
 
-    def tokens(self, prompt: str) -> tuple[int, int]:
-        return len(prompt.split()), 5
-
-    def generate(self, items: Sequence[Item], settings: SampleConfig) -> Iterator[Any]:
+    def generate(self, items: Sequence[SampleInput], settings: SampleConfig) -> Iterator[Any]:
         if len(items) > self.memory:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         self.batches.append([item.seed for item in items])
@@ -97,6 +93,13 @@ class FakeModel:
 @pytest.fixture(autouse=True)
 def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    stand_ins = {
+        "generate": lambda plan, items: plan.model.generate(items, plan.settings),
+        "decode": lambda model, x0: model.decode(x0),
+        "token_count": lambda model, prompt: (len(prompt.split()), 5),
+    }
+    for name, function in stand_ins.items():
+        monkeypatch.setattr(running, name, function)
 
 
 def make(
@@ -152,13 +155,13 @@ def test_a_stream_is_worked_on_before_it_goes_on():
 
 def test_what_fails_does_not_stop_the_others():
     bad = UsageError("line 2: nonsense")
-    requests = [ask("a", 1), bad, ask("b", 2, steps=999), ask("c", 13), Request(), ask("d", 3)]
+    requests = [ask("a", 1), bad, ask("b", 2, steps=0), ask("c", 13), Request(), ask("d", 3)]
     events, model = make(requests, batch_size=8)
     assert model.batches == [[1, 13, 3]]
     kinds = [type(event) for event in events]
     assert kinds == [Result, Failure, Failure, Failure, Failure, Result]
     messages = failures_of(events)
-    assert messages[0] == "line 2: nonsense" and "999 steps" in messages[1]
+    assert messages[0] == "line 2: nonsense" and "--steps 0" in messages[1]
     assert "image 3 (seed 13) has non-finite" in messages[2] and "needs a prompt" in messages[3]
     assert seeds_of(events) == [1, 3] and sorted(p.name for p in Path("out").iterdir()) == [
         "1.png",
@@ -167,9 +170,9 @@ def test_what_fails_does_not_stop_the_others():
 
 
 def test_errors_say_where_they_come_from():
-    request = dataclasses.replace(ask("a", 1, steps=999), source="prompts.txt line 4")
+    request = dataclasses.replace(ask("a", 1, steps=0), source="prompts.txt line 4")
     events, _ = make([request])
-    assert failures_of(events) == ["prompts.txt line 4: 999 steps are too many"]
+    assert failures_of(events) == ["prompts.txt line 4: --steps 0 is too few\ngive at least 1"]
 
 
 def test_batches_too_large_for_memory_are_halved():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from difftool.convert.convert import convert
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import ModelSource, open_model
-from difftool.pipeline.model import Model
+from difftool.pipeline.load import load_model
 from difftool.storage import shards as shards_module
 from difftool.storage.safetensors import DATA_HASH, save_tensors
 from difftool.storage.shards import index_of, parse_size, split, write_shards
@@ -307,7 +307,7 @@ def test_models_in_shards_come_back_bit_for_bit(kind, tmp_path):
     if kind == "difftool":
         for other in (index_of(target), shards[0], shards[-1]):
             assert open_model(other).values == source.values, "any of its files stands for it"
-        loaded, plain = (Model.load(str(p), device="cpu") for p in (target, BUNDLED))
+        loaded, plain = (load_model(str(p), device="cpu") for p in (target, BUNDLED))
         assert all(t.equal(plain.tensors()[name]) for name, t in loaded.tensors().items())
 
 

@@ -19,7 +19,11 @@ from difftool.config.layers import load_preset
 from difftool.data import shapes
 from difftool.errors import InputError
 from difftool.formats import open_model
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.decode import decode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 TINY = """
 extends: ldm-small
@@ -104,7 +108,7 @@ def test_a_run_killed_twice_is_the_run_that_never_stopped(place: Path, whole: Pa
 
 
 def test_each_part_goes_on_from_what_was_learned_before(whole: Path):
-    model = Model.load(str(whole), device="cpu")
+    model = load_model(str(whole), device="cpu")
     vae = open_model(whole / "vae" / "model.safetensors")
     assert all(name.startswith("vae.") for name in vae.tensors)
     for name, tensor in vae.load("vae.", "cpu").items():
@@ -120,20 +124,21 @@ def test_each_part_goes_on_from_what_was_learned_before(whole: Path):
     noise = torch.randn(24, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     x0 = model.codec.encode(images, noise)
     assert 0.7 < float(x0.std()) < 1.3
-    *_, last = model.generate([Item("a large red circle")], model.settings())
-    assert model.decode(last.x).shape == (1, 3, 16, 16)
+    plan = plan_sampling(model, resolve_settings(model))
+    *_, last = generate(plan, [SampleInput("a large red circle")])
+    assert decode(model, last.x).shape == (1, 3, 16, 16)
 
 
 def test_a_part_alone_is_no_model_to_sample(whole: Path):
     with pytest.raises(InputError, match="without a U-Net"):
-        Model.load(str(whole / "vae"), device="cpu")
+        load_model(str(whole / "vae"), device="cpu")
 
 
 def test_the_vae_of_another_model_is_taken_as_it_is(place: Path, whole: Path):
     done = train(place, "second", "--preset", "tiny.yaml", "--vae", "whole/vae", "--steps", "5")
     _, err = done.communicate()
     assert done.returncode == 0, err
-    ours, theirs = (Model.load(str(place / n), device="cpu") for n in ("second", "whole"))
+    ours, theirs = (load_model(str(place / n), device="cpu") for n in ("second", "whole"))
     assert ours.preset.codec == theirs.preset.codec
     for name, tensor in theirs.parts()["vae"].state_dict().items():
         assert torch.equal(tensor, ours.parts()["vae"].state_dict()[name])
@@ -144,7 +149,7 @@ def test_fine_tuning_starts_from_the_model_with_a_gentler_rate(place: Path, whol
     done = train(place, "tuned", "--from", "whole", "--steps", "5", "--batch-size", "4")
     _, err = done.communicate()
     assert done.returncode == 0, err
-    start, tuned = (Model.load(str(place / n), device="cpu") for n in ("whole", "tuned"))
+    start, tuned = (load_model(str(place / n), device="cpu") for n in ("whole", "tuned"))
     assert tuned.preset.train.lr == pytest.approx(start.preset.train.lr / 10)
     before, after = start.tensors(), tuned.tensors()
     moved = {n: float((after[n] - t).abs().max()) for n, t in before.items()}

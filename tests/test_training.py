@@ -15,7 +15,8 @@ from difftool.config.layers import Layer
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.formats import open_model
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
 from difftool.training.run.folder import Run
 from difftool.training.run.plan import plan
 from difftool.training.step.checkpoint import newest_good
@@ -156,12 +157,12 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     assert [line["step"] for line in lines if "colours" in line] == [6, 12]
     with Image.open(tmp_path / "run/loss.png") as curve:
         assert curve.size[0] > 400
-    model = Model.load(str(path), device="cpu")
+    model = load_model(str(path), device="cpu")
     assert model.preset == run.preset
     ema = run.trainer.ema
     assert ema is not None
     assert all(torch.equal(model.tensors()[k], v) for k, v in ema.average.items())
-    assert Model.load(str(tmp_path / "run"), device="cpu").hash == model.hash
+    assert load_model(str(tmp_path / "run"), device="cpu").hash == model.hash
 
 
 def test_training_learns_the_classes(tmp_path, pictures):
@@ -173,7 +174,7 @@ def test_training_learns_the_classes(tmp_path, pictures):
     losses = [step.loss for step in run.steps() if step.loss is not None]
     assert losses[-1] < 0.8 * losses[0]
     with run.averaged():
-        images = run.samples([Item(label=k, seed=s) for k in (0, 1) for s in range(4)])
+        images = run.samples([SampleInput(label=k, seed=s) for k in (0, 1) for s in range(4)])
     dark, light = images[:4].mean(), images[4:].mean()
     assert dark < -0.4
     assert light > 0.4

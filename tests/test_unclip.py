@@ -14,7 +14,7 @@ from difftool.config.networks import VisionConfig
 from difftool.convert.convert import convert
 from difftool.formats import open_model
 from difftool.formats.ldm.names import vision_rules
-from difftool.pipeline.model import Model
+from difftool.pipeline.load import load_model
 
 WIDTH, LAYERS, PATCH, SIZE, PROJECTION = 128, 2, 8, 32, 40
 """PROJECTION is half of what the small U-Net of the family is told."""
@@ -86,7 +86,7 @@ def written(path: Path, tower: Tower, statistics: bool = False) -> Path:
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_the_encoder_of_a_single_file_sees_as_openclips(tower, statistics, tmp_path):
-    model = Model.load(str(written(tmp_path / "m.safetensors", tower, statistics)), device="cpu")
+    model = load_model(str(written(tmp_path / "m.safetensors", tower, statistics)), device="cpu")
     assert model.vision is not None and model.normalizer is not None
     images = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -141,4 +141,4 @@ def test_of_openais_encoder_the_statistics_are_missed(tmp_path):
     source = open_model(path)
     assert any("ViT-L-14_stats.th" in warning for warning in source.warnings)
     assert source.configs["image_encoder/config.json"]["hidden_act"] == "quick_gelu"
-    assert Model.load(str(path), device="cpu").vision is None
+    assert load_model(str(path), device="cpu").vision is None

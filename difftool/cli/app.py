@@ -18,7 +18,7 @@ from difftool import __version__
 from difftool.cli import console, habits
 from difftool.cli.options import JSON, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
-from difftool.errors import DifftoolError, ResourceError, UsageError
+from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory
 
 ABOUT = """
 Train, sample, inspect and convert diffusion models.
@@ -150,8 +150,7 @@ def _resource(error: Exception) -> ResourceError | None:
     """The user-facing form of memory and disk giving out; None for anything else."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", str(error), "free some space and run again")
-    out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-    if out_of_memory or "can't allocate memory" in str(error).lower():
+    if out_of_memory(error):
         hint = "use a smaller --batch-size or --size"
         return ResourceError("out of memory", str(error).split("\n")[0] or None, hint)
     return None

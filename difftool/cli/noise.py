@@ -333,9 +333,9 @@ def _model_path(where: str) -> dict[str, NoisePath]:
 
 
 def _load(where: str | None, device: str, dtype: str) -> Model:
-    from difftool.pipeline.model import Model
+    from difftool.pipeline.load import load_model
 
-    model = Model.load(where, device=device, dtype=dtype)
+    model = load_model(where, device=device, dtype=dtype)
     for note in model.notes:
         console.say(note)
     return model
@@ -344,9 +344,10 @@ def _load(where: str | None, device: str, dtype: str) -> Model:
 def _check_told(model: Model, prompt: str | None, label: str | None) -> None:
     """UsageError, before any picture, for what a model cannot be told; what it does not read."""
     from difftool.forward.reverse import condition
+    from difftool.pipeline.condition import token_count
 
     condition(model, model.preset.sample.size, prompt, label)
-    tokens, read = model.tokens(prompt or "")
+    tokens, read = token_count(model, prompt or "")
     if tokens > read:
         console.warn(f"the model reads {read} of the prompt's {tokens} tokens")
 

@@ -323,26 +323,28 @@ def sample(
     from difftool.adapters.lora.file import parse_lora
     from difftool.config.layers import Layer, origins
     from difftool.config.validate import to_values
-    from difftool.pipeline.model import Model
+    from difftool.pipeline.load import load_model
+    from difftool.pipeline.settings import plan_sampling, resolve_settings
     from difftool.pipeline.words import add_embeddings
-    from difftool.sampling.run import Run, resolve_settings
+    from difftool.sampling.run import Run
 
     loras = [parse_lora(text) for text in lora] if lora else [(Path(p), w) for p, w in base.loras]
-    loaded = Model.load(
+    loaded = load_model(
         model, device=device, dtype=dtype, vae=vae, recipe=preset, low_memory=low_memory,
         loras=loras, allow_unused=allow_unused,
     )  # fmt: skip
     second = None
     if refiner:
-        second = Model.load(refiner, device=device, dtype=dtype, low_memory=low_memory)
+        second = load_model(refiner, device=device, dtype=dtype, low_memory=low_memory)
     for each in (loaded, second) if second else (loaded,):
-        each.match(match)
+        each.set_padding(match)
         add_embeddings(each, embedding or map(Path, base.embeddings))
     for note in (*loaded.notes, *(second.notes if second else ())):
         console.say(note)
     for word in loaded.words:
         console.say(f"word {word} ({word.path})")
     resolved = resolve_settings(loaded, base.settings, match)
+    plan_sampling(loaded, resolved)  # refuses options that the sampler lacks
     console.say(_recipe(resolved))
     if print_config:
         below = [Layer(f"model {loaded.name}", to_values(loaded.preset))]

@@ -293,7 +293,8 @@ def train(
     from difftool.data import open_dataset
     from difftool.formats import open_model
     from difftool.hub.find import find_model
-    from difftool.pipeline.model import Model, pick_device
+    from difftool.pipeline.load import pick_device
+    from difftool.pipeline.model import Model
     from difftool.storage.shards import parse_size
     from difftool.training.report.page import usage
     from difftool.training.run import stages as staged

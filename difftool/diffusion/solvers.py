@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -209,6 +209,10 @@ class Sampler(ABC):
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]: ...
 
+    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
+        """The same method for a part of a grid of `steps` steps, with its last step or without."""
+        return self
+
     def _kappa(self, here: Level, there: Level) -> float:
         return self.fresh(self.path, here, there, self.eta) if there.sigma and self.eta else 0.0
 
@@ -311,6 +315,13 @@ class Multistep(Sampler):
             redo = (x, used) if self._corrects(i, here, u[i], u[i + 1]) else None
             x = self._pasted(self._go(mean, here, there, noise), there)
             yield Step(i, there, x, seen.x0)
+
+    def part_of(self, steps: int, *, last: bool = True) -> Multistep:
+        # Whether steps are few is meant of the whole grid, and so is its end.
+        few = self.taper == "short" and steps < 15
+        if last and (few or self.taper != "short"):
+            return self
+        return self if self.taper == "final" else replace(self, taper="never")
 
     def _order(self, left: int, steps: int) -> int:
         """The highest order of the step that is the last but left - 1."""

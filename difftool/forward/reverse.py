@@ -14,6 +14,8 @@ from difftool.diffusion.path import Level
 from difftool.errors import ResourceError, UsageError
 from difftool.forward.process import Pixels, Signal
 from difftool.images.fit import framed, to_pixels, to_tensor
+from difftool.pipeline.condition import build_cond, encode_prompts
+from difftool.pipeline.decode import decode
 from difftool.pipeline.model import Model
 
 
@@ -56,7 +58,7 @@ class ModelSpace:
             yield _array(x0)
 
     def _decode(self, x: Signal) -> Tensor:
-        return self.model.decode(self._tensor(x))
+        return decode(self.model, self._tensor(x))
 
     def _tensor(self, x: Signal) -> Tensor:
         return torch.from_numpy(x.astype(np.float32))[None].to(self.model.device)
@@ -90,4 +92,4 @@ def condition(
         raise UsageError(f"the model {model.name} works from another picture", why)
     number = None if label is None else model.label(label)
     with torch.no_grad():
-        return model.cond([prompt or ""], [number], size)
+        return build_cond(model, encode_prompts(model, [prompt or ""]), [number], size)

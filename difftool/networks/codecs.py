@@ -75,7 +75,7 @@ class VaeCodec(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         _check_size(images, self.factor)
-        vae = self._network()
+        vae = self.network()
         mean, logvar = (part.float() for part in vae.encode(images.to(vae.dtype)))
         return self.scaled(mean if noise is None else mean + torch.exp(0.5 * logvar) * noise)
 
@@ -90,10 +90,11 @@ class VaeCodec(nn.Module):
         return x0.float() / gain + offset
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self._network()
+        vae = self.network()
         return vae.decode(self.raw(x0).to(vae.dtype)).float()
 
-    def _network(self) -> Vae:
+    def network(self) -> Vae:
+        """The autoencoder in the type that it runs in."""
         if self.config.force_upcast and self.vae.dtype != torch.float32:
             return copy.deepcopy(self.vae).float()  # for this call: the stored weights stay small
         return self.vae

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,162 +16,49 @@ from torch import Tensor
 
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
-from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.guidance import Denoise, guided
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import Level
-from difftool.diffusion.samplers import SAMPLERS, Sampler, Step
-from difftool.errors import UsageError
-
-if TYPE_CHECKING:
-    from difftool.pipeline.model import Model
-
-
-class Item(NamedTuple):
-    """One picture to make. The items of a batch have the same kinds of pictures to go by."""
-
-    prompt: str = ""
-    negative: str = ""
-    label: int | None = None
-    seed: int = 0
-    init: Tensor | None = None
-    """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
-    mask: Tensor | None = None
-    """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
-    image: Tensor | None = None
-    """The picture to vary, as CLIP sees it; [3,S,S]."""
-
-
-class Second(NamedTuple):
-    """A model that takes over for the last steps (SDXL's refiner)."""
-
-    model: Model
-    settings: SampleConfig
-    start: float = 0.8
-    """The share of the path after which it does."""
-
-
-class Plan(NamedTuple):
-    """The levels that are visited."""
-
-    levels: list[Level]
-    sampler: Sampler
-    second: list[Level]
-    """Of the second model; empty without one."""
-
-    @property
-    def steps(self) -> int:
-        """How many steps are run."""
-        return len(self.levels) - 1 + max(len(self.second) - 1, 0)
-
-
-def check_items(model: Model, item: Item) -> None:
-    """UsageError for pictures that the model does not go by, or lacks."""
-    kind, name = model.concat, model.name
-    if kind == "other":
-        raise UsageError(f"the model {name} ({model.preset.family}) cannot be sampled yet")
-    if kind == "inpaint" and (item.init is None or item.mask is None):
-        raise UsageError(f"the model {name} repaints pictures", hint="give --init and --mask")
-    if kind == "edit" and (item.init is None or item.mask is not None):
-        raise UsageError(f"the model {name} edits pictures", hint="give --init, and no --mask")
-    if item.mask is not None and item.init is None:
-        raise UsageError("--mask has nothing to mask", hint="give --init")
-    if model.vision is not None and item.image is None:
-        raise UsageError(f"the model {name} varies a picture", hint="give --image-prompt")
-    if model.preset.family == "sd2-unclip" and model.vision is None:
-        raise UsageError(f"the model {name} has no picture encoder that difftool can read")
-
-
-def plan(
-    model: Model, settings: SampleConfig, *, init: bool = False, second: Second | None = None
-) -> Plan:
-    """The levels of a run. init: it starts from a picture, which leaves out the first of them."""
-    path, steps = model.denoiser.path, settings.steps
-    levels = GRIDS[settings.schedule](path, steps, **settings.schedule_options)
-    sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
-    # Whether steps are few is meant of the whole grid, not of the part that is run.
-    if steps >= 15 and getattr(sampler, "taper", None) == "short":
-        sampler = replace(sampler, taper="never")  # type: ignore[call-arg]
-    if init and model.concat != "edit":
-        run = min(int(steps * settings.strength), steps)
-        if run < 1:
-            why = f"{steps} steps times strength {settings.strength:g} is less than one step"
-            raise UsageError("no step would be run", why, "give more --steps or --strength")
-        levels = levels[steps - run :] if len(levels) == steps + 1 else levels[-run - 1 :]
-    if second is None:
-        return Plan(levels, sampler, [])
-    other = GRIDS[second.settings.schedule](
-        second.model.denoiser.path, second.settings.steps, **second.settings.schedule_options
-    )
-    cut = round(path.steps * (1 - second.start))
-    first = sum(level.t >= cut for level in levels[:-1])
-    rest = sum(level.t < cut for level in other[:-1])
-    if not first or not rest or path.continuous:
-        why = f"{first} steps before it and {rest} after it"
-        raise UsageError(f"--refiner-start {second.start:g} does not divide the steps", why)
-    if getattr(sampler, "taper", None) in ("short", "always"):
-        sampler = replace(sampler, taper="never")  # type: ignore[call-arg]
-    return Plan(levels[: first + 1], sampler, other[-rest - 1 :])
+from difftool.diffusion.samplers import SAMPLERS, Step
+from difftool.pipeline.condition import conds_of
+from difftool.pipeline.inputs import SampleInput, check_input
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import SamplePlan
 
 
 @torch.no_grad()
-def generate(
-    model: Model, items: Sequence[Item], settings: SampleConfig, second: Second | None = None
-) -> Iterator[Step]:
-    """x_t of a batch step by step; the last step's `.x` is x0 [B,C,H,W]."""
-    check_items(model, items[0])
-    init = items[0].init is not None
-    levels, sampler, rest = plan(model, settings, init=init, second=second)
+def generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
+    """Pictures from pure noise, or from given ones, step by step; the last step's `.x` is x0
+    [B,C,H,W].
+
+    Everything random about a picture comes from its own seed, so it is the same alone and in any
+    batch. UsageError for pictures that the model does not go by, or lacks.
+    """
+    model, settings = plan.model, plan.settings
+    check_input(model, inputs[0])
     codec, factor = model.codec, model.codec.factor
     shape = (codec.channels, *(side // factor for side in reversed(settings.size)))
-    seeds = [item.seed for item in items]
-    source = ImageNoise(seeds, shape, device=model.device)
-    told = _variation(model, items, settings, source)
-    conds = _conds(model, items, settings, told)
-    pictures = _Pictures(model, items, settings, levels, source)
-    denoise = _guided(model, settings, pictures.joined(conds, settings))
-    sampler = replace(sampler, paste=pictures.paste)
-    model.need("unet")
-    numbers = count()
-    x = pictures.x
-    noise = source
-    if sampler.brownian:
-        noise = BrownianNoise(seeds, shape, [*levels, *rest], device=model.device)
-    for step in sampler(denoise, x, levels, noise):
-        x = step.x
-        yield step._replace(index=next(numbers))
-    if second is None:
-        return
-    other, chosen, _ = second
-    conds = _conds(other, items, chosen, None)
-    denoise = _guided(other, chosen, pictures.joined(conds, chosen))
-    model.give_back()
-    other.need("unet")
-    sampler = replace(plan(other, chosen).sampler, paste=pictures.paste)
-    for step in sampler(denoise, x, rest, noise):
-        yield step._replace(index=next(numbers))
-    other.give_back()
-
-
-def _conds(
-    model: Model, items: Sequence[Item], settings: SampleConfig, told: Tensor | None
-) -> list[Cond]:
-    """The condition and, with guidance, what it is to keep away from."""
-    model.need("text")
-    labels = [item.label for item in items]
-    prompts = [item.prompt for item in items]
-    conds = [
-        model.cond(prompts, labels, settings.size, settings.guidance,
-                   settings=settings, vector=told)
-    ]  # fmt: skip
-    if settings.guidance > 1 and not model.preset.unet.guidance_dim:
-        none: list[int | None] = [None] * len(items)
-        nothing = None if told is None else torch.zeros_like(told)
-        conds.append(
-            model.cond([item.negative for item in items], none, settings.size,
-                       settings=settings, negative=True, vector=nothing)
-        )  # fmt: skip
-    return conds
+    seeds = [each.seed for each in inputs]
+    noise = ImageNoise(seeds, shape, device=model.device)
+    vector = _variation(model, inputs, settings, noise)
+    conds = conds_of(model, inputs, settings, vector)
+    pictures = _Pictures(plan, inputs, noise)
+    x, numbers = pictures.x, count()
+    if plan.sampler.brownian:
+        levels = [*plan.levels, *(plan.refiner.levels if plan.refiner else ())]
+        noise = BrownianNoise(seeds, shape, levels, device=model.device)
+    for part in filter(None, (plan, plan.refiner)):
+        if part is not plan:
+            conds = conds_of(part.model, inputs, part.settings, None)
+            model.unload()
+        denoise = _guided(part.model, part.settings, pictures.joined(conds))
+        part.model.load_part("unet")
+        sampler = replace(part.sampler, paste=pictures.paste)
+        for step in sampler(denoise, x, part.levels, noise):
+            x = step.x
+            yield step._replace(index=next(numbers))
+    if plan.refiner is not None:
+        plan.refiner.model.unload()
 
 
 def _guided(model: Model, settings: SampleConfig, conds: list[Cond]) -> Denoise:
@@ -191,44 +77,38 @@ def _guided(model: Model, settings: SampleConfig, conds: list[Cond]) -> Denoise:
 
 
 def _variation(
-    model: Model, items: Sequence[Item], settings: SampleConfig, source: ImageNoise
+    model: Model, inputs: Sequence[SampleInput], settings: SampleConfig, noise: ImageNoise
 ) -> Tensor | None:
     """The conditioning vector of pictures to vary; [B,2P]."""
     if model.vision is None or model.normalizer is None or model.vision_path is None:
         return None
-    model.need("vision")
-    images = torch.stack([item.image for item in items if item.image is not None])
+    model.load_part("vision")
+    images = torch.stack([each.image for each in inputs if each.image is not None])
     embeddings = model.vision(images.to(model.device, model.dtype)).float()
-    noise = source.draw(embeddings.shape[1:])
+    drawn = noise.draw(embeddings.shape[1:])
     level = model.vision_path.level(settings.noise_level)
-    return model.normalizer(embeddings, noise, level.alpha, level.sigma, settings.noise_level)
+    return model.normalizer(embeddings, drawn, level.alpha, level.sigma, settings.noise_level)
 
 
 class _Pictures:
     """What is taken from the pictures of a batch: where x starts, what is joined to it and what is
     laid over it."""
 
-    def __init__(
-        self,
-        model: Model,
-        items: Sequence[Item],
-        settings: SampleConfig,
-        levels: list[Level],
-        source: ImageNoise,
-    ):
+    def __init__(self, plan: SamplePlan, inputs: Sequence[SampleInput], noise: ImageNoise):
+        model, settings = plan.model, plan.settings
         self.concat: Tensor | None = None
-        self.levels, self.known, self.mask = levels, None, None
+        self.levels, self.known, self.mask = plan.levels, None, None
         kind, codec, device = model.concat, model.codec, model.device
-        first = levels[0]
-        images = [item.init.to(device) for item in items if item.init is not None]
-        masks = [item.mask.to(device) for item in items if item.mask is not None]
+        first = plan.levels[0]
+        images = [each.init.to(device) for each in inputs if each.init is not None]
+        masks = [each.mask.to(device) for each in inputs if each.mask is not None]
         image = torch.stack(images) if images else None
         known = None
         if image is not None:
-            model.need("vae")
+            model.load_part("vae")
             if kind == "none" or (kind == "inpaint" and settings.strength < 1):
-                known = codec.encode(image, source.draw())
-        self.noise = source.draw()
+                known = codec.encode(image, noise.draw())
+        self.noise = noise.draw()
         amplitude = {
             "unit": 1.0,
             "sigma": first.sigma,
@@ -240,16 +120,16 @@ class _Pictures:
         if kind == "edit" and image is not None:
             self.concat = model.raw(codec.encode(image))
         if masks and image is not None:
-            noise = source.draw()  # of the masked picture's latents, which not every model sees
+            drawn = noise.draw()  # of the masked picture's latents, which not every model has
             mask = torch.stack(masks)[:, None]
             small = F.interpolate(mask, size=self.x.shape[2:])
             if kind == "inpaint":
-                hidden = codec.encode(image * (mask < 0.5), noise)
+                hidden = codec.encode(image * (mask < 0.5), drawn)
                 self.concat = torch.cat([(small >= 0.5).float(), hidden], dim=1)
             else:
                 self.known, self.mask = known, small
 
-    def joined(self, conds: list[Cond], settings: SampleConfig) -> list[Cond]:
+    def joined(self, conds: list[Cond]) -> list[Cond]:
         """The conditions with what is joined to x. A picture to edit makes three of two: with both,
         with the picture, with neither."""
         if self.concat is None:

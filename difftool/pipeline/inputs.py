@@ -1,4 +1,4 @@
-"""Pictures that a request goes by: to start from, to repaint, to vary."""
+"""One picture to make, and the pictures that it goes by: to start from, to repaint, to vary."""
 
 from __future__ import annotations
 
@@ -15,6 +15,40 @@ from difftool.images.read import read_image, read_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from difftool.pipeline.model import Model
+
+
+class SampleInput(NamedTuple):
+    """One picture to make. The pictures of a batch have the same kinds of pictures to go by."""
+
+    prompt: str = ""
+    negative: str = ""
+    label: int | None = None
+    seed: int = 0
+    init: Tensor | None = None
+    """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
+    mask: Tensor | None = None
+    """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
+    image: Tensor | None = None
+    """The picture to vary, as CLIP's picture encoder is given it; [3,S,S]."""
+
+
+def check_input(model: Model, given: SampleInput) -> None:
+    """UsageError for pictures that the model does not go by, or lacks."""
+    kind, name = model.concat, model.name
+    if kind == "other":
+        raise UsageError(f"the model {name} ({model.preset.family}) cannot be sampled yet")
+    if kind == "inpaint" and (given.init is None or given.mask is None):
+        raise UsageError(f"the model {name} repaints pictures", hint="give --init and --mask")
+    if kind == "edit" and (given.init is None or given.mask is not None):
+        raise UsageError(f"the model {name} edits pictures", hint="give --init, and no --mask")
+    if given.mask is not None and given.init is None:
+        raise UsageError("--mask has nothing to mask", hint="give --init")
+    if model.vision is not None and given.image is None:
+        raise UsageError(f"the model {name} varies a picture", hint="give --image-prompt")
+    if model.preset.family == "sd2-unclip" and model.vision is None:
+        raise UsageError(f"the model {name} has no picture encoder that difftool can read")
+
 
 class File(NamedTuple):
     """A file and what tells whether it has changed."""
@@ -30,25 +64,25 @@ def _file(path: str) -> File:
     return File(where, where.stat().st_mtime_ns)
 
 
-def size_of(path: str) -> tuple[int, int]:
+def picture_size(path: str) -> tuple[int, int]:
     """Width and height of a picture."""
     return _read(_file(path)).size
 
 
-def picture(path: str, size: tuple[int, int]) -> Tensor:
+def load_init(path: str, size: tuple[int, int]) -> Tensor:
     """A picture at that size (Lanczos, its shape not kept), [3,H,W] in [-1, 1]."""
-    return _picture(_file(path), size)
+    return _init(_file(path), size)
 
 
-def mask(path: str, size: tuple[int, int]) -> Tensor:
+def load_mask(path: str, size: tuple[int, int]) -> Tensor:
     """A mask at that size, [H,W]: white 1, black 0, transparent as black."""
     return _mask(_file(path), size)
 
 
-def seen(path: str, side: int) -> Tensor:
-    """A picture as CLIP sees it: the shorter side scaled to that (bicubic), the middle, normed;
-    [3,side,side]."""
-    return _seen(_file(path), side)
+def load_image_prompt(path: str, side: int) -> Tensor:
+    """A picture as CLIP's picture encoder is given it: the shorter side scaled to that
+    (bicubic), the middle, normed; [3,side,side]."""
+    return _image_prompt(_file(path), side)
 
 
 # Many images may go by one picture, which is read once.
@@ -60,7 +94,7 @@ def _read(file: File) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def _picture(file: File, size: tuple[int, int]) -> Tensor:
+def _init(file: File, size: tuple[int, int]) -> Tensor:
     image = _read(file)
     return to_tensor(image if image.size == size else scaled(image, size))
 
@@ -78,7 +112,7 @@ def _mask(file: File, size: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _seen(file: File, side: int) -> Tensor:
+def _image_prompt(file: File, side: int) -> Tensor:
     import torch
 
     from difftool.config.networks import CLIP_MEAN, CLIP_STD

@@ -7,33 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from difftool.adapters.words import ENCODERS, Embedding, family_of_widths, read_embeddings
 from difftool.errors import InputError, UsageError
+from difftool.pipeline.model import Model, Word
 from difftool.storage.tensors import load_located
-
-if TYPE_CHECKING:
-    from difftool.pipeline.model import Model
-
-
-@dataclass(frozen=True)
-class Word:
-    """A learned word of a model."""
-
-    path: Path
-    names: tuple[str, ...]
-    """What stands for it in a prompt."""
-    first: int
-    """The token id of its first vector."""
-
-    def __str__(self) -> str:
-        return " or ".join(self.names)
 
 
 def add_embeddings(model: Model, paths: Iterable[Path]) -> None:
@@ -89,9 +71,9 @@ def _vectors(model: Model, embedding: Embedding) -> list[Tensor]:
     return made
 
 
-def used(model: Model, prompts: Iterable[str]) -> set[Word]:
+def used_words(model: Model, prompts: Iterable[str]) -> set[Word]:
     """The words that prompts have."""
     if not model.words:
         return set()
-    there = {token for prompt in prompts for token in model.tokenizers[0].tokens(prompt)}
-    return {word for word in model.words if word.first in there}
+    tokens = {token for prompt in prompts for token in model.tokenizers[0].tokens(prompt)}
+    return {word for word in model.words if word.first in tokens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import groupby
@@ -14,14 +14,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftool.config.schema import SampleConfig
-from difftool.diffusion.samplers import split_spelling
-from difftool.errors import DifftoolError, InputError, ResourceError, UsageError
+from difftool.errors import (
+    DifftoolError,
+    InputError,
+    ResourceError,
+    UsageError,
+    out_of_memory,
+)
 from difftool.images.fit import tile, to_pil
-from difftool.pipeline.decode import out_of_memory
-from difftool.pipeline.generate import Item, Second, check_items, plan
-from difftool.pipeline.inputs import mask, picture, seen, size_of
-from difftool.pipeline.model import Model
-from difftool.pipeline.words import Word, used
+from difftool.pipeline.condition import token_count
+from difftool.pipeline.decode import decode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import (
+    SampleInput,
+    check_input,
+    load_image_prompt,
+    load_init,
+    load_mask,
+    picture_size,
+)
+from difftool.pipeline.model import Model, Word
+from difftool.pipeline.settings import Refiner, SamplePlan, plan_sampling, resolve_settings
+from difftool.pipeline.words import used_words
 from difftool.sampling import metadata
 from difftool.sampling.metadata import Recipe
 from difftool.sampling.output import Output
@@ -100,28 +114,13 @@ class Job:
 
     index: int
     recipe: Recipe
-    item: Item
+    plan: SamplePlan | None
+    """None where it is made of saved latents."""
+    item: SampleInput
     path: Path | None
 
 
 Entry = Job | Failure | Skipped | Note
-
-
-def resolve_settings(
-    model: Model, asked: Mapping[str, Any], match: str | None = None
-) -> SampleConfig:
-    """The model's sampling settings with those of a Request; UsageError if they are not usable.
-
-    match: another tool, whose numbers are wanted where it has its own.
-    """
-    asked = dict(asked) | ({"match": match} if match else {})
-    if "sampler" in asked:
-        asked["sampler"], schedule = split_spelling(asked["sampler"])
-        if schedule and "schedule" not in asked:
-            asked["schedule"] = schedule
-    width, height = asked.get("size", model.preset.sample.size)
-    asked["size"] = (asked.pop("width", width), asked.pop("height", height))
-    return model.settings(**asked)
 
 
 def default_batch(settings: SampleConfig) -> int:
@@ -209,10 +208,10 @@ class Run:
                 index += 1
                 continue
             try:
-                settings, label = self._checked(request)
+                plan, label = self._checked(request)
                 seeds = request.images()
-                self.used |= used(self.model, (request.prompt or "", request.negative or ""))
-                yield from self._notes(request, settings)
+                self.used |= used_words(self.model, (request.prompt or "", request.negative or ""))
+                yield from self._notes(request, plan)
                 if not request.seeds:
                     yield Note(f"seed {seeds[0]}", warning=False)
             except DifftoolError as error:
@@ -220,18 +219,18 @@ class Run:
                 index += 1
                 continue
             for seed in seeds:
-                yield self._job(index, request, settings, label, seed)
+                yield self._job(index, request, plan, label, seed)
                 index += 1
         for word in self.model.words:
             if word not in self.used:
                 yield Note(f"no prompt has the word {word}: {word.path} was not used")
 
-    def _checked(self, request: Request) -> tuple[SampleConfig, int | None]:
-        """The settings and the label of a request; UsageError if the model cannot do it."""
+    def _checked(self, request: Request) -> tuple[SamplePlan, int | None]:
+        """The plan and the label of a request; UsageError if the model cannot do it."""
         model, asked = self.model, dict(request.settings)
         if request.init and not {"size", "width", "height"} & asked.keys():
             factor = model.codec.factor
-            asked["size"] = tuple(side - side % factor for side in size_of(request.init))
+            asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
         settings = resolve_settings(model, asked, self.match)
         if model.preset.text and request.prompt is None:
             raise UsageError(f"the model {model.name} needs a prompt", hint="give a PROMPT")
@@ -242,43 +241,43 @@ class Run:
         if label is None and model.preset.unet.num_classes and model.null_label is None:
             hint = f"give --label, one of {', '.join(model.preset.classes)}"
             raise UsageError(f"the model {model.name} needs a class", hint=hint)
-        check_items(model, self._item(request, settings, label, 0))
-        return settings, label
+        check_input(model, self._item(request, settings, label, 0))
+        start = request.init is not None
+        refiner = self._refiner(settings)
+        return plan_sampling(model, settings, from_picture=start, refiner=refiner), label
 
-    def _item(self, request: Request, settings: SampleConfig, label: int | None, seed: int) -> Item:
+    def _item(
+        self, request: Request, settings: SampleConfig, label: int | None, seed: int
+    ) -> SampleInput:
         """What is to be made, pictures included; InputError if one cannot be read."""
         vision = self.model.vision
         if request.image and vision is None:
             hint = "unCLIP models do"
             raise UsageError(f"the model {self.model.name} takes no --image-prompt", hint=hint)
-        return Item(
+        return SampleInput(
             request.prompt or "",
             request.negative or "",
             label,
             seed,
-            init=picture(request.init, settings.size) if request.init else None,
-            mask=mask(request.mask, settings.size) if request.mask else None,
-            image=seen(request.image, vision.config.size) if request.image and vision else None,
+            init=load_init(request.init, settings.size) if request.init else None,
+            mask=load_mask(request.mask, settings.size) if request.mask else None,
+            image=load_image_prompt(request.image, vision.config.size)
+            if request.image and vision
+            else None,
         )
 
-    def _second(self, settings: SampleConfig) -> Second | None:
+    def _refiner(self, settings: SampleConfig) -> Refiner | None:
         """The refiner, told the same."""
         if self.refiner is None:
             return None
         names = ("sampler", "schedule", "steps", "guidance", "size")
         asked = {name: getattr(settings, name) for name in names}
         chosen = resolve_settings(self.refiner, asked, self.match)
-        return Second(self.refiner, chosen, self.refiner_start)
+        return Refiner(self.refiner, chosen, self.refiner_start)
 
-    def _steps(self, settings: SampleConfig, init: bool) -> int:
-        """How many steps are run."""
-        if not init and self.refiner is None:
-            return settings.steps
-        return plan(self.model, settings, init=init, second=self._second(settings)).steps
-
-    def _notes(self, request: Request, settings: SampleConfig) -> Iterator[Note]:
+    def _notes(self, request: Request, plan: SamplePlan) -> Iterator[Note]:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
-        texts = []
+        settings, texts = plan.settings, []
         for name, flag, there in (
             ("strength", "--strength", request.init and self.model.concat != "edit"),
             ("image_guidance", "--image-guidance", self.model.concat == "edit"),
@@ -288,9 +287,10 @@ class Run:
                 texts.append(f"{flag} {getattr(settings, name):g} has no effect here")
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
-        run = self._steps(settings, request.init is not None)
-        if run != settings.steps:
-            text = f"{run} of {settings.steps} steps are run (strength {settings.strength:g})"
+        picked = request.init is not None or self.refiner is not None
+        if picked and plan.steps != settings.steps:
+            run = f"{plan.steps} of {settings.steps} steps are run"
+            text = f"{run} (strength {settings.strength:g})"
             if text not in self.noted:
                 yield Note(text, warning=False)
                 self.noted.add(text)
@@ -302,7 +302,7 @@ class Run:
         for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
             if not prompt:
                 continue
-            count, limit = self.model.tokens(prompt)
+            count, limit = token_count(self.model, prompt)
             if count > limit and (settings.prompt_syntax == "none" or self.strict):
                 what = (
                     f'the {name} "{prompt[:40]}..." has {count} tokens, of which {limit} are read'
@@ -314,10 +314,13 @@ class Run:
         self.noted.update(texts)
 
     def _job(
-        self, index: int, request: Request, settings: SampleConfig, label: int | None, seed: int
+        self, index: int, request: Request, plan: SamplePlan, label: int | None, seed: int
     ) -> Entry:
         refiner = None if self.refiner is None else self.refiner.name
-        words = used(self.model, (request.prompt or "", request.negative or ""))
+        settings, words = (
+            plan.settings,
+            used_words(self.model, (request.prompt or "", request.negative or "")),
+        )
         recipe = Recipe(
             request.prompt or "", request.negative or "", request.label, seed, settings,
             request.init, request.mask, request.image, refiner,
@@ -335,7 +338,7 @@ class Run:
             self.planned.add(path)
         if path and self.output.skip_existing and path.exists():
             return Skipped(index, path)
-        return Job(index, recipe, item, path)
+        return Job(index, recipe, plan, item, path)
 
     def _fields(self, index: int, recipe: Recipe) -> dict[str, str | int | float | None]:
         settings = recipe.settings
@@ -395,15 +398,14 @@ class Run:
         return made
 
     def _generate(self, jobs: list[Job]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
-        settings, items = jobs[0].recipe.settings, [job.item for job in jobs]
-        steps, second = self._steps(settings, items[0].init is not None), self._second(settings)
-        given = () if second is None else (second,)
+        plan, items = jobs[0].plan, [job.item for job in jobs]
+        assert plan is not None
         x0 = torch.empty(0)
-        for step in self.model.generate(items, settings, *given):
+        for step in generate(plan, items):
             x0 = step.x
-            yield Working(len(jobs), step.index + 1, steps)
+            yield Working(len(jobs), step.index + 1, plan.steps)
         try:
-            images = self.model.decode(x0)
+            images = decode(self.model, x0)
         except Exception as error:
             self._rescue(jobs, x0, error)
             raise
@@ -470,14 +472,14 @@ class Run:
             try:
                 x0, recipe = self._read_latents(file)
                 path = self.output.path(self._fields(index, recipe))
-                image = self.model.decode(x0[None].to(self.model.device))[0].cpu()
+                image = decode(self.model, x0[None].to(self.model.device))[0].cpu()
             except DifftoolError as error:
                 yield Failure(index, error)
                 continue
             if path and self.output.skip_existing and path.exists():
                 yield Skipped(index, path)
                 continue
-            job = Job(index, recipe, Item(), path)
+            job = Job(index, recipe, None, SampleInput(), path)
             yield self._written(job, x0, image, time.perf_counter() - started)
 
     def _read_latents(self, file: Path) -> tuple[Tensor, Recipe]:

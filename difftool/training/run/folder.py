@@ -30,7 +30,12 @@ from difftool.data.dataset import count
 from difftool.errors import Stopped, UsageError
 from difftool.images.sheets import Cell, enlarged, sheet
 from difftool.images.write import write_png
-from difftool.pipeline.model import Item, Model
+from difftool.pipeline.decode import decode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_part_from
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.storage.commit import write_whole
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size, written_at
 from difftool.training.report.page import FACTS, warnings, write_report
@@ -133,7 +138,7 @@ class Run:
                 preset, seed=recipe.seed, tokenizer_json=tokenizer_json, device=str(device)
             )
             for name, path in (adopt or {}).items():
-                model.adopt(path, name)
+                load_part_from(model, path, name)
             if rank := preset.train.lora_rank:
                 model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
                 model.adapters.init_weights(torch.Generator().manual_seed(recipe.seed))
@@ -293,7 +298,7 @@ class Run:
         write_png(sheet(cells, columns), path, overwrite=True)
         return measured
 
-    def _caption(self, item: Item) -> str:
+    def _caption(self, item: SampleInput) -> str:
         return item.prompt if item.label is None else self.preset.classes[item.label]
 
     @cached_property
@@ -385,10 +390,10 @@ class Run:
             for name, part in parts.items():
                 part.train(training[name])
 
-    def samples(self, items: Sequence[Item]) -> torch.Tensor:
+    def samples(self, items: Sequence[SampleInput]) -> torch.Tensor:
         """Images [B,3,H,W] in [-1, 1] with the preset's own settings."""
-        *_, last = self.model.generate(items, self.model.settings())
-        return self.model.decode(last.x)
+        *_, last = generate(plan_sampling(self.model, resolve_settings(self.model)), items)
+        return decode(self.model, last.x)
 
     @torch.no_grad()
     def _reconstructions(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,14 +402,14 @@ class Run:
         assert size
         shown = rng.permutation(0, 0, len(self._shown))[: PREVIEWS // 2].tolist()
         pictures = to_signal(self._shown.images(shown, size), self.model.device)
-        return pictures, self.model.decode(codec.encode(pictures))
+        return pictures, decode(self.model, codec.encode(pictures))
 
     @property
     def _shown(self) -> Dataset:
         """What the sheets take their captions and pictures from."""
         return self.held if self.held and len(self.held) >= PREVIEWS else self.dataset
 
-    def _items(self) -> list[Item]:
+    def _items(self) -> list[SampleInput]:
         """What the sheets show, the same all through the run."""
         names, texts = len(self.preset.classes), [""]
         if self.model.text:
@@ -412,7 +417,7 @@ class Run:
             texts = self.prompts or self._shown.captions(shown)
         number = max(PREVIEWS // len(texts), 1) * len(texts)
         return [
-            Item(texts[i % len(texts)], label=i % names if names else None, seed=i)
+            SampleInput(texts[i % len(texts)], label=i % names if names else None, seed=i)
             for i in range(number)
         ]
 

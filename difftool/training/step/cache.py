@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from difftool.data import Dataset
 from difftool.data.buckets import Buckets, Size
 from difftool.networks.codecs import VaeCodec
+from difftool.pipeline.condition import EncodedPrompts, encode_prompts
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step.batches import to_signal
@@ -110,7 +111,7 @@ def _size(text: str) -> Size:
 
 
 class Embeddings:
-    """The text encoders' outputs, fp16, a file a caption; called like Model.embed.
+    """The text encoders' outputs, fp16, a file a caption; called like `encode_prompts`.
 
     What was used last is held in memory. A caption gives the same numbers whether it was cached or
     not, so that a resumed run is exact.
@@ -124,13 +125,13 @@ class Embeddings:
         self.held: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, prompts: Sequence[str]) -> EncodedPrompts:
         """Context [B,L,D] and pooled [B,P] of prompts, fp32."""
         rows = [self._row(prompt) for prompt in prompts]
         # As fp32 first: autocast to bf16 on a CPU has no way to stack fp16.
         columns = {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
         made = {k: t.to(self.model.device, non_blocking=True) for k, t in columns.items()}
-        return made["context"], made.get("pooled")
+        return EncodedPrompts(made["context"], made.get("pooled"))
 
     def _row(self, prompt: str) -> dict[str, Tensor]:
         row = self.held.pop(prompt, None)
@@ -139,8 +140,8 @@ class Embeddings:
             if path.is_file():
                 row = load_tensors(path)
             else:
-                parts = zip(("context", "pooled"), self.model.embed([prompt]), strict=True)
-                row = {name: t[0].half().cpu() for name, t in parts if t is not None}
+                texts = encode_prompts(self.model, [prompt])._asdict().items()
+                row = {name: t[0].half().cpu() for name, t in texts if t is not None}
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_tensors(path, row, {}, overwrite=True)
         self.held[prompt] = row  # last in, last out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from difftool.config.schema import ClipTrainConfig, TrainConfig, VaeTrainConfig
 from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
 from difftool.networks.codecs import VaeCodec
+from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
 from difftool.registry import Registry, call
 from difftool.training.step import rng
@@ -124,7 +125,9 @@ class DenoisingObjective(Objective):
         times = self.times(u)
         eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
-        cond = model.cond(batch.captions, batch.labels, size, embed=self.embeddings)
+        encode = self.embeddings or partial(encode_prompts, model)
+        texts = encode(batch.captions)
+        cond = build_cond(model, texts, batch.labels, size)
         losses, level = training_loss(
             model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
         )
@@ -227,7 +230,7 @@ class ClipObjective(Objective):
         ids = torch.tensor([numbers[c] for c in batch.captions], device=self.model.device)
         same = (ids[:, None] == ids[None]).float()
         wanted = same / same.sum(1, keepdim=True)
-        for pictures, texts in zip(seen, self.model.pooled(batch.captions), strict=True):
+        for pictures, texts in zip(seen, pooled_texts(self.model, batch.captions), strict=True):
             logits = scale * F.normalize(pictures, dim=1) @ F.normalize(texts.float(), dim=1).T
             total = total + F.cross_entropy(logits, wanted, reduction="none") / 2
             total = total + F.cross_entropy(logits.T, wanted, reduction="none") / 2

@@ -1,0 +1,1 @@
+"""What makes a network fast, or small, on a device."""

@@ -1,0 +1,146 @@
+"""What is asked of a model, resolved once into the plan of its sampling.
+
+    settings = resolve_settings(model, {"steps": 8, "guidance": 5.0})  # the rest: the model's own
+    plan = plan_sampling(model, settings)                              # sampler and levels built
+    for step in generate(plan, [SampleInput("a fox", seed=7)]): ...    # as many as plan.steps
+
+The plan is carried to whatever makes, counts or describes pictures; nothing is resolved again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from difftool.config.layers import merge
+from difftool.config.schema import SampleConfig
+from difftool.config.validate import to_values, validate
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.path import Discrete, Level
+from difftool.diffusion.samplers import SAMPLERS, Sampler, split_spelling
+from difftool.errors import UsageError
+from difftool.formats.diffusers.scheduler_switch import switched
+from difftool.pipeline.model import Model
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """How pictures are made, all of it decided."""
+
+    model: Model
+    settings: SampleConfig
+    sampler: Sampler
+    levels: Sequence[Level]
+    """That are visited, noisy to clean."""
+    refiner: SamplePlan | None = None
+    """Of a model that takes over for the last steps, where `levels` end."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are run: less than are asked for from a picture on."""
+        return len(self.levels) - 1 + (0 if self.refiner is None else self.refiner.steps)
+
+
+class Refiner(NamedTuple):
+    """A model that takes over for the last steps (SDXL's refiner)."""
+
+    model: Model
+    settings: SampleConfig
+    start: float = 0.8
+    """The share of the path after which it does."""
+
+
+def resolve_settings(
+    model: Model, asked: Mapping[str, Any] | None = None, match: str | None = None
+) -> SampleConfig:
+    """The model's sampling settings with those that are asked for, checked against the model.
+
+    asked: fields of SampleConfig, and `width`, `height`; None, or absent, is the model's own. A
+    sampler may be named with its schedule, as other tools do ("DPM++ 2M Karras"). match: another
+    tool, whose numbers are wanted where it has its own. UsageError for what cannot be.
+    """
+    given = {name: value for name, value in (asked or {}).items() if value is not None}
+    if "sampler" in given:
+        given["sampler"], schedule = split_spelling(given["sampler"])
+        if schedule:
+            given.setdefault("schedule", schedule)
+    if "schedule" in given:
+        given["schedule"] = GRIDS.resolve(given["schedule"])
+    width, height = given.get("size", model.preset.sample.size)
+    given["size"] = (given.pop("width", width), given.pop("height", height))
+    values = to_values(model.preset.sample)
+    if follows_scheduler(model) and (match or {"sampler", "schedule"} & given.keys()):
+        names = (given.get("sampler"), given.get("schedule"))
+        values |= switched(model.preset, *names, floor=match == "diffusers")
+    settings = validate(SampleConfig, merge(values, given), "the sampling settings")
+    _check(model, settings)
+    return settings
+
+
+def follows_scheduler(model: Model) -> bool:
+    """Whether samplers are built from the model's scheduler, as diffusers builds them."""
+    return bool(model.preset.scheduler) and isinstance(model.denoiser.path, Discrete)
+
+
+def _check(model: Model, settings: SampleConfig) -> None:
+    """UsageError for settings that the model cannot be sampled with."""
+    factor = model.codec.factor
+    if settings.steps < 1:
+        raise UsageError(f"--steps {settings.steps} is too few", hint="give at least 1")
+    if any(side < factor or side % factor for side in settings.size):
+        size = "x".join(map(str, settings.size))
+        nearest = "x".join(str(max(factor, round(s / factor) * factor)) for s in settings.size)
+        why = f"sides must be multiples of {factor}"
+        raise UsageError(f"size {size} does not fit this model", why, f"try {nearest}")
+    if 0 < settings.guidance < 1 or settings.guidance < 0:
+        hint = "1 is off; 2 to 8 are usual"
+        raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
+    if settings.guidance > 1 and not model.preset.unet.guidance_dim and not model.guidable:
+        why = "it was trained without an empty caption or label to guide from"
+        raise UsageError(f"the model {model.name} cannot be guided", why, "use --guidance 1")
+    if not 0 < settings.strength <= 1:
+        raise UsageError(f"strength {settings.strength:g} is not above 0 and at most 1")
+    if settings.image_guidance < 1:
+        why, hint = "the picture would be kept away from", "1 is off"
+        raise UsageError(f"image guidance {settings.image_guidance:g} is not usable", why, hint)
+    if not 0 <= settings.noise_level < 1000:
+        raise UsageError(f"noise level {settings.noise_level} is not from 0 to 999")
+
+
+def plan_sampling(
+    model: Model,
+    settings: SampleConfig,
+    *,
+    from_picture: bool = False,
+    refiner: Refiner | None = None,
+) -> SamplePlan:
+    """The sampler and the levels of settings, built once.
+
+    from_picture: a picture is started from, which leaves out the first levels (and does not where
+    the model edits pictures). UsageError for options that sampler or schedule lack, and where no
+    step would be run.
+    """
+    path, steps = model.denoiser.path, settings.steps
+    sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
+    levels = GRIDS[settings.schedule](path, steps, **settings.schedule_options)
+    if from_picture and model.concat != "edit":
+        run = min(int(steps * settings.strength), steps)
+        if run < 1:
+            why = f"{steps} steps times strength {settings.strength:g} is less than one step"
+            raise UsageError("no step would be run", why, "give more --steps or --strength")
+        levels = levels[steps - run :] if len(levels) == steps + 1 else levels[-run - 1 :]
+    if refiner is None:
+        return SamplePlan(model, settings, sampler.part_of(steps), levels)
+    taking_over = plan_sampling(refiner.model, refiner.settings)
+    cut = round(path.steps * (1 - refiner.start))
+    first = sum(level.t >= cut for level in levels[:-1])
+    rest = sum(level.t < cut for level in taking_over.levels[:-1])
+    if not first or not rest or path.continuous:
+        why = f"{first} steps before it and {rest} after it"
+        raise UsageError(f"--refiner-start {refiner.start:g} does not divide the steps", why)
+    rest_of = SamplePlan(
+        refiner.model, refiner.settings, taking_over.sampler, taking_over.levels[-rest - 1 :]
+    )
+    whole = sampler.part_of(steps, last=False)
+    return SamplePlan(model, settings, whole, levels[: first + 1], rest_of)
