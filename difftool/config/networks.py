@@ -68,6 +68,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     """Of every group norm but the transformers', whose eps is 1e-6."""
     dropout: float = 0.0
+    """Share of the values inside residual blocks that training leaves out."""
     flip_sin_to_cos: bool = True
     """Order of the time embedding: cosines first (SD) or sines first (DDPM)."""
     freq_shift: float = 0.0
@@ -141,7 +142,9 @@ class IdentityConfig:
     """Pixels as they are."""
 
     kind: Literal["identity"] = "identity"
+    """What stands between pictures and x0: nothing, blocks folded into channels, an autoencoder."""
     channels: int = 3
+    """Image channels."""
     factor: ClassVar[int] = 1
     """How many times smaller the sides of x0 are."""
 
@@ -159,6 +162,7 @@ class SpaceToDepthConfig:
     channels: int = 3
     """Image channels."""
     block: int = 2
+    """Side of the blocks of pixels."""
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -183,16 +187,20 @@ class VaeConfig:
     channels: int = 3
     """Image channels."""
     latent_channels: int = 4
+    """Channels of x0."""
     widths: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each level; every level but the last halves the resolution."""
     patch: int = 1
     """Sides of the blocks of pixels that are folded into channels at the picture's end: the
     costliest resolution is left out. 1 in every published autoencoder."""
     blocks: int = 2
+    """Residual blocks a level of the encoder; one more in the decoder."""
     groups: int = 32
+    """Groups of every group norm."""
     scale: float = 0.18215
     """x0 = (latent - shift) * scale."""
     shift: float = 0.0
+    """Taken from latents before they are scaled."""
     latents_mean: tuple[float, ...] | None = None
     """A shift for each latent channel, in place of `shift`."""
     latents_std: tuple[float, ...] | None = None
@@ -200,6 +208,7 @@ class VaeConfig:
     quant_conv: bool = True
     """1x1 convolutions between the networks and the latent; absent in 16-channel VAEs."""
     mid_attention: bool = True
+    """Self-attention in the middle block."""
     force_upcast: bool = False
     """Run in fp32 whatever the model's dtype (SDXL's published VAE overflows fp16)."""
 
@@ -234,11 +243,17 @@ class TextConfig:
     """A CLIP text encoder, and which of its outputs condition the U-Net."""
 
     width: int = 768
+    """Width of its hidden states."""
     layers: int = 12
+    """Transformer layers."""
     heads: int = 12
+    """Attention heads of a layer."""
     mlp: int = 3072
+    """Width inside a feed-forward network."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of the feed-forward networks: OpenAI's approximation, or GELU itself."""
     vocab_size: int = 49408
+    """Tokens that it knows."""
     length: int = 77
     """Tokens of a prompt, start and end marks included."""
     projection: int | None = None

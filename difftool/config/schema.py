@@ -22,14 +22,19 @@ class SampleConfig:
     size: tuple[int, int] = (64, 64)
     """Width and height in pixels."""
     steps: int = 20
+    """Steps of the sampler."""
     sampler: str = "dpmpp_2m"
+    """The method that steps from noise to a picture."""
     sampler_options: Options = field(default_factory=dict)
+    """Options of the sampler, by name: eta, s_noise, order, ..."""
     schedule: str = "linspace"
     """The grid of levels that the sampler visits."""
     schedule_options: Options = field(default_factory=dict)
+    """Options of the schedule, by name: rho, sigma_min, ..."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 = off."""
     guidance_rescale: float = 0.0
+    """How far guided pictures get the unguided contrast back (2305.08891), 0 to 1; 0 = off."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where log SNR lies in this range; None = everywhere."""
     clip: Literal["none", "static", "dynamic"] = "none"
@@ -59,13 +64,19 @@ class OptimConfig:
     size: int | None = None
     """Side of the square training pictures, in pixels."""
     steps: int | None = None
+    """Steps of the optimiser."""
     batch_size: int | None = None
+    """Pictures a batch, on each device."""
     accumulate: int = 1
+    """Batches whose gradients make one step of the optimiser."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the hidden matrices, and AdamW for the rest; with the same learning rate."""
     lr: float = 1e-3
+    """The highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decays of the means of gradients and of their squares."""
     weight_decay: float = 0.0
+    """Pull of the weights to zero a step, times the learning rate."""
     warmup: int = 300
     """Steps over which the learning rate rises from zero."""
     decay: Literal["none", "linear", "cosine"] = "linear"
@@ -82,6 +93,7 @@ class OptimConfig:
     """Lengths of the power profiles that are tracked, relative to the run; the last is the run's
     own."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the networks; auto = what the device is fast and safe in."""
     seed: int = 0
     """Seed of everything random in a run, the first weights included."""
     validation: float | None = None
@@ -100,10 +112,13 @@ class TrainConfig(OptimConfig):
     time: str = "uniform"
     """Distribution of the training times: uniform, logit_normal or log_normal."""
     time_options: Options = field(default_factory=dict)
+    """Options of the distribution, by name."""
     weight: str = "uniform"
     """Loss weighting by noise level: uniform, min_snr, soft_min_snr or edm."""
     weight_options: Options = field(default_factory=dict)
+    """Options of the weighting, by name."""
     loss: Literal["mse", "huber"] = "mse"
+    """Distance of the output from its target: squared, or pseudo-Huber."""
     drop: float = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
     lora_rank: int = 0
@@ -149,6 +164,8 @@ class DataConfig:
     """How a folder of pictures is read."""
 
     labels: Labels = "auto"
+    """What pictures are conditioned on: found out, nothing, captions, folder names, or the part of
+    a file name before its first "_"."""
     caption_column: str | None = None
     """The column of the metadata that captions are in; None = text, caption, prompt, ..."""
     wildcards: bool = True
@@ -181,6 +198,7 @@ class Preset:
     """A model family or recipe, whole."""
 
     name: str
+    """What it is called; a file's is its own name."""
     about: str
     """One line for lists and help."""
     family: str = "difftool"

@@ -143,8 +143,11 @@ class Discrete(Path):
     schedule: str = "scaled_linear"
     """Name of the beta schedule, from SCHEDULES."""
     steps: int = 1000
+    """Entries of the table; of a continuous path, those that index grids divide."""
     beta_start: float = 0.00085
+    """The first beta, as the schedule reads it."""
     beta_end: float = 0.012
+    """The last one."""
     betas: Sequence[float] | None = None
     """The betas themselves, in place of a schedule."""
     zero_snr: bool = False
@@ -324,7 +327,9 @@ class Edm(Path):
     """Noise added to unscaled data (EDM, 2206.00364); t is sigma."""
 
     sigma_min: float = 0.002
+    """The cleanest level that is trained on."""
     sigma_max: float = 80.0
+    """The noisiest one."""
     sigma_data: float = SIGMA_DATA
     """Scale of the data that the network's input is normalised with."""
     steps: int = 1000
