@@ -46,7 +46,7 @@ import sys
 from pathlib import Path
 from difftool.config.layers import load_preset
 from difftool.formats import open_model
-from difftool.convert.convert import convert
+from difftool.conversion.convert import convert
 from difftool.pipeline.model import Model
 preset, single, whole = sys.argv[1:]
 native = Path(single).with_suffix(".difftool")

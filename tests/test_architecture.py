@@ -23,11 +23,11 @@ ROOMS = (
         "text",
         "networks",
     ),
-    *("engine", "images", "formats", "adapters", "hub", "data", "pipeline", "convert"),
+    *("engine", "images", "formats", "adapters", "hub", "data", "pipeline", "conversion"),
     *("sampling", "training", "forward", "library", "cli", "__main__"),
 )
 """In import order: each imports only itself and those before it."""
-COMMANDS = {"convert", "sampling", "training", "forward"}
+COMMANDS = {"conversion", "sampling", "training", "forward"}
 """The rooms of the four commands, none of which imports another."""
 TORCH_FREE = (
     *("errors", "registry", "config.layers", "config.options", "diffusion"),

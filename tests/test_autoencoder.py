@@ -12,7 +12,7 @@ from pipelines import build
 from safetensors.torch import load_file, save_file
 
 from difftool.config.networks import IdentityConfig, VaeConfig
-from difftool.convert.convert import convert
+from difftool.conversion.convert import convert
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder

@@ -22,9 +22,9 @@ from difftool.config.layers import load_preset, preset_names
 from difftool.config.networks import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset, SampleConfig
 from difftool.config.validate import build_preset, to_values
-from difftool.convert import convert as conversion
-from difftool.convert.convert import Ledger
-from difftool.convert.inspect import inspect
+from difftool.conversion import convert as conversion
+from difftool.conversion.convert import Ledger
+from difftool.conversion.inspect import inspect
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
@@ -1325,7 +1325,7 @@ def test_inspection_loads_neither_torch_nor_tensors(tmp_path, folders):
     code = """
 import sys
 from pathlib import Path
-from difftool.convert.inspect import inspect
+from difftool.conversion.inspect import inspect
 from difftool.formats.rules import Rule
 for path in sys.argv[1:]:
     assert inspect(Path(path))["components"]

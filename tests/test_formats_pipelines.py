@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from difftool.config.networks import TextConfig
 from difftool.config.validate import build_preset
-from difftool.convert.convert import convert
+from difftool.conversion.convert import convert
 from difftool.formats import open_model
 from difftool.formats.diffusers.tokenizers import tokenizer_files
 

@@ -15,8 +15,8 @@ from test_safetensors import mutated
 
 from difftool.config.layers import load_preset, merge
 from difftool.config.validate import build_preset, to_values
-from difftool.convert.convert import convert
-from difftool.convert.inspect import inspect
+from difftool.conversion.convert import convert
+from difftool.conversion.inspect import inspect
 from difftool.errors import DifftoolError, InputError
 from difftool.formats import open_model
 from difftool.pipeline.model import Model

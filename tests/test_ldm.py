@@ -20,9 +20,9 @@ from torch import Tensor
 
 from difftool.config.layers import load_preset
 from difftool.config.validate import build_preset
-from difftool.convert import convert as conversion
-from difftool.convert.convert import Ledger, assembled, convert
-from difftool.convert.inspect import inspect
+from difftool.conversion import convert as conversion
+from difftool.conversion.convert import Ledger, assembled, convert
+from difftool.conversion.inspect import inspect
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
 from difftool.formats.diffusers import networks

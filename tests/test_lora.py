@@ -20,8 +20,8 @@ from torch import Tensor
 from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
 from difftool.config.layers import load_preset
-from difftool.convert.convert import convert
-from difftool.convert.lora import FAMILIES, convert_lora, open_lora
+from difftool.conversion.convert import convert
+from difftool.conversion.lora import FAMILIES, convert_lora, open_lora
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import open_model
 from difftool.pipeline.condition import encode_prompts
@@ -657,7 +657,7 @@ def test_what_does_not_read_back_replaces_nothing(families, tmp_path, monkeypatc
     before = load_model(str(families / "sd1"), device="cpu")
     save_file(kohya(before), tmp_path / "k.safetensors")
     (tmp_path / "p.safetensors").write_bytes(b"precious")
-    monkeypatch.setattr("difftool.convert.lora.digests", lambda path: {})
+    monkeypatch.setattr("difftool.conversion.lora.digests", lambda path: {})
     for name in ("p.safetensors", "new.safetensors"):
         with pytest.raises(CheckError, match="read back"):
             convert_lora(tmp_path / "k.safetensors", tmp_path / name, "peft", overwrite=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from difftool.cli.app import main
 from difftool.config.schema import SampleConfig
-from difftool.convert.convert import convert
+from difftool.conversion.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.pipeline.condition import encode_prompts, token_count

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftool.convert.convert import convert
+from difftool.conversion.convert import convert
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import ModelSource, open_model
 from difftool.pipeline.load import load_model

@@ -16,7 +16,7 @@ from difftool.cli.console import Debug, Json, Offline, Overwrite, Quiet, choice,
 from difftool.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from difftool.convert.convert import Ledger
+    from difftool.conversion.convert import Ledger
 
 KINDS = ["ldm", "diffusers", "difftool"]
 LORA_KINDS = ["kohya", "peft"]
@@ -162,7 +162,7 @@ def convert(
     from difftool.adapters.lora.algebra import open_loras
     from difftool.adapters.lora.file import parse_lora
     from difftool.config.validate import build_preset
-    from difftool.convert import convert as formats
+    from difftool.conversion import convert as formats
     from difftool.formats import open_model
     from difftool.formats.model_source import Told, choose_weights
     from difftool.pipeline.model import Model
@@ -216,7 +216,7 @@ def _rename(
     overwrite: bool, allow_unused: bool, json: bool,
 ) -> None:  # fmt: skip
     """A LoRA under another dialect's names."""
-    from difftool.convert.lora import convert_lora
+    from difftool.conversion.lora import convert_lora
     from difftool.storage.commit import refuse_existing, write_whole
 
     for path in (target, report):
@@ -255,7 +255,7 @@ def _averaged(source: Path, length: float | None) -> Iterator[Path]:
 
 
 def _inspect(source: Path, json: bool, prediction: str | None, zero_snr: bool | None) -> None:
-    from difftool.convert.inspect import inspect
+    from difftool.conversion.inspect import inspect
     from difftool.formats.model_source import Told
 
     found = inspect(source, Told(prediction, zero_snr))

@@ -25,7 +25,7 @@ from difftool.adapters.lora.file import (
 )
 from difftool.config.layers import load_preset
 from difftool.config.networks import UNetConfig
-from difftool.convert.convert import target_place
+from difftool.conversion.convert import target_place
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm.names import clip_rules, unet_rules
 from difftool.formats.rules import Shape

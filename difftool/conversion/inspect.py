@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from difftool.convert.convert import component
-from difftool.convert.lora import describe
+from difftool.conversion.convert import component
+from difftool.conversion.lora import describe
 from difftool.diffusion.path import build_path
 from difftool.formats.kinds import kind_of
 from difftool.formats.ldm.prediction_type import WORDS
