@@ -37,21 +37,25 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
         self._names: dict[str, str] = {}
+        self._aliases: dict[str, tuple[str, ...]] = {}
+        self._abouts: dict[str, str] = {}
 
-    def add(self, name: str, component: T, *aliases: str) -> T:
-        """Register a component under its name and further spellings; each must be new."""
+    def add(self, name: str, component: T, *aliases: str, about: str = "") -> T:
+        """Register a component under its name and further spellings; each must be new. about: the
+        line on it in lists, of a component that has no such text itself."""
         for spelling in (name, *aliases):
             key = canonical(spelling)
             if self._names.get(key, name) != name or (spelling == name and name in self._entries):
                 raise ValueError(f"{self.kind} {spelling!r} is registered twice")
             self._names[key] = name
         self._entries[name] = component
+        self._aliases[name], self._abouts[name] = aliases, about
         ADDITIONS.append((self, name))
         return component
 
     def remove(self, name: str) -> None:
         """Take a component back, with all spellings of its name."""
-        del self._entries[name]
+        del self._entries[name], self._aliases[name], self._abouts[name]
         self._names = {key: own for key, own in self._names.items() if own != name}
 
     def register(self, name: str, *aliases: str) -> Callable[[S], S]:
@@ -62,6 +66,21 @@ class Registry(Mapping[str, T], Generic[T]):
             return component
 
         return add
+
+    def about(self, name: str) -> str:
+        """What it is, in a line: as its row, its registration or its docstring says."""
+        component = self[name]
+        text = getattr(component, "about", None) or self._abouts[self.resolve(name)]
+        if not text and inspect.isroutine(component) | inspect.isclass(component):
+            text = (inspect.getdoc(component) or "").partition("\n\n")[0]
+        return " ".join(text.split())
+
+    def aliases(self, name: str) -> list[str]:
+        """Its further spellings, as they were given, without those that differ by case or
+        separators only."""
+        name = self.resolve(name)
+        found = {canonical(alias): alias for alias in self._aliases[name]}
+        return [alias for key, alias in found.items() if key != canonical(name)]
 
     def resolve(self, name: str) -> str:
         """The registered name behind any spelling of it."""

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from difftool import __version__
-from difftool.cli import console, habits
+from difftool.cli import completion, console, habits
 from difftool.cli.options import JSON, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
 from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory
@@ -87,7 +87,8 @@ def _root(context: typer.Context, **given: Any) -> None:
 def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
-        words = sys.argv[1:] or ["--help"]
+        completion.join_assignments()
+        words = completion.words() or sys.argv[1:] or ["--help"]
         console.mode.json = "--json" in words  # for what is wrong before options are read
         console.mode.debug = "--debug" in words
         code = build(words)(words, prog_name="difftool", standalone_mode=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from difftool.cli import console, help
+from difftool.cli.completion import completer
 from difftool.config.options import Option, read_options, switch
 
 
@@ -38,17 +39,6 @@ class Group(TyperGroup):
         help.show(usage, self.help or "", [*self.rows, HELP], commands)
 
 
-def _completion(row: Option) -> Callable[[str], Iterable[str]] | None:
-    values = row.complete or row.choices
-    if values is None:
-        return None
-
-    def complete(incomplete: str) -> Iterable[str]:
-        return [value for value in values() if value.startswith(incomplete)]
-
-    return complete
-
-
 def _escaped(text: str) -> str:
     """As text for Typer, which reads brackets as markup where it shows a completion's meaning."""
     return text.replace("[", "\\[")
@@ -59,14 +49,14 @@ def parameter(row: Option) -> inspect.Parameter:
     kind: Any = list[row.type] if row.many else row.type
     if row.argument:
         info: Any = typer.Argument(
-            metavar=row.metavar, help=_escaped(row.help), autocompletion=_completion(row)
+            metavar=row.metavar, help=_escaped(row.help), autocompletion=completer(row)
         )
     else:
         info = typer.Option(
             *(row.flags or (row.flag,)),
             metavar=row.metavar,
             help=_escaped(row.help),
-            autocompletion=_completion(row),
+            autocompletion=completer(row),
             show_default=False,
         )
     default: Any = inspect.Parameter.empty if row.required else None

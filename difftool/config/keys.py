@@ -45,6 +45,16 @@ def values_of(path: str) -> tuple[str, ...]:
     return next((key.values for key in keys() if key.path == path), ())
 
 
+def assignments(prefix: str = "") -> dict[str, str]:
+    """KEY=VALUE, and what the key means, of every value that has a name; and of the defaults."""
+    found: dict[str, str] = {}
+    for key in keys():
+        if key.path.startswith(prefix) and "[]" not in key.path:
+            others = ("", key.default.replace(" ", ""))
+            found |= {f"{key.path}={value}": key.about for value in key.values or others}
+    return found
+
+
 def _paths() -> Iterable[str]:
     from difftool.diffusion.path import PATHS
 

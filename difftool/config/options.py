@@ -198,9 +198,16 @@ def switch(name: str, help: str, *flags: str) -> Option:
     return Option(name=name, type=bool, help=help, panel=RUN, flags=flags)
 
 
+def assignments(prefix: str = "") -> Mapping[str, str]:
+    """What --set is completed to, and what it means; of the keys that begin so."""
+    from difftool.config.keys import assignments
+
+    return assignments(prefix)
+
+
 SET = Option(
     name="set", many=True, metavar="KEY.PATH=VALUE", panel=RUN,
-    help="Change a value of the preset; repeatable",
+    help="Change a value of the preset; repeatable", complete=assignments,
 )  # fmt: skip
 DEVICE = Option(
     name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
