@@ -75,7 +75,7 @@ def test_another_kind_replaces_what_it_is_laid_over():
         ("sample.schedule=caras", "karras"),
         ("path={kind: flwo}", "flow"),
         ("path={kind: flow, shfit: 3}", "shift"),
-        ("sample.sampler_options={pairr: half}", "pair"),
+        ("sample.sampler_options={solver_tpye: heun}", "solver_type"),
         ("train.lr", "key.path=value"),
     ],
 )

@@ -101,7 +101,7 @@ def test_names_say_orders_and_words_of_other_classes_are_passed_over():
     assert switched(told, "dpmpp_2m", None)["sampler_options"] == {}
     assert switched(told, "deis", None)["sampler_options"] == {"order": 3}
     midpoint = replace(known, scheduler=known.scheduler | {"solver_type": "heun"})
-    assert switched(midpoint, "dpmpp_2m", None)["sampler_options"] == {"pair": "exact"}
+    assert switched(midpoint, "dpmpp_2m", None)["sampler_options"] == {"solver_type": "heun"}
 
 
 def test_floors_of_zero_snr_belong_to_the_classes_that_have_them():

@@ -22,6 +22,7 @@ from difftool.diffusion.solvers import (
     CLOCKS,
     Multistep,
     Node,
+    Pndm,
     Step,
     TwoStage,
     full,
@@ -198,11 +199,11 @@ CASES = [
             {
                 "algorithm_type": algorithm,
                 "solver_order": order,
-                "solver_type": {"half": "midpoint", "exact": "heun"}[pair],
+                "solver_type": solver_type,
                 "final_sigmas_type": {"clean": "zero", "first": "sigma_min"}[end],
             },
             sampler,
-            {**options, "pair": pair},
+            {**options, "solver_type": solver_type},
             n,
             end,
         )
@@ -215,7 +216,7 @@ CASES = [
             ("dpmsolver", 2, "dpm_solver", {}),
             ("dpmsolver", 3, "dpm_solver", {"order": 3}),
         )
-        for pair in ("half", "exact")
+        for solver_type in ("midpoint", "heun")
         for n in (10, 20)
         for end in ("clean", "first")
         if (algorithm, end) != ("dpmsolver", "clean")
@@ -224,7 +225,7 @@ CASES = [
         "DPMSolverMultistepScheduler",
         {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
         "dpmpp_2m",
-        {"taper": "final"},
+        {"lower_order_final": "final"},
         20,
         "first",
     ),
@@ -246,7 +247,7 @@ CASES = [
                 **extra,
             },
             "unipc",
-            {"order": order, "variant": variant, "target": target, **options},
+            {"order": order, "solver_type": variant, "target": target, **options},
             end="first",
         )
         for order in (1, 2, 3)
@@ -254,8 +255,8 @@ CASES = [
         for target in ("x0", "eps")
         for extra, options in (
             ({}, {}),
-            ({"disable_corrector": [0, 3]}, {"corrector_off": [0, 3]}),
-            ({"lower_order_final": False}, {"taper": "never"}),
+            ({"disable_corrector": [0, 3]}, {"disable_corrector": [0, 3]}),
+            ({"lower_order_final": False}, {"lower_order_final": "never"}),
         )
     ),
     Case("UniPCMultistepScheduler", {"solver_order": 3}, "unipc_bh2"),
@@ -419,7 +420,7 @@ def test_lcm_boundary_shows_near_the_clean_end():
     path = PATHS["sd15"]()
     levels = [*map(path.level, times), path.clean]
     bounded = walk("lcm", path, levels, "eps", start())[-1].x
-    without = walk("lcm", path, levels, "eps", start(), options={"boundary": False})[-1].x
+    without = walk("lcm", path, levels, "eps", start(), options={"boundary_scalings": False})[-1].x
     assert differences([bounded], [x])[0] < TOLERANCE
     assert differences([without], [x])[0] > 5e-4
 
@@ -488,7 +489,7 @@ MODELS = {
 
 
 DEFAULTS = {name: method(PATHS["sd15"]()) for name, method in SAMPLERS.items()}
-STOCHASTIC = [name for name, made in DEFAULTS.items() if made.fresh is not none and made.eta]
+STOCHASTIC = [name for name, made in DEFAULTS.items() if made.kappa is not none and made.eta]
 
 
 class Counted(NamedTuple):
@@ -555,14 +556,51 @@ def test_evaluations_and_draws(sampler, model):
     two_stage = SAMPLERS[sampler].loop is TwoStage
     from_alpha_0 = levels[0].alpha == 0
     made = DEFAULTS[sampler]
-    extra = 5 if two_stage else 1 if getattr(made, "start", None) == "heun" else 0
+    extra = 5 if two_stage else 1 if SAMPLERS[sampler].loop is Pndm else 0
     if extra and from_alpha_0:  # where eps, or a level between, does not exist
         extra -= 1
     assert len(seen) == 6 + extra
-    if getattr(made, "stage", None) == "fresh":
+    if getattr(made, "noisy_stage", False):
         assert draws == 10 - from_alpha_0
     else:
         assert draws == (5 if sampler in STOCHASTIC else 0)
+
+
+def test_2m_is_what_its_formula_says():
+    """The lines that stand in the docstring of Multistep, over a whole run."""
+    path = PATHS["sd15"]()
+    levels, denoise = GRIDS["trailing"](path, 8)[:-1], denoiser(path, "eps")
+    x = y = start()
+    x0_last = torch.empty(0)
+    options = {"lower_order_final": "never"}
+    steps = walk("dpmpp_2m", path, levels, "eps", y, Draws(), options=options)
+    for i, ((here, there), step) in enumerate(zip(pairwise(levels), steps, strict=True)):
+        x0 = mean = denoise(x, here).x0
+        h = there.half_log_snr - here.half_log_snr
+        if i:
+            h_last = here.half_log_snr - levels[i - 1].half_log_snr
+            mean = x0 + h / (2 * h_last) * (x0 - x0_last)
+        x = there.sigma / here.sigma * x - there.alpha * math.expm1(-h) * mean
+        x0_last = x0
+        assert differences([step.x], [x])[0] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sampler", "old", "new"),
+    [
+        ("dpmpp_2m", {"taper": "never", "pair": "exact"},
+         {"lower_order_final": "never", "solver_type": "heun"}),
+        ("dpmpp_3m", {"third": 1.0, "pair": "half"}, {"d2_scale": 1.0, "solver_type": "midpoint"}),
+        ("unipc", {"variant": "bh2", "corrector_off": [0]},
+         {"solver_type": "bh2", "disable_corrector": [0]}),
+        ("lcm", {"boundary": False}, {"boundary_scalings": False}),
+        ("deis", {"variant": "tab"}, {"variant": "tab"}),
+    ],
+)  # fmt: skip
+def test_options_are_read_as_older_versions_spelled_them(sampler, old, new):
+    path = PATHS["sd15"]()
+    assert SAMPLERS[sampler](path, **old) == SAMPLERS[sampler](path, **new)
+    assert SAMPLERS[sampler](path, **new) != SAMPLERS[sampler](path)
 
 
 def test_churn_draws_where_it_adds_noise():
@@ -628,20 +666,20 @@ ORDERS: list[tuple[str, dict[str, Any], float]] = [
     ("dpmpp_2s", {}, 2),
     ("dpmpp_sde", {"eta": 0.0}, 2),
     ("dpmpp_sde", {"eta": 0.0, "r": 0.3}, 2),
-    ("dpmpp_2m", {"taper": "never"}, 2),
-    ("dpmpp_2m", {"taper": "never", "pair": "exact"}, 2),
-    ("dpmpp_2m", {"taper": "never", "clock": "log_sigma"}, 2),
-    ("dpmpp_3m", {"taper": "never"}, 2),
-    ("dpmpp_3m", {"taper": "never", "third": 1}, 3),
+    ("dpmpp_2m", {"lower_order_final": "never"}, 2),
+    ("dpmpp_2m", {"lower_order_final": "never", "solver_type": "heun"}, 2),
+    ("dpmpp_2m", {"lower_order_final": "never", "clock": "log_sigma"}, 2),
+    ("dpmpp_3m", {"lower_order_final": "never"}, 2),
+    ("dpmpp_3m", {"lower_order_final": "never", "d2_scale": 1}, 3),
     ("dpmpp_3m_sde", {"eta": 0.0}, 2),
-    ("dpmpp_3m_sde", {"eta": 0.0, "third": 1}, 3),
-    ("dpm_solver", {"taper": "never"}, 2),
-    ("dpm_solver", {"taper": "never", "order": 3}, 2),
-    ("dpm_solver", {"taper": "never", "order": 3, "third": 1}, 3),
-    *(("deis", {"taper": "never", "order": k, "variant": v}, k)
+    ("dpmpp_3m_sde", {"eta": 0.0, "d2_scale": 1}, 3),
+    ("dpm_solver", {"lower_order_final": "never"}, 2),
+    ("dpm_solver", {"lower_order_final": "never", "order": 3}, 2),
+    ("dpm_solver", {"lower_order_final": "never", "order": 3, "d2_scale": 1}, 3),
+    *(("deis", {"lower_order_final": "never", "order": k, "variant": v}, k)
       for k in (1, 2, 3, 4) for v in ("log_rho", "rho", "tab")),
     *(("lms", {"order": k, "variable": v}, k) for k in (1, 2, 3, 4) for v in ("rho", "t")),
-    *(("unipc", {"taper": "never", "order": k, "variant": v, "target": t}, k + 1)
+    *(("unipc", {"lower_order_final": "never", "order": k, "solver_type": v, "target": t}, k + 1)
       for k in (1, 2, 3) for v in ("bh1", "bh2") for t in ("x0", "eps")),
 ]  # fmt: skip
 
@@ -675,32 +713,33 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dpm2", {"s_churn": 3.0}, {"s_noise": 0.9}),
     *((name, {}, {"s_noise": 0.9}) for name in STOCHASTIC if name not in ("ddpm", "tcd")),
     *((name, {}, {"eta": 0.5}) for name in STOCHASTIC if name not in ("ddpm", "lcm")),
-    ("lcm", {}, {"boundary": False}),
-    ("dpmpp_2m", {}, {"pair": "exact"}),
+    ("lcm", {}, {"boundary_scalings": False}),
+    ("dpmpp_2m", {}, {"solver_type": "heun"}),
     ("dpmpp_2m", {}, {"clock": "log_sigma"}),
-    ("dpmpp_2m", {}, {"taper": "never"}),
-    ("dpmpp_3m", {}, {"pair": "exact"}),
+    ("dpmpp_2m", {}, {"lower_order_final": "never"}),
+    ("dpmpp_3m", {}, {"solver_type": "heun"}),
     ("dpmpp_3m", {}, {"clock": "log_sigma"}),
-    ("dpmpp_3m", {}, {"taper": "never"}),
-    ("dpmpp_3m", {}, {"taper": "final"}),
-    ("dpmpp_3m", {}, {"third": 1}),
-    ("dpmpp_2m_sde", {}, {"pair": "exact"}),
+    ("dpmpp_3m", {}, {"lower_order_final": "never"}),
+    ("dpmpp_3m", {}, {"lower_order_final": "final"}),
+    ("dpmpp_3m", {}, {"d2_scale": 1}),
+    ("dpmpp_2m_sde", {}, {"solver_type": "heun"}),
     ("dpmpp_2m_sde", {}, {"order": 1}),
-    ("dpmpp_2m_sde", {}, {"taper": "never"}),
-    ("dpmpp_2m_sde_heun", {}, {"taper": "never"}),
-    ("dpmpp_3m_sde", {}, {"third": 1}),
+    ("dpmpp_2m_sde", {}, {"lower_order_final": "never"}),
+    ("dpmpp_2m_sde_heun", {}, {"lower_order_final": "never"}),
+    ("dpmpp_3m_sde", {}, {"d2_scale": 1}),
     *((name, {}, change) for name in ("unipc", "unipc_bh2") for change in (
-        {"order": 1}, {"order": 2}, {"target": "eps"}, {"corrector_off": [0]}, {"taper": "never"})),
-    ("unipc", {}, {"variant": "bh2"}),
-    ("unipc_bh2", {}, {"variant": "bh1"}),
+        {"order": 1}, {"order": 2}, {"target": "eps"}, {"disable_corrector": [0]},
+        {"lower_order_final": "never"})),
+    ("unipc", {}, {"solver_type": "bh2"}),
+    ("unipc_bh2", {}, {"solver_type": "bh1"}),
     ("dpm_solver", {}, {"order": 1}),
     ("dpm_solver", {}, {"order": 3}),
-    ("dpm_solver", {}, {"pair": "exact"}),
-    ("dpm_solver", {}, {"taper": "never"}),
-    ("dpm_solver", {"order": 3}, {"third": 1}),
+    ("dpm_solver", {}, {"solver_type": "heun"}),
+    ("dpm_solver", {}, {"lower_order_final": "never"}),
+    ("dpm_solver", {"order": 3}, {"d2_scale": 1}),
     *(("deis", {}, change) for change in (
-        {"order": 1}, {"order": 3}, {"order": 4}, {"taper": "never"}, {"variant": "rho"},
-        {"variant": "tab"})),
+        {"order": 1}, {"order": 3}, {"order": 4}, {"lower_order_final": "never"},
+        {"variant": "rho"}, {"variant": "tab"})),
     *(("lms", {}, {"order": order}) for order in (1, 2, 3)),
     ("lms", {}, {"variable": "t"}),
     *(("ipndm", {}, {"order": order}) for order in (1, 2, 3)),
@@ -755,15 +794,15 @@ def test_defaults_are_options_that_change_nothing(name):
         ("ddim", {"eta": "half"}, "give a number"),
         ("ddim", {"eta": True}, "give a number"),
         ("tcd", {"eta": 1.5}, "from 0 to 1"),
-        ("dpmpp_2m", {"pair": "haf"}, 'did you mean "half"'),
-        ("dpmpp_2m", {"pair": 0.5}, "choose from: half, exact"),
-        ("dpmpp_3m", {"third": 2}, "choose from: 0.5, 1"),
+        ("dpmpp_2m", {"solver_type": "midpont"}, 'did you mean "midpoint"'),
+        ("dpmpp_2m", {"solver_type": 0.5}, "choose from: midpoint, heun"),
+        ("dpmpp_3m", {"d2_scale": 2}, "choose from: 0.5, 1"),
         ("lms", {"order": 5}, "choose from: 1, 2, 3, 4"),
         ("lms", {"order": True}, "choose from: 1, 2, 3, 4"),
-        ("lcm", {"boundary": 1}, "choose from: true, false"),
-        ("unipc", {"variant": "bh3"}, 'did you mean "bh'),
-        ("unipc", {"corrector_off": [-1]}, "list of step numbers"),
-        ("unipc", {"corrector_off": 3}, "list of step numbers"),
+        ("lcm", {"boundary_scalings": 1}, "choose from: true, false"),
+        ("unipc", {"solver_type": "bh3"}, 'did you mean "bh'),
+        ("unipc", {"disable_corrector": [-1]}, "list of step numbers"),
+        ("unipc", {"disable_corrector": 3}, "list of step numbers"),
         ("dpmpp_2m_sde", {"order": 3}, "dpmpp_3m_sde"),
     ],
 )
@@ -876,9 +915,9 @@ def test_sde_order_3_of_diffusers_is_wrong_by_its_sign(monkeypatch):
     class Wrong(Multistep):
         """Its -1/2 for +1/2 in the second moment."""
 
-        def _mean(self, nodes: Any, u: float, u_next: float) -> Tensor:
+        def mean_output(self, nodes: Any, u: float, u_next: float) -> Tensor:
             if len(nodes) < 3:
-                return super()._mean(nodes, u, u_next)
+                return super().mean_output(nodes, u, u_next)
             H = 2 * (u_next - u)
             phi = math.expm1(-H) / H + 1
             r = [0.0, *((node.u - u) / (u_next - u) for node in nodes[1:])]
@@ -887,7 +926,7 @@ def test_sde_order_3_of_diffusers_is_wrong_by_its_sign(monkeypatch):
             means[2] = ((-math.expm1(-H) - H) / H**2 - 0.5) / weight
             return sum(w * n.F for w, n in zip(interpolation(r, means), nodes, strict=True))  # type: ignore[return-value]
 
-    wrong = Wrong(path=path, order=3, fresh=reverse_sde)
+    wrong = Wrong(path=path, order=3, kappa=reverse_sde)
     reproduced = [step.x for step in wrong(denoiser(path, "eps"), start(), levels, Draws())]
     assert max(differences(reproduced, theirs)) < TOLERANCE
 
@@ -926,7 +965,9 @@ def test_order_1_of_every_family_is_ddim():
 
 def test_the_published_third_order_is_the_second():
     """Its quadratic moment is halved; with it whole, the error at 160 steps is tenfold smaller."""
-    published, whole = (error("dpmpp_3m", 160, {"taper": "never", "third": t}) for t in (0.5, 1))
+    published, whole = (
+        error("dpmpp_3m", 160, {"lower_order_final": "never", "d2_scale": t}) for t in (0.5, 1)
+    )
     assert whole < published / 5
 
 
@@ -961,8 +1002,8 @@ def test_moments_of_an_infinite_step_lie_at_its_end():
 
 def test_the_time_of_deis():
     """That of EDM's VP parametrisation with its sigma_min, sigma_max and epsilon_s."""
-    assert CLOCKS["vp"](Level(0.0, 1.0, 80.0)) == pytest.approx(1.0)
-    assert CLOCKS["vp"](Level(0.0, 1.0, 0.002)) == pytest.approx(1e-3)
+    assert CLOCKS["vp"].time(Level(0.0, 1.0, 80.0), 0) == pytest.approx(1.0)
+    assert CLOCKS["vp"].time(Level(0.0, 1.0, 0.002), 0) == pytest.approx(1e-3)
 
 
 def test_deis_tab_weighs_with_the_integral_over_its_time():
@@ -988,7 +1029,7 @@ def test_deis_tab_weighs_with_the_integral_over_its_time():
         used = [
             Node(t, torch.tensor(float(i == j), dtype=torch.float64)) for i, t in enumerate(nodes)
         ]
-        assert float(sampler._mean(used, 0.5, 0.4)) == pytest.approx(expected, rel=1e-9)
+        assert float(sampler.mean_output(used, 0.5, 0.4)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("model", MODELS)

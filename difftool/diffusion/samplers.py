@@ -1,6 +1,6 @@
 """The samplers by name, and by the names that other tools give them. Torch-free at import.
 
-A method is a row of SAMPLERS: one of the two loops of `solvers`, its numbers, and which of them a
+A method is a row of SAMPLERS: one of the loops of `solvers`, its numbers, and which of them a
 user may change. Where a published method is only less exact than it could be, the row has the
 published numbers and an option for the exact ones; where it is broken, it is refused.
 """
@@ -15,11 +15,16 @@ from typing import Any, NamedTuple
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Path
 from difftool.diffusion.solvers import (
+    Consistency,
+    Ddpm,
+    FirstOrder,
     Multistep,
     Noise,
+    Pndm,
     Sampler,
     Step,
     TwoStage,
+    UniPC,
     full,
     posterior,
     rectified,
@@ -39,9 +44,6 @@ __all__ = [
     "split_spelling",
     "transition",
 ]
-
-# --- the rows ---------------------------------------------------------------------------------
-
 
 # --- options ----------------------------------------------------------------------------------
 
@@ -107,6 +109,17 @@ def variants(**fields: Mapping[str, Any]) -> OneOf:
     return OneOf(tuple(fields), fields)
 
 
+RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "taper": ("lower_order_final", {}),
+    "pair": ("solver_type", {"half": "midpoint", "exact": "heun"}),
+    "variant": ("solver_type", {}),
+    "third": ("d2_scale", {}),
+    "corrector_off": ("disable_corrector", {}),
+    "boundary": ("boundary_scalings", {}),
+}
+"""Options as older versions spelled them: today's name, and values that have another one."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of SAMPLERS: called with a path and options, it makes the sampler."""
@@ -132,6 +145,13 @@ class Method:
             return next(v for v, fields in option.fields.items() if fields.items() <= numbers)
         return self.numbers.get(name, getattr(self.loop, name))
 
+    def _current(self, name: str, value: Any) -> tuple[str, Any]:
+        """An option in today's words, which older presets and pictures do not have."""
+        new, values = RENAMED.get(name, (name, {}))
+        if name in self.options or new not in self.options:
+            return name, value
+        return new, values.get(value, value) if isinstance(value, str) else value
+
     def __call__(self, path: Path, **options: Any) -> Sampler:
         numbers = dict(self.numbers)
         for name, value in options.items():
@@ -140,6 +160,7 @@ class Method:
 
     def _read(self, name: str, value: Any) -> Mapping[str, Any]:
         """The fields that an option sets; UsageError if it cannot be."""
+        name, value = self._current(name, value)
         refuse(f"{self.name} {name} {value}")
         if name not in self.options:
             what = f'sampler "{self.name}" has no option "{name}"'
@@ -198,72 +219,78 @@ NOISE: dict[str, Option] = {"eta": ANY, "s_noise": ANY}
 BROWNIAN: dict[str, Option] = NOISE | {"brownian": one_of(True, False)}
 CHURN: dict[str, Option] = dict.fromkeys(("s_churn", "s_tmin", "s_tmax", "s_noise"), ANY)
 ORDER: dict[str, Option] = {"order": one_of(1, 2, 3, 4)}
-PAIR: dict[str, Option] = {"pair": one_of("half", "exact")}
-THIRD: dict[str, Option] = {"third": one_of(0.5, 1.0)}
-TAPER: dict[str, Option] = {"taper": one_of("never", "final", "short", "always")}
+SOLVER_TYPE: dict[str, Option] = {"solver_type": one_of("midpoint", "heun")}
+D2_SCALE: dict[str, Option] = {"d2_scale": one_of(0.5, 1.0)}
+FINAL: dict[str, Option] = {"lower_order_final": one_of("never", "final", "short", "always")}
 CLOCK: dict[str, Option] = {"clock": one_of("lam", "log_sigma")}
-UNIPC: dict[str, Option] = TAPER | {
+UNIPC: dict[str, Option] = FINAL | {
     "order": one_of(1, 2, 3),
-    "variant": variants(bh1={"pair": "bh1"}, bh2={"pair": "half"}),
+    "solver_type": variants(bh1={"solver_type": "bh1"}, bh2={"solver_type": "midpoint"}),
     "target": one_of("x0", "eps"),
-    "corrector_off": StepNumbers(),
+    "disable_corrector": StepNumbers(),
 }
 
 # fmt: off
 # First order: kappa alone.
-_row("ddim", Multistep, "DDIM; eta = 1 is DDPM", "DDIMScheduler",
-     {"eta": ANY}, fresh=posterior, eta=0.0, a1111="DDIM")
-_row("ddpm", Multistep, "DDPM", "DDPMScheduler",
-     {"variance": one_of("small", "large")}, fresh=posterior)
-_row("euler", Multistep, "Euler, with churn if asked; without it the same as DDIM",
+_row("ddim", FirstOrder, "DDIM; eta = 1 is DDPM", "DDIMScheduler",
+     {"eta": ANY}, kappa=posterior, eta=0.0, a1111="DDIM")
+_row("ddpm", Ddpm, "DDPM", "DDPMScheduler",
+     {"variance": one_of("small", "large")}, kappa=posterior)
+_row("euler", FirstOrder, "Euler, with churn if asked; without it the same as DDIM",
      "EulerDiscreteScheduler EDMEulerScheduler FlowMatchEulerDiscreteScheduler", CHURN,
      a1111="Euler")
-_row("euler_a", Multistep, "Euler ancestral", "euler_ancestral EulerAncestralDiscreteScheduler",
-     NOISE, fresh=posterior, a1111="Euler a")
-_row("euler_a_rf", Multistep, "Euler ancestral of rectified flows",
-     "euler_ancestral_rf LTXEulerAncestralRFScheduler", NOISE, fresh=rectified)
-_row("lcm", Multistep, "latent consistency models", "LCMScheduler FlowMatchLCMScheduler",
-     {"boundary": one_of(True, False), "s_noise": ANY}, fresh=full, boundary=True, a1111="LCM")
-_row("tcd", Multistep, "trajectory consistency distillation, eta its gamma", "TCDScheduler",
-     {"eta": Range(0.0, 1.0)}, fresh=tcd, eta=0.3)
+_row("euler_a", FirstOrder, "Euler ancestral", "euler_ancestral EulerAncestralDiscreteScheduler",
+     NOISE, kappa=posterior, a1111="Euler a")
+_row("euler_a_rf", FirstOrder, "Euler ancestral of rectified flows",
+     "euler_ancestral_rf LTXEulerAncestralRFScheduler", NOISE, kappa=rectified)
+_row("lcm", Consistency, "latent consistency models", "LCMScheduler FlowMatchLCMScheduler",
+     {"boundary_scalings": one_of(True, False), "s_noise": ANY}, kappa=full, a1111="LCM")
+_row("tcd", FirstOrder, "trajectory consistency distillation, eta its gamma", "TCDScheduler",
+     {"eta": Range(0.0, 1.0)}, kappa=tcd, eta=0.3)
 
 # Several steps, x0 in lam.
 _row("dpmpp_2m", Multistep, "DPM-Solver++(2M)",
      "dpmsolver++ DPMSolverMultistepScheduler EDMDPMSolverMultistepScheduler",
-     PAIR | CLOCK | TAPER, order=2, pair="half", taper="short", a1111="DPM++ 2M")
-_row("dpmpp_3m", Multistep, "DPM-Solver++(3M); published: of second order, third = 1: of third", "",
-     PAIR | THIRD | CLOCK | TAPER, order=3, pair="half", third=0.5, taper="short")
+     SOLVER_TYPE | CLOCK | FINAL,
+     order=2, solver_type="midpoint", lower_order_final="short", a1111="DPM++ 2M")
+_row("dpmpp_3m", Multistep,
+     "DPM-Solver++(3M); published: of second order, d2_scale = 1: of third", "",
+     SOLVER_TYPE | D2_SCALE | CLOCK | FINAL,
+     order=3, solver_type="midpoint", d2_scale=0.5, lower_order_final="short")
 _row("dpmpp_2m_sde", Multistep, "DPM-Solver++(2M) of the reverse SDE",
      "dpmpp_2m_sde_bt dpmpp_2m_sde_gpu sde-dpmsolver++",
-     BROWNIAN | PAIR | TAPER | {"order": one_of(1, 2)},
-     order=2, pair="half", fresh=reverse_sde, brownian=True, taper="short", a1111="DPM++ 2M SDE")
+     BROWNIAN | SOLVER_TYPE | FINAL | {"order": one_of(1, 2)},
+     order=2, solver_type="midpoint", kappa=reverse_sde, brownian=True, lower_order_final="short",
+     a1111="DPM++ 2M SDE")
 _row("dpmpp_2m_sde_heun", Multistep, "the same with the exact first moment",
-     "dpmpp_2m_sde_heun_gpu", BROWNIAN | TAPER,
-     order=2, fresh=reverse_sde, brownian=True, taper="short", a1111="DPM++ 2M SDE Heun")
+     "dpmpp_2m_sde_heun_gpu", BROWNIAN | FINAL,
+     order=2, kappa=reverse_sde, brownian=True, lower_order_final="short",
+     a1111="DPM++ 2M SDE Heun")
 _row("dpmpp_3m_sde", Multistep, "DPM-Solver++(3M) of the reverse SDE", "dpmpp_3m_sde_gpu",
-     BROWNIAN | THIRD, order=3, third=0.5, fresh=reverse_sde, brownian=True, a1111="DPM++ 3M SDE")
-_row("unipc", Multistep, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",
-     UNIPC, order=3, pair="bh1", corrector=True, taper="always", a1111="UniPC")
-_row("unipc_bh2", Multistep, "UniPC, B2 as in diffusers", "uni_pc_bh2 UniPCMultistepScheduler",
-     UNIPC, order=3, pair="half", corrector=True, taper="always")
+     BROWNIAN | D2_SCALE,
+     order=3, d2_scale=0.5, kappa=reverse_sde, brownian=True, a1111="DPM++ 3M SDE")
+_row("unipc", UniPC, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",
+     UNIPC, order=3, solver_type="bh1", lower_order_final="always", a1111="UniPC")
+_row("unipc_bh2", UniPC, "UniPC, B2 as in diffusers", "uni_pc_bh2 UniPCMultistepScheduler",
+     UNIPC, order=3, solver_type="midpoint", lower_order_final="always")
 
 # Several steps, eps.
 _row("dpm_solver", Multistep, "DPM-Solver, of order 2 (2M) or 3", "dpmsolver",
-     PAIR | THIRD | TAPER | {"order": one_of(1, 2, 3)},
-     target="eps", order=2, pair="half", third=0.5, taper="short")
+     SOLVER_TYPE | D2_SCALE | FINAL | {"order": one_of(1, 2, 3)},
+     target="eps", order=2, solver_type="midpoint", d2_scale=0.5, lower_order_final="short")
 _row("deis", Multistep, "DEIS, a polynomial in log rho, rho or DEIS's own time (tab)",
-     "DEISMultistepScheduler", ORDER | TAPER | {"variant": variants(
+     "DEISMultistepScheduler", ORDER | FINAL | {"variant": variants(
          log_rho={"clock": "lam"}, rho={"clock": "rho"}, tab={"clock": "vp"})},
-     target="eps", order=2, clock="lam", taper="short")
+     target="eps", order=2, clock="lam", lower_order_final="short")
 _row("lms", Multistep, "linear multistep in rho, or in t = sigma / (alpha + sigma)",
      "LMSDiscreteScheduler", ORDER | {"variable": variants(
          rho={"target": "eps", "clock": "rho"}, t={"target": "flow", "clock": "t"})},
      target="eps", order=4, clock="rho", a1111="LMS")
 _row("ipndm", Multistep, "Adams-Bashforth in the number of the step", "IPNDMScheduler",
      ORDER, target="eps", order=4, clock="index")
-_row("plms", Multistep, "PNDM without its Runge-Kutta start; target: the network's own",
+_row("plms", Pndm, "PNDM without its Runge-Kutta start; target: the network's own",
      "pndm PNDMScheduler", {"target": one_of("eps", "v", "x0", "flow")},
-     target="eps", order=4, clock="index", start="heun", a1111="PLMS")
+     target="eps", order=4, clock="index", a1111="PLMS")
 
 # Two stages.
 _row("heun", TwoStage, "Heun in rho (EDM, with churn if asked), or in t = sigma / (alpha + sigma)",
@@ -273,13 +300,13 @@ _row("dpm2", TwoStage, "DPM-Solver-2, with churn if asked", "dpm_2 KDPM2Discrete
      CHURN, target="eps", a1111="DPM2")
 _row("dpm2_a", TwoStage, "DPM-Solver-2 ancestral",
      "dpm_2_a dpm_2_ancestral KDPM2AncestralDiscreteScheduler",
-     NOISE, target="eps", fresh=posterior, a1111="DPM2 a")
+     NOISE, target="eps", kappa=posterior, a1111="DPM2 a")
 _row("dpmpp_2s", TwoStage, "DPM-Solver++(2S)", "dpmsingle DPMSolverSinglestepScheduler", {})
 _row("dpmpp_2s_a", TwoStage, "DPM-Solver++(2S) ancestral", "dpmpp_2s_ancestral",
-     NOISE, fresh=posterior, a1111="DPM++ 2S a")
+     NOISE, kappa=posterior, a1111="DPM++ 2S a")
 _row("dpmpp_sde", TwoStage, "DPM-Solver++ with fresh noise in both stages",
      "dpmpp_sde_gpu DPMSolverSDEScheduler", BROWNIAN | {"r": Range(0.01, 1.0)},
-     fresh=posterior, stage="fresh", brownian=True, a1111="DPM++ SDE")
+     kappa=posterior, noisy_stage=True, brownian=True, a1111="DPM++ SDE")
 # fmt: on
 
 

@@ -1,11 +1,12 @@
-"""The two loops behind every sampler, and the fresh noise of their steps. Torch-free at import.
+"""The three loops behind every sampler, and the fresh noise of their steps. Torch-free at import.
 
 A step from the level `here` (alpha_t, sigma_t) to the level `there` (alpha_s, sigma_s) is
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - kappa^2) eps + kappa z
 
-with fresh noise kappa z. The network's own x0 and eps make it exact to first order. Other methods
-put a mean over the step, F*, for the network's output F, and take x0 and eps from that:
+with fresh noise kappa z. The network's own x0 and eps make it exact to first order (FirstOrder).
+Other methods put a mean over the step, F*, for the network's output F, and take x0 and eps from
+that:
 
     Multistep   F* from a polynomial through the outputs of earlier steps, one evaluation a step
     TwoStage    F* from a second evaluation within the step
@@ -43,18 +44,18 @@ class Step(NamedTuple):
     x: Tensor
     """x_t at that level; [B,C,H,W]."""
     x0: Tensor
-    """The clean image that the network saw where the step began; [B,C,H,W]."""
+    """The clean image that was predicted where the step began; [B,C,H,W]."""
 
 
 def transition(
     x0: Tensor, eps: Tensor, there: Level, kappa: float = 0.0, z: Tensor | None = None
 ) -> Tensor:
     """x_t of the level `there`, whose noise is of deviation kappa fresh, z, and else eps."""
-    x = there.alpha * x0 + _rest(there.sigma, kappa) * eps
+    x = there.alpha * x0 + _other_leg(there.sigma, kappa) * eps
     return x if z is None else x + kappa * z
 
 
-def _rest(whole: float, part: float) -> float:
+def _other_leg(whole: float, part: float) -> float:
     """The other leg of a right triangle; 0 where rounding leaves none."""
     return math.sqrt(max(whole**2 - part**2, 0.0))
 
@@ -72,12 +73,12 @@ def none(path: Path, here: Level, there: Level, eta: float) -> float:
 
 def posterior(path: Path, here: Level, there: Level, eta: float) -> float:
     """Deviation of q(x_s | x_t, x0), times eta (DDPM 2006.11239 eq. 7, DDIM 2010.02502 eq. 16)."""
-    return min(there.sigma, eta * there.sigma * _forgotten(here, there, 2.0))
+    return min(there.sigma, eta * there.sigma * _renewed(here, there, 2.0))
 
 
 def reverse_sde(path: Path, here: Level, there: Level, eta: float) -> float:
     """The reverse SDE with its noise times eta, solved over the step (DPM-Solver++ 2211.01095)."""
-    return there.sigma * _forgotten(here, there, 2.0 * eta)
+    return there.sigma * _renewed(here, there, 2.0 * eta)
 
 
 def full(path: Path, here: Level, there: Level, eta: float) -> float:
@@ -88,24 +89,25 @@ def full(path: Path, here: Level, there: Level, eta: float) -> float:
 def tcd(path: Path, here: Level, there: Level, eta: float) -> float:
     """Down to (1 - eta) t_s and up again to t_s; eta is gamma of TCD (2402.19159)."""
     t = (1 - eta) * there.t
-    return _via(path.level(t if path.continuous else math.floor(t)).rho, there)
+    return _through(path.level(t if path.continuous else math.floor(t)).rho, there)
 
 
 def rectified(path: Path, here: Level, there: Level, eta: float) -> float:
     """Ancestral steps of flows (ComfyUI, LTX-Video): down by eta (1 - t_s / t_t) of t_s more."""
     t = _flow_time(there) * (1 + eta * (_flow_time(there) / _flow_time(here) - 1))
-    return _via(t / (1 - t), there)
+    return _through(t / (1 - t), there)
 
 
-def _forgotten(here: Level, there: Level, rate: float) -> float:
-    """sqrt(1 - e^(-rate h)); 1 from alpha = 0, where h is infinite."""
+def _renewed(here: Level, there: Level, rate: float) -> float:
+    """Share of a step's noise that is fresh, sqrt(1 - e^(-rate h)); 1 from alpha = 0, where h is
+    infinite."""
     h = there.half_log_snr - here.half_log_snr
     return math.sqrt(-math.expm1(-rate * h)) if rate else 0.0
 
 
-def _via(rho: float, there: Level) -> float:
+def _through(rho: float, there: Level) -> float:
     """The fresh noise of a step down to that rho, and from there up to `there`."""
-    return _rest(there.sigma, there.alpha * rho) if rho < there.rho else 0.0
+    return _other_leg(there.sigma, there.alpha * rho) if rho < there.rho else 0.0
 
 
 # --- the mean of a polynomial over a step -----------------------------------------------------
@@ -125,16 +127,6 @@ def _vp_time(rho: float) -> float:
     return (root - _B) / (2 * _A)
 
 
-CLOCKS: Mapping[str, Callable[[Level], float]] = {
-    "lam": lambda level: level.half_log_snr,
-    "log_sigma": lambda level: -math.log(level.sigma) if level.sigma else math.inf,
-    "rho": lambda level: level.rho,
-    "t": _flow_time,
-    "vp": lambda level: _vp_time(level.rho),
-}
-"""What F may be a polynomial of; beside these, "index", the number of the step."""
-
-
 def moments(H: float, n: int) -> list[float]:
     """Means of r^k, k < n, over r in (0, 1) under the weight e^(H r)."""
     if H == math.inf:
@@ -151,15 +143,55 @@ def moments(H: float, n: int) -> list[float]:
     return [integral / integrals[0] for integral in integrals]
 
 
-def _vp_moments(u: float, u_next: float, n: int) -> list[float]:
-    """Means of r^k, k < n, under the weight d(rho), r running in DEIS's time from u to u_next."""
-    from numpy.polynomial.legendre import leggauss
+class Clock:
+    """What F may be a polynomial of: a time of its own, and the means of that time's powers.
 
-    start, end = (math.sqrt(max(math.expm1(_A * t**2 + _B * t), 0.0)) for t in (u, u_next))
-    nodes, weights = (column.tolist() for column in leggauss(40))
-    rhos = [start + (node + 1) / 2 * (end - start) for node in nodes]
-    shares = [(_vp_time(rho) - u) / (u_next - u) for rho in rhos]
-    return [sum(w / 2 * r**k for w, r in zip(weights, shares, strict=True)) for k in range(n)]
+    In log SNR the weight in F* grows exponentially; by other clocks a step is weighted evenly.
+    """
+
+    def __init__(self, time: Callable[[Level], float], exponential: bool = False):
+        self._time, self._exponential = time, exponential
+
+    def time(self, level: Level, index: int) -> float:
+        """The time of a level, the index-th of a grid."""
+        return self._time(level)
+
+    def moments(self, u: float, u_next: float, n: int, rate: float) -> list[float]:
+        """Means of r^k, k < n, over a step, in which r goes from 0 to 1; its weight grows by
+        e^(rate du)."""
+        return moments(rate * (u_next - u) if self._exponential else 0.0, n)
+
+
+class IndexClock(Clock):
+    """The number of the step."""
+
+    def time(self, level: Level, index: int) -> float:
+        return float(index)
+
+
+class DeisClock(Clock):
+    """The time of DEIS, in which the weight is d(rho)."""
+
+    def moments(self, u: float, u_next: float, n: int, rate: float) -> list[float]:
+        from numpy.polynomial.legendre import leggauss
+
+        start, end = (math.sqrt(max(math.expm1(_A * t**2 + _B * t), 0.0)) for t in (u, u_next))
+        nodes, weights = (column.tolist() for column in leggauss(40))
+        rhos = [start + (node + 1) / 2 * (end - start) for node in nodes]
+        shares = [(_vp_time(rho) - u) / (u_next - u) for rho in rhos]
+        return [sum(w / 2 * r**k for w, r in zip(weights, shares, strict=True)) for k in range(n)]
+
+
+CLOCKS: Mapping[str, Clock] = {
+    "lam": Clock(lambda level: level.half_log_snr, exponential=True),
+    "log_sigma": Clock(
+        lambda level: -math.log(level.sigma) if level.sigma else math.inf, exponential=True
+    ),
+    "rho": Clock(lambda level: level.rho),
+    "t": Clock(_flow_time),
+    "vp": DeisClock(lambda level: _vp_time(level.rho)),
+    "index": IndexClock(lambda level: level.t),
+}
 
 
 def interpolation(nodes: Sequence[float], means: Sequence[float]) -> list[float]:
@@ -188,7 +220,8 @@ class Sampler(ABC):
     """For levels that are not on the grid."""
     target: str = "x0"
     """Which F is averaged: a name from TARGETS."""
-    fresh: Kappa = none
+    kappa: Kappa = none
+    """The fresh noise of a step."""
     eta: float = 1.0
     """Share of the fresh noise; 0 = none."""
     s_noise: float = 1.0
@@ -214,20 +247,22 @@ class Sampler(ABC):
         return self
 
     def _kappa(self, here: Level, there: Level) -> float:
-        return self.fresh(self.path, here, there, self.eta) if there.sigma and self.eta else 0.0
+        return self.kappa(self.path, here, there, self.eta) if there.sigma and self.eta else 0.0
 
-    def _gain(self, here: Level, there: Level, kappa: float) -> float:
+    def _noise_scale(self, here: Level, there: Level, kappa: float) -> float:
+        """Factor on the fresh noise kappa z."""
         return self.s_noise
 
-    def _go(self, mean: Prediction, here: Level, there: Level, noise: Noise) -> Tensor:
+    def _step(self, mean: Prediction, here: Level, there: Level, noise: Noise) -> Tensor:
+        """x_t at `there`, from the mean x0 and eps of the step."""
         kappa = self._kappa(here, there)
-        z = self._gain(here, there, kappa) * noise(here, there) if kappa else None
-        return transition(*mean, there, kappa, z)
+        z = self._noise_scale(here, there, kappa) * noise(here, there) if kappa else None
+        return self._pasted(transition(*mean, there, kappa, z), there)
 
     def _pasted(self, x: Tensor, level: Level) -> Tensor:
         return x if self.paste is None else self.paste(x, level)
 
-    def _churned(self, x: Tensor, here: Level, steps: int, noise: Noise) -> tuple[Tensor, Level]:
+    def _churn(self, x: Tensor, here: Level, steps: int, noise: Noise) -> tuple[Tensor, Level]:
         """x and its level with noise put back."""
         within = self.s_tmin <= here.rho <= self.s_tmax and here.alpha > 0
         gamma = min(self.s_churn / steps, math.sqrt(2) - 1) if within else 0.0
@@ -235,17 +270,64 @@ class Sampler(ABC):
             return x, here
         up = self.path.at_half_log_snr(here.half_log_snr - math.log1p(gamma))
         kept = up.alpha / here.alpha
-        added = _rest(up.sigma, kept * here.sigma)
+        added = _other_leg(up.sigma, kept * here.sigma)
         return kept * x + added * self.s_noise * noise(here, up), up
 
-    def _output(self, seen: Prediction, level: Level) -> Tensor:
+    def _output(self, predicted: Prediction, level: Level) -> Tensor:
+        """F = p x0 + q eps of the target that is averaged."""
         p, q = TARGETS[self.target](level.alpha, level.sigma)
-        return p * seen.x0 + q * seen.eps
+        return p * predicted.x0 + q * predicted.eps
 
     def _recovers(self, level: Level) -> bool:
         """Whether x and F give x0 and eps; from F = eps they do not where alpha = 0."""
         p, q = TARGETS[self.target](level.alpha, level.sigma)
         return level.alpha * q != level.sigma * p
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder(Sampler):
+    """The network's own x0 and eps for every step: kappa alone tells these methods apart."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
+    ) -> Iterator[Step]:
+        for i, (here, there) in enumerate(pairwise(levels)):
+            x, here = self._churn(x, here, len(levels) - 1, noise)
+            predicted = self._bounded(denoise(x, here), x, here)
+            x = self._step(predicted, here, there, noise)
+            yield Step(i, there, x, predicted.x0)
+
+    def _bounded(self, predicted: Prediction, x: Tensor, here: Level) -> Prediction:
+        return predicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddpm(FirstOrder):
+    """DDPM (2006.11239), with either of its variances."""
+
+    variance: str = "small"
+    """Of the noise that is added: the posterior's (small), or that of q(x_t | x_s) (large)."""
+
+    def _noise_scale(self, here: Level, there: Level, kappa: float) -> float:
+        if self.variance == "small":
+            return self.s_noise
+        return _other_leg(here.sigma, here.alpha / there.alpha * there.sigma) / kappa
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(FirstOrder):
+    """Latent consistency models (2310.04378)."""
+
+    boundary_scalings: bool = True
+    """Whether x0 = x_t at t = 0 (consistency models 2303.01469 eq. 5, with the scalings of LCM),
+    on paths with a table."""
+
+    def _bounded(self, predicted: Prediction, x: Tensor, here: Level) -> Prediction:
+        if not self.boundary_scalings or self.path.continuous:
+            return predicted
+        s = 10 * here.t
+        mixed = s / math.hypot(s, 0.5) * predicted.x0 + 0.25 / (s**2 + 0.25) * x
+        return predicted._replace(x0=mixed)
 
 
 class Node(NamedTuple):
@@ -255,86 +337,97 @@ class Node(NamedTuple):
     F: Tensor
 
 
+class Begun(NamedTuple):
+    """A step that is done: where it began, and what its mean was taken of."""
+
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    x: Tensor
+    level: Level
+    nodes: list[Node]
+    """Newest first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Multistep(Sampler):
     """F* is the mean over the step of the polynomial through the last `order` outputs.
 
     In lam it is weighted as the linear part of the ODE or SDE asks, d(1 / rho) for x0 and d(rho)
     for eps, in other clocks evenly. A step that is infinite by the clock, out of alpha = 0 or into
-    sigma = 0, is of first order.
+    sigma = 0, is of first order. DPM++ 2M (2211.01095, algorithm 2) has target x0, clock lam, order
+    2, solver_type midpoint, and is, written out, from lam_t to lam_s after a step from lam_r,
+
+        h, h_last = lam_s - lam_t, lam_t - lam_r
+        x0 = denoise(x_t)
+        mean = x0 + h / (2 h_last) (x0 - x0_last)      polynomial through both, half its slope
+        x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) mean
+        x0_last = x0
+
+    where the last line but one is `transition` with the eps that x_t and the mean x0 make.
     """
 
     order: int = 1
     clock: str = "lam"
-    """What the polynomial is in: a name from CLOCKS, or "index"."""
-    pair: str = "exact"
-    """First moment of two nodes: exact, half (DPM-Solver's; UniPC's B2), or bh1 (UniPC's B1)."""
-    third: float = 1.0
+    """What the polynomial is in: a name from CLOCKS."""
+    solver_type: str = "heun"
+    """First moment of two nodes: exact (heun), one half (midpoint: DPM-Solver's; UniPC's B2), or
+    bh1 (UniPC's B1)."""
+    d2_scale: float = 1.0
     """Factor on the second moment of three nodes; as DPM-Solver 3M is published, 1/2."""
-    corrector: bool = False
-    """Every step but the last is done again with the next output (UniC 2302.04867)."""
-    corrector_off: Sequence[int] = ()
-    """Numbers of the steps that are not."""
-    taper: str = "never"
+    lower_order_final: str = "never"
     """Whether the order falls to 1 towards the end: never, final (the last step only), always,
     or short (as always, if there are less than 15 steps)."""
-    start: str = "euler"
-    """The first step: euler, or heun, which takes one more evaluation (PNDM 2202.09778)."""
-    variance: str = "small"
-    """Noise added by DDPM: the posterior's (small), or that of q(x_t | x_s) (large)."""
-    boundary: bool = False
-    """Whether x0 meets LCM's boundary condition, on paths with a table."""
 
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]:
-        steps = len(levels) - 1
-        indexed = self.clock == "index"
-        u = [float(i) if indexed else CLOCKS[self.clock](level) for i, level in enumerate(levels)]
+        steps, clock = len(levels) - 1, CLOCKS[self.clock]
+        u = [clock.time(level, i) for i, level in enumerate(levels)]
         history: list[Node] = []  # newest first
-        redo: tuple[Tensor, list[Node]] | None = None  # where the last step began, what it used
+        last: Begun | None = None
         for i, (here, there) in enumerate(pairwise(levels)):
-            x, here = self._churned(x, here, steps, noise)
-            seen = mean = self._bounded(denoise(x, here), x, here)
-            node = Node(u[i], self._output(seen, here))
-            if redo:
-                before, used = redo
-                F = self._mean([node, *used], u[i - 1], u[i])
-                x = transition(*recover(before, F, levels[i - 1], self.target), here)
-                mean = recover(x, node.F, here, self.target)
+            x, here = self._churn(x, here, steps, noise)
+            predicted = denoise(x, here)
+            node = Node(u[i], self._output(predicted, here))
+            x, mean = self._corrected(x, predicted, here, node, last)
 
-            used = [node]
+            nodes = [node]
             if math.isfinite(u[i + 1] - u[i]) and u[i + 1] != u[i]:
-                used += history[: self._order(steps - i, steps) - 1]
-            if any(math.isfinite(past.u) for past in used[1:]):
-                mean = recover(x, self._mean(used, u[i], u[i + 1]), here, self.target)
-            elif self.start == "heun" and i == 0 and there.sigma and self._recovers(here):
-                ahead = denoise(transition(*seen, there), there)
-                mean = recover(x, (node.F + self._output(ahead, there)) / 2, here, self.target)
+                nodes += history[: self._order(steps - i, steps) - 1]
+            if any(math.isfinite(past.u) for past in nodes[1:]):
+                mean = recover(x, self.mean_output(nodes, u[i], u[i + 1]), here, self.target)
+            elif i == 0:
+                mean = self._start(denoise, x, predicted, here, there) or mean
             history = [node, *history][: self.order - 1]
-            redo = (x, used) if self._corrects(i, here, u[i], u[i + 1]) else None
-            x = self._pasted(self._go(mean, here, there, noise), there)
-            yield Step(i, there, x, seen.x0)
+            last = Begun(i, x, here, nodes)
+            x = self._step(mean, here, there, noise)
+            yield Step(i, there, x, predicted.x0)
 
-    def part_of(self, steps: int, *, last: bool = True) -> Multistep:
+    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
         # Whether steps are few is meant of the whole grid, and so is its end.
-        few = self.taper == "short" and steps < 15
-        if last and (few or self.taper != "short"):
-            return self
-        return self if self.taper == "final" else replace(self, taper="never")
+        falls = self.lower_order_final
+        if (falls == "short" and steps >= 15) or (falls != "final" and not last):
+            return replace(self, lower_order_final="never")
+        return self
+
+    def _corrected(
+        self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
+    ) -> tuple[Tensor, Prediction]:
+        """x_t and x0, eps there, with what the newest output says of the step that led to it."""
+        return x, predicted
+
+    def _start(
+        self, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
+    ) -> Prediction | None:
+        """The mean x0 and eps of the first step; None = the network's own."""
+        return None
 
     def _order(self, left: int, steps: int) -> int:
         """The highest order of the step that is the last but left - 1."""
-        falls = self.taper == "always" or (self.taper == "short" and steps < 15)
-        final = self.taper == "final" and left == 1
-        return min(self.order, left) if falls or final else self.order
+        when = self.lower_order_final
+        falls = when == "always" or (when == "short" and steps < 15)
+        return min(self.order, left) if falls or (when == "final" and left == 1) else self.order
 
-    def _corrects(self, i: int, here: Level, u: float, u_next: float) -> bool:
-        if not self.corrector or i in self.corrector_off or u_next in (u, math.inf):
-            return False
-        return self._recovers(here) and (math.isfinite(u) or self.pair != "bh1")
-
-    def _mean(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
+    def mean_output(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
         """F* of the step from u to u_next, newest node first: at u, or, to correct, at u_next.
 
         A node that lies infinitely far back has no weight, which is the limit of the formulas.
@@ -344,41 +437,61 @@ class Multistep(Sampler):
         past = [node for node in past if math.isfinite(node.u)]
         r = [1.0, 0.0] if corrects else [0.0]
         r += [(node.u - u) / (u_next - u) for node in past]
-        if self.clock == "vp":
-            means = _vp_moments(u, u_next, len(r))
-        else:
-            H = self._growth * (u_next - u)
-            means = moments(H, len(r))
-            if len(nodes) == 2 and self.pair == "half":
-                means[1] = 0.5
-            if len(nodes) == 2 and self.pair == "bh1":
-                means[1] = H / (-2 * math.expm1(-H))
+        rate = self._rate
+        means = CLOCKS[self.clock].moments(u, u_next, len(r), rate)
+        if len(nodes) == 2 and self.solver_type == "midpoint":
+            means[1] = 0.5
+        if len(nodes) == 2 and self.solver_type == "bh1":
+            means[1] = rate * (u_next - u) / (-2 * math.expm1(-rate * (u_next - u)))
         if len(r) == 3 and not corrects:
-            means[2] *= self.third
+            means[2] *= self.d2_scale
         first, *others = zip(interpolation(r, means), [*ends, *past], strict=True)
         return sum((w * node.F for w, node in others), start=first[0] * first[1].F)
 
     @property
-    def _growth(self) -> float:
-        """Rate by the clock at which the weight in F* grows."""
-        if self.clock not in ("lam", "log_sigma"):
-            return 0.0
+    def _rate(self) -> float:
+        """Rate by log SNR at which the weight in F* grows."""
         if self.target == "eps":
             return -1.0
-        return 1.0 + self.eta if self.fresh is reverse_sde else 1.0
+        return 1.0 + self.eta if self.kappa is reverse_sde else 1.0
 
-    def _gain(self, here: Level, there: Level, kappa: float) -> float:
-        if self.variance == "small":
-            return self.s_noise
-        return _rest(here.sigma, here.alpha / there.alpha * there.sigma) / kappa
 
-    def _bounded(self, seen: Prediction, x: Tensor, here: Level) -> Prediction:
-        """x0 = x_t at t = 0 (consistency models 2303.01469 eq. 5, with the scalings of LCM)."""
-        if not self.boundary or self.path.continuous:
-            return seen
-        s = 10 * here.t
-        mixed = s / math.hypot(s, 0.5) * seen.x0 + 0.25 / (s**2 + 0.25) * x
-        return seen._replace(x0=mixed)
+@dataclass(frozen=True, kw_only=True)
+class UniPC(Multistep):
+    """A Multistep whose steps, but for the last, are done again with the next output
+    (UniC 2302.04867)."""
+
+    disable_corrector: Sequence[int] = ()
+    """Numbers of the steps that are not."""
+
+    def _corrected(
+        self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
+    ) -> tuple[Tensor, Prediction]:
+        if last is None or not self._corrects(last, node.u):
+            return x, predicted
+        F = self.mean_output([node, *last.nodes], last.nodes[0].u, node.u)
+        x = transition(*recover(last.x, F, last.level, self.target), here)
+        return x, recover(x, node.F, here, self.target)
+
+    def _corrects(self, last: Begun, u_next: float) -> bool:
+        u = last.nodes[0].u
+        if last.index in self.disable_corrector or u_next in (u, math.inf):
+            return False
+        return self._recovers(last.level) and (math.isfinite(u) or self.solver_type != "bh1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pndm(Multistep):
+    """A Multistep whose first step takes one more evaluation, at its end (PNDM 2202.09778)."""
+
+    def _start(
+        self, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
+    ) -> Prediction | None:
+        if not there.sigma or not self._recovers(here):
+            return None
+        ahead = denoise(transition(*predicted, there), there)
+        F = (self._output(predicted, here) + self._output(ahead, there)) / 2
+        return recover(x, F, here, self.target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,29 +505,30 @@ class TwoStage(Sampler):
 
     r: float = 0.5
     """Share in lam; 1 = the end of the step."""
-    stage: str = "down"
-    """The step to the second evaluation: down, without fresh noise, or fresh, with its own."""
+    noisy_stage: bool = False
+    """Whether the step to the second evaluation has fresh noise of its own; without, it is the
+    deterministic part of the step."""
 
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]:
-        steps = len(levels) - 1
         for i, (here, there) in enumerate(pairwise(levels)):
-            x, here = self._churned(x, here, steps, noise)
-            seen = mean = denoise(x, here)
+            x, here = self._churn(x, here, len(levels) - 1, noise)
+            predicted = mean = denoise(x, here)
             if mid := self._mid(here, there):
-                fresh = self.stage == "fresh"
-                guess = self._go(seen, here, mid, noise) if fresh else transition(*seen, mid)
-                guess = self._pasted(guess, mid)
-                F, F_mid = self._output(seen, here), self._output(denoise(guess, mid), mid)
+                if self.noisy_stage:
+                    guess = self._step(predicted, here, mid, noise)
+                else:
+                    guess = self._pasted(transition(*predicted, mid), mid)
+                F, F_mid = self._output(predicted, here), self._output(denoise(guess, mid), mid)
                 mean = recover(x, F + (F_mid - F) / (2 * self.r), here, self.target)
-            x = self._pasted(self._go(mean, here, there, noise), there)
-            yield Step(i, there, x, seen.x0)
+            x = self._step(mean, here, there, noise)
+            yield Step(i, there, x, predicted.x0)
 
     def _mid(self, here: Level, there: Level) -> Level | None:
         """The level of the second evaluation; none where the step is of first order."""
-        kappa = self._kappa(here, there) if self.stage == "down" else 0.0
-        if not self._recovers(here) or not (old := _rest(there.sigma, kappa)):
+        kappa = 0.0 if self.noisy_stage else self._kappa(here, there)
+        if not self._recovers(here) or not (old := _other_leg(there.sigma, kappa)):
             return None
         if self.r == 1 and not kappa:
             return there

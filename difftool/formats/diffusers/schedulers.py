@@ -402,13 +402,13 @@ def _sampler(
         return _dpm_solver(f)
     if name == "DEISMultistepScheduler":
         f.one_of("solver_type", "logrho")
-        options = {"order": f.one_of("solver_order", 1, 2, 3)} | _taper(f)
+        options = {"order": f.one_of("solver_order", 1, 2, 3)} | _lower_order_final(f)
     elif name == "UniPCMultistepScheduler":
         options = {"order": f.one_of("solver_order", 1, 2, 3)}
-        options |= {"variant": f.one_of("solver_type", "bh2", "bh1")}
+        options |= {"solver_type": f.one_of("solver_type", "bh2", "bh1")}
         options |= {"target": "x0" if f.get("predict_x0", bool) else "eps"}
-        options |= {"taper": "always" if f.get("lower_order_final", bool) else "never"}
-        options |= {"corrector_off": tuple(f.get("disable_corrector", list))}
+        options |= {"lower_order_final": "always" if f.get("lower_order_final", bool) else "never"}
+        options |= {"disable_corrector": tuple(f.get("disable_corrector", list))}
     elif kind.grids == "flow" and kind.sampler == "heun":
         options = {"variable": "t"}
     elif f.values.get("stochastic_sampling"):
@@ -423,24 +423,22 @@ def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     if order == 1 and kind != "sde-dpmsolver++":
         f.ignore("solver_type", "lower_order_final", "euler_at_final")
         return "ddim", {}
-    options: dict[str, Any] = {
-        "pair": {"midpoint": "half", "heun": "exact"}[f.one_of("solver_type", "midpoint", "heun")]
-    }
+    options: dict[str, Any] = {"solver_type": f.one_of("solver_type", "midpoint", "heun")}
     if kind == "sde-dpmsolver++":
         if order == 3:
             f.refuse("solver_order")
         f.ignore("lower_order_final", "euler_at_final")
         return "dpmpp_2m_sde", options | {"order": order, "brownian": False}
     if kind == "dpmsolver":
-        return "dpm_solver", options | {"order": order} | _taper(f)
-    return f"dpmpp_{order}m", options | _taper(f)
+        return "dpm_solver", options | {"order": order} | _lower_order_final(f)
+    return f"dpmpp_{order}m", options | _lower_order_final(f)
 
 
-def _taper(f: Fields) -> dict[str, Any]:
+def _lower_order_final(f: Fields) -> dict[str, Any]:
     """How the order falls towards the end."""
     final = "euler_at_final" in f.values and f.get("euler_at_final", bool)
     short = f.get("lower_order_final", bool)
-    return {"taper": "final" if final else "short" if short else "never"}
+    return {"lower_order_final": "final" if final else "short" if short else "never"}
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -545,13 +543,16 @@ def _write_discrete(
     elif name == "UniPCMultistepScheduler":
         fields |= {
             "solver_order": chosen["order"],
-            "solver_type": chosen["variant"],
+            "solver_type": chosen["solver_type"],
             "predict_x0": chosen["target"] == "x0",
-            "disable_corrector": list(chosen["corrector_off"]),
-            "lower_order_final": chosen["taper"] != "never",
+            "disable_corrector": list(chosen["disable_corrector"]),
+            "lower_order_final": chosen["lower_order_final"] != "never",
         }
     elif name == "DEISMultistepScheduler":
-        fields |= {"solver_order": chosen["order"], "lower_order_final": chosen["taper"] != "never"}
+        fields |= {
+            "solver_order": chosen["order"],
+            "lower_order_final": chosen["lower_order_final"] != "never",
+        }
     return name, fields
 
 
@@ -560,8 +561,8 @@ def _write_dpm_solver(sampler: str, chosen: Mapping[str, Any]) -> dict[str, Any]
     return {
         "solver_order": {"dpmpp_2m": 2, "dpmpp_3m": 3}.get(sampler, chosen.get("order")),
         "algorithm_type": kinds.get(sampler, "dpmsolver++"),
-        "solver_type": "heun" if chosen["pair"] == "exact" else "midpoint",
+        "solver_type": chosen["solver_type"],
         "variance_type": None,
-        "euler_at_final": chosen.get("taper") == "final",
-        "lower_order_final": chosen.get("taper", "short") != "never",
+        "euler_at_final": chosen.get("lower_order_final") == "final",
+        "lower_order_final": chosen.get("lower_order_final", "short") != "never",
     }
