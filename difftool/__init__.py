@@ -1,3 +1,76 @@
-"""difftool: train, sample, inspect and convert diffusion models."""
+"""difftool: train, sample, inspect and convert diffusion models.
+
+    import difftool
+
+    model = difftool.load("emoji")
+    pictures = model.sample("a smiling fox", seed=7)
+    pictures[0].save("fox.png")
+
+The commands are a front of these names: what the library makes is what they make. Nothing is
+imported, torch least of all, before a name that needs it is used.
+"""
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing's own takes longer to import than the rest
+if TYPE_CHECKING:
+    from difftool.diffusion.grids import GRIDS
+    from difftool.diffusion.losses import TIMES, WEIGHTS
+    from difftool.diffusion.path import PATHS
+    from difftool.diffusion.prediction import TARGETS
+    from difftool.diffusion.samplers import SAMPLERS
+    from difftool.errors import (
+        CheckError,
+        DifftoolError,
+        InputError,
+        ResourceError,
+        Stopped,
+        UsageError,
+    )
+    from difftool.library import Pipeline, SampleStep, inspect, load
+    from difftool.plugins import load_plugins
+
+__all__ = [
+    "GRIDS",
+    "PATHS",
+    "SAMPLERS",
+    "TARGETS",
+    "TIMES",
+    "WEIGHTS",
+    "CheckError",
+    "DifftoolError",
+    "InputError",
+    "Pipeline",
+    "ResourceError",
+    "SampleStep",
+    "Stopped",
+    "UsageError",
+    "inspect",
+    "load",
+    "load_plugins",
+]
+
+_HOMES = {
+    "diffusion.grids": "GRIDS",
+    "diffusion.losses": "TIMES WEIGHTS",
+    "diffusion.path": "PATHS",
+    "diffusion.prediction": "TARGETS",
+    "diffusion.samplers": "SAMPLERS",
+    "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
+    "library": "Pipeline SampleStep inspect load",
+    "plugins": "load_plugins",
+}
+"""Modules, and the public names that are theirs."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for home, names in _HOMES.items():
+            if name in names.split():
+                return getattr(import_module(f"difftool.{home}"), name)
+        raise AttributeError(f"module 'difftool' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

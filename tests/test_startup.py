@@ -44,3 +44,14 @@ def test_configuration_and_mathematics_import_nothing_slow(name):
 
 def test_noise_shows_its_numbers_without_torch():
     assert "torch" not in imported(RUN, "noise", "--curve")
+
+
+def test_the_library_imports_nothing_before_it_is_used():
+    code = "before = set(sys.modules)\nimport difftool\nassert set(sys.modules) - before == {%r}"
+    imported(code % "difftool")
+    used = "import difftool\ndifftool.SAMPLERS, difftool.UsageError, difftool.load"
+    assert not imported(used) & SLOW
+
+
+def test_the_library_describes_a_model_without_torch():
+    assert "torch" not in imported("import difftool\ndifftool.inspect('emoji')")
