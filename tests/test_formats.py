@@ -25,6 +25,7 @@ from difftool.config.validate import build_preset, to_values
 from difftool.conversion import convert as conversion
 from difftool.conversion.convert import Ledger
 from difftool.conversion.inspect import inspect
+from difftool.diffusion import SAMPLERS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
@@ -1114,6 +1115,11 @@ def defaults(name: str) -> dict[str, Any]:
 
     given = python.signature(getattr(oracle, name).__init__).parameters
     return {key: value.default for key, value in given.items() if key != "self"}
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_a_class_is_asked_for_by_its_name_too(name):
+    assert SAMPLERS.resolve(name) == schedulers.CLASSES[name].sampler
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES)

@@ -79,10 +79,12 @@ class Kind(NamedTuple):
 
     read: Callable[[Fields, str], Any]
     write: Callable[[Any], Any] = lambda value: value
+    words: tuple[Any, ...] = ()
+    """The values that there are, if they are few; the first is for what has no other."""
 
 
 class Row(NamedTuple):
-    """A field of a configuration file, and the one of a dataclass of difftool's that it is."""
+    """A field of a configuration file, and what it is called here."""
 
     name: str
     ours: str
@@ -90,9 +92,14 @@ class Row(NamedTuple):
 
 
 def choice(words: Mapping[Any, Any]) -> Kind:
-    """One of these values there, each of which is that one here."""
-    theirs = {ours: word for word, ours in words.items()}
-    return Kind(lambda f, name: words[f.one_of(name, *words)], theirs.get)
+    """One of these values there, each of which is that one here; the first such is written."""
+    theirs = {ours: word for word, ours in reversed([*words.items()])}
+    first, *_ = words
+    return Kind(
+        lambda f, name: words[f.one_of(name, *words)],
+        lambda value: theirs.get(value, first),
+        tuple(words),
+    )
 
 
 def _numbers(f: Fields, name: str) -> tuple[float, ...] | None:
@@ -148,9 +155,9 @@ def read_rows(f: Fields, rows: Iterable[Row]) -> dict[str, Any]:
     return values
 
 
-def write_rows(config: Any, rows: Iterable[Row]) -> dict[str, Any]:
-    """The fields of a configuration file for a dataclass of difftool's."""
-    return {name: kind.write(getattr(config, ours)) for name, ours, kind in rows}
+def write_rows(values: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
+    """The fields of a configuration file for values of difftool's."""
+    return {name: kind.write(values[ours]) for name, ours, kind in rows}
 
 
 def write_config(name: str, defaults: Mapping[str, Any], **fields: Any) -> dict[str, Any]:

@@ -144,10 +144,10 @@ def read_unet(config: Mapping[str, Any], where: str) -> UNetConfig:
 def write_unet(config: UNetConfig) -> dict[str, Any]:
     """The config.json of a U-Net; CheckError if diffusers has no class for it."""
     if config.attention == "plain":
-        rows, fields = write_rows(config, PLAIN_ROWS), _write_plain(config)
+        rows, fields = write_rows(vars(config), PLAIN_ROWS), _write_plain(config)
         written = write_config("UNet2DModel", PLAIN, **rows | fields)
     else:
-        rows, fields = write_rows(config, CONDITIONED_ROWS), _write_conditioned(config)
+        rows, fields = write_rows(vars(config), CONDITIONED_ROWS), _write_conditioned(config)
         written = write_config("UNet2DConditionModel", CONDITIONED, **rows | fields)
     what, hint = f"diffusers' {written['_class_name']} cannot hold this U-Net", "keep it as it is"
     try:
@@ -388,7 +388,7 @@ def write_vae(config: VaeConfig, sample_size: int) -> dict[str, Any]:
     if config.patch > 1:
         why = f"its autoencoder works on blocks of {config.patch}x{config.patch} pixels"
         raise CheckError("the model has no counterpart in diffusers", why)
-    fields = write_rows(config, VAE_ROWS) | _vae_blocks(len(config.widths))
+    fields = write_rows(vars(config), VAE_ROWS) | _vae_blocks(len(config.widths))
     return write_config("AutoencoderKL", AUTOENCODER, sample_size=sample_size, **fields)
 
 
@@ -424,7 +424,7 @@ def write_text(config: TextConfig) -> dict[str, Any]:
     """The config.json of a text encoder, as transformers writes it."""
     kind = "CLIPTextModel" if config.projection is None else "CLIPTextModelWithProjection"
     written = {"architectures": [kind], "model_type": "clip_text_model"} | TEXT
-    written |= write_rows(config, TEXT_ROWS)
+    written |= write_rows(vars(config), TEXT_ROWS)
     written |= {"projection_dim": config.projection or config.width, "eos_token_id": config.end_id}
     return (
         written if config.tokenizer == "clip" else written | {"pad_token_id": 0, "bos_token_id": 1}

@@ -9,30 +9,11 @@ from difftool.config.schema import Preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.formats.diffusers.schedulers import BETAS, CLASSES, FLOOR, TARGETS, read_scheduler
+from difftool.formats.diffusers.scheduler_classes import CLASSES, FLOOR, SOLVERS, SPACINGS, class_of
+from difftool.formats.diffusers.schedulers import path_fields, read_scheduler
 
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm_solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""Classes that stand for several samplers: the class, and the fields that choose this one."""
-ORDERS = {"dpmpp_2m": 2, "dpmpp_3m": 3, "dpmpp_2m_sde": 2}
-"""Samplers whose names say their order."""
-FLAGS = {
-    "karras": "use_karras_sigmas",
-    "exponential": "use_exponential_sigmas",
-    "beta_sigma": "use_beta_sigmas",
-}
+FLAGS = {schedule: flag for flag, (schedule, _) in reversed(SPACINGS.items())}
 """Grids that are a flag of most classes, and the flag."""
-SOLVER_TYPES = {
-    "DPMSolverMultistepScheduler": ("midpoint", "heun"),
-    "UniPCMultistepScheduler": ("bh2", "bh1"),
-    "DEISMultistepScheduler": ("logrho",),
-}
-"""What `solver_type` means differs; a class takes its first word for the words of others."""
 
 
 def switched(
@@ -47,20 +28,14 @@ def switched(
     assert isinstance(path, Discrete)
     sampler = SAMPLERS.resolve(sampler or preset.sample.sampler)
     schedule = None if schedule is None else GRIDS.resolve(schedule)
-    name, chosen = _class_of(sampler)
-    config = {**preset.scheduler, **chosen} | {
-        "_class_name": name,
-        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[path.schedule],
-        "beta_start": path.beta_start,
-        "beta_end": path.beta_end,
-        "trained_betas": None if path.betas is None else list(path.betas),
-        "num_train_timesteps": path.steps,
-        "prediction_type": {ours: theirs for theirs, ours in TARGETS.items()}[preset.target],
-        "rescale_betas_zero_snr": path.zero_snr,
-    }
-    config |= {"solver_order": ORDERS[sampler]} if sampler in ORDERS else {}
-    words = SOLVER_TYPES.get(name, ())
-    if config.get("solver_type") not in words:
+    name = class_of(sampler) or "EulerDiscreteScheduler"
+    config = {**preset.scheduler, **path_fields(path, preset.target), "_class_name": name}
+    config |= SOLVERS[sampler].fields if sampler in SOLVERS else {}
+    if sampler == "dpmpp_2m_sde":
+        config["solver_order"] = 2
+    # What solver_type means differs: a class takes its default for the words of others.
+    kinds = [row.kind for row in CLASSES[name].options if row.name == "solver_type"]
+    if not any(config.get("solver_type") in kind.words for kind in kinds):
         config.pop("solver_type", None)
     if config.get("variance_type") and name.startswith("DPM"):
         del config["variance_type"]  # DDPM's
@@ -83,13 +58,6 @@ def switched(
         if CLASSES[name].grids in ("k", "dpm"):
             sample["schedule_options"]["terminal_alpha_bar"] = FLOOR
     return {"rederive_eps": None, "start_noise": "unit"} | sample
-
-
-def _class_of(sampler: str) -> tuple[str, dict[str, Any]]:
-    if sampler in SOLVERS:
-        return SOLVERS[sampler]
-    tables = {k.sampler: name for name, k in CLASSES.items() if k.grids not in ("flow", "edm")}
-    return tables.get(sampler, "EulerDiscreteScheduler"), {}
 
 
 def _options(sampler: str, sample: Mapping[str, Any]) -> dict[str, Any]:

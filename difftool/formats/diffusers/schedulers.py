@@ -14,151 +14,23 @@ from difftool.config.schema import SampleConfig
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import SCHEDULES, Discrete, Edm, Flow, Path
 from difftool.diffusion.prediction import SIGMA_DATA
+from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import InputError
-from difftool.formats.diffusers.fields import VERSION, Fields
-
-TARGETS = {
-    "epsilon": "eps",
-    "v_prediction": "v",
-    "sample": "x0",
-    "flow_prediction": "flow",
-}
-BETAS = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid",
-}
-FLOOR = 2.0**-24
-"""What diffusers puts for alpha_bar = 0 where it divides by it."""
-
-_BETAS = {
-    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-    "trained_betas": None, "prediction_type": "epsilon", "steps_offset": 0,
-}  # fmt: skip
-_SD_BETAS = _BETAS | {"beta_start": 0.00085, "beta_end": 0.012}
-_CLIP = {
-    "clip_sample": True, "clip_sample_range": 1.0, "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0,
-}  # fmt: skip
-_TABLE = _BETAS | {"timestep_spacing": "leading", "rescale_betas_zero_snr": False}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_K = _SD_BETAS | _SIGMAS | {"timestep_spacing": "linspace"}
-_THRESHOLD = {k: v for k, v in _CLIP.items() if not k.startswith("clip")}
-_DPM = _BETAS | _SIGMAS | _THRESHOLD | {
-    "timestep_spacing": "linspace", "solver_order": 2, "lower_order_final": True,
-    "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False,
-    "time_shift_type": "exponential",
-}  # fmt: skip
-_LCM = _SD_BETAS | _CLIP | {
-    "beta_schedule": "scaled_linear", "clip_sample": False, "original_inference_steps": 50,
-    "set_alpha_to_one": True, "timestep_spacing": "leading", "timestep_scaling": 10.0,
-    "rescale_betas_zero_snr": False,
-}  # fmt: skip
-_EDM = {
-    "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0,
-    "final_sigmas_type": "zero",
-}  # fmt: skip
-
-
-PATH_FIELDS = {*_BETAS, "rescale_betas_zero_snr"} - {"steps_offset"}
-"""What a file says of path and target."""
-
-
-class Class(NamedTuple):
-    """One of diffusers' schedulers."""
-
-    sampler: str
-    grids: str
-    """How its steps are spaced: table, k (fractional, noise scales), dpm (open), lcm, flow, edm."""
-    defaults: dict[str, Any]
-
-
-CLASSES: dict[str, Class] = {
-    "DDIMScheduler": Class("ddim", "table", _TABLE | _CLIP | {"set_alpha_to_one": True}),
-    "DDPMScheduler": Class("ddpm", "table", _TABLE | _CLIP | {"variance_type": "fixed_small"}),
-    "PNDMScheduler": Class(
-        "plms",
-        "table",
-        _BETAS
-        | {"timestep_spacing": "leading", "skip_prk_steps": False, "set_alpha_to_one": False},
-    ),
-    "EulerDiscreteScheduler": Class(
-        "euler",
-        "k",
-        _BETAS
-        | _SIGMAS
-        | {
-            "timestep_spacing": "linspace", "interpolation_type": "linear", "sigma_min": None,
-            "sigma_max": None, "timestep_type": "discrete", "rescale_betas_zero_snr": False,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    "EulerAncestralDiscreteScheduler": Class(
-        "euler_a",
-        "k",
-        _BETAS | {"timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
-    ),
-    "HeunDiscreteScheduler": Class(
-        "heun", "k", _K | {"clip_sample": False, "clip_sample_range": 1.0}
-    ),
-    "KDPM2DiscreteScheduler": Class("dpm2", "k", _K),
-    "KDPM2AncestralDiscreteScheduler": Class("dpm2_a", "k", _K),
-    "LMSDiscreteScheduler": Class("lms", "k", _K | {"beta_start": 1e-4, "beta_end": 0.02}),
-    "DPMSolverSDEScheduler": Class("dpmpp_sde", "k", _K | {"noise_sampler_seed": None}),
-    "DPMSolverMultistepScheduler": Class(
-        "dpmpp_2m",
-        "dpm",
-        _DPM
-        | {
-            "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False,
-            "use_lu_lambdas": False, "final_sigmas_type": "zero",
-            "lambda_min_clipped": -float("inf"), "variance_type": None,
-            "rescale_betas_zero_snr": False,
-        },
-    ),
-    "DEISMultistepScheduler": Class(
-        "deis", "dpm", _DPM | {"algorithm_type": "deis", "solver_type": "logrho"}
-    ),
-    "UniPCMultistepScheduler": Class(
-        "unipc_bh2",
-        "dpm",
-        _DPM
-        | {
-            "predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None,
-            "final_sigmas_type": "zero", "rescale_betas_zero_snr": False, "sigma_min": None,
-            "sigma_max": None, "shift_terminal": None,
-        },
-    ),
-    "LCMScheduler": Class("lcm", "lcm", _LCM),
-    "TCDScheduler": Class("tcd", "lcm", _LCM),
-    "FlowMatchEulerDiscreteScheduler": Class(
-        "euler",
-        "flow",
-        _SIGMAS
-        | {
-            "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
-            "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-            "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
-            "time_shift_type": "exponential", "stochastic_sampling": False,
-        },
-    ),
-    "FlowMatchHeunDiscreteScheduler": Class(
-        "heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}
-    ),
-    "EDMEulerScheduler": Class("euler", "edm", _EDM),
-    "EDMDPMSolverMultistepScheduler": Class(
-        "dpmpp_2m",
-        "edm",
-        _EDM
-        | _THRESHOLD
-        | {
-            "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
-            "lower_order_final": True, "euler_at_final": False,
-        },
-    ),
-}  # fmt: skip
+from difftool.formats.diffusers.fields import VERSION, Fields, read_rows, write_rows
+from difftool.formats.diffusers.scheduler_classes import (
+    BETA_ROWS,
+    CLASSES,
+    DPM,
+    EDM_ROWS,
+    FLOOR,
+    FLOW_ROWS,
+    PATH_FIELDS,
+    SOLVERS,
+    SPACINGS,
+    TARGET,
+    Class,
+    class_of,
+)
 
 
 class Scheduling(NamedTuple):
@@ -178,8 +50,6 @@ class Scheduling(NamedTuple):
 
 def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     """Path, target and sampling defaults of a scheduler; InputError if difftool has no such."""
-    from difftool.diffusion.samplers import SAMPLERS
-
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         what = f"{where} is of a class that difftool does not have"
@@ -214,13 +84,6 @@ def kept(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k in known and v != -float("inf")}
 
 
-def _target(f: Fields) -> str:
-    name = f.get("prediction_type", str)
-    if name not in TARGETS:
-        f.refuse("prediction_type")
-    return TARGETS[name]
-
-
 def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     zero_snr = "rescale_betas_zero_snr" in f.values and f.get("rescale_betas_zero_snr", bool)
     betas = f.get("trained_betas", (list, type(None)))
@@ -230,13 +93,10 @@ def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], s
             f.refuse("trained_betas")
         path: dict[str, Any] = {"kind": "discrete", "betas": [float(beta) for beta in betas]}
     else:
-        path = {"kind": "discrete", "schedule": BETAS[f.one_of("beta_schedule", *BETAS)]}
-        path["steps"] = f.get("num_train_timesteps", int)
-        path["beta_start"] = float(f.get("beta_start", (int, float)))
-        path["beta_end"] = float(f.get("beta_end", (int, float)))
+        path = {"kind": "discrete"} | read_rows(f, BETA_ROWS)
     if zero_snr:
         path["zero_snr"] = True
-    target = _target(f)
+    target = TARGET.read(f, "prediction_type")
     if target == "eps" and zero_snr:
         raise InputError(
             f"{f.where} contradicts itself",
@@ -265,13 +125,7 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
         "trailing": {"kind": "trailing"},
     }[spacing]
     options = {}
-    spaced = {
-        "use_karras_sigmas": ("karras", "nearest"),
-        "use_exponential_sigmas": ("exponential", "floor"),
-        "use_beta_sigmas": ("beta_sigma", "floor"),
-        "use_lu_lambdas": ("exponential", "nearest"),
-    }
-    for option, (schedule, time) in spaced.items():
+    for option, (schedule, time) in SPACINGS.items():
         if option in f.values and f.get(option, bool):
             options = {"range": grid} if kind.grids == "k" else {"time": time}
             options |= {
@@ -286,7 +140,7 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
     if grid["kind"] == "normal":  # the one whose times are fractional
         options["lookup"] = "linear"
     if name in ("DDIMScheduler", "PNDMScheduler"):
-        options |= _end("set_alpha_to_one", f)
+        options |= {} if f.get("set_alpha_to_one", bool) else {"end": "first"}
     elif name == "DEISMultistepScheduler":
         options["end"] = "first"
     elif f.values.get("final_sigmas_type") == "sigma_min":
@@ -294,21 +148,17 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
     f.ignore("final_sigmas_type", "sigma_min", "sigma_max")
     start = {"k": "hypot" if spacing == "leading" else "sigma"}.get(kind.grids, "unit")
     schedule = grid.pop("kind")
-    settings = {"schedule": schedule, "schedule_options": grid | options, "start_noise": start}
-    return settings
+    return {"schedule": schedule, "schedule_options": grid | options, "start_noise": start}
 
 
-def _end(name: str, f: Fields) -> dict[str, Any]:
-    return {} if f.get(name, bool) else {"end": "first"}
+def _without_usual_steps(path: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in path.items() if (key, value) != ("steps", 1000)}
 
 
 def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     if f.values.get("invert_sigmas"):
         f.refuse("invert_sigmas")
-    path: dict[str, Any] = {"kind": "flow", "shift": float(f.get("shift", (int, float)))}
-    steps = f.get("num_train_timesteps", int)
-    if steps != 1000:
-        path["steps"] = steps
+    path = {"kind": "flow"} | _without_usual_steps(read_rows(f, FLOW_ROWS))
     options: dict[str, Any] = {}
     if f.values.get("shift_terminal") is not None:
         options["shift_terminal"] = float(f.get("shift_terminal", (int, float)))
@@ -319,21 +169,17 @@ def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, 
 
 def _read_flow_dpm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
     path = {"kind": "flow", "shift": float(f.get("flow_shift", (int, float)))}
-    f.ignore("use_flow_sigmas", *_BETAS, "rescale_betas_zero_snr", "time_shift_type")
+    f.ignore("use_flow_sigmas", *PATH_FIELDS, "steps_offset", "time_shift_type")
     f.ignore("timestep_spacing", "final_sigmas_type")
     schedule = "sgm_uniform" if name.startswith("UniPC") else "flow_dpm"
-    target = _target(f)
+    target = TARGET.read(f, "prediction_type")
     if target == "eps":  # the class default: nobody trains a flow to predict eps
         f.refuse("prediction_type")
     return path, target, {"schedule": schedule, "schedule_options": {}}
 
 
 def _read_edm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    path: dict[str, Any] = {"kind": "edm"}
-    path |= {k: float(f.get(k, (int, float))) for k in ("sigma_min", "sigma_max", "sigma_data")}
-    steps = f.get("num_train_timesteps", int)
-    if steps != 1000:
-        path["steps"] = steps
+    path = {"kind": "edm"} | _without_usual_steps(read_rows(f, EDM_ROWS))
     kind_of = f.one_of("prediction_type", "epsilon", "v_prediction")
     target, data = {"epsilon": ("edm", SIGMA_DATA), "v_prediction": ("edm_v", 1.0)}[kind_of]
     if path["sigma_data"] != data:
@@ -351,7 +197,7 @@ def _read_continuous(
     name: str, kind: Class, f: Fields
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Euler told log(sigma) / 4 and v: CosXL's first configuration."""
-    f.ignore("timestep_type", *_BETAS, "timestep_spacing", "rescale_betas_zero_snr")
+    f.ignore("timestep_type", *PATH_FIELDS, "steps_offset", "timestep_spacing")
     f.ignore("interpolation_type", "use_karras_sigmas")
     if f.values["prediction_type"] != "v_prediction" or not f.values["use_karras_sigmas"]:
         f.refuse("timestep_type")
@@ -386,62 +232,50 @@ def _sampler(
     name: str, kind: Class, target: str, f: Fields, notes: list[str]
 ) -> tuple[str, dict[str, Any]]:
     """The sampler, where a class stands for several, and its options."""
-    options: dict[str, Any] = {}
-    if name == "DDPMScheduler":
-        learned = ("learned", "learned_range")
-        small, large = (("fixed_small", "fixed_small_log"), ("fixed_large", "fixed_large_log"))
-        variance = f.one_of("variance_type", *small, *large, *learned)
-        if variance in learned:
-            notes.append("the learned variance is not used in sampling")
-        return "ddpm", {"variance": "large" if variance in large else "small"}
     if name == "PNDMScheduler":
         if not f.get("skip_prk_steps", bool):
             notes.append("PNDM's Runge-Kutta start (skip_prk_steps = False) is left out")
         return "plms", {"target": target}
-    if "DPMSolverMultistep" in name:
-        return _dpm_solver(f)
-    if name == "DEISMultistepScheduler":
-        f.one_of("solver_type", "logrho")
-        options = {"order": f.one_of("solver_order", 1, 2, 3)} | _lower_order_final(f)
-    elif name == "UniPCMultistepScheduler":
-        options = {"order": f.one_of("solver_order", 1, 2, 3)}
-        options |= {"solver_type": f.one_of("solver_type", "bh2", "bh1")}
-        options |= {"target": "x0" if f.get("predict_x0", bool) else "eps"}
-        options |= {"lower_order_final": "always" if f.get("lower_order_final", bool) else "never"}
-        options |= {"disable_corrector": tuple(f.get("disable_corrector", list))}
-    elif kind.grids == "flow" and kind.sampler == "heun":
-        options = {"variable": "t"}
-    elif f.values.get("stochastic_sampling"):
+    if f.values.get("stochastic_sampling"):
         f.ignore("stochastic_sampling")
         return "lcm", {}
-    return kind.sampler, options
+    if kind.grids == "flow" and kind.sampler == "heun":
+        return "heun", {"variable": "t"}
+    if str(f.values.get("variance_type")).startswith("learned"):
+        notes.append("the learned variance is not used in sampling")
+    if kind.options is not DPM:
+        return kind.sampler, read_rows(f, kind.options)
+    return _dpm_solver(f)
 
 
 def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     order = f.one_of("solver_order", 1, 2, 3)
-    kind = f.one_of("algorithm_type", "dpmsolver", "dpmsolver++", "sde-dpmsolver++")
-    if order == 1 and kind != "sde-dpmsolver++":
+    f.one_of("algorithm_type", "dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+    stochastic = f.values["algorithm_type"] == "sde-dpmsolver++"
+    if order == 1 and not stochastic:
         f.ignore("solver_type", "lower_order_final", "euler_at_final")
         return "ddim", {}
-    options: dict[str, Any] = {"solver_type": f.one_of("solver_type", "midpoint", "heun")}
-    if kind == "sde-dpmsolver++":
-        if order == 3:
-            f.refuse("solver_order")
-        f.ignore("lower_order_final", "euler_at_final")
-        return "dpmpp_2m_sde", options | {"order": order, "brownian": False}
-    if kind == "dpmsolver":
-        return "dpm_solver", options | {"order": order} | _lower_order_final(f)
-    return f"dpmpp_{order}m", options | _lower_order_final(f)
-
-
-def _lower_order_final(f: Fields) -> dict[str, Any]:
-    """How the order falls towards the end."""
-    final = "euler_at_final" in f.values and f.get("euler_at_final", bool)
-    short = f.get("lower_order_final", bool)
-    return {"lower_order_final": "final" if final else "short" if short else "never"}
+    if order == 3 and stochastic:
+        f.refuse("solver_order")
+    options = read_rows(f, DPM)
+    if stochastic:  # of order 2 at most, the last step is of order 1 whatever these say
+        options |= {"brownian": False, "lower_order_final": "short"}
+    sampler = next(
+        name for name, solver in SOLVERS.items() if solver.fields.items() <= f.values.items()
+    )
+    return sampler, {k: v for k, v in options.items() if k in SAMPLERS[sampler].options}
 
 
 # --- writing ---------------------------------------------------------------------------------
+
+
+def path_fields(path: Discrete, target: str) -> dict[str, Any]:
+    """What a file says of path and target."""
+    return write_rows(vars(path), BETA_ROWS) | {
+        "trained_betas": None if path.betas is None else list(path.betas),
+        "prediction_type": TARGET.write(target),
+        "rescale_betas_zero_snr": path.zero_snr,
+    }
 
 
 def write_scheduler(
@@ -451,78 +285,64 @@ def write_scheduler(
 
     scheduler: what the model carries for other samplers, Preset.scheduler.
     """
-    from difftool.diffusion.samplers import SAMPLERS
-
     sampler, grid = SAMPLERS.resolve(sample.sampler), GRIDS.resolve(sample.schedule)
-    options = sample.schedule_options
     if isinstance(path, Flow):
-        heun = sampler == "heun"
-        name = f"FlowMatch{'Heun' if heun else 'Euler'}DiscreteScheduler"
-        fields = {"shift": path.shift, "num_train_timesteps": path.steps}
-        if name == "FlowMatchEulerDiscreteScheduler":
-            fields["stochastic_sampling"] = sampler == "lcm"
-            fields["shift_terminal"] = options.get("shift_terminal")
+        name, fields = _write_flow(path, sample, sampler)
     elif isinstance(path, Edm):
-        solver = sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
-        name = "EDMDPMSolverMultistepScheduler" if solver else "EDMEulerScheduler"
-        fields = {
-            "sigma_min": path.sigma_min,
-            "sigma_max": path.sigma_max,
-            "sigma_data": path.sigma_data,
-            "num_train_timesteps": path.steps,
-            "prediction_type": "v_prediction" if target == "edm_v" else "epsilon",
-            "sigma_schedule": "exponential" if grid == "exponential" else "karras",
-            "rho": options.get("rho", 7.0) if grid == "karras" else 7.0,
-            "final_sigmas_type": "sigma_min" if options.get("end") == "none" else "zero",
-        }
-        if solver:
-            chosen = SAMPLERS[sampler].defaults | sample.sampler_options
-            fields |= _write_dpm_solver(sampler, chosen)
+        name, fields = _write_edm(path, target, sample, sampler, grid)
     else:
         assert isinstance(path, Discrete)
         name, fields = _write_discrete(path, target, sample, sampler, grid)
+    options = SAMPLERS[sampler].defaults | sample.sampler_options
+    fields |= write_rows(options, [row for row in CLASSES[name].options if row.ours in options])
+    if sampler in SOLVERS and CLASSES[name].options is CLASSES[SOLVERS[sampler].scheduler].options:
+        fields |= SOLVERS[sampler].fields
     defaults = CLASSES[name].defaults
     values = defaults | {key: value for key, value in fields.items() if key in defaults}
     values |= {key: value for key, value in (scheduler or {}).items() if key not in defaults}
     return {"_class_name": name, "_diffusers_version": VERSION, **dict(sorted(values.items()))}
 
 
+def _write_flow(path: Flow, sample: SampleConfig, sampler: str) -> tuple[str, dict[str, Any]]:
+    name = f"FlowMatch{'Heun' if sampler == 'heun' else 'Euler'}DiscreteScheduler"
+    return name, write_rows(vars(path), FLOW_ROWS) | {
+        "stochastic_sampling": sampler == "lcm",
+        "shift_terminal": sample.schedule_options.get("shift_terminal"),
+    }
+
+
+def _write_edm(
+    path: Edm, target: str, sample: SampleConfig, sampler: str, grid: str
+) -> tuple[str, dict[str, Any]]:
+    solver = sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")
+    options = sample.schedule_options
+    name = "EDMDPMSolverMultistepScheduler" if solver else "EDMEulerScheduler"
+    return name, write_rows(vars(path), EDM_ROWS) | {
+        "prediction_type": "v_prediction" if target == "edm_v" else "epsilon",
+        "sigma_schedule": "exponential" if grid == "exponential" else "karras",
+        "rho": options.get("rho", 7.0) if grid == "karras" else 7.0,
+        "final_sigmas_type": "sigma_min" if options.get("end") == "none" else "zero",
+    }
+
+
 def _write_discrete(
     path: Discrete, target: str, sample: SampleConfig, sampler: str, grid: str
 ) -> tuple[str, dict[str, Any]]:
-    from difftool.diffusion.samplers import SAMPLERS
-
-    names = {
-        SAMPLERS.resolve(kind.sampler): name
-        for name, kind in CLASSES.items()
-        if kind.grids not in ("flow", "edm")
-    }
-    solvers = ("dpmpp_3m", "dpmpp_2m_sde", "dpm_solver")
-    names |= dict.fromkeys(solvers, "DPMSolverMultistepScheduler")
-    names["unipc"] = "UniPCMultistepScheduler"
-    name = names.get(sampler, "DDIMScheduler")
+    name = class_of(sampler) or "DDIMScheduler"
     if path.zero_snr and "rescale_betas_zero_snr" not in CLASSES[name].defaults:
         name = "DDIMScheduler"
-    options, chosen = sample.schedule_options, sample.sampler_options
+    options = sample.schedule_options
     within = options.get("range", {}) if isinstance(options.get("range", {}), dict) else {}
     spacing = GRIDS.resolve(within["kind"]) if "kind" in within else grid
     first = options.get("end") == "first"
-    fields: dict[str, Any] = {
-        "num_train_timesteps": path.steps,
-        "beta_start": path.beta_start,
-        "beta_end": path.beta_end,
-        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[path.schedule],
-        "trained_betas": None if path.betas is None else list(path.betas),
-        "prediction_type": next((t for t, ours in TARGETS.items() if ours == target), "epsilon"),
-        "rescale_betas_zero_snr": path.zero_snr,
+    lu = grid == "exponential" and options.get("time") == "nearest"
+    fields = path_fields(path, target) | {
         "timestep_spacing": next(
             (s for s in ("leading", "trailing") if spacing.startswith(s)), "linspace"
         ),
         "steps_offset": {**within, **options}.get("offset", 0),
-        "use_karras_sigmas": grid == "karras",
-        "use_exponential_sigmas": grid == "exponential" and options.get("time") != "nearest",
-        "use_lu_lambdas": grid == "exponential" and options.get("time") == "nearest",
-        "use_beta_sigmas": grid == "beta_sigma",
+        **{flag: kind == grid and not lu for flag, (kind, _) in SPACINGS.items()},
+        "use_lu_lambdas": lu,
         "sigma_min": options.get("sigma_min"),
         "sigma_max": options.get("sigma_max"),
         "set_alpha_to_one": not first,
@@ -531,38 +351,8 @@ def _write_discrete(
         "skip_prk_steps": True,
         "clip_sample": sample.clip == "static",
         "thresholding": sample.clip == "dynamic",
-        "variance_type": "fixed_large" if chosen.get("variance") == "large" else "fixed_small",
     }
     if path.schedule == "sigmoid" and name != "DDPMScheduler" and path.betas is None:
         betas = SCHEDULES["sigmoid"](path.steps, path.beta_start, path.beta_end)
         fields |= {"beta_schedule": "linear", "trained_betas": betas}
-    method = SAMPLERS[sampler]
-    chosen = method.defaults | chosen
-    if name == "DPMSolverMultistepScheduler":
-        fields |= _write_dpm_solver(sampler, chosen)
-    elif name == "UniPCMultistepScheduler":
-        fields |= {
-            "solver_order": chosen["order"],
-            "solver_type": chosen["solver_type"],
-            "predict_x0": chosen["target"] == "x0",
-            "disable_corrector": list(chosen["disable_corrector"]),
-            "lower_order_final": chosen["lower_order_final"] != "never",
-        }
-    elif name == "DEISMultistepScheduler":
-        fields |= {
-            "solver_order": chosen["order"],
-            "lower_order_final": chosen["lower_order_final"] != "never",
-        }
     return name, fields
-
-
-def _write_dpm_solver(sampler: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {"dpmpp_2m_sde": "sde-dpmsolver++", "dpm_solver": "dpmsolver"}
-    return {
-        "solver_order": {"dpmpp_2m": 2, "dpmpp_3m": 3}.get(sampler, chosen.get("order")),
-        "algorithm_type": kinds.get(sampler, "dpmsolver++"),
-        "solver_type": chosen["solver_type"],
-        "variance_type": None,
-        "euler_at_final": chosen.get("lower_order_final") == "final",
-        "lower_order_final": chosen.get("lower_order_final", "short") != "never",
-    }
