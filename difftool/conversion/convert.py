@@ -7,12 +7,9 @@ named rule; anything else stops the conversion. What was written is read back an
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +19,8 @@ from difftool.adapters.lora.file import changed_by
 from difftool.errors import CheckError, UsageError
 from difftool.formats.model_source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.formats.rules import Rule
-from difftool.storage.commit import make_folder, refuse_existing, sync_folder, write_whole
-from difftool.storage.shards import MAX_SHARD_SIZE, index_of, move_set, parse_size, write_set
+from difftool.storage.commit import atomic_folder, refuse_existing, write_whole
+from difftool.storage.shards import MAX_SHARD_SIZE, atomic_set, index_of, parse_size, write_set
 from difftool.storage.tensors import (
     BITS,
     FLOATS,
@@ -144,6 +141,9 @@ def convert(
     plan = FORMATS[kind].plan(source, keep_metadata)
     if "" in plan.files:
         refuse_existing(index_of(target), overwrite)
+    elif target.is_dir() and not _replaceable(target):
+        why = "a folder is replaced only if it holds a model or nothing"
+        raise UsageError(f"{target} cannot be replaced", why)
     ledger = Ledger(
         source=str(source.path),
         target=str(target),
@@ -162,7 +162,8 @@ def convert(
     limit = shard_size
     if limit is None and kind != "ldm":
         limit = parse_size(MAX_SHARD_SIZE)
-    with target_place(target, "" in plan.files, overwrite) as place:
+    new = atomic_set if "" in plan.files else atomic_folder
+    with new(target, overwrite) as place:
         hashes = _write(source, plan, place, wanted, ledger, limit, loras, progress)
         if kind == "ldm" and not place.exists():
             ledger.warnings.append("other tools read no shards of a single file")
@@ -181,6 +182,10 @@ def _refuse_inside(source: ModelSource, target: Path) -> None:
         raise UsageError(
             f"{target} is, or lies within, what is converted", hint="name another place"
         )
+
+
+def _replaceable(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file() or not any(folder.iterdir())
 
 
 # --- nothing lost, nothing invented ----------------------------------------------------------
@@ -308,43 +313,6 @@ def _relative(file: Path, root: Path) -> str:
 
 
 # --- writing ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def target_place(target: Path, is_file: bool, overwrite: bool) -> Iterator[Path]:
-    """A temporary place beside the target, from where all goes to the target if it goes well: the
-    folder that it becomes, or the file, which may have become shards."""
-    if target.is_dir() and (is_file or not _replaceable(target)):
-        why = "a folder is replaced by a folder only, and only if that holds a model or nothing"
-        raise UsageError(f"{target} cannot be replaced", why)
-    place = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    make_folder(place)
-    try:
-        yield place / target.name if is_file else place
-        for folder in {file.parent for file in place.glob("**/*")}:
-            sync_folder(folder)
-        if is_file:
-            move_set(place, target, overwrite)
-        else:
-            _move_folder(place, target)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _replaceable(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() or not any(folder.iterdir())
-
-
-def _move_folder(place: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if os.path.lexists(target):
-        target.rename(old)
-    place.rename(target)
-    sync_folder(target.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
 
 
 def _write(

@@ -25,12 +25,11 @@ from difftool.adapters.lora.file import (
 )
 from difftool.config.layers import load_preset
 from difftool.config.networks import UNetConfig
-from difftool.conversion.convert import target_place
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm.names import clip_rules, unet_rules
 from difftool.formats.rules import Shape
-from difftool.storage.commit import refuse_existing
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
+from difftool.storage.shards import atomic_set
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
     FLOATS,
@@ -115,8 +114,7 @@ def convert_lora(
     notes = _kept(lora)
     pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
     if not dry_run:
-        refuse_existing(target, overwrite)
-        with target_place(target, True, overwrite) as place:
+        with atomic_set(target, overwrite) as place:
             hashes = write_pieces(place, pieces, metadata)
             if verify and digests(place) != hashes:
                 raise CheckError(f"{target} does not read back as it was written")

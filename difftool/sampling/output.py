@@ -6,14 +6,13 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
 from difftool.images.formats import OUTPUT_FORMATS, format_of
-from difftool.storage.commit import write_whole
+from difftool.storage.commit import Lock, write_whole
 
 FIELDS = (
     "seed", "index", "prompt", "negative", "label", "steps", "guidance", "sampler", "schedule",
@@ -164,7 +163,9 @@ class Output:
         if path:
             write_whole(path, data, self.overwrite)
             return path
-        with _locked(folder):
+        # One process at a time takes a number; where folders cannot be locked, no two pictures are
+        # one file all the same.
+        with Lock(folder):
             pattern = re.compile(r"([0-9]{5,9})-")
             taken = [int(m[1]) for name in os.listdir(folder) if (m := pattern.match(name))]
             path = folder / f"{max(taken, default=-1) + 1:05d}-{tail}.{self.format}"
@@ -213,20 +214,3 @@ def _checked_name(out: str, format: str) -> str:
 
 def _exists(path: Path) -> UsageError:
     return UsageError(f"{path} exists", hint="give --overwrite to replace it")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Numbers are taken by one process at a time where folders can be locked; elsewhere the
-    exclusive creation of the picture still keeps any two from being one file."""
-    descriptor = None
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from difftool.errors import InputError, UsageError
-from difftool.storage.commit import make_folder, move, refuse_existing, sync_folder, write_whole
+from difftool.storage.commit import hidden_folder, move_files, refuse_existing, write_whole
 from difftool.storage.safetensors import write_pieces
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensors import Piece, byte_size
@@ -60,17 +60,22 @@ def write_shards(
     All files appear when each of them is whole, the index last; or none does. UsageError if one of
     them exists and is not to be replaced.
     """
+    limit = parse_size(MAX_SHARD_SIZE) if limit is None else limit
+    with atomic_set(path, overwrite) as place:
+        return write_set(place, pieces, metadata, limit)
+
+
+@contextmanager
+def atomic_set(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden place for what `write_set` writes, from where it all moves to `path` when the block
+    ends well, the index last; or nothing does. Errors as of `write_shards`."""
     for file in (path, index_of(path)):
         refuse_existing(file, overwrite)
-    place = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    make_folder(place)
-    try:
-        limit = parse_size(MAX_SHARD_SIZE) if limit is None else limit
-        hashes = write_set(place / path.name, pieces, metadata, limit)
-        move_set(place, path, overwrite)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-    return hashes
+    if path.is_dir():
+        raise UsageError(f"{path} cannot be replaced", "it is a folder, and a file is to be there")
+    with hidden_folder(path) as place:
+        yield place / path.name
+        _move_set(place, path, overwrite)
 
 
 def write_set(
@@ -96,15 +101,13 @@ def write_set(
     return hashes
 
 
-def move_set(place: Path, path: Path, overwrite: bool) -> None:
-    """Move what `write_set` has written for place/NAME to where `path`, of that name, is; all files
-    or none. UsageError if one of them exists and is not to be replaced."""
+def _move_set(place: Path, path: Path, overwrite: bool) -> None:
     index = index_of(path)
     names = sorted(file.name for file in place.iterdir() if file.name != index.name)
     for name in (*names, path.name, index.name):
         refuse_existing(path.with_name(name), overwrite)
     names += [index.name] if (place / index.name).is_file() else []
-    _put(place, path.parent, names, _former(path, index) if overwrite else [])
+    move_files(place, path.parent, names, _former(path, index) if overwrite else [])
 
 
 def written_at(path: Path) -> Path | None:
@@ -129,28 +132,3 @@ def _former(path: Path, index: Path) -> list[Path]:
         own = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
         files = [index, *(path.with_name(n) for n in sorted(names) if own.fullmatch(n)), *files]
     return [file for file in files if not file.is_dir()]
-
-
-def _put(place: Path, folder: Path, names: list[str], former: list[Path]) -> None:
-    """Move files to a folder in which others make way for them; all, or none."""
-    if len(names) == 1 and len(former) <= 1:
-        move(place / names[0], folder / names[0], overwrite=bool(former))
-        return
-    aside = place / "former"
-    aside.mkdir()
-    gone: list[Path] = []
-    done: list[Path] = []
-    try:
-        for file in former:
-            os.replace(file, aside / file.name)
-            gone.append(file)
-        for name in names:
-            move(place / name, folder / name, overwrite=False)
-            done.append(folder / name)
-    except BaseException:
-        for file in done:
-            file.unlink()
-        for file in reversed(gone):
-            os.replace(aside / file.name, file)
-        raise
-    sync_folder(folder)

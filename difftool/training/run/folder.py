@@ -7,17 +7,15 @@ model.safetensors at the end: the averaged weights, self-describing
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -36,7 +34,7 @@ from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
-from difftool.storage.commit import write_whole
+from difftool.storage.commit import Lock, write_whole
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size, written_at
 from difftool.training.report.page import FACTS, warnings, write_report
 from difftool.training.report.plots import Metrics, loss_figure, png
@@ -130,7 +128,8 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         self.leads = parallel.is_main()
         """Of several processes the first writes; the others only train."""
-        self.lock = _lock(folder) if self.leads else None
+        busy = f"another run is at work in {folder}"
+        self.lock = Lock(folder / ".lock", busy) if self.leads else None
         try:
             recipe = preset.recipe(part)
             self.dataset, self.held = hold_out(dataset, recipe.validation)
@@ -433,17 +432,6 @@ def _line(step: TrainStep) -> dict[str, Any]:
     return line | step.terms | ({"levels": step.levels} if step.levels else {})
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Held for the life of the run: two runs in one folder would destroy each other."""
-    handle = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise UsageError(f"another run is at work in {folder}") from None
-    return handle
-
-
 def _truncate(metrics: Path, step: int) -> None:
     """Drop the lines of steps that will be run again."""
     if not metrics.exists():
@@ -456,6 +444,4 @@ def _truncate(metrics: Path, step: int) -> None:
         except ValueError:
             break  # half a line, written as the process was killed
         kept.append(line + "\n")
-    temporary = metrics.with_name(f".{metrics.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, metrics)
+    write_whole(metrics, "".join(kept), overwrite=True)

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from difftool.config.schema import OptimConfig, Part, TrainConfig
 from difftool.config.validate import to_values
 from difftool.data import Dataset
-from difftool.errors import InputError, ResourceError, UsageError
+from difftool.errors import ResourceError, UsageError
 from difftool.pipeline.model import Model
+from difftool.storage.commit import write_whole
+from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step import parallel
 from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher, buckets_of
 from difftool.training.step.checkpoint import checkpoint_name, save_checkpoint
@@ -232,17 +232,15 @@ class Trainer:
                 note, path = {"difftool.weights": "ema"}, where / "ema.safetensors"
                 self.model.save(path, parts=parts, weights=self.ema.average, metadata=note)
                 for rule, track in list(self.ema.tracks.items())[:-1]:
-                    whole = {name: value.contiguous() for name, value in track.items()}
-                    save_file(whole, where / f"ema-{rule}.safetensors")
+                    save_tensors(where / f"ema-{rule}.safetensors", track)
             optimizer = {
-                f"{name}.{key}": value.contiguous()
+                f"{name}.{key}": value
                 for name, p in self.learning.items()
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
-            save_file(optimizer, where / "optimizer.safetensors")
+            save_tensors(where / "optimizer.safetensors", optimizer)
             if self.helpers:
-                left = {n: p.detach() for n, p in _parameters(self.helpers).items()}
-                save_file({n: p.contiguous() for n, p in left.items()}, where / HELPERS)
+                save_tensors(where / HELPERS, _parameters(self.helpers))
             state = {
                 "schema": 1,
                 "step": self.step,
@@ -254,7 +252,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             }
-            (where / "state.json").write_text(json.dumps(state, indent=1))
+            write_whole(where / "state.json", json.dumps(state, indent=1))
 
         path = save_checkpoint(folder, self.step, write, keep)
         if self.ema and self.config.ema_profile == "power":
@@ -267,26 +265,27 @@ class Trainer:
 
         UsageError if the run's seed, batches or networks are not the checkpoint's.
         """
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         self._check_state(state, checkpoint)
         kept = tuple(f"{part}." for part in self.kept_parts())
         mine = {n: t for n, t in self.model.tensors().items() if n.startswith(kept)}
-        _copy(mine, _tensors(checkpoint / "model.safetensors"), checkpoint)
+        _copy(mine, load_tensors(checkpoint / "model.safetensors"), checkpoint)
         if self.helpers:
-            _copy(_parameters(self.helpers), _tensors(checkpoint / HELPERS), checkpoint)
+            _copy(_parameters(self.helpers), load_tensors(checkpoint / HELPERS), checkpoint)
         if self.ema:
             for rule, track in self.ema.tracks.items():
                 name = "ema" if track is self.ema.average else f"ema-{rule}"
-                _copy(track, _tensors(checkpoint / f"{name}.safetensors"), checkpoint)
+                _copy(track, load_tensors(checkpoint / f"{name}.safetensors"), checkpoint)
             self.ema.updates = state["ema_updates"]
-        saved = _tensors(checkpoint / "optimizer.safetensors")
+        saved = load_tensors(checkpoint / "optimizer.safetensors")
         for name, p in self.learning.items():
             prefix = f"{name}."
             entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
             entry = {key: t for key, t in entry.items() if "." not in key}
             # In the parameter's own memory layout: the fused optimiser walks raw memory.
             laid_out = {
-                k: t if k == "step" else torch.empty_like(p).copy_(t) for k, t in entry.items()
+                key: torch.empty_like(t if key == "step" else p).copy_(t)
+                for key, t in entry.items()
             }
             if laid_out:
                 self.optimizer.state[p] = laid_out
@@ -346,14 +345,6 @@ def keep_memory() -> None:
 def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     named = ((prefix, network.named_parameters()) for prefix, network in networks.items())
     return {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise InputError(f"cannot read {path}", str(error)) from None
 
 
 @torch.no_grad()
