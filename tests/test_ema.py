@@ -10,6 +10,13 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from difftool.adapters.averages import (
+    combine,
+    exponent,
+    reconstruct,
+    snapshots,
+    write_model,
+)
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import TrainConfig
 from difftool.data import open_dataset
@@ -17,17 +24,7 @@ from difftool.errors import UsageError
 from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import read_header
-from difftool.training.step.ema import (
-    SNAPSHOTS,
-    Ema,
-    combine,
-    exponent,
-    exponential,
-    power,
-    reconstruct,
-    snapshots,
-    write_model,
-)
+from difftool.training.step.ema import SNAPSHOTS, Ema, exponential, power
 from difftool.training.step.loop import Trainer
 
 STEPS, EVERY = 400, 25

@@ -1,1 +1,2 @@
-"""What changes a model: LoRAs (lora/) and learned words (words)."""
+"""What changes a model's weights or words: LoRAs (lora/), averages over a run (averages), learned
+words (words)."""

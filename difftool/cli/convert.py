@@ -245,7 +245,7 @@ def _averaged(source: Path, length: float | None) -> Iterator[Path]:
     if length is None:
         yield source
         return
-    from difftool.training.step.ema import write_model
+    from difftool.adapters.averages import write_model
 
     with TemporaryDirectory(prefix="difftool-") as folder:
         path = Path(folder) / "model.safetensors"
