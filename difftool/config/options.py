@@ -123,7 +123,7 @@ class Option:
         if low is not None and high is not None and not low <= given <= high:
             raise UsageError(f"{called} {text} is not a number from {low:g} to {high:g}")
         if low is not None and given < low:
-            what = "a positive number" if low == 1 else f"at least {low:g}"
+            what = "a positive number" if low == 1 and self.type is int else f"at least {low:g}"
             raise UsageError(f"{called} {text} is not {what}")
         if high is not None and given > high:
             raise UsageError(f"{called} {text} is more than {high:g}")

@@ -7,20 +7,20 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
 
+from difftool.config.layers import merge
 from difftool.errors import DifftoolError, UsageError, suggestion
+from difftool.sampling.settings import KEYS, MAX_SEED, REQUEST, SHORT, read_text, settings_of
 
-MAX_SEED = 2**64 - 1
-MAX_SEEDS = 1_000_000
-MAX_SIDE = 16_384
-MAX_TEXT = 10_000
 MAX_LINE = 1 << 20
+FACTS = ("path", "index", "model", "seconds", "latents", "refiner")
+"""What a printed picture says beside its settings, which its line does not ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Request:
     """Path of the picture to start from, to repaint or to edit."""
     mask: str | None = None
     """Path of the picture whose white is repainted."""
-    image: str | None = None
+    image_prompt: str | None = None
     """Path of the picture to vary (unCLIP)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of SampleConfig, and `width`, `height`."""
@@ -55,7 +55,7 @@ class Request:
 
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):
-            _check_text(text or "")
+            read_text(text or "")
 
     def images(self) -> Sequence[int]:
         """The seed of each image: image k of a request has seed + k."""
@@ -74,9 +74,8 @@ class Request:
 
     def over(self, base: Request) -> Request:
         """This request, with what it leaves open taken from `base`."""
-        own = {
-            name: value for name in (*FIELDS, "num") if (value := getattr(self, name)) is not None
-        }
+        names = [row.field for row in REQUEST if row.field]
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
         return replace(base, **own, settings=overlay(base.settings, self.settings))
 
 
@@ -84,137 +83,21 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Settings laid over others; options of a sampler or grid go with the one they belong to."""
     dropped = {f"{name}_options" for name in ("sampler", "schedule") if name in top}
     dropped |= {"width", "height"} if "size" in top else set()
-    return {name: value for name, value in base.items() if name not in dropped} | dict(top)
+    return merge({name: value for name, value in base.items() if name not in dropped}, top)
 
 
-# --- values ----------------------------------------------------------------------------------
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds of "7" or "1,2,5-10"; none, which is to say drawn, of "-1"."""
-    if text.strip() == "-1":
-        return ()
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,20})\s*(?:-\s*([0-9]{1,20})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            hint = "give 7, or 1,2,5-10, or -1 to draw one"
-            raise UsageError(f'"{text}" is not a list of seeds', hint=hint)
-        if last > MAX_SEED:
-            raise UsageError(f"seed {last} is too large", f"the limit is {MAX_SEED}")
-        ranges.append(range(first, last + 1))
-    count = sum(part.stop - part.start for part in ranges)
-    if count > MAX_SEEDS:
-        raise UsageError(f"{count} seeds are too many", f"the limit is {MAX_SEEDS} at once")
-    return tuple(seed for part in ranges for seed in part)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of "512x768"; "512" is a square."""
-    match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*[xX×*]\s*([0-9]{1,9}))?\s*", text)
-    if not match:
-        raise UsageError(f'"{text}" is not a size', hint="give WIDTHxHEIGHT, such as 512x768")
-    width, height = int(match[1]), int(match[2] or match[1])
-    for side in (width, height):
-        _check_side(side)
-    return width, height
-
-
-def _check_side(side: int) -> None:
-    if not 0 < side <= MAX_SIDE:
-        raise UsageError(f"a side of {side} pixels is not usable", f"1 to {MAX_SIDE} are")
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """(low, high) in log SNR of "LOW,HIGH"; either may be -inf or inf."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not low < high:
-        hint = "give LOW,HIGH in log SNR, such as -2,4"
-        raise UsageError(f'"{text}" is not an interval', hint=hint)
-    return low, high
+def request_of(values: Mapping[str, Any], **more: Any) -> Request:
+    """The request of read values by the names of rows; `more`: fields of Request."""
+    given = {row.field: v for row in REQUEST if row.field and (v := values.get(row.name)) is not None}
+    return Request(**given | more, settings=settings_of(values))
 
 
 # --- files and streams of prompts ------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-        raise ValueError("a number")
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 10**9:
-        raise ValueError("a positive whole number")
-    return value
-
-
-def _side(value: Any) -> int:
-    _check_side(_count(value))
-    return value
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("a whole number, or a list such as 1,2,5-10")
-    return parse_seeds(str(value))
-
-
-def _label(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("the name or the index of a class")
-    return str(value)
-
-
-def _picture(value: Any) -> str:
-    """A1111 takes a list of them."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, str):
-        raise ValueError("the path of one picture")
-    return value
-
-
-# Keys of a JSON line (A1111's web interface): the field or the setting they fill, and the reader.
-KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "prompt": ("prompt", _text),
-    "negative_prompt": ("negative", _text),
-    "label": ("label", _label),
-    "seed": ("seeds", _seeds),
-    "out": ("out", _text),
-    "steps": ("steps", _count),
-    "cfg_scale": ("guidance", _number),
-    "width": ("width", _side),
-    "height": ("height", _side),
-    "sampler_name": ("sampler", _text),
-    "scheduler": ("schedule", _text),
-    "init_images": ("init", _picture),
-    "mask": ("mask", _text),
-    "image_prompt": ("image", _text),
-    "denoising_strength": ("strength", _number),
-}
-FIELDS = ("prompt", "negative", "label", "seeds", "out", "init", "mask", "image")
-
-# Options on a line of text: sd-scripts' and A1111's, by the key that they are here.
-OPTIONS = {
-    "n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "d": "seed",
-    "l": "cfg_scale", "t": "denoising_strength", "ss": "sampler_name", "f": "out",
-} | {name: name for name in KEYS}  # fmt: skip
-
-
 def parse_line(line: str) -> Request | None:
-    """The request of one line: a prompt, maybe with options, or a JSON object; None for blanks and
-    # comments."""
+    """The request of one line: a prompt, maybe with options, or a JSON object; None for a blank
+    line and for a comment, which # opens."""
     line = line.strip()
     if not line or line.startswith("#"):
         return None
@@ -225,7 +108,7 @@ def parse_line(line: str) -> Request | None:
         values = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UsageError("not a JSON object", str(error)) from None
-    return _request(values)
+    return from_json(values)
 
 
 def _with_options(line: str) -> dict[str, Any]:
@@ -235,9 +118,10 @@ def _with_options(line: str) -> dict[str, Any]:
     values: dict[str, Any] = {"prompt": first.strip()} if first.strip() else {}
     for option in options:
         name, _, text = option.partition(" ")
-        if name not in OPTIONS:
-            raise UsageError(f'there is no option "--{name}"', hint=suggestion(name, OPTIONS))
-        key = OPTIONS[name]
+        key = SHORT.get(name, name)
+        if key not in KEYS:
+            known = [*SHORT, *KEYS]
+            raise UsageError(f'there is no option "--{name}"', hint=suggestion(name, known))
         if key in values:
             raise UsageError(f'"{key}" is given twice')
         text = text.strip()
@@ -248,27 +132,32 @@ def _with_options(line: str) -> dict[str, Any]:
 
 
 def _as_written(key: str, text: str) -> Any:
-    """The value that a text stands for: the readers of numbers take no texts."""
-    readers = {_number: float, _count: int, _side: int}
+    """The value that a text stands for: rows of numbers read no texts."""
+    kind = KEYS[key].type
     try:
-        return readers.get(KEYS[key][1], str)(text)
+        return kind(text) if kind in (int, float) else text
     except ValueError:
         return text
 
 
-def _request(values: Mapping[str, Any]) -> Request:
-    fields, settings = {}, {}
+def from_json(values: Mapping[str, Any]) -> Request:
+    """The request of an object of JSON: keys of A1111's interface, and those that are printed with
+    a picture, whose own object asks for the same picture again."""
+    made_by = ""
+    if "schema" in values:
+        made_by = str(values.get("model_hash") or "")
+        values = {k: v for k, v in values.items() if k not in (*FACTS, "schema", "model_hash")}
+    read: dict[str, Any] = {}
     for key, value in values.items():
         if key not in KEYS:
             raise UsageError(f'there is no key "{key}"', hint=suggestion(key, KEYS))
         if value is None:
             continue
-        name, read = KEYS[key]
-        try:
-            (fields if name in FIELDS else settings)[name] = read(value)
-        except ValueError as wanted:
-            raise UsageError(f'"{key}" must be {wanted}', f"got {json.dumps(value)}"[:80]) from None
-    return Request(**fields, settings=settings)
+        row = KEYS[key]
+        if row.name in read:
+            raise UsageError(f'"{key}" is given twice', f"it is {' or '.join(row.json)}")
+        read[row.name] = row.one(value, f'"{key}"')
+    return request_of(read, model_hash=made_by)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -276,21 +165,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("a key occurs twice")
     return values
-
-
-def _check_text(text: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise UsageError(f"a prompt of {len(text)} characters", f"the limit is {MAX_TEXT}")
-    if any(c < " " and c not in "\t\n" for c in text) or not _encodes(text):
-        raise UsageError("the prompt has control characters", json.dumps(text)[:80])
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates, from JSON escapes or undecodable arguments
-        return False
-    return True
 
 
 def read_requests(where: str, base: Request) -> Iterator[Request | DifftoolError | None]:
