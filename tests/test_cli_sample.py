@@ -19,7 +19,8 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.pipeline.model import Model
-from difftool.sampling.metadata import parse_parameters, read
+from difftool.sampling.metadata.a1111 import parse_parameters
+from difftool.sampling.metadata.files import read
 from difftool.storage.safetensors import load_tensors
 from difftool.text.tokenizer import Tokenizer
 

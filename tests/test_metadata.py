@@ -16,16 +16,12 @@ from difftool.config.validate import build_preset, to_values
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import InputError, UsageError
-from difftool.sampling.metadata import (
-    Recipe,
-    chunk,
-    encode,
-    from_chunk,
-    from_parameters,
-    parameters,
-    parse_parameters,
-    read,
-)
+from difftool.pipeline.inputs import SampleInput
+from difftool.sampling.metadata.a1111 import from_parameters, parameters, parse_parameters
+from difftool.sampling.metadata.chunk import chunk, from_chunk
+from difftool.sampling.metadata.files import encode, read, texts
+from difftool.sampling.picture import Picture
+from difftool.sampling.requests import Request
 
 PRESET = build_preset(
     {
@@ -36,8 +32,28 @@ PRESET = build_preset(
         "target": "eps",
     }
 )
-MODEL: Any = SimpleNamespace(name="tiny", hash="0123456789", preset=PRESET, loras=())
 SETTINGS = SampleConfig(size=(512, 768), guidance=7.0, sampler="dpmpp_2m", schedule="karras")
+
+
+def picture(
+    prompt: str,
+    negative: str = "",
+    label: str | None = None,
+    seed: int = 1,
+    settings: SampleConfig = SETTINGS,
+    model: str = "tiny",
+) -> Picture:
+    """A picture of a model of that name."""
+    made_by = SimpleNamespace(name=model, hash="0123456789", preset=PRESET, loras=(), concat="none")
+    plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None)
+    request = Request(prompt=prompt, negative=negative, label=label)
+    return Picture(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)
+
+
+def text_of(*args: Any, **more: Any) -> str:
+    """What A1111 would say of the picture."""
+    return parameters(picture(*args, **more).values())
+
 
 PROMPTS = [
     "a fox",
@@ -72,23 +88,21 @@ def published_parse(text: str) -> dict[str, str]:
 
 
 def test_the_text_is_exactly_this():
-    recipe = Recipe("a fox,\nsmiling", "blurry, bad", None, 123, SETTINGS)
-    assert parameters(recipe, MODEL) == (
+    assert text_of("a fox,\nsmiling", "blurry, bad", None, 123) == (
         "a fox,\nsmiling\n"
         "Negative prompt: blurry, bad\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0, Seed: 123, "
         "Size: 512x768, Model hash: 0123456789, Model: tiny, RNG: CPU, "
         f"Version: difftool-{__version__}"
     )
-    assert parameters(Recipe("", "", None, 1, SETTINGS), MODEL).startswith("Steps: 20, ")
+    assert text_of("").startswith("Steps: 20, ")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("negative", ["", "blurry", "one\ntwo: x, y"])
 @pytest.mark.parametrize("name", ["tiny", 'my, model: "v2"'])
 def test_a1111_reads_it_back(prompt, negative, name):
-    model: Any = SimpleNamespace(name=name, hash="0123456789", preset=PRESET, loras=())
-    text = parameters(Recipe(prompt, negative, None, 123, SETTINGS), model)
+    text = text_of(prompt, negative, None, 123, model=name)
     values = published_parse(text)
     assert values["Prompt"] == prompt and values["Negative prompt"] == negative
     assert (values["Seed"], values["Steps"], values["Size"]) == ("123", "20", "512x768")
@@ -99,14 +113,14 @@ def test_a1111_reads_it_back(prompt, negative, name):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_name_reads_back(sampler):
     settings = SampleConfig(sampler=sampler)
-    request = from_parameters(parameters(Recipe("x", "", None, 1, settings), MODEL), "test")
+    request = from_parameters(text_of("x", settings=settings), "test")
     assert SAMPLERS.resolve(request.settings["sampler"]) == sampler
 
 
 @pytest.mark.parametrize("schedule", GRIDS)
 def test_every_schedule_name_reads_back(schedule):
     settings = SampleConfig(schedule=schedule)
-    request = from_parameters(parameters(Recipe("x", "", None, 1, settings), MODEL), "test")
+    request = from_parameters(text_of("x", settings=settings), "test")
     assert GRIDS.resolve(request.settings["schedule"]) == schedule
 
 
@@ -125,11 +139,11 @@ def test_texts_of_other_tools():
 @pytest.mark.parametrize("format", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_round_trip_through_files(tmp_path, format, prompt):
-    recipe = Recipe(prompt, "no, not: this", "fox", 123, SETTINGS)
-    values = chunk(recipe, MODEL)
+    made = picture(prompt, "no, not: this", "fox", 123)
+    values, text = chunk(made), parameters(made.values())
     path = tmp_path / f"x.{format}"
     image = Image.new("RGB", (16, 8), (200, 100, 50))
-    path.write_bytes(encode(image, format, parameters(recipe, MODEL), values))
+    path.write_bytes(encode(image, format, texts(text, values)))
     request = read(path)
     assert (request.prompt, request.negative) == (prompt, "no, not: this")
     assert (request.label, request.seeds) == ("fox", (123,))
@@ -138,17 +152,17 @@ def test_round_trip_through_files(tmp_path, format, prompt):
     with Image.open(path) as back:
         assert back.size == (16, 8) and back.mode == "RGB"
         if format == "png":
-            assert back.text["parameters"] == parameters(recipe, MODEL)  # type: ignore[attr-defined]
+            assert back.text["parameters"] == text  # type: ignore[attr-defined]
             assert json.loads(back.text["difftool"]) == values  # type: ignore[attr-defined]
             assert back.getpixel((3, 3)) == (200, 100, 50)
         else:
             comment = back.getexif().get_ifd(0x8769)[0x9286]
             assert comment[:8] == b"UNICODE\0"
-            assert comment[8:].decode("utf-16-be") == parameters(recipe, MODEL)
+            assert comment[8:].decode("utf-16-be") == text
 
 
 def test_the_chunk_holds_the_whole_preset():
-    values = json.loads(json.dumps(chunk(Recipe("x", "", None, 1, SETTINGS), MODEL)))
+    values = json.loads(json.dumps(chunk(picture("x"))))
     assert values["schema"] == 1 and values["version"] == __version__
     assert values["model_hash"] == "0123456789"
     preset = build_preset(values["preset"])
@@ -168,7 +182,7 @@ def test_without_metadata_nothing_is_said(tmp_path, format):
 
 def test_what_does_not_fit_is_a_usage_error():
     with pytest.raises(UsageError, match="jpg"):
-        encode(Image.new("RGB", (8, 8)), "jpg", "🦊" * 40_000)
+        encode(Image.new("RGB", (8, 8)), "jpg", texts("🦊" * 40_000, None))
 
 
 def unsound(sample: Any = None, **changes: Any) -> str:

@@ -9,15 +9,13 @@ import threading
 import pytest
 
 from difftool.errors import DifftoolError, UsageError
-from difftool.sampling.requests import (
+from difftool.sampling.requests import Request, parse_line, read_requests
+from difftool.sampling.settings import (
     KEYS,
     MAX_SEED,
-    Request,
-    parse_interval,
-    parse_line,
-    parse_seeds,
-    parse_size,
-    read_requests,
+    read_interval,
+    read_seeds,
+    read_size,
 )
 
 
@@ -33,7 +31,7 @@ from difftool.sampling.requests import (
     ],
 )
 def test_seed_grammar(text, seeds):
-    assert parse_seeds(text) == seeds
+    assert read_seeds(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -42,7 +40,7 @@ def test_seed_grammar(text, seeds):
 )
 def test_bad_seeds_are_usage_errors(text):
     with pytest.raises(UsageError):
-        parse_seeds(text)
+        read_seeds(text)
 
 
 def test_image_k_has_seed_plus_k():
@@ -68,20 +66,20 @@ def test_impossible_counts(request_):
 
 
 def test_sizes():
-    assert parse_size("512x768") == (512, 768)
-    assert parse_size("64") == (64, 64)
-    assert parse_size("64X32") == (64, 32)
+    assert read_size("512x768") == (512, 768)
+    assert read_size("64") == (64, 64)
+    assert read_size("64X32") == (64, 32)
     for text in ("", "x", "0x64", "64x", "-64x64", "64x64x64", "100000x64", "6.4x64"):
         with pytest.raises(UsageError):
-            parse_size(text)
+            read_size(text)
 
 
 def test_intervals():
-    assert parse_interval("-2,4") == (-2.0, 4.0)
-    assert parse_interval("-inf,0") == (float("-inf"), 0.0)
+    assert read_interval("-2,4") == (-2.0, 4.0)
+    assert read_interval("-inf,0") == (float("-inf"), 0.0)
     for text in ("", "1", "4,-2", "1,2,3", "nan,1", "a,b"):
         with pytest.raises(UsageError):
-            parse_interval(text)
+            read_interval(text)
 
 
 def test_text_lines():
@@ -108,9 +106,24 @@ def test_every_key_of_a_json_line():
         "mask": "mask.png",
         "image_prompt": "other.png",
         "denoising_strength": 0.5,
+        "image_guidance": 2.5,
+        "noise_level": 3,
+        "clip_skip": 2,
+        "prompt_syntax": "comfy",
+        "eta": 0.5,
+        "sampler_options": {"s_noise": 0.9},
+        "schedule_options": {"rho": 5},
+        "start_noise": "sigma",
+        "guidance_rescale": 0.7,
+        "guidance_interval": "-2,inf",
+        "clip": "static",
+        "rederive_eps": True,
     }
-    assert set(values) == set(KEYS)
-    assert parse_line(json.dumps(values)) == Request(
+    assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
+    request = parse_line(json.dumps(values))
+    ours = {KEYS[key].json[0]: value for key, value in values.items()}
+    assert parse_line(json.dumps(ours)) == request  # by the names that are printed
+    assert request == Request(
         prompt="a fox",
         negative="blurry",
         label="3",
@@ -118,9 +131,20 @@ def test_every_key_of_a_json_line():
         out="fox.png",
         init="photo.png",
         mask="mask.png",
-        image="other.png",
+        image_prompt="other.png",
         settings={
             "strength": 0.5,
+            "image_guidance": 2.5,
+            "noise_level": 3,
+            "clip_skip": 2,
+            "prompt_syntax": "comfy",
+            "sampler_options": {"eta": 0.5, "s_noise": 0.9},
+            "schedule_options": {"rho": 5},
+            "start_noise": "sigma",
+            "guidance_rescale": 0.7,
+            "guidance_interval": (-2.0, float("inf")),
+            "clip": "static",
+            "rederive_eps": True,
             "steps": 5,
             "guidance": 4.0,
             "width": 64,

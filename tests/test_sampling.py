@@ -19,21 +19,22 @@ from difftool.diffusion.path import build_path
 from difftool.errors import DifftoolError, ResourceError, UsageError
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.settings import resolve_settings
+from difftool.sampling import resolve
 from difftool.sampling import run as running
-from difftool.sampling.metadata import read
-from difftool.sampling.output import Output
-from difftool.sampling.requests import Request
-from difftool.sampling.run import (
+from difftool.sampling.batches import default_batch
+from difftool.sampling.events import (
     Event,
     Failure,
     Grid,
     Note,
     Result,
-    Run,
     Skipped,
     Working,
-    default_batch,
 )
+from difftool.sampling.metadata.files import read
+from difftool.sampling.output import Output
+from difftool.sampling.requests import Request
+from difftool.sampling.run import Run
 from difftool.storage.safetensors import load_tensors, save_tensors
 
 PRESET = build_preset(
@@ -94,12 +95,12 @@ class FakeModel:
 def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stand_ins = {
-        "generate": lambda plan, items: plan.model.generate(items, plan.settings),
-        "decode": lambda model, x0: model.decode(x0),
-        "token_count": lambda model, prompt: (len(prompt.split()), 5),
+        (running, "generate"): lambda plan, items: plan.model.generate(items, plan.settings),
+        (running, "decode"): lambda model, x0: model.decode(x0),
+        (resolve, "token_count"): lambda model, prompt: (len(prompt.split()), 5),
     }
-    for name, function in stand_ins.items():
-        monkeypatch.setattr(running, name, function)
+    for (module, name), function in stand_ins.items():
+        monkeypatch.setattr(module, name, function)
 
 
 def make(
@@ -119,7 +120,7 @@ def ask(prompt: str, *seeds: int, **settings: Any) -> Request:
 
 
 def seeds_of(events: Sequence[Event]) -> list[int | None]:
-    return [event.recipe.seed for event in events if isinstance(event, Result)]
+    return [event.picture.seed for event in events if isinstance(event, Result)]
 
 
 def failures_of(events: Sequence[Event]) -> list[str]:
@@ -132,7 +133,7 @@ def test_like_settings_share_batches_and_order_is_kept():
     assert model.batches == [[1, 2], [3], [4], [5, 6]]
     assert seeds_of(events) == [1, 2, 3, 4, 5, 6]
     assert [e.index for e in events if isinstance(e, Result)] == [0, 1, 2, 3, 4, 5]
-    assert [e.recipe.prompt for e in events if isinstance(e, Result)] == list("abbcde")
+    assert [e.picture.request.prompt for e in events if isinstance(e, Result)] == list("abbcde")
 
 
 def test_a_stream_is_worked_on_before_it_goes_on():

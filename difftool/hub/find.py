@@ -14,6 +14,12 @@ from difftool.storage.shards import written_at
 DEFAULT_MODEL = "emoji"
 
 
+def model_name(where: str | None) -> str:
+    """What a MODEL argument says: DIFFTOOL_MODEL, else the bundled default model, where there is
+    none."""
+    return where or os.environ.get("DIFFTOOL_MODEL") or DEFAULT_MODEL
+
+
 def find_model(where: str | None, *, half: bool = False) -> Path:
     """The file or folder behind a MODEL argument; what is here always wins.
 
@@ -21,28 +27,38 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     weights of half precision are preferred. None is DIFFTOOL_MODEL, else the bundled default model,
     whatever lies here under its name.
     """
-    where = where or os.environ.get("DIFFTOOL_MODEL")
-    if not where:
-        return _bundled()[DEFAULT_MODEL]
-    path = Path(where)
+    place = place_of_model(where)
+    if place is not None:
+        return place
+    name = parse_name(model_name(where))
+    assert name is not None
+    return download(name, half=half)
+
+
+def place_of_model(where: str | None) -> Path | None:
+    """The same without asking the hub: None where it would be. UsageError if there can be none."""
+    bundled = bundled_models()
+    named = where or os.environ.get("DIFFTOOL_MODEL")
+    if not named:
+        return bundled[DEFAULT_MODEL]
+    path = Path(named)
     if written_at(path) is not None:
         return path
-    bundled = _bundled()
-    if where in bundled:
-        return bundled[where]
-    name = parse_name(where)
-    if name and (found := cached(name)):
-        return found
+    if named in bundled:
+        return bundled[named]
+    name = parse_name(named)
+    if name and (place := cached(name)):
+        return place
     if name and not path.parent.is_dir():
-        return download(name, half=half)
-    why = f"{where} does not exist"
+        return None
+    why = f"{named} does not exist"
     if name:
         why += f", and as the folder {path.parent} does, it is no name at the hub"
     hint = "give a model file, a run folder, a diffusers folder, ORG/NAME, or a bundled model: "
-    raise UsageError(f'there is no model "{where}"', why, hint + suggestion(where, bundled))
+    raise UsageError(f'there is no model "{named}"', why, hint + suggestion(named, bundled))
 
 
-def _bundled() -> dict[str, Path]:
+def bundled_models() -> dict[str, Path]:
     """The models that ship, by name."""
     return {
         folder.name: file

@@ -12,14 +12,14 @@ from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
 from difftool.images.formats import OUTPUT_FORMATS, format_of
+from difftool.sampling.settings import ALWAYS, SETTINGS
 from difftool.storage.commit import Lock, write_whole
 
-FIELDS = (
-    "seed", "index", "prompt", "negative", "label", "steps", "guidance", "sampler", "schedule",
-    "width", "height", "model", "model_hash", "date",
-)  # fmt: skip
-NUMBERS = ("seed", "index", "steps", "width", "height")
-ALIASES = {"cfg": "guidance", "model_name": "model"}
+FIELDS = (*(row.name for row in ALWAYS), "index", "model", "model_hash", "date")
+"""The words of templates."""
+NUMBERS = ("seed", "index", *(row.name for row in ALWAYS if row.type is int))
+"""Those that can be padded with zeros."""
+ALIASES = {word: row.name for row in SETTINGS for word in row.words}
 Fields = Mapping[str, str | int | float | None]
 """The values of FIELDS for one picture."""
 
@@ -115,6 +115,15 @@ class Output:
         if not _FIELD.search(template):
             output.path({})  # fails now if it is taken, not after all the work
         return output
+
+    def check_folder(self) -> None:
+        """UsageError if pictures cannot be written to its folder: fails now, not after all the
+        work."""
+        folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not folder.is_dir():
+            raise UsageError(f"cannot make the folder {self.root}", f"{folder} is a file")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to the folder {folder}", "permission denied")
 
     def path(self, fields: Fields, out: str | None = None) -> Path | None:
         """Where a picture of these fields goes; None if its number is given when it is written.

@@ -88,7 +88,9 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def request_of(values: Mapping[str, Any], **more: Any) -> Request:
     """The request of read values by the names of rows; `more`: fields of Request."""
-    given = {row.field: v for row in REQUEST if row.field and (v := values.get(row.name)) is not None}
+    given = {
+        row.field: v for row in REQUEST if row.field and (v := values.get(row.name)) is not None
+    }
     return Request(**given | more, settings=settings_of(values))
 
 
@@ -103,7 +105,7 @@ def parse_line(line: str) -> Request | None:
         return None
     # A brace may open a prompt too, "{red|blue} fox"; JSON's is followed by a key or its end.
     if not re.match(r'\{\s*["}]', line):
-        return _request(_with_options(line))
+        return from_json(_with_options(line))
     try:
         values = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -184,6 +184,10 @@ def _lora(given: Any) -> tuple[Path, float]:
     return parse_lora(str(given))
 
 
+def _lora_hashes(loras: Iterable[Any]) -> str:
+    return ", ".join(f"{applied.lora.path.stem}: {applied.lora.hash}" for applied in loras)
+
+
 def _size_of_text(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -256,33 +260,28 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="prompts", metavar="FILE|-", panel=PROMPT, excludes=("prompt",),
         help="A prompt or a JSON object a line; - is stdin",
-        habits=("--prompt-file", "--prompts-file", "--from-file"),
     ),
     Setting(
         name="negative", read=read_text, panel=PROMPT,
         field="negative", json=("negative", "negative_prompt"), always=True, short="n",
         effect=_guided, without="without guidance",
         help="What not to draw; needs guidance above 1",
-        habits=("--negative-prompt", "--negative_prompt", "--neg", "--uncond"),
     ),
     Setting(
         name="label", many=True, read=read_label, panel=PROMPT,
         field="label", json=("label",), always=True, a1111=A1111("Class", str),
         help="Class, by name or index; repeatable, or a,b,c",
-        habits=("--class", "--class-label", "--class-labels"),
     ),
     Setting(
         name="prompt_syntax", key="sample.prompt_syntax", panel=PROMPT, choices=_syntaxes,
         json=("prompt_syntax",),
         help="Weights and long prompts as in",
-        habits=("--prompt-parser", "--emphasis"),
     ),
     Setting(
         name="clip_skip", type=int, low=1, key="sample.clip_skip", panel=PROMPT,
         json=("clip_skip",),
         a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip),
         help="Text encoder's layer from the end; 1 = the last",
-        habits=("--clip-stop-at-last-layers",),
     ),
     Setting(
         name="strict_prompt", type=bool, panel=PROMPT,
@@ -291,23 +290,17 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="num", type=int, low=1, flags=("--num", "-n"), panel=PICTURE, field="num",
         help="Images of each prompt", default="1",
-        habits=(
-            "--count", "--batch-count", "--n-iter", "--n-samples", "--num-images",
-            "--num-images-per-prompt", "--num-samples",
-        ),
     ),
     Setting(
         name="seed", read=read_seeds, panel=PICTURE,
         field="seeds", json=("seed",), always=True, short="d",
         a1111=A1111("Seed", lambda text: (int(text),)),
         help="7, or 1,2,5-10, or -1 to draw one", default="drawn and printed",
-        habits=("--variation-seed", "--random-seed", "--seeds"),
     ),
     Setting(
         name="size", metavar="WxH", read=read_size, key="sample.size", panel=PICTURE,
         a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))),
         help="Width and height in pixels", default=_of_bundled("size"),
-        habits=("--width", "--height", "--W", "--H", "--ar", "--aspect-ratio", "--resolution"),
     ),
     Setting(
         name="out", field="out", json=("out",), short="f", panel=PICTURE, option=False,
@@ -318,7 +311,6 @@ SETTINGS: tuple[Setting, ...] = (
         panel=SAMPLER, json=("sampler", "sampler_name"), always=True, short="ss",
         a1111=A1111("Sampler", str, lambda name: SAMPLERS[name].a1111 or name),
         help="Sampler", default=_of_bundled("sampler"),
-        habits=("--sampling-method", "--sampler-name"),
     ),
     Setting(
         name="schedule", read=GRIDS.resolve, choices=lambda: GRIDS, key="sample.schedule",
@@ -328,19 +320,16 @@ SETTINGS: tuple[Setting, ...] = (
             lambda name: GRIDS[name].a1111 or name,
         ),
         help="Grid of levels", default=_of_bundled("schedule"),
-        habits=("--scheduler", "--schedule-type", "--noise-schedule"),
     ),
     Setting(
         name="steps", type=int, low=1, key="sample.steps", panel=SAMPLER,
         json=("steps",), always=True, short="s", a1111=A1111("Steps", int),
         help="Sampler steps", default=_of_bundled("steps"),
-        habits=("--num-inference-steps", "--sampling-steps", "--ddim-steps", "--sample-steps"),
     ),
     Setting(
         name="eta", type=float, low=0, key="sample.sampler_options.eta", panel=SAMPLER,
         json=("eta",),
         help="Fresh noise of samplers that have it",
-        habits=("--ddim-eta",),
     ),
     _hidden("sampler_options", "sample.sampler_options", "Options of the sampler", SAMPLER,
             type=dict),
@@ -352,13 +341,11 @@ SETTINGS: tuple[Setting, ...] = (
         json=("guidance", "cfg_scale"), always=True, words=("cfg",), short="l",
         a1111=A1111("CFG scale", float),
         help="Classifier-free guidance scale; 1 = off", default=_of_bundled("guidance"),
-        habits=("--cfg", "--cfg-scale", "--guidance-scale", "--scale", "--txt-cfg"),
     ),
     Setting(
         name="guidance_rescale", type=float, low=0, high=1, key="sample.guidance_rescale",
         panel=GUIDANCE, json=("guidance_rescale",), effect=_guided, without="without guidance",
         help="Share of rescaled guidance, 0 to 1; 0 = off",
-        habits=("--rescale-cfg", "--cfg-rescale", "--rescale"),
     ),
     Setting(
         name="guidance_interval", metavar="LOW,HIGH", read=read_interval,
@@ -381,26 +368,22 @@ SETTINGS: tuple[Setting, ...] = (
         name="init", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
         field="init", json=("init", "init_images"),
         help="Picture to start from; to repaint with --mask; to edit",
-        habits=("--init-img", "--init-image", "--input-image", "--image", "--img2img", "--i2i"),
     ),
     Setting(
         name="image_guidance", type=float, low=1, key="sample.image_guidance", panel=IMAGES,
         json=("image_guidance",), a1111=A1111("Image CFG scale", float), effect=_edits,
         help="How closely an edit follows --init", default="1.5",
-        habits=("--image-guidance-scale", "--img-cfg", "--image-cfg-scale"),
     ),
     Setting(
         name="strength", type=float, above=0, high=1, key="sample.strength", panel=IMAGES,
         json=("strength", "denoising_strength"), short="t",
         a1111=A1111("Denoising strength", float), effect=_starts,
         help="Share of the steps run on --init, above 0 to 1", default="0.75",
-        habits=("--denoising-strength", "--denoise"),
     ),
     Setting(
         name="mask", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
         field="mask", json=("mask",),
         help="White is repainted, grey is soft; the rest of --init stays",
-        habits=("--mask-image", "--mask-img"),
     ),
     Setting(
         name="image_prompt", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
@@ -415,7 +398,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="from_image", type=Path, file="picture", metavar="PICTURE", panel=IMAGES,
         help="Start from what a picture's metadata say",
-        habits=("--png-info", "--metadata-from"),
     ),
     Setting(
         name="from_latents", type=Path, many=True, file="file of latents", metavar="FILE",
@@ -429,10 +411,6 @@ SETTINGS: tuple[Setting, ...] = (
         name="model", flags=("--model", "-m"), metavar="MODEL", panel=MODEL, words=("model_name",),
         a1111=A1111("Model"),
         help="Model file, run folder, diffusers folder or name", default=lambda: _bundled()[1],
-        habits=(
-            "--ckpt", "--checkpoint", "--model-id", "--ckpt-path", "--model-path",
-            "--pretrained-model-name-or-path",
-        ),
     ),
     Setting(
         name="preset", metavar="NAME", panel=MODEL, complete=lambda: _presets(),
@@ -441,18 +419,15 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="vae", metavar="MODEL", panel=MODEL,
         help="Autoencoder, or a model whose is taken",
-        habits=("--vae-path", "--vae-file"),
     ),
     Setting(
         name="refiner", metavar="MODEL", panel=MODEL, json=("refiner",), a1111=A1111("Refiner"),
         help="Takes over for the last steps",
-        habits=("--refiner-checkpoint", "--refiner-model"),
     ),
     Setting(
         name="refiner_start", type=float, low=0, high=1, panel=MODEL, needs=("refiner",),
         why="has no model to start",
         help="Share of the path before it", default="0.8",
-        habits=("--refiner-switch-at", "--refiner-switch", "--high-noise-frac"),
     ),
     Setting(
         name="match", metavar="TOOL", choices=lambda: ("diffusers",), panel=MODEL,
@@ -460,8 +435,8 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         name="lora", metavar="FILE[:WEIGHT]", many=True, read=_lora, file="LoRA", panel=ADAPTERS,
+        a1111=A1111("Lora hashes", write=_lora_hashes),
         help="Apply a LoRA; repeatable", default="1",
-        habits=("--lora-weights", "--lora-path", "--lora-file", "--loras", "--lora-model"),
     ),
     Setting(
         name="allow_unused", type=bool, panel=ADAPTERS, needs=("lora",),
@@ -471,22 +446,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="embedding", type=Path, metavar="FILE", many=True, file="embedding", panel=ADAPTERS,
         help="Textual inversion: a word, as its file is called; repeatable",
-        habits=("--textual-inversion", "--ti", "--embeddings", "--embd-dir"),
     ),
     Setting(
         name="output", flags=("--output", "-o"), metavar="PATH", panel=OUTPUT,
         help="File, folder/, name with [seed] [index] [prompt]..., or - for stdout",
         default="outputs/NNNNN-SEED.png",
-        habits=("--outdir", "--output-dir", "--out", "--output-path", "--save-path", "--out-dir"),
     ),
     Setting(
         name="format", choices=lambda: OUTPUT_FORMATS, panel=OUTPUT,
         help="Pictures", default="png",
-        habits=("--file-format", "--image-format", "--extension"),
     ),
     Setting(
         name="grid", type=bool, panel=OUTPUT, help="Also one sheet of all images",
-        habits=("--save-grid", "--contact-sheet"),
     ),
     Setting(
         name="save_latents", type=bool, panel=OUTPUT, help="Also PICTURE.latents.safetensors",
@@ -494,29 +465,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="no_metadata", type=bool, panel=OUTPUT,
         help="Pictures say nothing about themselves",
-        habits=("--disable-metadata", "--strip-metadata"),
     ),
     Setting(
         name="skip_existing", type=bool, panel=OUTPUT, excludes=("overwrite",),
         help="Leave out pictures that are there already",
-        habits=("--skip", "--resume"),
     ),
     Setting(
         name="batch_size", type=int, low=1, panel=RUN,
         help="Images made together", default="by size",
-        habits=("--batch", "--bs"),
     ),
     Setting(
         name="exact", type=bool, panel=RUN,
         help="One image at a time: the same bits in any company",
-        habits=("--deterministic",),
     ),
     Setting(
         name="low_memory", type=bool, panel=RUN, help="Hold one network at a time; slower",
-        habits=(
-            "--lowvram", "--medvram", "--low-vram", "--enable-model-cpu-offload", "--offload",
-            "--offload-to-cpu", "--vae-tiling", "--tiling",
-        ),
     ),
 )
 # fmt: on
@@ -537,11 +500,14 @@ ALWAYS = tuple(row for row in SETTINGS if row.always)
 """What is printed with every picture, and can be part of its name."""
 REQUEST = tuple(row for row in SETTINGS if row.field is not None)
 """What a request has beside settings of the model."""
-KEYS: dict[str, Setting] = {key: row for row in SETTINGS for key in row.json}
+KEYS: dict[str, Setting] = {
+    key: row for row in SETTINGS if row.key is not None or row.field is not None for key in row.json
+}
 """The keys of a line of JSON."""
 SHORT = {row.short: row.json[0] for row in SETTINGS if row.short is not None}
 """sd-scripts' options on a line of text, by the keys that they stand for."""
-A1111_WORDS = {row.a1111.word: row for row in SETTINGS if row.a1111 is not None}
+A1111_WORDS = {row.a1111.word: (row, row.a1111) for row in SETTINGS if row.a1111 is not None}
+"""The words of A1111's text."""
 
 
 def settings_of(values: Values) -> dict[str, Any]:

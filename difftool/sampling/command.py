@@ -1,0 +1,209 @@
+"""The whole work of `difftool sample` without its talk: from the options' values to events.
+
+    task = prepare(values)             # refuses what can be refused without a model; no torch
+    for event in sample(task): ...     # loads the models, makes the pictures
+
+The command and the library both work so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftool.config.layers import Layer, merge, merged, origins, override_layers
+from difftool.config.options import by_name, option_layers
+from difftool.config.schema import SampleConfig
+from difftool.config.validate import to_values, validate
+from difftool.errors import DifftoolError, UsageError, clash
+from difftool.hub.find import model_name, place_of_model
+from difftool.sampling.events import Event, Started
+from difftool.sampling.output import Output
+from difftool.sampling.requests import Request, read_requests, request_of
+from difftool.sampling.settings import SETTINGS, spelled
+
+if TYPE_CHECKING:
+    from difftool.pipeline.model import Model
+
+REFINER_START = 0.8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the options ask for, checked as far as it can be without a model."""
+
+    values: Mapping[str, Any]
+    """Every option by name, as `read_options` gives them."""
+    layers: list[Layer]
+    """The settings of the model among them, each with its flag."""
+    base: Request
+    """What every picture is asked for, the prompts and labels apart."""
+    asked: list[Request]
+    """What is asked for; with --prompts, what each of its lines completes."""
+    stream: Iterable[Request | DifftoolError | None] | None
+    """The lines of --prompts."""
+    output: Output | None
+
+    total: int | None
+    """How many pictures are asked for; None where lines are yet to be read."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, or where it is, as far as is known before it is loaded."""
+        return model_name(self.values["model"])
+
+
+def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> Task:
+    """What the options ask for; UsageError for all that can be refused without a model, InputError
+    for a picture that does not say how it was made. loaded: the model is there already, and
+    pictures go to files only where `output` says so."""
+    if values["exact"] and values["batch_size"] not in (None, 1):
+        raise clash("--exact", f"--batch-size {values['batch_size']}")
+    labels = [part for text in values["label"] or [] for part in text.split(",")]
+    if values["prompts"] and len(labels) > 1:
+        raise UsageError("one --label goes with --prompts", hint='put a "label" on each line')
+    layers = _layers(values)
+    base = request_of({**values, "prompt": None, "label": None})
+    base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
+    if values["from_image"]:
+        base = base.over(_read_picture(values["from_image"]))
+    _check_settings(base.settings)
+    asked = [
+        replace(base, prompt=base.prompt if prompt is None else prompt, label=label or base.label)
+        for prompt, label in product(values["prompt"] or [None], labels or [None])
+    ]
+    count = len(base.images()) * len(asked)
+    total = None if values["prompts"] else len(values["from_latents"] or ()) or count
+    output = None if loaded and values["output"] is None else _output(values, total)
+    if not loaded:
+        for place in (values["model"], *filter(None, (values["vae"], values["refiner"]))):
+            place_of_model(place)
+    stream = read_requests(values["prompts"], asked[0]) if values["prompts"] else None
+    return Task(values, layers, base, asked, stream, output, total)
+
+
+def _layers(values: Mapping[str, Any]) -> list[Layer]:
+    """The settings of the model, flag by flag, as layers over its preset."""
+    layers = [Layer(*pair) for pair in option_layers(SETTINGS, values)]
+    for layer in override_layers(values["set"] or []):
+        if not isinstance(layer.values.get("sample"), dict):
+            why = "the model's weights fix the rest"
+            raise UsageError(f"{layer.origin}: only sample.KEY is set here", why)
+        layers.append(layer)
+    return layers
+
+
+def _read_picture(path: Path) -> Request:
+    """The request of a picture's metadata, the files that it went by found to be there."""
+    from difftool.sampling.metadata.files import read
+
+    request, rows = read(path), by_name(SETTINGS)
+    rows["lora"].check_files(request.loras)
+    rows["embedding"].check_files(request.embeddings)
+    return request
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """UsageError for settings that no model has."""
+    whole = merge(to_values(SampleConfig()), spelled(settings))
+    validate(SampleConfig, whole, "the sampling settings")
+
+
+def _output(values: Mapping[str, Any], total: int | None) -> Output:
+    output = Output.parse(
+        values["output"],
+        format=values["format"],
+        many=total != 1,
+        overwrite=bool(values["overwrite"]),
+        skip_existing=bool(values["skip_existing"]),
+    )
+    if not output.stdout:
+        output.check_folder()
+        return output
+    if values.get("json"):
+        raise UsageError("-o - and --json both want stdout", hint="leave one of them out")
+    if values["save_latents"]:
+        raise UsageError("--save-latents needs a picture's name", hint="give -o FILE")
+    if total != 1 and not values["grid"]:
+        hint = "--grid puts them on one sheet, -o out/ writes files"
+        raise UsageError("-o - takes one image", f"{total or 'a stream'} asked for", hint)
+    if sys.stdout.isatty():
+        raise UsageError("-o - does not write a picture to a terminal", hint="redirect: > fox.png")
+    return output
+
+
+def sample(task: Task, model: Model | None = None, refiner: Model | None = None) -> Iterator[Event]:
+    """Load the models, unless they are given, and make the pictures: what happens, as it does.
+
+    A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
+    can be.
+    """
+    from difftool.pipeline.settings import plan_sampling, resolve_settings
+    from difftool.sampling.run import Run
+
+    values = task.values
+    if model is None:
+        model, refiner = _load(task)
+    settings = resolve_settings(model, task.base.settings, values["match"])
+    plan_sampling(model, settings)  # refuses options that the sampler lacks
+    words = [f"word {word} ({word.path})" for word in model.words]
+    notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
+    yield Started(model.name, settings, notes)
+    start = values["refiner_start"]
+    run = Run(
+        model=model,
+        output=task.output,
+        batch_size=1 if values["exact"] else values["batch_size"],
+        metadata=not values["no_metadata"],
+        latents=bool(values["save_latents"]),
+        strict=bool(values["strict_prompt"]),
+        grid=bool(values["grid"]),
+        match=values["match"],
+        refiner=refiner,
+        refiner_start=REFINER_START if start is None else start,
+    )
+    if values["from_latents"]:
+        yield from run.decode(values["from_latents"])
+    else:
+        yield from run.events(task.asked if task.stream is None else task.stream)
+
+
+def _load(task: Task) -> tuple[Model, Model | None]:
+    """The model, and the refiner if there is one, with their words."""
+    from difftool.pipeline.load import load_model
+    from difftool.pipeline.words import add_embeddings
+
+    values, refiner = task.values, None
+    common: dict[str, Any] = {name: values[name] or "auto" for name in ("device", "dtype")}
+    common["low_memory"] = bool(values["low_memory"])
+    model = load_model(
+        values["model"],
+        vae=values["vae"],
+        recipe=values["preset"],
+        loras=values["lora"] or [(Path(path), weight) for path, weight in task.base.loras],
+        allow_unused=bool(values["allow_unused"]),
+        **common,
+    )
+    if values["refiner"]:
+        refiner = load_model(values["refiner"], **common)
+    for each in filter(None, (model, refiner)):
+        each.set_padding(values["match"])
+        add_embeddings(each, values["embedding"] or map(Path, task.base.embeddings))
+    return model, refiner
+
+
+def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
+    """(key path, value, origin) of every value of the preset that pictures are made by."""
+    from difftool.pipeline.settings import plan_sampling, resolve_settings
+
+    model, _ = _load(task)
+    settings = resolve_settings(model, task.base.settings, task.values["match"])
+    plan_sampling(model, settings)
+    below = [Layer(f"model {model.name}", to_values(model.preset))]
+    if image := task.values["from_image"]:
+        below.append(Layer(f"--from-image {image}", {"sample": task.base.settings}))
+    return origins(replace(model.preset, sample=settings), below + task.layers)

@@ -1,0 +1,94 @@
+"""What happens while pictures are made, one event at a time. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftool.errors import DifftoolError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from difftool.config.schema import SampleConfig
+    from difftool.sampling.picture import Picture
+
+
+@dataclass(frozen=True)
+class Started:
+    """The models are loaded, and the settings that are asked for fit."""
+
+    model: str
+    settings: SampleConfig
+    """Of a picture that asks for nothing else."""
+    notes: Sequence[str]
+    """What was decided about the models: files, evidence, adapters, words."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """A step of the sampler is done for a batch of images."""
+
+    images: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A picture that was made; `path` is None where it went to no file."""
+
+    picture: Picture
+    image: Image
+    """Its `info` has the text chunks of its file."""
+    path: Path | None
+    seconds: float
+    latents: Path | None = None
+
+    @property
+    def index(self) -> int:
+        """Its number in the run."""
+        return self.picture.index
+
+    def report(self) -> dict[str, Any]:
+        """The picture as a JSON object, which as a line of --prompts asks for it again."""
+        latents = {} if self.latents is None else {"latents": str(self.latents)}
+        said = self.picture.report(seconds=round(self.seconds, 3))
+        return {"path": str(self.path), "index": self.index} | said | latents
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sheet of all the run's pictures."""
+
+    path: Path | None
+    images: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image, or a whole request, that was not made."""
+
+    index: int
+    error: DifftoolError
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is there already."""
+
+    index: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about a request; a warning where it was not followed to the letter."""
+
+    text: str
+    warning: bool = True
+
+
+Event = Started | Working | Result | Grid | Failure | Skipped | Note

@@ -1,0 +1,66 @@
+"""The `difftool` chunk: what was asked for, and the whole preset with the settings as they were
+resolved. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from difftool import __version__
+from difftool.config.validate import to_values
+from difftool.errors import InputError, UsageError
+from difftool.sampling.requests import Request, from_json
+
+if TYPE_CHECKING:
+    from difftool.sampling.picture import Picture
+
+SCHEMA = 1
+MAX_BYTES = 1 << 20
+ASKED = ("prompt", "negative", "label", "seed")
+"""What is asked for of any picture."""
+IMAGES = ("init", "mask", "image_prompt")
+"""Paths of pictures that one goes by."""
+
+
+def chunk(picture: Picture) -> dict[str, Any]:
+    """Plain values for JSON."""
+    model, values = picture.plan.model, picture.values()
+    request = {name: values[name] for name in ASKED}
+    request |= {n: v for n in (*IMAGES, "refiner") if (v := values[n]) is not None}
+    request |= {"embeddings": list(picture.embeddings)} if picture.embeddings else {}
+    loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
+    request |= {"loras": loras} if loras else {}
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": model.name,
+        "model_hash": model.hash,
+        "request": request,
+        "preset": to_values(model.preset) | {"sample": to_values(picture.plan.settings)},
+    }
+
+
+def from_chunk(text: str, source: str) -> Request:
+    """The request that a chunk holds; InputError if it is not sound."""
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"{len(text)} characters")
+        values = json.loads(text)
+        request, settings = values["request"], values["preset"]["sample"]
+        asked = {name: request[name] for name in ASKED}
+        asked |= {name: request.get(name) for name in IMAGES}
+        asked["image_prompt"] = asked["image_prompt"] or request.get("image")  # as it was called
+        words = request.get("embeddings", [])
+        if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
+            raise ValueError("embeddings of the wrong type")
+        loras = tuple((str(path), float(weight)) for path, weight in request.get("loras", []))
+        if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
+            raise ValueError("label or settings of the wrong type")
+        found = from_json(asked)
+    except (KeyError, TypeError, ValueError, RecursionError, UsageError) as error:
+        raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
+    made_by = str(values.get("model_hash") or "")
+    return replace(
+        found, settings=settings, model_hash=made_by, embeddings=tuple(words), loras=loras
+    )

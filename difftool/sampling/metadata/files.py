@@ -1,0 +1,49 @@
+"""Pictures with what they say about themselves. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from difftool.errors import InputError, UsageError
+from difftool.images import write
+from difftool.images.read import read_notes
+from difftool.sampling.metadata.a1111 import from_parameters
+from difftool.sampling.metadata.chunk import from_chunk
+from difftool.sampling.requests import Request
+
+TEXT, CHUNK = "parameters", "difftool"
+"""Keywords of a picture's text chunks."""
+
+
+def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:
+    """The text chunks of a picture, by keyword."""
+    chunks = {} if text is None else {TEXT: text}
+    return chunks | ({CHUNK: json.dumps(values)} if values else {})
+
+
+def encode(image: Image.Image, format: str, chunks: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a picture's file with these text chunks; a format that has none has A1111's
+    text."""
+    chunks = chunks or {}
+    return write.encode(image, format, chunks, chunks.get(TEXT, ""))
+
+
+def read(path: Path) -> Request:
+    """The request that makes a picture again, from its `difftool` chunk or its A1111 text.
+
+    UsageError if there is no such file, InputError if it is no picture or says nothing.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no picture {path}")
+    info, comment = read_notes(path)
+    if isinstance(values := info.get(CHUNK), str):
+        return from_chunk(values, str(path))
+    text = info.get(TEXT) if comment is None else comment
+    if isinstance(text, str):
+        return from_parameters(text, str(path))
+    raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")

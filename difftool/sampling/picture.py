@@ -1,0 +1,72 @@
+"""One picture to make: what was asked for, and all that was decided of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.settings import SamplePlan
+from difftool.sampling.requests import Request
+from difftool.sampling.settings import ALWAYS, SETTINGS, Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture to make, or made, of what a request asks for."""
+
+    index: int
+    """Its number in the run."""
+    request: Request
+    plan: SamplePlan
+    input: SampleInput
+    seed: int | None = None
+    """None where it is made of latents that do not say it."""
+    path: Path | None = None
+    """Where it goes; None if it is numbered when it is written, or is not written to a file."""
+    embeddings: tuple[str, ...] = ()
+    """Paths of the learned words that its prompts have."""
+
+    def values(self) -> Values:
+        """All that is known of it, by the names of the rows of SETTINGS; and `index`, `model_hash`,
+        `date`, and `edits`, whether it is another picture edited."""
+        model, settings, request = self.plan.model, self.plan.settings, self.request
+        refiner = self.plan.refiner
+        width, height = settings.size
+        return {
+            **{field.name: getattr(settings, field.name) for field in fields(settings)},
+            "prompt": request.prompt or "",
+            "negative": request.negative or "",
+            "label": request.label,
+            "seed": self.seed,
+            "width": width,
+            "height": height,
+            "init": request.init,
+            "mask": request.mask,
+            "image_prompt": request.image_prompt,
+            "model": model.name,
+            "lora": model.loras or None,
+            "refiner": None if refiner is None else refiner.model.name,
+            "index": self.index,
+            "model_hash": model.hash,
+            "date": date.today().isoformat(),
+            "edits": model.concat == "edit",
+        }
+
+    def report(self, **facts: Any) -> dict[str, Any]:
+        """Its settings as a JSON object, which as a line of --prompts asks for the same picture;
+        with these facts beside them."""
+        values, own = self.values(), self.plan.model.preset.sample
+        facts = {name: values[name] for name in ("model", "model_hash")} | facts
+        more = {}
+        for row in SETTINGS:
+            value = values.get(row.name)
+            idle = row.effect is not None and not row.effect(values)
+            if row.always or not row.json or idle or value in (None, {}):
+                continue
+            if row.key and row.type is not dict and value == getattr(own, row.name):
+                continue
+            more[row.json[0]] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        return {row.json[0]: values[row.name] for row in ALWAYS} | facts | more

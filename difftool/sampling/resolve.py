@@ -1,0 +1,188 @@
+"""From requests to pictures to make: what is asked is decided once a request, and what is not
+followed to the letter is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from difftool.config.schema import SampleConfig
+from difftool.errors import DifftoolError, UsageError
+from difftool.pipeline.condition import token_count
+from difftool.pipeline.inputs import (
+    SampleInput,
+    check_input,
+    load_image_prompt,
+    load_init,
+    load_mask,
+    picture_size,
+)
+from difftool.pipeline.model import Model, Word
+from difftool.pipeline.settings import Refiner, plan_sampling, resolve_settings
+from difftool.pipeline.words import used_words
+from difftool.sampling.batches import Entry
+from difftool.sampling.events import Failure, Note, Skipped
+from difftool.sampling.output import Output
+from difftool.sampling.picture import Picture
+from difftool.sampling.requests import Request, located
+from difftool.sampling.settings import SETTINGS
+
+SHARED = ("sampler", "schedule", "steps", "guidance", "size")
+"""What a refiner is asked for too."""
+
+
+class Resolver:
+    """Resolves the requests of a run. match, strict and the refiner: see `Run`."""
+
+    def __init__(
+        self,
+        model: Model,
+        output: Output | None,
+        *,
+        match: str | None = None,
+        strict: bool = False,
+        refiner: tuple[Model, float] | None = None,
+    ):
+        self.model, self.output = model, output
+        self.match, self.strict, self.refiner = match, strict, refiner
+        self._noted: set[str] = set()
+        self._paths: set[Path] = set()
+        self._words: set[Word] = set()
+
+    def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
+        """The pictures of requests, in order; a Failure for what cannot be made, a note for what is
+        not done to the letter; None is passed on."""
+        index = 0
+        for request in requests:
+            if request is None:
+                yield None
+                continue
+            if isinstance(request, DifftoolError):
+                yield Failure(index, request)
+                index += 1
+                continue
+            try:
+                picture = self._resolved(request)
+                seeds = request.images()
+                yield from self._notes(picture)
+                if not request.seeds:
+                    yield Note(f"seed {seeds[0]}", warning=False)
+            except DifftoolError as error:
+                yield Failure(index, located(error, request.source))
+                index += 1
+                continue
+            for seed in seeds:
+                yield self._placed(picture, index, seed)
+                index += 1
+        for word in self.model.words:
+            if word not in self._words:
+                yield Note(f"no prompt has the word {word}: {word.path} was not used")
+
+    def _resolved(self, request: Request) -> Picture:
+        """The picture of a request before it has a seed and a name; UsageError if the model cannot
+        make it."""
+        model, asked = self.model, dict(request.settings)
+        if request.init and not {"size", "width", "height"} & asked.keys():
+            factor = model.codec.factor
+            asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
+        settings = resolve_settings(model, asked, self.match)
+        given = self._input(request, settings)
+        check_input(model, given)
+        start = request.init is not None
+        plan = plan_sampling(model, settings, from_picture=start, refiner=self._refiner(settings))
+        words = used_words(model, (given.prompt, given.negative))
+        self._words |= words
+        paths = dict.fromkeys(str(word.path) for word in model.words if word in words)
+        return Picture(index=0, request=request, plan=plan, input=given, embeddings=tuple(paths))
+
+    def _input(self, request: Request, settings: SampleConfig) -> SampleInput:
+        """What the model is given; InputError for a picture that cannot be read."""
+        model = self.model
+        if model.preset.text and request.prompt is None:
+            raise UsageError(f"the model {model.name} needs a prompt", hint="give a PROMPT")
+        if not model.preset.text and (request.prompt or request.negative):
+            hint = "give --label" if model.preset.unet.num_classes else "leave the prompt out"
+            raise UsageError(f"the model {model.name} reads no prompts", hint=hint)
+        label = None if request.label is None else model.label(request.label)
+        if label is None and model.preset.unet.num_classes and model.null_label is None:
+            hint = f"give --label, one of {', '.join(model.preset.classes)}"
+            raise UsageError(f"the model {model.name} needs a class", hint=hint)
+        image = None
+        if request.image_prompt and model.vision is None:
+            hint = "unCLIP models do"
+            raise UsageError(f"the model {model.name} takes no --image-prompt", hint=hint)
+        if request.image_prompt and model.vision is not None:
+            image = load_image_prompt(request.image_prompt, model.vision.config.size)
+        return SampleInput(
+            request.prompt or "",
+            request.negative or "",
+            label,
+            init=load_init(request.init, settings.size) if request.init else None,
+            mask=load_mask(request.mask, settings.size) if request.mask else None,
+            image=image,
+        )
+
+    def _refiner(self, settings: SampleConfig) -> Refiner | None:
+        if self.refiner is None:
+            return None
+        model, start = self.refiner
+        asked = {name: getattr(settings, name) for name in SHARED}
+        return Refiner(model, resolve_settings(model, asked, self.match), start)
+
+    def _placed(self, picture: Picture, index: int, seed: int) -> Picture | Failure | Skipped:
+        """The picture of a seed, with the name that it gets."""
+        given = picture.input._replace(seed=seed)
+        picture = replace(picture, index=index, input=given, seed=seed)
+        if self.output is None:
+            return picture
+        try:
+            path = self.output.path(picture.values(), picture.request.out)
+            if path in self._paths:
+                what = f"{path} would be the name of two pictures"
+                raise UsageError(what, hint="put [seed] or [index] into the name")
+        except DifftoolError as error:
+            return Failure(index, located(error, picture.request.source))
+        if path is not None:
+            self._paths.add(path)
+            if self.output.skip_existing and path.exists():
+                return Skipped(index, path)
+        return replace(picture, path=path)
+
+    def _notes(self, picture: Picture) -> Iterator[Note]:
+        """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
+        request, plan = picture.request, picture.plan
+        settings, texts = plan.settings, [*self._idle(picture)]
+        if settings.guidance == 0:
+            texts.append("guidance 0 is read as 1, which is off")
+        partial = request.init is not None or self.refiner is not None
+        if partial and plan.steps != settings.steps:
+            run = f"{plan.steps} of {settings.steps} steps are run"
+            text = f"{run} (strength {settings.strength:g})"
+            if text not in self._noted:
+                yield Note(text, warning=False)
+                self._noted.add(text)
+        if request.model_hash not in ("", self.model.hash):
+            made_by = f"not with {self.model.name} ({self.model.hash})"
+            texts.append(f"the picture was made with the model {request.model_hash}, {made_by}")
+        for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
+            count, limit = token_count(self.model, prompt) if prompt else (0, 0)
+            if count > limit and (settings.prompt_syntax == "none" or self.strict):
+                tokens = f"{count} tokens, of which {limit} are read"
+                what = f'the {name} "{str(prompt)[:40]}..." has {tokens}'
+                if self.strict:
+                    raise UsageError(what, hint=f"leave out the last {count - limit}")
+                texts.append(f"{what}: the last {count - limit} are cut")
+        yield from (Note(text) for text in texts if text not in self._noted)
+        self._noted.update(texts)
+
+    def _idle(self, picture: Picture) -> Iterator[str]:
+        """The settings that were asked for and change nothing."""
+        values, own = picture.values(), self.model.preset.sample
+        for row in SETTINGS:
+            value = values.get(row.name)
+            if row.effect is None or row.effect(values) or not value:
+                continue
+            if row.key is None or value != getattr(own, row.name):
+                number = f" {value:g}" if isinstance(value, int | float) else ""
+                yield f"{row.flag}{number} has no effect {row.without}"
