@@ -12,17 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
-    *(
-        "errors",
-        "registry",
-        "plugins",
-        "plugins",
-        "storage",
-        "diffusion",
-        "config",
-        "text",
-        "networks",
-    ),
+    *("errors", "registry", "plugins", "storage", "diffusion", "config", "text", "networks"),
     *("engine", "images", "formats", "adapters", "hub", "data", "pipeline", "conversion"),
     *("sampling", "training", "forward", "library", "cli", "__main__"),
 )

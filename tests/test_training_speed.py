@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.networks import UNetConfig
 from difftool.data import open_dataset
-from difftool.networks import layers
-from difftool.networks.layers import GroupNorm, Upsample, attend
+from difftool.engine import cpu
+from difftool.engine.cpu import CpuGroupNorm, CpuLinear, CpuUpsample, adapt, attend
 from difftool.networks.unet import UNet
 from difftool.pipeline.model import Model
 from difftool.training.step import loop
@@ -157,7 +158,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less():
 
 @pytest.mark.parametrize("sides", [(4, 4), (3, 5)])
 def test_doubled_pixels_are_convolved_as_they_were(sides):
-    module = Upsample(6)
+    module = CpuUpsample(6)
     x = torch.randn(2, 6, *sides, requires_grad=True)
     size = [2 * side for side in sides]
     weights = torch.randn(2, 6, *size)
@@ -175,15 +176,53 @@ def test_doubled_pixels_are_convolved_as_they_were(sides):
     assert module(x, None, odd).shape[2:] == torch.Size(odd)
 
 
+class Convolutions(TorchFunctionMode):
+    """Which convolutions are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __enter__(self) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().__enter__()
+        return self.calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith("conv"):
+            self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_network_keeps_its_weights_and_names_with_layers_of_the_cpu():
+    config = UNetConfig(
+        in_channels=3, out_channels=3, channels=(8, 8), depth=(1, 1), groups=4, head_dim=4
+    )
+    network = UNet(config)
+    network.init_weights(torch.Generator().manual_seed(0))
+    before = network.state_dict()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500.0])
+    with torch.no_grad():
+        plain = network(x, t)
+        adapt(network)
+        assert torch.equal(network(x, t), plain)
+    assert {type(module) for module in network.modules()} & set(cpu.FASTER) == set()
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(
+        before[name] is not None and torch.equal(before[name], after[name]) for name in after
+    )
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_tokens_are_multiplied_the_same_as_pictures(monkeypatch, bias):
-    monkeypatch.setattr(layers, "_slow_mkl", lambda: True)
-    module = layers.Linear(6, 4, bias=bias)
+    monkeypatch.setattr(cpu, "multiplies_slowly", lambda: True)
+    module = CpuLinear(6, 4, bias=bias)
     x = torch.randn(3, 8, 6, requires_grad=True)
     weights = torch.randn(3, 8, 4)
-    fast, plain = module(x), F.linear(x, module.weight, module.bias)
-    assert fast.grad_fn is not None and plain.grad_fn is not None
-    assert fast.grad_fn.name() == "TransposeBackward0" != plain.grad_fn.name()
+    with Convolutions() as calls:
+        fast = module(x)
+    plain = F.linear(x, module.weight, module.bias)
+    assert calls == ["conv2d"]
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-6)
     inputs = (x, *module.parameters())
     ours, theirs = (torch.autograd.grad((y * weights).sum(), inputs) for y in (fast, plain))
@@ -194,7 +233,7 @@ def test_tokens_are_multiplied_the_same_as_pictures(monkeypatch, bias):
 
 
 def test_low_precision_on_a_cpu_takes_its_detours_in_fp32():
-    norm = GroupNorm(2, 8)
+    norm = CpuGroupNorm(2, 8)
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()
@@ -204,7 +243,7 @@ def test_low_precision_on_a_cpu_takes_its_detours_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(low), wanted)
     assert norm(x).dtype == torch.float32
-    half = GroupNorm(2, 8).to(torch.bfloat16)(low)
+    half = CpuGroupNorm(2, 8).to(torch.bfloat16)(low)
     assert half.dtype == torch.bfloat16
     q, k, v = torch.randn(3, 2, 2, 7, 4).bfloat16()
     out = attend(q, k, v)

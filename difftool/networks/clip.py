@@ -124,10 +124,10 @@ class _Embeddings(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
 
 
-class Layer(nn.Module):
+class ClipLayer(nn.Module):
     """A layer of CLIP's towers; the text's is causal, the picture's is not."""
 
     def __init__(self, config: TextConfig | VisionConfig, causal: bool = True):

@@ -7,8 +7,7 @@ E the width of the time embedding.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,9 +39,6 @@ def guidance_sinusoids(w: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
 
 
-LOW = (torch.bfloat16, torch.float16)
-
-
 def to_tokens(x: Tensor) -> Tensor:
     """[B,C,H,W] -> [B,N,C]; a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
@@ -53,53 +49,11 @@ def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation; on a CPU in fp32, because its bf16 form takes several times as long."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if x.device.type != "cpu" or x.dtype not in LOW:
-            return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
-        y = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
-        return y if torch.is_autocast_enabled("cpu") else y.to(x.dtype)
+class TokenLinear(nn.Linear):
+    """A linear layer of tokens [B,N,C]."""
 
 
-@cache
-def _slow_mkl() -> bool:
-    """Whether torch multiplies matrices by MKL on a processor that MKL does not favour."""
-    try:
-        maker = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    return maker and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-class Linear(nn.Linear):
-    """A linear layer of tokens [B,N,C].
-
-    In fp32 on AMD's processors oneDNN's convolutions do twice the work of MKL's products; where
-    there are more tokens than features, training computes it as a 1x1 convolution of N = 2 (N/2).
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        tokens = input.shape[:-1].numel()
-        if (
-            input.dim() != 3
-            or input.device.type != "cpu"
-            or input.dtype != torch.float32
-            or input.shape[1] % 2
-            or tokens < 2 * self.out_features
-            or not torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or not _slow_mkl()
-        ):
-            return super().forward(input)
-        picture = input.transpose(1, 2).unflatten(2, (2, -1))
-        return to_tokens(F.conv2d(picture, self.weight[:, :, None, None], self.bias))
-
-
-class Embed(nn.Module):
+class TimeEmbedding(nn.Module):
     """Two linear layers that bring sinusoids or a vector [B,in_dim] to the time embedding [B,E].
 
     With `guidance_dim`, an embedded guidance scale [B,guidance_dim] joins at the input (LCM).
@@ -119,10 +73,10 @@ class Embed(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a residual connection, told the time by addition (DDPM) or by scale
-    and shift (ADM), and changing the resolution where `resample` says so (BigGAN's block, ADM).
+    """Two convolutions with a residual connection, conditioned on the time by addition (DDPM) or by
+    scale and shift (ADM), and changing the resolution where `resample` says so (BigGAN, ADM).
 
-    With `emb_dim` None it is not told the time (autoencoders).
+    With `emb_dim` None there is no time (autoencoders).
     """
 
     last = "conv2"
@@ -141,11 +95,11 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
-        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         if emb_dim is not None:
             self.time_emb_proj = nn.Linear(emb_dim, 2 * channels if scale_shift else channels)
-        self.norm2 = GroupNorm(groups, channels, eps)
+        self.norm2 = nn.GroupNorm(groups, channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
@@ -162,14 +116,14 @@ class ResBlock(nn.Module):
         elif self.resample == "up":
             x, h = F.interpolate(x, size), F.interpolate(h, size)
         h = self.conv1(h)
-        told = None if emb is None else self.time_emb_proj(emb)[:, :, None, None]
-        if told is None:
+        time = None if emb is None else self.time_emb_proj(emb)[:, :, None, None]
+        if time is None:
             h = self.norm2(h)
         elif self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + time)
         h = self.conv2(self.dropout(F.silu(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -186,50 +140,29 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size`, then a convolution.
-
-    A convolution of doubled pixels is a transposed one of the pixels, with the kernel summed over
-    the copies: 16 products a pixel in place of 36. Training takes it that way on a CPU, where there
-    are more pixels than there are weights to sum.
-    """
+    """Nearest-neighbour enlargement to `size`, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor | None, size: torch.Size | list[int]) -> Tensor:
-        pixels = len(x) * x[0, 0].numel()
-        doubled = tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
-        if doubled and x.device.type == "cpu" and torch.is_grad_enabled() and pixels >= x.shape[1]:
-            return F.conv_transpose2d(x, self._summed(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, size))
-
-    def _summed(self) -> Tensor:
-        """The transposed convolution's kernel [in,out,4,4]."""
-        shifts = ((0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
-        kernel = sum(F.pad(self.conv.weight, shift) for shift in shifts)
-        assert isinstance(kernel, Tensor)
-        return kernel.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot product attention, [B,heads,N,C] each; on a CPU in fp32, which is faster there."""
-    if q.device.type != "cpu" or q.dtype not in LOW:
-        return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention of tokens x [B,N,C] to a context [B,L,D], or to themselves."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)
+    """Of q, k, v, [B,heads,N,C] each."""
+
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(channels, channels, bias=bias)
-        self.to_k = Linear(context_dim or channels, channels, bias=bias)
-        self.to_v = Linear(context_dim or channels, channels, bias=bias)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_q = TokenLinear(channels, channels, bias=bias)
+        self.to_k = TokenLinear(context_dim or channels, channels, bias=bias)
+        self.to_v = TokenLinear(context_dim or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([TokenLinear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
@@ -237,7 +170,7 @@ class Attention(nn.Module):
             y.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for y in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        y = attend(q, k, v)
+        y = self.attend(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
@@ -248,7 +181,7 @@ class PlainAttention(Attention):
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float):
         super().__init__(channels, heads, bias=True)
-        self.group_norm = GroupNorm(groups, channels, eps)
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return x + to_picture(super().forward(to_tokens(self.group_norm(x))), like=x)
@@ -259,7 +192,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.proj = Linear(channels, 2 * hidden)
+        self.proj = TokenLinear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -273,7 +206,7 @@ class FeedForward(nn.Module):
         super().__init__()
         # The middle is diffusers' dropout, unused by every published U-Net; it fixes the names.
         self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)
+            GEGLU(channels, 4 * channels), nn.Identity(), TokenLinear(4 * channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -325,8 +258,8 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.linear = linear
-        self.norm = GroupNorm(groups, channels, eps=1e-6)
-        project = Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        project = TokenLinear if linear else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, only_cross) for _ in range(depth)

@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from difftool.config.networks import UNetConfig
 from difftool.networks.layers import (
     Downsample,
-    Embed,
-    GroupNorm,
     PlainAttention,
     ResBlock,
+    TimeEmbedding,
     Transformer,
     Upsample,
     guidance_sinusoids,
@@ -27,7 +26,7 @@ from difftool.networks.layers import (
 )
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """Residual blocks at one resolution, each followed by its attention if the level has any."""
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
@@ -47,7 +46,7 @@ class Level(nn.Module):
         return self.attentions[index](x, context) if index < len(self.attentions) else x
 
 
-class Down(Level):
+class Down(UNetLevel):
     """A level of the way down; what each layer puts out is piled on `skips`."""
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], *then: nn.Module):
@@ -66,7 +65,7 @@ class Down(Level):
         return x
 
 
-class Middle(Level):
+class Middle(UNetLevel):
     """The blocks between the ways down and up."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
@@ -75,7 +74,7 @@ class Middle(Level):
         return x
 
 
-class Up(Level):
+class Up(UNetLevel):
     """A level of the way up; each layer takes one of the `skips`, the last piled first."""
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], *then: nn.Module):
@@ -108,11 +107,11 @@ class UNet(nn.Module):
             scale_shift=config.scale_shift,
         )
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = Embed(channels[0], emb_dim, config.guidance_dim)
+        self.time_embedding = TimeEmbedding(channels[0], emb_dim, config.guidance_dim)
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_classes, emb_dim)
         if config.vector_dim is not None:
-            self.add_module(config.vector_name, Embed(config.vector_dim, emb_dim))
+            self.add_module(config.vector_name, TimeEmbedding(config.vector_dim, emb_dim))
 
         def down(width: int) -> nn.Module:
             if config.resblock_updown:
@@ -148,7 +147,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Up(resnets, self._attentions(i, depths), *then))
             before = width
 
-        self.conv_norm_out = GroupNorm(config.groups, channels[0], config.norm_eps)
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def _attentions(self, i: int, depths: tuple[int, ...], middle: bool = False) -> list[nn.Module]:
@@ -204,7 +203,7 @@ class UNet(nn.Module):
         """Whether what is inside the blocks is computed again for the gradient instead of kept: the
         same numbers with less memory, in more time. No part of the architecture."""
         for module in self.modules():
-            if isinstance(module, Level):
+            if isinstance(module, UNetLevel):
                 module.checkpointing = on
 
     def _embed(

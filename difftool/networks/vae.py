@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.config.networks import VaeConfig
-from difftool.networks.layers import Downsample, GroupNorm, PlainAttention, ResBlock, Upsample
+from difftool.networks.layers import Downsample, PlainAttention, ResBlock, Upsample
 
 NORM_EPS = 1e-6
 
@@ -76,7 +76,7 @@ class _Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = _Middle(widths[-1], config)
-        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class _Decoder(nn.Module):
             _Level(widths[max(i - 1, 0)], width, config.blocks + 1, groups, up=i < last)
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.channels * config.patch**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

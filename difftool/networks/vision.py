@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from difftool.config.networks import VisionConfig
-from difftool.networks.clip import Layer
+from difftool.networks.clip import ClipLayer
 from difftool.networks.layers import sinusoids
 
 
@@ -45,7 +45,7 @@ class _VisionModel(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, causal=False) for _ in range(config.layers))
+        self.layers = nn.ModuleList(ClipLayer(config, causal=False) for _ in range(config.layers))
 
 
 class _Embeddings(nn.Module):

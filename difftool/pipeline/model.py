@@ -21,6 +21,7 @@ from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
+from difftool.engine.cpu import adapt
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats.native import write_native
 from difftool.networks.clip import ClipText
@@ -71,6 +72,9 @@ class Model:
             self.codec: Codec = build_codec(preset.codec)
             network = UNet(preset.unet)
             self.text = nn.ModuleList(ClipText(config) for config in preset.text)
+        for part in (network, self.codec, self.text):
+            if isinstance(part, nn.Module):
+                adapt(part)
         self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
         self.tokenizers = [self._tokenizer(config) for config in preset.text]
         self.loaders: dict[str, Callable[[], None]] = {}

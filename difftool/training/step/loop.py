@@ -8,7 +8,6 @@ stopped and resumed continues bit for bit. Nothing in a step waits for the devic
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from difftool.config.schema import OptimConfig, Part, TrainConfig
 from difftool.config.validate import to_values
 from difftool.data import Dataset
+from difftool.engine.cpu import keep_memory
 from difftool.errors import ResourceError, UsageError
 from difftool.pipeline.model import Model
 from difftool.storage.commit import write_whole
@@ -39,8 +39,6 @@ from difftool.training.step.record import Record
 
 LOG_EVERY = 10
 HELPERS = "helpers.safetensors"
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt."""
 
 
 class TrainStep(NamedTuple):
@@ -331,15 +329,6 @@ def _has_bf16(device: torch.device) -> bool:
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     tests = (getattr(torch.cpu, name, None) for name in names)
     return device.type == "cpu" and any(test() for test in tests if test)
-
-
-def keep_memory() -> None:
-    """Keep freed memory for the next step: giving it back to the system and having new pages
-    zeroed takes a tenth of a step on a CPU. Where the C library is not glibc nothing is done."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 1 << 30)
-        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
