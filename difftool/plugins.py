@@ -65,6 +65,15 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
             _loaded[key] = Plugin(path.name, digest, _added(path, partial(_run, path, digest)))
 
 
+def unload(plugin: Plugin) -> None:
+    """Take back what a plugin has added; it can be loaded again."""
+    for registry, name in plugin.adds:
+        registry.remove(name)
+        ADDITIONS.remove((registry, name))
+    for key in [key for key, known in _loaded.items() if known is plugin]:
+        del _loaded[key]
+
+
 def load_entry_points() -> None:
     """Load the plugins that installed packages name. Raises as `load_plugins` does."""
     from importlib.metadata import entry_points  # slow to import

@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+
+from difftool.cli import app
+from difftool.config.options import Option
 
 ROOT = str(Path(__file__).parent.parent)
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "CI"} | {"PYTHONPATH": ROOT}
@@ -36,6 +41,15 @@ class Ran(NamedTuple):
         """The only one."""
         (found,) = self.objects
         return found
+
+
+def add_command(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: Sequence[Option], run: Callable[..., Any]
+) -> None:
+    """A command of a test's own, of these rows."""
+    module = SimpleNamespace(ROWS=rows, run=run, ABOUT=f"{name.title()}.")
+    monkeypatch.setitem(sys.modules, f"difftool.cli.{name}", module)
+    monkeypatch.setattr(app, "COMMANDS", {name: module.ABOUT})
 
 
 def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

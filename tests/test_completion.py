@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from commands import add_command
 
-from difftool.cli import app
 from difftool.config.options import DEVICE, SET, Option
 from difftool.diffusion import SAMPLERS
 
@@ -24,9 +22,7 @@ ROWS = [
 @pytest.fixture
 def complete(monkeypatch, difftool):
     """The values after a command line of a command of these rows; the last word may be begun."""
-    module = SimpleNamespace(ROWS=ROWS, run=pytest.fail, ABOUT="Draw.")
-    monkeypatch.setitem(sys.modules, "difftool.cli.draw", module)
-    monkeypatch.setattr(app, "COMMANDS", {"draw": "Draw."})
+    add_command(monkeypatch, "draw", ROWS, pytest.fail)
 
     def run(line: str, shell: str = "bash") -> list[str]:
         for name in ("COMP_WORDS", "COMP_CWORD", "_TYPER_COMPLETE_ARGS", "_DIFFTOOL_COMPLETE_KEY"):

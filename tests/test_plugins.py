@@ -22,11 +22,11 @@ GRIDS.add("half", Grid("half", "index", lambda T, n: [T // 2 - i for i in range(
 @pytest.fixture
 def forget():
     """Plugins of a test are taken back after it."""
-    before = len(ADDITIONS)
+    before, additions = plugins.loaded(), len(ADDITIONS)
     yield
-    for registry, name in ADDITIONS[before:]:
-        registry.remove(name)
-    del ADDITIONS[before:]
+    for plugin in plugins.loaded()[len(before) :]:
+        plugins.unload(plugin)
+    assert (plugins.loaded(), len(ADDITIONS)) == (before, additions)
 
 
 def write(folder: Path, text: str, name: str = "own.py") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -20,11 +21,12 @@ except SystemExit as end:
 """
 
 
-def imported(code: str, *arguments: str) -> set[str]:
+def imported(code: str, *arguments: str, **environment: str) -> set[str]:
     """Top-level names of all modules that a fresh interpreter holds after running the code."""
     listed = "\nprint('modules:', *{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", "import sys\n" + code + listed, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return set(done.stdout.rpartition("modules:")[2].split())
 
 
@@ -33,6 +35,14 @@ def imported(code: str, *arguments: str) -> set[str]:
 )
 def test_help_imports_nothing_slow(arguments):
     modules = imported(RUN, *arguments)
+    assert "typer" in modules
+    assert not modules & SLOW
+
+
+@pytest.mark.parametrize("line", ["", "train --set t", "sample --sampler d", "noise --path "])
+def test_completion_imports_nothing_slow(line):
+    asks = {"_DIFFTOOL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": f"difftool {line}"}
+    modules = imported(RUN, **asks)
     assert "typer" in modules
     assert not modules & SLOW
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -15,8 +16,8 @@ from typing import Any
 import typer
 
 from difftool import __version__
-from difftool.cli import completion, console, habits
-from difftool.cli.options import JSON, Command, Group, command, with_rows
+from difftool.cli import completion, console, habits, lists
+from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
 from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory
 
@@ -34,6 +35,8 @@ COMMANDS = {
 """The commands, each a module of its name, and a line about it."""
 ROWS = (
     Option(name="version", type=bool, panel=RUN, help="Show the version"),
+    LIST,
+    PLUGIN,
     JSON,
 )
 COMPLETION = (
@@ -62,7 +65,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     )
     root = with_rows(_root, ROWS, context)
     app.callback(cls=Root, invoke_without_command=True)(root)
-    wanted = next((word for word in words if not word.startswith("-")), None)
+    wanted = next((word for word in words if word in COMMANDS), None)
     for name, about in COMMANDS.items():
         if name != wanted:
             app.command(name, help=about)(lambda: None)
@@ -87,11 +90,7 @@ def _root(context: typer.Context, **given: Any) -> None:
 def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
-        completion.join_assignments()
-        words = completion.words() or sys.argv[1:] or ["--help"]
-        console.mode.json = "--json" in words  # for what is wrong before options are read
-        console.mode.debug = "--debug" in words
-        code = build(words)(words, prog_name="difftool", standalone_mode=False)
+        code = _run()
         sys.stdout.flush()
     except DifftoolError as error:
         code = _report(error)
@@ -107,6 +106,44 @@ def main() -> None:
     except Exception as error:
         code = _report(_resource(error) or _fault(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run() -> int | None:
+    completion.join_assignments()
+    asked = completion.words()
+    words = asked or sys.argv[1:] or ["--help"]
+    console.mode.json = "--json" in words  # for what is wrong before options are read
+    console.mode.debug = "--debug" in words
+    kinds = _given(words, LIST)
+    if kinds or not COMMANDS.keys().isdisjoint(words):
+        _load_plugins(words, quiet=asked is not None)
+    if kinds and asked is None:
+        return lists.show(kinds[0])
+    return build(words)(words, prog_name="difftool", standalone_mode=False)
+
+
+def _given(words: Sequence[str], row: Option) -> list[str]:
+    """The values of an option that something is done for before the command line is read."""
+    words = [*itertools.takewhile(lambda word: word != "--", words)]
+    after = [then for word, then in pairwise([*words, ""]) if word == row.flag]
+    return after + [word.partition("=")[2] for word in words if word.startswith(f"{row.flag}=")]
+
+
+def _load_plugins(words: Sequence[str], quiet: bool) -> None:
+    """Load what installed packages and the command line add, before help and choices need it;
+    quiet: as far as can be."""
+    from difftool.plugins import load_entry_points, load_plugins
+
+    try:
+        load_entry_points()
+    except DifftoolError as error:  # which is no reason not to work without it
+        if not quiet:
+            console.warn(": ".join(part for part in (error.what, error.why) if part))
+    try:
+        load_plugins(_given(words, PLUGIN))
+    except DifftoolError:
+        if not quiet:
+            raise
 
 
 def _report(error: DifftoolError) -> int:
@@ -126,12 +163,12 @@ def _report_usage(error: typer.TyperException) -> int:
     if rows and hasattr(error, "possibilities"):  # flags of a similar name: there is no such one
         return _report(habits.answer(getattr(error, "option_name", ""), rows, called))
     message = getattr(error, "format_message", lambda: str(error))()
-    value = _given(getattr(getattr(error, "param", None), "opts", ()))
+    value = _value(getattr(getattr(error, "param", None), "opts", ()))
     why = f"got {value}" if value is not None and value not in message else None
     return _report(UsageError(message.rstrip("."), why, f"see {called} --help"))
 
 
-def _given(options: Sequence[str]) -> str | None:
+def _value(options: Sequence[str]) -> str | None:
     """The value that an option was given on the command line."""
     for word, following in pairwise([*sys.argv[1:], ""]):
         name, sign, value = word.partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
@@ -12,7 +13,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from difftool.cli import console, help
 from difftool.cli.completion import completer
-from difftool.config.options import Option, read_options, switch
+from difftool.cli.lists import KINDS
+from difftool.config.options import RUN, Option, read_options, switch
 
 
 class Command(TyperCommand):
@@ -105,10 +107,20 @@ def command(
 PRINT_CONFIG = switch("print_config", "Print the configuration, each value's origin, and stop")
 HELP = switch("help", "Show this and stop", "--help", "-h")
 JSON = switch("json", "Results as JSON on stdout")
+LIST = Option(
+    name="list", panel=RUN, metavar="KIND", choices=lambda: KINDS,
+    help="List what there is, and stop",
+)  # fmt: skip
+PLUGIN = Option(
+    name="plugin", type=Path, many=True, panel=RUN, metavar="FILE.py",
+    help="Add the samplers, schedules, ... of a file of your own; repeatable",
+)  # fmt: skip
 TALK = (
+    PLUGIN,
+    LIST,
     JSON,
     switch("quiet", "No talk on stderr", "--quiet", "-q"),
     switch("verbose", "All that was decided, on stderr", "--verbose", "-v"),
     switch("debug", "Tracebacks with errors"),
 )
-"""How a command talks; every command ends with these rows."""
+"""What every command has; each ends with these rows."""

@@ -109,6 +109,8 @@ def _edm(snr: Tensor) -> Tensor:
     return snr + SIGMA_DATA**-2
 
 
-WEIGHTS.add("min_snr", _min_snr)  # Min-SNR-gamma, 2303.09556
-WEIGHTS.add("soft_min_snr", _soft_min_snr)  # its smooth form, HDiT 2401.11605, section 3.3
-WEIGHTS.add("edm", _edm)  # lambda(sigma) of 2206.00364, table 1
+WEIGHTS.add("min_snr", _min_snr, about="by the SNR, at most gamma (Min-SNR, 2303.09556)")
+WEIGHTS.add(
+    *("soft_min_snr", _soft_min_snr), about="its smooth form (HDiT, 2401.11605, section 3.3)"
+)
+WEIGHTS.add("edm", _edm, about="lambda(sigma) of EDM (2206.00364, table 1)")

@@ -370,14 +370,32 @@ class Edm(Path):
 # --- presets ---------------------------------------------------------------------------------
 
 PATHS: Registry[Callable[..., Path]] = Registry("noise path")
-PATHS.add("discrete", Discrete)
-PATHS.add("linear", partial(Discrete, "linear", beta_start=1e-4, beta_end=0.02), "ddpm")
-PATHS.add("scaled_linear", partial(Discrete, "scaled_linear"), "sd15", "sdxl")
-PATHS.add("sd21-zsnr", partial(Discrete, "scaled_linear", zero_snr=True))
-PATHS.add("cosine", partial(Discrete, "cosine"), "squaredcos_cap_v2")
-PATHS.add("sigmoid", partial(Discrete, "sigmoid", beta_start=1e-4, beta_end=0.02))
-PATHS.add("flow", Flow, "rectified_flow", "flow_matching")
-PATHS.add("edm", Edm, "ve")
+PATHS.add("discrete", Discrete, about="a table of betas, of options of your own")
+PATHS.add(
+    *("linear", partial(Discrete, "linear", beta_start=1e-4, beta_end=0.02), "ddpm"),
+    about="beta even from 1e-4 to 0.02 (DDPM, 2006.11239)",
+)
+PATHS.add(
+    *("scaled_linear", partial(Discrete, "scaled_linear"), "sd15", "sdxl"),
+    about="sqrt(beta) even from 0.00085 to 0.012: Stable Diffusion 1, 2 and XL",
+)
+PATHS.add(
+    *("sd21-zsnr", partial(Discrete, "scaled_linear", zero_snr=True)),
+    about="the same, rescaled to no signal at all at its end (2305.08891)",
+)
+PATHS.add(
+    *("cosine", partial(Discrete, "cosine"), "squaredcos_cap_v2"),
+    about="alpha falls as a cosine (Improved DDPM, 2102.09672)",
+)
+PATHS.add(
+    *("sigmoid", partial(Discrete, "sigmoid", beta_start=1e-4, beta_end=0.02)),
+    about="beta rises as a sigmoid from 1e-4 to 0.02 (GeoDiff, 2203.02923)",
+)
+PATHS.add(
+    *("flow", Flow, "rectified_flow", "flow_matching"),
+    about="a straight line from data to noise (rectified flow, 2209.03003; SD3)",
+)
+PATHS.add("edm", Edm, "ve", about="noise of growing sigma on unscaled data (EDM, 2206.00364)")
 
 
 def build_path(options: Mapping[str, Any]) -> Path:

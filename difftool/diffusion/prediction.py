@@ -47,12 +47,22 @@ Target = Callable[[Any, Any], tuple[Any, Any]]
 """(alpha, sigma) -> (p, q); floats or tensors."""
 
 TARGETS: Registry[Target] = Registry("prediction target")
-TARGETS.add("eps", lambda alpha, sigma: (0.0, 1.0), "epsilon", "noise")
-TARGETS.add("x0", lambda alpha, sigma: (1.0, 0.0), "sample", "x_start")
-TARGETS.add("v", lambda alpha, sigma: (-sigma, alpha), "v_prediction", "velocity")
-TARGETS.add("flow", lambda alpha, sigma: (-1.0, 1.0), "flow_prediction", "rectified_flow")
-TARGETS.add("edm", _edm)
-TARGETS.add("edm_v", _unit_v)
+TARGETS.add(
+    *("eps", lambda alpha, sigma: (0.0, 1.0), "epsilon", "noise"), about="the noise eps (DDPM)"
+)
+TARGETS.add(
+    *("x0", lambda alpha, sigma: (1.0, 0.0), "sample", "x_start"), about="the clean picture x0"
+)
+TARGETS.add(
+    *("v", lambda alpha, sigma: (-sigma, alpha), "v_prediction", "velocity"),
+    about="v = alpha eps - sigma x0 (2202.00512)",
+)
+TARGETS.add(
+    *("flow", lambda alpha, sigma: (-1.0, 1.0), "flow_prediction", "rectified_flow"),
+    about="eps - x0, the direction of a rectified flow (2209.03003)",
+)
+TARGETS.add("edm", _edm, about="EDM's F, of unit variance at every level (2206.00364)")
+TARGETS.add("edm_v", _unit_v, about="v normalised on a path of growing variance (CosXL)")
 
 
 def recover(x_t: Tensor, output: Tensor, level: Any, target: str) -> Prediction:

@@ -1,0 +1,130 @@
+"""`--list KIND`: what there is of a kind, a line each, from the tables that the rest goes by."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from difftool.cli import console
+from difftool.errors import UsageError, suggestion
+from difftool.registry import Registry
+
+WIDE = 10_000
+"""Columns enough for any line."""
+NEWLINE = "\n"
+
+
+class Entry(NamedTuple):
+    """A line of a list."""
+
+    name: str
+    about: str
+    also: list[str]
+    """Its other names."""
+    more: dict[str, Any]
+    """What else programs are told."""
+    note: str = ""
+    """What else people are."""
+
+
+def _registry(module: str, name: str) -> Callable[[], Iterator[Entry]]:
+    """The components of a registry; those of plugins say which file they are from."""
+
+    def entries() -> Iterator[Entry]:
+        from difftool.plugins import loaded
+
+        registry: Registry[Any] = getattr(import_module(f"difftool.{module}"), name)
+        origins = {n: p.name for p in loaded() for where, n in p.adds if where is registry}
+        for key in registry:
+            # InvokeAI writes k_ before any sampler.
+            also = [alias for alias in registry.aliases(key) if not alias.startswith("k_")]
+            plugin = origins.get(key)
+            note = f"from {plugin}" if plugin else ", ".join(also)
+            yield Entry(key, registry.about(key), also, {"plugin": plugin} if plugin else {}, note)
+
+    return entries
+
+
+def _presets() -> Iterator[Entry]:
+    from difftool.config.layers import load_preset, preset_names
+    from difftool.hub.find import bundled_models
+
+    models = bundled_models()
+    for name in preset_names():
+        preset, ships = load_preset(name), name in models
+        note = f"family {preset.family}{', a model of it ships' if ships else ''}"
+        yield Entry(name, preset.about, [], {"family": preset.family, "ships": ships}, note)
+
+
+def _models() -> Iterator[Entry]:
+    from difftool.formats import open_model
+    from difftool.hub.find import DEFAULT_MODEL, bundled_models
+
+    for name, path in bundled_models().items():
+        note = "where no model is named" if name == DEFAULT_MODEL else ""
+        yield Entry(name, str(open_model(path).values["about"]), [], {"path": str(path)}, note)
+
+
+def _keys() -> Iterator[Entry]:
+    from difftool.config.keys import keys
+
+    for key in keys():
+        more: dict[str, Any] = {"type": key.type, "values": list(key.values)}
+        if key.default:  # else a preset must say it
+            more["default"] = json.loads(key.default)
+        default = f"default {key.default}" if key.default else "has no default"
+        note = f"{', '.join(key.values) or key.type}; {default}"
+        yield Entry(key.path, key.about, [], more, note)
+
+
+KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
+    "samplers": _registry("diffusion.samplers", "SAMPLERS"),
+    "schedules": _registry("diffusion.grids", "GRIDS"),
+    "paths": _registry("diffusion.path", "PATHS"),
+    "targets": _registry("diffusion.prediction", "TARGETS"),
+    "times": _registry("diffusion.losses", "TIMES"),
+    "weights": _registry("diffusion.losses", "WEIGHTS"),
+    "presets": _presets,
+    "models": _models,
+    "keys": _keys,
+    "pictures": _registry("images.formats", "OUTPUT_FORMATS"),
+}
+"""What can be listed."""
+
+
+def show(kind: str) -> None:
+    """Print the list of a kind: a table, or a JSON object under --json."""
+    if kind not in KINDS:
+        what = f'there is no list of "{kind}"' if kind else "--list needs to be told of what"
+        raise UsageError(what, hint=suggestion(kind, KINDS))
+    entries = list(KINDS[kind]())
+    if console.mode.json:
+        items = [{"name": e.name, "about": e.about, "also": e.also} | e.more for e in entries]
+        console.emit({"schema": console.SCHEMA, "list": kind, "items": items})
+        return
+    _print(kind, entries)
+
+
+def _print(kind: str, entries: Sequence[Entry]) -> None:
+    """A table on a terminal; elsewhere an entry a line, however long."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    wide = not sys.stdout.isatty()
+    table = Table(box=None if wide else SIMPLE_HEAD, show_header=not wide, pad_edge=False)
+    table.add_column(kind, style="bold cyan", no_wrap=True)
+    table.add_column()
+    for entry in entries:
+        about, note = Text(console.plain(entry.about)), console.plain(entry.note)
+        if note:
+            about.append(("  " if wide else NEWLINE) + note, "dim")
+        table.add_row(Text(console.plain(entry.name)), about)
+    shown = Console(width=WIDE if wide else None, highlight=False)
+    with shown.capture() as text:
+        shown.print(table)
+    console.emit("\n".join(line.rstrip() for line in text.get().splitlines()))
