@@ -13,7 +13,8 @@ from difftool.config.schema import OptimConfig, TrainConfig
 from difftool.networks.clip import ClipText
 from difftool.networks.unet import UNet
 from difftool.networks.vae import Vae
-from difftool.training.step.optim import OPTIMIZERS, QUINTIC, is_hidden_matrix, orthogonal
+from difftool.training.step.muon import QUINTIC, is_hidden_matrix, orthogonal
+from difftool.training.step.optim import OPTIMIZERS
 
 
 def test_the_recipes_know_every_optimizer():

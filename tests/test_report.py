@@ -16,8 +16,9 @@ from PIL import Image
 
 from difftool.config.layers import load_preset
 from difftool.config.validate import to_yaml
-from difftool.training.report.page import duration, report, usage, warnings, write_report
-from difftool.training.report.plots import INK, Metrics, loss_figure, png, running_mean, svg
+from difftool.training.metrics import Metrics
+from difftool.training.report.page import duration, report, usage, write_report
+from difftool.training.report.plots import INK, loss_figure, png, running_mean, svg
 
 FACTS: dict[str, Any] = {
     "schema": 1, "part": "unet", "data": "photos", "argument": "my photos", "example": "",
@@ -145,16 +146,16 @@ def test_a_run_that_has_measured_nothing_yet_has_a_report(tmp_path):
 
 def test_warnings_come_from_the_measures(tmp_path):
     written = lines()
-    assert warnings(write_metrics(tmp_path, written), FACTS) == {}
+    assert write_metrics(tmp_path, written).warnings(400) == {}
     for line in written:
         if "validation" in line and line["step"] > 150:
             line["validation"]["loss"] *= line["step"] / 100
         if "colours" in line:
             line["colours"]["samples"] = COLOURS | {"mean": [0.1, 0.0, 0.5]}
-    found = warnings(write_metrics(tmp_path, written), FACTS)
-    assert "lowest at step 150" in found["overfitting"]
+    found = write_metrics(tmp_path, written).warnings(400)
+    assert "lowest at step 150" in found["validation"]
     assert "more blue (+0.60)" in found["colours"]
-    early = warnings(Metrics.read(tmp_path / "metrics.jsonl"), FACTS | {"steps": 4000})
+    early = Metrics.read(tmp_path / "metrics.jsonl").warnings(4000)
     assert "colours" not in early
 
 

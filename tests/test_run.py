@@ -12,34 +12,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from runs import close_runs, start_run
 
 from difftool.config.layers import Layer
-from difftool.data import open_dataset
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.images.sheets import Cell, sheet
 from difftool.pipeline.condition import build_cond, encode_prompts
 from difftool.pipeline.model import Model
-from difftool.training.report.plots import Metrics
-from difftool.training.run.estimate import _kept, activation_bytes, check_disk, estimate
-from difftool.training.run.folder import Run
+from difftool.training.metrics import Metrics, cast, overfits
+from difftool.training.run.estimate import (
+    activation_bytes,
+    check_disk,
+    estimate,
+    saved_for_backward,
+)
 from difftool.training.run.plan import plan
-from difftool.training.run.validation import MEASURES, cast, colours, hold_out, overfits
-from difftool.training.step.checkpoint import newest_good
+from difftool.training.run.run import Run
+from difftool.training.run.validation import MEASURES, hold_out
+from difftool.training.run.validation import channel_statistics as statistics
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
     "train": {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2, "flip": False},
     "sample": {"steps": 2},
 }
-RUNS: list[Run] = []
 
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
-    while RUNS:
-        RUNS.pop().close()
+    close_runs()
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +55,8 @@ def pictures(tmp_path_factory) -> str:
 
 
 def start(folder: Path, data: str, values: dict, *, every: int = 6, resume: bool = False) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = open_dataset(data)
-    given = [Layer("test", TINY), Layer("test", values)]
-    preset, tokenizer_json, _ = plan(dataset, "cpu", "pixel-small", given)
-    run = Run(
-        folder,
-        preset,
-        dataset,
-        device=torch.device("cpu"),
-        tokenizer_json=tokenizer_json,
-        resume=newest_good(folder / "checkpoints")[0] if resume else None,
-        save_every=100,
-        keep=2,
-        sample_every=every,
-    )
-    RUNS.append(run)
-    return run
+    options = {"save_every": 100, "sample_every": every}
+    return start_run(folder, data, TINY, values, preset="pixel-small", resume=resume, **options)
 
 
 def finish(run: Run) -> bytes:
@@ -83,36 +71,36 @@ def finish(run: Run) -> bytes:
 def test_what_is_held_out_is_never_trained_on(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
     assert run.held is not None
-    assert run.validation is not None
+    assert run.previews.validation is not None
     sides = [{s.name(i) for i in range(len(s))} for s in (run.dataset, run.held)]
     assert [len(side) for side in sides] == [15, 5]
     assert not sides[0] & sides[1]
     assert run.trainer.batches.dataset is run.dataset
-    assert run.validation.batches.dataset is run.held
+    assert run.previews.validation.batches.dataset is run.held
 
 
 def test_measuring_changes_nothing_and_gives_the_same_twice(tmp_path, pictures):
     values = {"train": {"validation": 5}, "unet": {"dropout": 0.2}}
     often = start(tmp_path / "often", pictures, values, every=3)
     assert finish(often) == finish(start(tmp_path / "once", pictures, values, every=12))
-    lines = Metrics.read(often.metrics).validation
+    lines = Metrics.read(often.folder.metrics).validation
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
-    assert often.validation is not None
-    with often.averaged():
-        first, second = (often.validation.measure() for _ in range(2))
+    assert often.previews.validation is not None
+    with often.previews.averaged():
+        first, second = (often.previews.validation.measure() for _ in range(2))
     assert first == second == lines[-1]["validation"]
 
 
 def test_the_measure_is_the_error_of_the_prediction(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
     assert run.held is not None
-    assert run.validation is not None
+    assert run.previews.validation is not None
     network = run.model.denoiser.network
     with torch.no_grad():
         for p in network.parameters():
             p.zero_()  # F = 0, so that the loss of flow's target is (eps - x0)^2
     x0 = run.held.images(range(5), 16).float() / 127.5 - 1
-    measured = run.validation.measure()
+    measured = run.previews.validation.measure()
     assert measured["loss"] == pytest.approx(1 + float((x0**2).mean()), rel=0.02)
     counted = [v for v in measured["levels"] if v is not None]
     assert len(counted) >= 5
@@ -121,9 +109,9 @@ def test_the_measure_is_the_error_of_the_prediction(tmp_path, pictures):
 
 def test_the_times_of_a_measure_cover_the_training_times_evenly(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
-    assert run.validation is not None
+    assert run.previews.validation is not None
     objective = run.trainer.objective
-    batch = run.validation.batches.draw(0, MEASURES)
+    batch = run.previews.validation.batches.draw(0, MEASURES)
     with torch.no_grad():
         seen = objective.held_out(batch).log_snr
     assert seen is not None
@@ -144,10 +132,10 @@ def test_a_run_stopped_where_it_would_have_shown_shows_it_when_it_goes_on(tmp_pa
             if step.step == 6:
                 signal.raise_signal(signal.SIGTERM)
     stopped.close()
-    assert not Metrics.read(stopped.metrics).validation
+    assert not Metrics.read(stopped.folder.metrics).validation
     resumed = start(tmp_path / "stopped", pictures, values, resume=True)
     assert finish(resumed) == model
-    assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+    assert resumed.folder.metrics.read_bytes() == whole.folder.metrics.read_bytes()
     names = [
         sorted(p.name for p in (tmp_path / r / "samples").iterdir()) for r in ("whole", "stopped")
     ]
@@ -191,20 +179,23 @@ def test_overfitting_is_a_rise_that_lasts_while_training_falls(validation, train
 def test_a_colour_cast_is_found_and_chance_is_not():
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(256, 3, 8, 8, generator=generator) - 0.5
-    good = colours(data[:16])
-    assert cast(good, colours(data), 16) is None
+    good = statistics(data[:16])
+    assert cast(good, statistics(data), 16) is None
     tinted = data[:16] + torch.tensor([0.0, 0.0, 0.3])[:, None, None]
-    assert cast(colours(tinted), colours(data), 16) == "samples are more blue (+0.30) than the data"
-    assert "darker" in str(cast(colours(data[:16] - 0.4), colours(data), 16))
-    assert "less varied" in str(cast(colours(data[:16] * 0.3), colours(data), 16))
+    assert (
+        cast(statistics(tinted), statistics(data), 16)
+        == "samples are more blue (+0.30) than the data"
+    )
+    assert "darker" in str(cast(statistics(data[:16] - 0.4), statistics(data), 16))
+    assert "less varied" in str(cast(statistics(data[:16] * 0.3), statistics(data), 16))
     shades = torch.randn(256, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8) * 0.5
-    assert cast(colours(shades[:4]), colours(shades), 4) is None  # four are too few to tell
+    assert cast(statistics(shades[:4]), statistics(shades), 4) is None  # four are too few to tell
 
 
 def test_what_is_worrying_is_said_once(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {"train": {"lr": 1e-9}}, every=2)
     finish(run)
-    assert len(Metrics.read(run.metrics).colours) == 6
+    assert len(Metrics.read(run.folder.metrics).colours) == 6
     [note] = run.notes  # untrained samples are grey, the pictures nearly white
     assert "darker" in note
     assert note[1:] in (tmp_path / "run" / "report.html").read_text()
@@ -230,7 +221,7 @@ def test_activations_are_counted_as_the_backward_pass_keeps_them():
     cond = build_cond(model, encode_prompts(model, ["a red circle"]), [None], (64, 64))
     x = torch.randn(1, model.codec.channels, 64 // model.codec.factor, 64 // model.codec.factor)
     level = model.denoiser.path.level(0.5)
-    with _kept() as tensors:
+    with saved_for_backward() as tensors:
         model.denoiser(x, level, cond)
     own = sum(t.untyped_storage().nbytes() for t in tensors)
     assert counted == pytest.approx(own, rel=0.1)

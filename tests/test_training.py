@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import close_runs, start_run
 
-from difftool.config.layers import Layer
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
-from difftool.formats import open_model
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_model
-from difftool.training.run.folder import Run
 from difftool.training.run.plan import plan
-from difftool.training.step.checkpoint import newest_good
+from difftool.training.run.run import Run
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
@@ -39,33 +37,12 @@ TINY_TEXT = {
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
-    while RUNS:
-        RUNS.pop().close()
-
-
-RUNS: list[Run] = []
+    close_runs()
 
 
 def start(folder: Path, data: str, values: dict, preset: str | None = None, resume: bool = False):
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = open_dataset(data)
-    checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
-    vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
-    given = [Layer("test", TINY), Layer("test", values)]
-    resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)
-    run = Run(
-        folder,
-        resolved,
-        dataset,
-        device=torch.device("cpu"),
-        tokenizer_json=tokenizer_json,
-        resume=checkpoint,
-        save_every=5,
-        keep=9,
-        sample_every=6,
-    )
-    RUNS.append(run)
-    return run
+    options = {"save_every": 5, "keep": 9, "sample_every": 6}
+    return start_run(folder, data, TINY, values, preset=preset, resume=resume, **options)
 
 
 @pytest.fixture
@@ -152,7 +129,7 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*.*")}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/step-000006.png"} <= names
     assert {"report.html", "run.json", "samples/step-000012.png"} <= names
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [10, 12]
     assert [line["step"] for line in lines if "colours" in line] == [6, 12]
     with Image.open(tmp_path / "run/loss.png") as curve:
@@ -173,8 +150,9 @@ def test_training_learns_the_classes(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, values)
     losses = [step.loss for step in run.steps() if step.loss is not None]
     assert losses[-1] < 0.8 * losses[0]
-    with run.averaged():
-        images = run.samples([SampleInput(label=k, seed=s) for k in (0, 1) for s in range(4)])
+    with run.previews.averaged():
+        items = [SampleInput(label=k, seed=s) for k in (0, 1) for s in range(4)]
+        images = run.previews.samples(items).images
     dark, light = images[:4].mean(), images[4:].mean()
     assert dark < -0.4
     assert light > 0.4

@@ -7,6 +7,7 @@ keywords by the same rows, so that both refuse the same values in the same words
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Option:
     type: Any = str
     """str, int, float, bool or Path, of one value."""
     many: bool = False
-    """Whether it may be repeated, which makes a list of it."""
+    """Whether it may be repeated, which makes a list of it; a mapping is a KEY=VALUE each."""
     argument: bool = False
     """Whether it is given by its place and not by a flag."""
     required: bool = False
@@ -83,6 +84,8 @@ class Option:
 
     def value(self, given: Any) -> Any:
         """The value that is meant by one as it was typed or passed; UsageError if it is not one."""
+        if self.many and isinstance(given, Mapping):
+            given = [f"{key}={json.dumps(value)}" for key, value in given.items()]
         if given is None or (self.many and isinstance(given, list | tuple) and not given):
             return None
         if not self.many:

@@ -1,4 +1,4 @@
-"""report.html: all that a run shows, on one page that needs nothing else.
+"""report.html: all that a run shows, on one page that needs nothing else; and its plot, loss.png.
 
 It is made from the files of the run folder alone (config.yaml, run.json, metrics.jsonl, samples/),
 so it can be made again at any time.
@@ -13,6 +13,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from difftool.config.validate import build_preset
 from difftool.images.read import read_image
 from difftool.storage.commit import write_whole
 from difftool.storage.yaml import parse_yaml
-from difftool.training.report.plots import CHANNELS, Metrics, colour_figure, loss_figure, svg
-from difftool.training.run.validation import cast, overfits
+from difftool.training.metrics import METRICS, Metrics
+from difftool.training.report.plots import CHANNELS, colour_figure, loss_figure, png, svg
 
 FACTS = "run.json"
 PARTS: dict[Part, str] = {"vae": "autoencoder", "clip": "text encoder", "unet": "U-Net"}
@@ -31,7 +32,10 @@ SHEETS = 24
 
 
 def write_report(folder: Path) -> Path:
-    """Write (or write anew) the report of the run in a folder; its path."""
+    """Write (or write anew) the plot and the report of the run in a folder; the report's path."""
+    figure = loss_figure(Metrics.read(folder / "metrics.jsonl"), folder.resolve().name)
+    if figure is not None:
+        write_whole(folder / "loss.png", png(figure), overwrite=True)
     path = folder / "report.html"
     write_whole(path, report(folder).encode(), overwrite=True)
     return path
@@ -39,14 +43,14 @@ def write_report(folder: Path) -> Path:
 
 def report(folder: Path) -> str:
     """The page, as HTML."""
-    facts = json.loads((folder / FACTS).read_text())
-    config = (folder / "config.yaml").read_text()
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
     preset = build_preset(parse_yaml(config, "config.yaml"), "config.yaml")
     metrics = Metrics.read(folder / "metrics.jsonl")
     name = folder.resolve().name
     body = [
         _header(name, preset, facts, metrics),
-        *(f'<p class="warning">{_text(w)}</p>' for w in warnings(metrics, facts).values()),
+        *(f'<p class="warning">{_text(w)}</p>' for w in metrics.warnings(facts["steps"]).values()),
         _learning(metrics, facts),
         _samples(folder),
         _colours(metrics),
@@ -55,8 +59,17 @@ def report(folder: Path) -> str:
         _configuration(facts, config),
         *(_earlier(folder / part, part) for part in ("vae", "clip")),
     ]
-    page = PAGE.replace("$TITLE", _text(name)).replace("$STYLE", STYLE)
-    return page.replace("$BODY", "\n".join(part for part in body if part))
+    source = files("difftool.training.report")
+    text = (source / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "TITLE": _text(name),
+        "STYLE": (source / "page.css").read_text(encoding="utf-8"),
+        "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
+        "BODY": "\n".join(part for part in body if part),  # last: it may hold anything
+    }
+    for place, part in parts.items():
+        text = text.replace(f"<!--{place}-->", part)
+    return text
 
 
 def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
@@ -79,35 +92,6 @@ def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
     return lines if base else [*lines, _command("train", data, "--from", folder)]
 
 
-def warnings(metrics: Metrics, facts: dict[str, Any]) -> dict[str, str]:
-    """What the measures give reason to worry about, by kind."""
-    found = {}
-    if metrics.validation:
-        held = [line["validation"][metrics.compared] for line in metrics.validation]
-        if overfits(held, training_at(metrics)):
-            best = min(range(len(held)), key=held.__getitem__)
-            step = metrics.validation[best]["step"]
-            found["overfitting"] = (
-                f"the loss on held-out pictures was lowest at step {step} and has risen since, "
-                "while that on training pictures falls: the model learns the pictures by heart"
-            )
-    if metrics.colours and 2 * metrics.colours[-1]["step"] > facts["steps"]:
-        last = metrics.colours[-1]["colours"]
-        if words := cast(last["samples"], last["data"], last["count"]):
-            found["colours"] = words
-    return found
-
-
-def training_at(metrics: Metrics) -> list[float]:
-    """The same measure of the training pictures, its mean over the time before each."""
-    means, last = [], 0
-    for line in metrics.validation:
-        span = [x[metrics.compared] for x in metrics.training if last < x["step"] <= line["step"]]
-        means.append(sum(span) / len(span) if span else float("nan"))
-        last = line["step"]
-    return means
-
-
 # --- sections --------------------------------------------------------------------------------
 
 
@@ -122,10 +106,7 @@ def _header(name: str, preset: Preset, facts: dict[str, Any], metrics: Metrics) 
     rows = [
         ("state", f"finished, {done}" if facts["finished"] else done),
         ("loss", f"{metrics.training[-1]['loss']:.4f}" if metrics.training else ""),
-        (f"{metrics.compared}, held out",
-         f"{metrics.validation[-1]['validation'][metrics.compared]:.4f}"
-         if metrics.validation else ""),
-        ("reconstruction", f"{metrics.psnr[-1]['psnr']:.1f} dB" if metrics.psnr else ""),
+        *(m.summary(metrics) for m in METRICS if m.summary and metrics.of(m.key)),
         ("time", duration(seconds)),
         ("speed", f"{images / seconds:,.1f} images/s" if seconds and images else ""),
         ("batch", f"{facts['batch']} images"),
@@ -296,75 +277,3 @@ def _embedded(path: Path, _modified: int) -> str:
         read_image(path).save(file, "WEBP", quality=90)
         data = base64.b64encode(file.getvalue()).decode()
     return f"data:image/webp;base64,{data}"
-
-
-STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fbfaf7; --ink: #1c1b19; --muted: #85817a; --rule: #e3dfd6; --sheet: #f3f0e9;
-  --line: #00798c; --pale: #a9cdd3; --red: #d1495b;
-  --time0: #c3dde1; --time1: #8fc0c7; --time2: #5ba3ae; --time3: #2a8795; --time4: #006374;
-  --sans: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif;
-  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #181715; --ink: #e8e5de; --muted: #938e85; --rule: #34312c; --sheet: #211f1c;
-  --line: #4fb6c6; --pale: #2f5a62; --red: #e8707f;
-  --time0: #24454b; --time1: #2f6670; --time2: #3d8a97; --time3: #58b0be; --time4: #93d8e2; } }
-* { box-sizing: border-box; }
-body { background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans);
-  max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
-h1 { font-size: 2.1rem; font-weight: 600; letter-spacing: -.015em; line-height: 1.15;
-  margin: 0 0 .4rem; }
-h2 { font-size: 1.05rem; font-weight: 600; margin: 0 0 1rem; }
-header p { color: var(--muted); margin: 0; }
-section { margin-top: 2.6rem; border-top: 1px solid var(--rule); padding-top: 1.2rem; }
-section p { color: var(--muted); max-width: 46rem; font-size: .92rem; }
-a { color: var(--line); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr));
-  gap: 1.1rem 1.5rem; margin: 1.8rem 0 0; }
-dt { color: var(--muted); font-size: .8rem; }
-dd { margin: 0; font-size: 1.08rem; font-variant-numeric: tabular-nums; }
-.warning { border-left: 3px solid var(--red); padding: .5rem 1rem; margin: 1.4rem 0 0;
-  background: var(--sheet); }
-.warning::first-letter { text-transform: uppercase; }
-figure { margin: 0; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 34rem; height: auto; }
-pre { font: .84rem/1.6 var(--mono); background: var(--sheet); border-radius: 6px;
-  padding: .9rem 1.1rem; margin: 0; overflow-x: auto; }
-code { font: .86rem var(--mono); overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
-  margin: 0 0 1rem; }
-th { text-align: left; color: var(--muted); font-weight: 400; }
-td, th { padding: .3rem 1.6rem .3rem 0; border-bottom: 1px solid var(--rule);
-  vertical-align: baseline; }
-td i { display: inline-block; width: .65em; height: .65em; border-radius: 50%; }
-summary { cursor: pointer; color: var(--line); margin-bottom: .8rem; font-size: .92rem; }
-.sheets img { max-width: 100%; border-radius: 6px; display: block; }
-.sheets img[hidden] { display: none; }
-.sheets label { display: flex; gap: .8rem; align-items: center; color: var(--muted);
-  font-size: .92rem; margin-bottom: .8rem; }
-.sheets output { color: var(--ink); min-width: 4.5em; font-variant-numeric: tabular-nums; }
-.sheets input { flex: 1; max-width: 30rem; accent-color: var(--line); }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$TITLE</title>
-<style>$STYLE</style>
-</head>
-<body>
-$BODY
-<script>
-for (const slider of document.querySelectorAll(".sheets input")) {
-  const box = slider.closest(".sheets"), images = box.querySelectorAll("img");
-  slider.addEventListener("input", () => {
-    images.forEach((image, i) => { image.hidden = i != slider.value; });
-    box.querySelector("output").value = images[slider.value].dataset.step;
-  });
-}
-</script>
-</body>
-</html>
-"""

@@ -7,15 +7,13 @@ follows a reader's light or dark theme.
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from difftool.training.step.record import LEVELS
+from difftool.training.metrics import LEVELS, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +34,6 @@ VARIABLES = {
 POINTS = 800
 """Points of a curve, at most; longer ones are means of neighbours."""
 DPI = 150
-KNOWN = {"step", "loss", "grad_norm", "lr", "levels", "validation", "colours", "psnr"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -58,37 +55,6 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "difftool",
     "figure.subplot.hspace": 0.6,  # between the terms, one above the other
 }
-
-
-class Metrics(NamedTuple):
-    """The lines of a metrics.jsonl by what they say."""
-
-    training: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    colours: list[dict[str, Any]]
-    psnr: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: Path) -> Metrics:
-        """The whole lines of the file."""
-        lines = []
-        for text in path.read_text().splitlines() if path.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break  # half a line, written as the process was killed
-        keys = ("loss", "validation", "colours", "psnr")
-        return cls(*([line for line in lines if key in line] for key in keys))
-
-    def terms(self) -> list[str]:
-        """What the loss is made of."""
-        return [key for key in self.training[-1] if key not in KNOWN] if self.training else []
-
-    @property
-    def compared(self) -> str:
-        """By which of their measures training and held-out pictures are compared: the loss, unless
-        a discriminator, which only learns from the former, has a say in it."""
-        return "pixels" if "critic" in self.terms() else "loss"
 
 
 # --- what is drawn ---------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from difftool.adapters.lora.train import Adapters
-from difftool.config.schema import Part, Preset, TrainConfig
+from difftool.config.schema import Part, TrainConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.model import Model
+from difftool.training.step.objectives import OBJECTIVES
 
 FP32 = 4
 
@@ -60,7 +61,7 @@ def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
     for part in preset.parts:
         recipe = preset.recipe(part)
         assert recipe.batch_size
-        learning = sum(counts.get(name, 0) for name in _trained(preset)[part])
+        learning = sum(counts.get(name, 0) for name in OBJECTIVES[part].learned_parts(preset))
         averages = len(recipe.ema_lengths) if recipe.ema_profile == "power" else 1
         averages = averages if recipe.ema else 0
         kept = total if part == "unet" and not rank else learning
@@ -85,10 +86,10 @@ def activation_bytes(model: Model, part: Part) -> int:
     if part == "clip" or side is None:
         return 0
     for name, network in model.parts().items():
-        network.requires_grad_(name in _trained(model.preset)[part])
+        network.requires_grad_(name in OBJECTIVES[part].learned_parts(model.preset))
     if isinstance(recipe, TrainConfig):
         model.denoiser.network.checkpoint(recipe.checkpointing)  # type: ignore[operator]
-    with _kept() as tensors, torch.device("meta"):
+    with saved_for_backward() as tensors, torch.device("meta"):
         if part == "vae":
             assert isinstance(model.codec, VaeCodec)
             mean, _ = model.codec.vae.encode(torch.empty(1, 3, side, side))
@@ -117,7 +118,7 @@ def _denoise(model: Model, side: int) -> None:
 
 
 @contextmanager
-def _kept() -> Iterator[list[Tensor]]:
+def saved_for_backward() -> Iterator[list[Tensor]]:
     """In the block, the tensors that the backward pass would need, one a storage."""
     storages: set[int] = set()
     tensors: list[Tensor] = []
@@ -131,14 +132,6 @@ def _kept() -> Iterator[list[Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield tensors
-
-
-def _trained(preset: Preset) -> dict[Part, list[str]]:
-    """The networks that each part trains."""
-    texts = list(enumerate(preset.text))
-    learned = [f"text.{i}" for i, config in texts if config.tokenizer == "learned"]
-    unet = ["lora"] if preset.train.lora_rank else ["unet", *learned]
-    return {"unet": unet, "vae": ["vae"], "clip": [f"text.{i}" for i, _ in texts]}
 
 
 def size(count: float) -> str:

@@ -1,20 +1,20 @@
 """What to train when little is said: preset, picture size, batch and steps from data and device.
 
-Every choice is a configuration layer whose origin says why it was made.
+Every choice is a configuration layer whose origin says why it was made. Torch-free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer
-from difftool.training.step.batches import step_of
+from difftool.training.step.frames import step_of
 
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
@@ -34,22 +34,29 @@ HELD_OUT, MOST_HELD_OUT, HELD_OUT_FROM = 0.05, 256, 200
 fewer than the last."""
 
 
-def plan(
+class Outline(NamedTuple):
+    """What is said of a run, before the rest is chosen."""
+
+    base: list[Layer]
+    """The preset, or the model to fine-tune, and what the data says."""
+    given: list[Layer]
+    """What the user said, which goes before all."""
+    preset: Preset
+    """What they make together, checked against the data."""
+
+
+def outline(
     dataset: Dataset,
-    device: str,
     preset: str | None,
     given: Sequence[Layer],
-    tokenizer_json: str | None = None,
     part: Part | None = None,
     start: Sequence[Layer] = (),
-) -> tuple[Preset, str | None, list[Layer]]:
-    """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind it.
+) -> Outline:
+    """What the user, the preset and the data say. `part` trains that part alone; None = those of
+    the preset. `start` describes the model to fine-tune and takes the preset's place.
 
-    `given` holds what the user said; the rest is chosen for the dataset and the device. A run that
-    is resumed brings its vocabulary; else it is learned from the captions. `part` trains that part
-    alone; None = those of the preset. `start` describes the model to fine-tune and takes the
-    preset's place.
-    UsageError where the preset and the data do not go together.
+    UsageError where the preset and the data do not go together, or a name or option of how it is
+    trained does not exist.
     """
     base = [*(preset_layers(preset or FRESH_PRESET[dataset.kind]) if not start else start)]
     if preset is None and not start:
@@ -61,10 +68,33 @@ def plan(
         base.append(Layer(f"data: {dataset.audit.source}", {"train": dict(dataset.asked)}))
     if part is not None:
         given = [*given, Layer("--part", {"parts": [part]})]
-    layers = [*base, *_recipes(resolve([*base, *given]), dataset, device), *given]
-    result = resolve(layers)
-    _check(result, dataset)
-    return *_vocabulary(result, dataset, tokenizer_json), layers
+    made = resolve([*base, *given])
+    _check(made, dataset)
+    return Outline(base, list(given), made)
+
+
+def complete(
+    outlined: Outline, dataset: Dataset, device: str, tokenizer_json: str | None = None
+) -> tuple[Preset, str | None, list[Layer]]:
+    """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind it.
+
+    What nobody said is chosen for the dataset and the device. A run that is resumed brings its
+    vocabulary; else it is learned from the captions.
+    """
+    chosen = _recipes(outlined.preset, dataset, device)
+    layers = [*outlined.base, *chosen, *outlined.given]
+    return *_vocabulary(resolve(layers), dataset, tokenizer_json), layers
+
+
+def plan(
+    dataset: Dataset,
+    device: str,
+    preset: str | None,
+    given: Sequence[Layer],
+    tokenizer_json: str | None = None,
+) -> tuple[Preset, str | None, list[Layer]]:
+    """`outline`, completed."""
+    return complete(outline(dataset, preset, given), dataset, device, tokenizer_json)
 
 
 def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:

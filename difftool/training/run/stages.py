@@ -1,12 +1,12 @@
 """The parts of a model, trained one after the other into one run folder.
 
 OUT/vae/ and OUT/clip/ are run folders of the parts that come first; OUT itself is the last one's.
-A part that is done has its model.safetensors and is not trained again.
+A part that is done has its model.safetensors and is not trained again. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 from difftool.config.layers import Layer
 from difftool.config.schema import Part, Preset
 from difftool.config.validate import build_preset
-from difftool.data import Dataset
 from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.storage.shards import written_at
-from difftool.training.run.folder import Run
 from difftool.training.step.checkpoint import checkpoints, newest_good, verify_checkpoint
 
 FINE_TUNED = {"difftool": 0.1}
@@ -30,6 +28,8 @@ LORA_LR = {"difftool": 1e-3}
 PUBLISHED_LORA_LR = 1e-4
 """Of a LoRA of a published model."""
 CHANNELS = ("in_channels", "out_channels")
+LOCK = ".lock"
+"""Of a run folder, for as long as a run is at work in it."""
 
 
 class Stage(NamedTuple):
@@ -41,6 +41,39 @@ class Stage(NamedTuple):
     """Where to go on from; None = from the start."""
     done: Path | None
     """Its finished model."""
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a run folder already holds something."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(entry.name != LOCK for entry in folder.iterdir())
+
+
+def new_folder(data: str) -> Path:
+    """The first free runs/DATA-NNN, created."""
+    stem = Path(data).resolve().stem or "run"
+    for number in range(1, 10_000):
+        folder = Path("runs") / f"{stem}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise UsageError(f"runs/{stem}-001 to -9999 all exist", hint="give --out")
+
+
+def preset_of_run(folder: Path) -> str:
+    """The configuration that a run folder was made with, as a preset file to resume with."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise _nothing_to_resume(folder, "it has no config.yaml")
+    return str(path)
+
+
+def _nothing_to_resume(folder: Path, why: str | None = None) -> UsageError:
+    hint = "start without --resume, or point --out at the run to continue"
+    return UsageError(f"there is no checkpoint to resume from in {folder}", why, hint)
 
 
 def survey(
@@ -63,8 +96,7 @@ def survey(
             notes += more
         stages.append(Stage(part, folder, checkpoint, done))
     if (resume or resume_from) and not any(s.checkpoint or s.done for s in stages):
-        hint = "start without --resume, or point --out at the run to continue"
-        raise UsageError(f"there is no checkpoint to resume from in {out}", hint=hint)
+        raise _nothing_to_resume(out)
     return stages, notes
 
 
@@ -121,34 +153,3 @@ def lora_layers(model: Path, rank: int) -> list[Layer]:
     values = {"lora_rank": rank, "lora_base": str(model)}
     gentle = {"optimizer": "adamw", "lr": lr}
     return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]
-
-
-def runs(
-    stages: Sequence[Stage],
-    preset: Preset,
-    dataset: Dataset,
-    *,
-    adopt: Mapping[str, Path],
-    **options: Any,
-) -> Iterator[Run]:
-    """The run of each part that is not done, to be taken to its end before the next is asked for.
-
-    What a part has learned goes to those after it. adopt: models that parts start from.
-    """
-    adopt = dict(adopt)
-    for stage in stages:
-        if stage.done is None:
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            yield Run(
-                stage.folder,
-                preset,
-                dataset,
-                part=stage.part,
-                adopt={} if stage.checkpoint and not preset.train.lora_rank else adopt,
-                resume=stage.checkpoint,
-                **options,
-            )
-        model = stage.folder / "model.safetensors"
-        adopt["text" if stage.part == "clip" else stage.part] = model
-        if stage.part == "vae":
-            preset = with_codec_of(preset, model)

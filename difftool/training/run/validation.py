@@ -6,7 +6,6 @@ of two steps differ by the weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +18,6 @@ from difftool.training.step.record import Record
 
 MEASURES = 256
 """Samples in a measure, at least: few pictures are seen at several noise levels each."""
-RISE, PATIENCE = 1.05, 3
-"""Overfitting: this much above the best validation loss, this many measures in a row."""
-CAST, CONTRAST = 0.1, 1.6
-"""Colours are far off where a mean is off by more than this (of a range of 2) and by more than
-chance, or a deviation by more than this factor."""
 
 
 def hold_out(dataset: Dataset, wanted: float | None) -> tuple[Dataset, Dataset | None]:
@@ -67,23 +61,10 @@ class Validation:
         return {"loss": report["loss"], **report["terms"], **levels}
 
 
-def overfits(validation: Sequence[float], training: Sequence[float]) -> bool:
-    """Whether what is held out gets worse while what is learned still gets better.
-
-    Both are losses at the same measures, in order.
-    """
-    if len(validation) <= PATIENCE:
-        return False
-    best = min(range(len(validation)), key=validation.__getitem__)
-    since = validation[best + 1 :]
-    worse = len(since) >= PATIENCE and min(since[-PATIENCE:]) > RISE * validation[best]
-    return worse and training[-1] < training[best]
-
-
 # --- colours ---------------------------------------------------------------------------------
 
 
-def colours(images: Tensor) -> dict[str, list[float]]:
+def channel_statistics(images: Tensor) -> dict[str, list[float]]:
     """Of pictures [B,3,H,W] in [-1, 1], for each channel: mean, deviation, and how far the means of
     single pictures spread."""
     images = images.float().cpu()
@@ -93,23 +74,3 @@ def colours(images: Tensor) -> dict[str, list[float]]:
         "std": images.std(dim=(0, 2, 3)).tolist(),
         "spread": means.std(0, correction=0).tolist(),
     }
-
-
-def cast(samples: Mapping[str, Sequence[float]], data: Mapping[str, Sequence[float]], count: int
-         ) -> str | None:  # fmt: skip
-    """What is wrong with the colours of `count` samples, in words; None if nothing is."""
-    names, wrong = ("red", "green", "blue"), []
-    off = [made - real for made, real in zip(samples["mean"], data["mean"], strict=True)]
-    far = [abs(d) > max(CAST, 3 * s / count**0.5) for d, s in zip(off, data["spread"], strict=True)]
-    if all(far) and (min(off) > 0 or max(off) < 0):
-        shift = sum(off) / len(off)
-        wrong.append(f"{'lighter' if shift > 0 else 'darker'} (by {abs(shift):.2f} of 2)")
-    else:
-        channels = zip(names, off, far, strict=True)
-        wrong += [
-            f"{'more' if d > 0 else 'less'} {name} ({d:+.2f})" for name, d, f in channels if f
-        ]
-    made, real = (sum(values) / len(values) for values in (samples["std"], data["std"]))
-    if not real / CONTRAST <= made <= real * CONTRAST:
-        wrong.append(f"{'more' if made > real else 'less'} varied ({made:.2f}, data {real:.2f})")
-    return f"samples are {', '.join(wrong)} than the data" if wrong else None

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from difftool.config.schema import Preset
 from difftool.data import Dataset, Kind
 from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.pipeline.model import Model
@@ -150,19 +149,6 @@ class Prefetcher:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool, self._waiting = None, {}
-
-
-def buckets_of(preset: Preset, size: int) -> Buckets | None:
-    """The aspect buckets that a preset asks for, for pictures of about that size."""
-    data = preset.data
-    if not data.buckets:
-        return None
-    return Buckets(size, data.bucket_step or step_of(preset))
-
-
-def step_of(preset: Preset) -> int:
-    """What the sides of a model's pictures are multiples of: below it no level halves evenly."""
-    return preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
 
 
 def to_signal(pictures: Tensor, device: torch.device) -> Tensor:

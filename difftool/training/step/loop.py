@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +29,10 @@ from difftool.pipeline.model import Model
 from difftool.storage.commit import write_whole
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step import parallel
-from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher, buckets_of
+from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher
 from difftool.training.step.checkpoint import checkpoint_name, save_checkpoint
 from difftool.training.step.ema import Ema
+from difftool.training.step.frames import buckets_of
 from difftool.training.step.objectives import OBJECTIVES
 from difftool.training.step.optim import OPTIMIZERS
 from difftool.training.step.record import Record
@@ -72,7 +72,8 @@ class Trainer:
         compiled: run the U-Net through torch's compiler. Neither changes what is learned."""
         config = model.preset.recipe(part)
         assert config.steps and config.batch_size and config.size
-        self.model, self.dataset, self.part, self.config = model, dataset, part, config
+        self.model, self.dataset, self.config = model, dataset, config
+        self.part: Part = part
         self.step, self.seed = 0, config.seed
         self.objective = objective = OBJECTIVES[part](model, config)
         drop = config.drop if isinstance(config, TrainConfig) else 0.0
@@ -343,21 +344,3 @@ def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor], checkpoint: Pa
             why = f"{name} is missing or has another shape"
             raise UsageError(f"{checkpoint} does not fit this model", why)
         target.copy_(sources[name])
-
-
-@contextmanager
-def graceful_stop() -> Iterator[list[int]]:
-    """In the block a first SIGINT or SIGTERM is noted in the list; a second stops at once."""
-    received: list[int] = []
-
-    def note(signum: int, _frame: Any) -> None:
-        if received:
-            os._exit(128 + signum)
-        received.append(signum)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.config.schema import ClipTrainConfig, TrainConfig, VaeTrainConfig
+from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
+from difftool.data import Dataset
 from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
 from difftool.registry import Registry, call
-from difftool.training.step import rng
+from difftool.training.progress import Progress
+from difftool.training.step import parallel, rng
 from difftool.training.step.batches import Batch, to_signal
 from difftool.training.step.cache import Embeddings, Latents
+from difftool.training.step.frames import buckets_of
 from difftool.training.step.perception import PatchDiscriminator, PictureEncoder, pyramid_distance
 from difftool.training.step.rng import Stream
 
@@ -50,9 +54,15 @@ class Objective(ABC):
     def __init__(self, model: Model, config: Any):
         self.model, self.config, self.seed = model, config, config.seed
 
+    @staticmethod
     @abstractmethod
+    def learned_parts(preset: Preset) -> list[str]:
+        """The names of the parts of a model that learn, as in `Model.parts`."""
+
     def trained(self) -> dict[str, nn.Module]:
-        """The parts of the model that learn, by their names in it."""
+        """The parts that learn, by their names in the model."""
+        names = self.learned_parts(self.model.preset)
+        return {name: part for name, part in self.model.parts().items() if name in names}
 
     def helpers(self) -> dict[str, nn.Module]:
         """Networks that learn beside them and are left behind at the end."""
@@ -61,6 +71,11 @@ class Objective(ABC):
     def needs_pictures(self) -> bool:
         """Whether a batch must bring its pictures."""
         return True
+
+    def precompute(self, dataset: Dataset, folder: Path, progress: Progress) -> None:
+        """Make what frozen networks say of the data once, in files below `folder`, or read it
+        there."""
+        return
 
     @abstractmethod
     def losses(self, batch: Batch, step: int) -> LossOutput:
@@ -94,16 +109,29 @@ class DenoisingObjective(Objective):
         one, target = torch.ones(1, 1, 1, 1), model.denoiser.target
         call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
 
-    def trained(self) -> dict[str, nn.Module]:
-        if self.model.adapters is not None:
-            return {"lora": self.model.adapters}
-        texts = enumerate(self.model.preset.text)
-        names = {"unet"} | {f"text.{i}" for i, t in texts if t.tokenizer == "learned"}
-        return {name: part for name, part in self.model.parts().items() if name in names}
+    @staticmethod
+    def learned_parts(preset: Preset) -> list[str]:
+        if preset.train.lora_rank:
+            return ["lora"]
+        texts = enumerate(preset.text)
+        return ["unet", *(f"text.{i}" for i, t in texts if t.tokenizer == "learned")]
 
-    def learns_text(self) -> bool:
-        """Whether the text encoders learn too."""
-        return any(name.startswith("text.") for name in self.trained())
+    def precompute(self, dataset: Dataset, folder: Path, progress: Progress) -> None:
+        model, config = self.model, self.config
+        preset = model.preset
+        if preset.text and not any(name.startswith("text.") for name in self.learned_parts(preset)):
+            self.embeddings = Embeddings(model, folder)
+        if preset.codec.kind == "vae" and dataset.fixed:
+            assert config.size
+            frame = buckets_of(preset, config.size) or config.size
+            with (
+                parallel.first_before_others(),
+                progress("encoding pictures", len(dataset)) as shown,
+            ):
+                self.latents = Latents.make(
+                    model, dataset, frame, flip=bool(config.flip), folder=folder,
+                    progress=lambda done, _: shown.update(done),
+                )  # fmt: skip
 
     def needs_pictures(self) -> bool:
         return self.latents is None
@@ -169,8 +197,9 @@ class VaeObjective(Objective):
             self.critic.init_weights(torch.Generator().manual_seed(config.seed))
             self.critic.to(model.device)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {"vae": self.vae}
+    @staticmethod
+    def learned_parts(preset: Preset) -> list[str]:
+        return ["vae"]
 
     def helpers(self) -> dict[str, nn.Module]:
         return {"critic": self.critic} if self.critic else {}
@@ -214,8 +243,9 @@ class ClipObjective(Objective):
         self.encoder.init_weights(torch.Generator().manual_seed(config.seed))
         self.encoder.to(model.device)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {n: part for n, part in self.model.parts().items() if n.startswith("text.")}
+    @staticmethod
+    def learned_parts(preset: Preset) -> list[str]:
+        return [f"text.{i}" for i in range(len(preset.text))]
 
     def helpers(self) -> dict[str, nn.Module]:
         return {"pictures": self.encoder}

@@ -1,19 +1,4 @@
-"""What a run measures, summed on the device and fetched once a report.
-
-metrics.jsonl holds a JSON object a line, in the order of steps, each with "step" (the optimiser
-steps done). What else it has says what it is:
-
-    "loss", "grad_norm", "lr"    means since the last such line, and the learning rate of the step;
-                                 beside them the terms of the loss under their names ("pixels",
-                                 "structure", "kl", "critic", "fooling"; "right", a share)
-    "levels"                     the mean loss in each bin of LEVELS, from the noisiest; null = none
-    "validation"                 {"loss", terms, "levels"} of held-out pictures, averaged weights
-    "colours"                    {"samples": {"mean", "std"}, "data": {...}}: red, green and blue of
-                                 the sample sheet and of the pictures it should resemble, in [-1, 1]
-    "psnr"                       mean of the sheet's reconstructions, in dB
-
-Lines are a function of the configuration and the data alone: a resumed run writes the same ones.
-"""
+"""What steps measure (see training.metrics), summed on the device and fetched once a report."""
 
 from __future__ import annotations
 
@@ -22,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftool.training.metrics import LEVELS
 from difftool.training.step import parallel
 from difftool.training.step.objectives import LossOutput
-
-LEVELS = tuple(range(-12, 13, 2))
-"""Inner edges of the bins of log SNR = log(alpha^2 / sigma^2) by which a loss is told apart."""
 
 
 class Record:

@@ -1,0 +1,215 @@
+"""One training run in its folder: of the U-Net, or of another part of a model alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftool.adapters.lora.train import Adapters
+from difftool.config.schema import Part, Preset
+from difftool.data import Dataset
+from difftool.errors import Stopped
+from difftool.pipeline.load import load_part_from
+from difftool.pipeline.model import Model
+from difftool.storage.shards import written_at
+from difftool.training.metrics import Metrics
+from difftool.training.options import RunOptions
+from difftool.training.run.facts import facts_of
+from difftool.training.run.folder import RunFolder
+from difftool.training.run.previews import Previews
+from difftool.training.run.stop import graceful_stop
+from difftool.training.run.validation import hold_out
+from difftool.training.step import parallel
+from difftool.training.step.cache import Latents
+from difftool.training.step.frames import buckets_of
+from difftool.training.step.loop import Trainer, TrainStep
+
+ENCODED = 4096
+"""Pictures by which the latents' mean and deviation are measured."""
+DRAWN_EVERY = 10.0
+"""Seconds between two drawings of plot and report, at least, until the last."""
+
+
+class Run:
+    """One training run in its folder."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        preset: Preset,
+        dataset: Dataset,
+        options: RunOptions,
+        *,
+        part: Part = "unet",
+        tokenizer_json: str | None = None,
+        adopt: Mapping[str, Path] | None = None,
+        resume: Path | None = None,
+    ):
+        """Build the model and trainer, from nothing or (resume) from a checkpoint folder; the run
+        folder is closed if that fails.
+
+        adopt: the models that parts ("vae", "text", "unet") take their first weights from.
+        """
+        self.folder, self.preset, self.part, self.options = folder, preset, part, options
+        self.resumed = resume
+        self.notes: list[str] = []
+        """What the user should be told; whoever tells it takes it out."""
+        self.path: Path | None = None
+        """Of the model, once it is written."""
+        self._warned: set[str] = set()
+        self._drawn = -math.inf
+        recipe = preset.recipe(part)
+        assert recipe.size
+        try:
+            self.dataset, self.held = hold_out(dataset, recipe.validation)
+            model = _model(preset, recipe.seed, tokenizer_json, options.device, adopt or {})
+            if resume is None:
+                folder.write_config(preset)
+            frame = buckets_of(preset, recipe.size) or recipe.size
+            with options.progress("reading pictures", len(dataset)) as shown:
+                dataset.prepare(frame, lambda done, _: shown.update(done))
+            if self.held:
+                self.held.prepare(frame)
+            self.trainer = Trainer(
+                model, self.dataset, part, workers=options.workers, compiled=options.compiled
+            )
+            self.previews = Previews(self.trainer, self.held, options.prompts)
+            if resume is not None:
+                self.notes += self.trainer.restore(resume)
+            self.trainer.objective.precompute(self.dataset, folder.path / "cache", options.progress)
+            folder.forget_after(self.trainer.step)
+            self.facts = facts_of(self.previews, dataset.audit, self.held, options)
+            if self.trainer.step and (before := folder.facts()):
+                self.facts |= {key: before[key] for key in ("choices", "sessions")}
+            self._began, self._session = time.monotonic(), {"from": self.trainer.step}
+            self.facts["sessions"].append(self._session)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def model(self) -> Model:
+        return self.trainer.model
+
+    def steps(self) -> Iterator[TrainStep]:
+        """Train to the last step, writing metrics, sheets and checkpoints on the way.
+
+        Raises Stopped after a first SIGINT or SIGTERM, once the state is saved.
+        """
+        trainer, options, last = self.trainer, self.options, self.trainer.config.steps
+        resumed = trainer.step
+        if resumed and resumed % options.sample_every == 0 and not self.folder.is_shown(resumed):
+            self.show()  # it was stopped between the checkpoint and this
+        with graceful_stop(options.stopping) as signals:
+            for step in trainer.run():
+                if step.loss is not None:
+                    self.folder.append(_line(step))
+                yield step
+                if signum := parallel.max_over_ranks(signals[0] if signals else 0):
+                    where = self.save()
+                    self._write_facts(finished=False)
+                    hint = f"continue with --out {self.folder.path} --resume"
+                    raise Stopped(signum, f"stopped after step {step.step}, saved {where}", hint)
+                if step.step % options.sample_every == 0 or step.step == last:
+                    self.show()
+                if step.step % options.save_every == 0 and step.step != last:
+                    self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint."""
+        return self.trainer.save(self.folder.path / "checkpoints", keep=self.options.keep)
+
+    def show(self) -> None:
+        """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
+        with the averaged weights."""
+        if not self.folder.writes:
+            return
+        step = self.trainer.step
+        image, measures = self.previews.make()
+        if image is not None:
+            self.folder.write_sheet(step, image)
+        self.folder.append(*({"step": step, **measure} for measure in measures))
+        self._write_facts(finished=False)
+        if time.monotonic() - self._drawn > DRAWN_EVERY:
+            self.folder.write_report()
+            self._drawn = time.monotonic()
+        warnings = Metrics.read(self.folder.metrics).warnings(self.facts["steps"])
+        self.notes += [words for key, words in warnings.items() if key not in self._warned]
+        self._warned |= warnings.keys()
+
+    def finish(self) -> Path:
+        """Write the last checkpoint, the model, the plot and the report; the model's path."""
+        self.save()
+        name = "lora.safetensors" if self.model.adapters else "model.safetensors"
+        path = self.folder.path / name
+        if self.folder.writes:
+            self._write_model(path)
+            self._write_facts(finished=True)
+            self.folder.write_report()
+            self.close()
+        parallel.wait()
+        self.path = written_at(path) or path
+        return self.path
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self.folder.close()
+
+    def _write_model(self, path: Path) -> None:
+        ema = self.trainer.ema
+        weights = ema.average if ema else None
+        if self.part == "vae":
+            self.model.preset = self._with_measured_latents()
+        if isinstance(self.model.adapters, Adapters):
+            self.model.adapters.save(path, self.preset, weights)
+            return
+        note = {"difftool.weights": "ema" if ema else "live"}
+        parts, limit = self.trainer.kept_parts(), self.options.shard_size
+        self.model.save(
+            path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=limit
+        )
+
+    def _with_measured_latents(self) -> Preset:
+        """The preset with the latents' own mean and deviation, by which x0 has unit variance."""
+        size = self.preset.train_vae.size
+        assert size
+        with self.previews.averaged():
+            some = Latents.make(self.model, self.dataset, size, flip=False, limit=ENCODED)
+        mean, std = (tuple(round(v, 6) for v in values) for values in some.moments())
+        codec = replace(self.preset.codec, scale=1.0, shift=0.0, latents_mean=mean, latents_std=std)
+        return replace(self.preset, codec=codec)
+
+    def _write_facts(self, *, finished: bool) -> None:
+        seconds = time.monotonic() - self._began
+        self._session |= {"to": self.trainer.step, "seconds": round(seconds, 1)}
+        self.facts["finished"] = finished
+        self.folder.write_facts(self.facts)
+
+
+def _model(
+    preset: Preset,
+    seed: int,
+    tokenizer_json: str | None,
+    device: torch.device | str,
+    adopt: Mapping[str, Path],
+) -> Model:
+    """The model that a run begins with."""
+    model = Model.fresh(preset, seed=seed, tokenizer_json=tokenizer_json, device=str(device))
+    for name, path in adopt.items():
+        load_part_from(model, path, name)
+    if rank := preset.train.lora_rank:
+        model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
+        model.adapters.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def _line(step: TrainStep) -> dict[str, Any]:
+    """What a step leaves in metrics.jsonl."""
+    line = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+    return line | step.terms | ({"levels": step.levels} if step.levels else {})

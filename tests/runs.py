@@ -1,0 +1,48 @@
+"""Training runs begun for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from difftool.config.layers import Layer
+from difftool.data import open_dataset
+from difftool.formats import open_model
+from difftool.training.options import RunOptions
+from difftool.training.run.folder import RunFolder
+from difftool.training.run.plan import plan
+from difftool.training.run.run import Run
+from difftool.training.step.checkpoint import newest_good
+
+RUNS: list[Run] = []
+
+
+def start_run(
+    folder: Path,
+    data: str,
+    *values: dict[str, Any],
+    preset: str | None,
+    resume: bool,
+    **options: Any,
+) -> Run:
+    """A run in a folder, from nothing or from its newest checkpoint, as `values` has it."""
+    checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
+    vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
+    dataset, given = open_dataset(data), [Layer("test", each) for each in values]
+    resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)
+    run = Run(
+        RunFolder(folder),
+        resolved,
+        dataset,
+        RunOptions(**options),
+        tokenizer_json=tokenizer_json,
+        resume=checkpoint,
+    )
+    RUNS.append(run)
+    return run
+
+
+def close_runs() -> None:
+    """Let go of the folders of all runs that were begun."""
+    while RUNS:
+        RUNS.pop().close()
