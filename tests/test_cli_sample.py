@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,77 @@ def test_json_objects(sample, models):
         assert len(item["model_hash"]) == 10 and item["seconds"] >= 0
         with Image.open(item["path"]) as image:
             assert image.size == (32, 16)
+
+
+ASKED_AGAIN = """
+text     "a red fox" "a dog" -n 2 --seed 5
+text     "a fox" --negative "a dog" --sampler euler_a --eta 0.5 --guidance 3 --schedule karras
+text     "a fox" --size 32x16 --steps 3 --guidance-rescale 0.5 --guidance-interval=-2,inf
+text     "a fox" --set sample.clip=static --set sample.rederive_eps=false --guidance 1
+text     "a fox" --init photo.png --mask mask.png --strength 0.6 --steps 5
+text     "a (red:1.4) fox" --prompt-syntax a1111 --clip-skip 1
+classes  --label dog,0
+plain    --sampler "DPM++ 2M Karras" --set sample.schedule_options.rho=5
+"""
+
+
+@pytest.mark.parametrize("line", ASKED_AGAIN.strip().splitlines())
+def test_every_object_printed_asks_for_the_same_picture_again(sample, line):
+    model, *args = shlex.split(line)
+    Image.linear_gradient("L").resize((40, 24)).convert("RGB").save("photo.png")
+    Image.linear_gradient("L").resize((40, 24)).save("mask.png")
+    ran = sample(*args, "-o", "first/[index].png", "--json", model=model)
+    assert ran.code == 0, ran.err
+    Path("lines.jsonl").write_text(ran.out)
+    again = sample("--prompts", "lines.jsonl", "-o", "again/[index].png", model=model)
+    assert again.code == 0 and len(again.lines) == len(ran.objects), again.err
+    for path in again.lines:
+        assert Path(path).read_bytes() == (Path("first") / Path(path).name).read_bytes()
+
+
+def test_what_is_loaded_is_said_at_once_and_the_rest_in_two_lines(sample, models):
+    ran = sample("a red fox", "--steps", 1)
+    first, how, seed, *rest = ran.err.splitlines()
+    assert first == f"loading {models['text']} ..."
+    assert how.startswith("1 steps of euler, schedule linspace") and seed.startswith("seed ")
+    assert all(line.startswith("sampling ") for line in rest)
+    told = sample("a red fox", "--steps", 1, "--verbose").err
+    assert "family difftool, target flow" in told and "fp32 on cpu" in told
+
+
+def test_several_words_may_have_been_meant_as_one_prompt(sample):
+    ran = sample("a", "smiling", "fox", "--seed", 1, "-o", "[prompt].png")
+    assert ran.lines == ["a.png", "smiling.png", "fox.png"]
+    assert 'warning: 3 prompts of a word each; one prompt is given as "a smiling fox"' in ran.err
+    for prompts in (["fox"], ["a fox", "dog"]):
+        assert "warning" not in sample(*prompts, "--seed", 1).err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_what_was_made(sample, monkeypatch, number):
+    decoded = []
+
+    def decode(model, x0):
+        decoded.append(x0)
+        if len(decoded) == 4:
+            signal.raise_signal(number)
+        return model.codec.decode(x0)
+
+    monkeypatch.setattr("difftool.sampling.run.decode", decode)
+    handler = signal.getsignal(number)
+    ran = sample("a fox", "-n", 8, "--batch-size", 1, "--seed", 1, "-o", "[seed].png")
+    assert ran.code == 128 + number and "Traceback" not in ran.err
+    assert ran.lines == ["1.png", "2.png", "3.png"] == sorted(os.listdir())
+    assert ran.err.splitlines()[-1] == "interrupted: 3 of 8 pictures made"
+    assert signal.getsignal(number) == handler
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(sample, monkeypatch):
+    Path("file").write_text("mine")
+    assert sample("a fox", "-o", "file/in/it.png").code == 2
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for the superuser all are
+    ran = sample("a fox", "-o", "out/")
+    assert ran.code == 2 and "cannot write to the folder" in ran.err and "loading" not in ran.err
 
 
 def test_seeds_that_are_drawn_are_printed(sample):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import ROOT
 
 SLOW = {"torch", "numpy", "PIL", "matplotlib", "safetensors", "tokenizers", "huggingface_hub"}
 COMMANDS = ("train", "sample", "noise", "convert")
@@ -65,3 +66,66 @@ def test_the_library_imports_nothing_before_it_is_used():
 
 def test_the_library_describes_a_model_without_torch():
     assert "torch" not in imported("import difftool\ndifftool.inspect('emoji')")
+
+
+REFUSED = """
+2 a_fox --init none.png
+2 a_fox --mask none.png
+2 a_fox --image-prompt none.png
+2 a_fox --lora none.safetensors:0.5
+2 a_fox --embedding none.pt
+2 a_fox -m none.safetensors
+2 a_fox --refiner none.safetensors
+2 a_fox --vae none.safetensors
+2 --prompts none.txt
+2 --from-image none.png
+3 --from-image text.png
+2 --from-latents none.safetensors
+2 a_fox --steps 0
+2 a_fox --steps many
+2 a_fox --size 64y64
+2 a_fox --seed 5-1
+2 a_fox --sampler eulr
+2 a_fox --schedule karas
+2 a_fox --guidance 0.5
+2 a_fox --strength 2
+2 a_fox --format gif
+2 a_fox --dtype fp8
+2 a_fox --stepz 3
+2 a_fox --set sample.stepz=3
+2 a_fox --set sample.steps=many
+2 a_fox --set unet.blocks=3
+2 a_fox --exact --batch-size 2
+2 a_fox --refiner-start 0.5
+2 a_fox --skip-existing --overwrite
+2 a_fox --prompts -
+2 a_fox --from-latents text.png
+2 a_fox --seed 1,2 -n 3
+2 a_fox -n 2 -o -
+2 a_fox --json -o -
+2 a_fox -o fox.gif
+2 a_fox -o text.png
+2 a_fox -o text.png/fox.png
+2 a_fox -o [sed].png
+"""
+REFUSE = """
+import sys
+from difftool.cli.app import main
+for line in sys.argv[1].strip().splitlines():
+    code, *arguments = line.split()
+    sys.argv = ["difftool", "sample", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == int(code), (line, end.code)
+    assert "torch" not in sys.modules, line
+"""
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
+    (tmp_path / "text.png").write_text("no picture")
+    assert "torch" not in imported(REFUSE, REFUSED)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.png"]

@@ -15,6 +15,8 @@ from difftool.errors import InputError, UsageError, missing, unknown
 from difftool.storage.yaml import parse_yaml, read_yaml
 
 PACKAGE = Path(__file__).parent.parent
+DEFAULT_MODEL = "emoji"
+"""The preset whose model, which ships, is used where none is named."""
 
 
 class Layer(NamedTuple):

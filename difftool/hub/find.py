@@ -6,12 +6,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from difftool.config.layers import preset_folder
+from difftool.config.layers import DEFAULT_MODEL, preset_folder
 from difftool.errors import UsageError, suggestion
-from difftool.hub.hub import cached, download, parse_name
 from difftool.storage.shards import written_at
-
-DEFAULT_MODEL = "emoji"
 
 
 def model_name(where: str | None) -> str:
@@ -30,6 +27,8 @@ def find_model(where: str | None, *, half: bool = False) -> Path:
     place = place_of_model(where)
     if place is not None:
         return place
+    from difftool.hub.hub import download, parse_name
+
     name = parse_name(model_name(where))
     assert name is not None
     return download(name, half=half)
@@ -46,6 +45,8 @@ def place_of_model(where: str | None) -> Path | None:
         return path
     if named in bundled:
         return bundled[named]
+    from difftool.hub.hub import cached, parse_name  # not before it is known to be needed
+
     name = parse_name(named)
     if name and (place := cached(name)):
         return place

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from difftool.config.options import (
     DEVICE,
@@ -199,8 +199,7 @@ def _size_of_text(text: str) -> tuple[int, int]:
 @cache
 def _bundled() -> tuple[dict[str, Any], str]:
     """How the bundled model is sampled, and its name."""
-    from difftool.config.layers import merged, preset_layers
-    from difftool.hub.find import DEFAULT_MODEL
+    from difftool.config.layers import DEFAULT_MODEL, merged, preset_layers
 
     layers = preset_layers(DEFAULT_MODEL)
     return merged(layer.values for layer in layers).get("sample", {}), DEFAULT_MODEL
@@ -221,9 +220,9 @@ def _of_bundled(name: str) -> Callable[[], str]:
 
 
 def _syntaxes() -> Iterable[str]:
-    from difftool.text.syntax import SYNTAXES
+    from difftool.config.schema import SampleConfig
 
-    return SYNTAXES
+    return get_args(get_type_hints(SampleConfig)["prompt_syntax"])
 
 
 # --- the rows ---------------------------------------------------------------------------------
