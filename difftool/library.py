@@ -7,53 +7,61 @@ device, a dtype and pictures are given as on the command line, or as torch's and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from difftool.errors import UsageError
+from difftool.sampling.events import Failure, Note, Result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
     from difftool.pipeline.model import Model
+    from difftool.sampling.command import Task
+
+PICTURES = ("init", "mask", "image_prompt")
+"""Options that are pictures to go by: files, or Pillow's in memory."""
 
 
 def load(
     model: str | Path | None = None,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
     vae: str | Path | None = None,
     lora: Sequence[str] = (),
     embedding: Sequence[str | Path] = (),
-    preset: str | None = None,
-    match: str | None = None,
-    allow_unused: bool = False,
-    low_memory: bool = False,
+    **options: Any,
 ) -> Pipeline:
-    """A model, ready to work: all that -m takes, None being the bundled one.
+    """A model that is ready to work: all that -m takes; None is the bundled one.
 
         model = difftool.load("emoji")
 
-    The keywords are those flags of `difftool sample` that are about the model. UsageError if
-    nothing is there, InputError if it is malformed or not supported.
+    options: the other flags of `difftool sample` that are about the model: preset, refiner,
+    refiner_start, match, allow_unused, low_memory. UsageError if nothing is there or a value is
+    wrong, InputError if the model is malformed or not supported.
     """
-    from difftool.adapters.lora.file import parse_lora
-    from difftool.pipeline.load import load_model
-    from difftool.pipeline.words import add_embeddings
+    from difftool.config.options import read_options
+    from difftool.sampling.command import load_models, prepare
+    from difftool.sampling.settings import OPTIONS
 
-    loaded = load_model(
-        None if model is None else str(model), device=device, dtype=dtype,
-        vae=None if vae is None else str(vae), recipe=preset, low_memory=low_memory,
-        loras=[parse_lora(str(text)) for text in lora], allow_unused=allow_unused,
-    )  # fmt: skip
-    loaded.set_padding(match)
-    add_embeddings(loaded, map(Path, embedding))
-    return Pipeline(loaded, match)
+    given = {"device": device, "dtype": dtype, "lora": lora, "embedding": embedding, **options}
+    given |= {"model": model and str(model), "vae": vae and str(vae)}
+    for name in given.keys() - _about_models():
+        if any(row.name == name for row in OPTIONS):
+            raise UsageError(f'"{name}" is about pictures', hint="give it to sample")
+    return Pipeline(*load_models(prepare(read_options(OPTIONS, given), loaded=True)), given)
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,22 @@ class SampleStep:
     total: int
     """How many there are."""
     sigma: float
-    """The noise's deviation in `x`, beside a signal of the path's own alpha."""
+    """Deviation of the noise in `x`."""
     x0: Tensor
-    """The clean picture as the network saw it where the step began; [1,C,H,W], in the model's
+    """The clean picture that the network saw where the step began; [1,C,H,W], in the model's
     space."""
     x: Tensor
     """What the step arrived at; [1,C,H,W]. The last one is the picture."""
 
 
 class Pipeline:
-    """A model at work; `load` makes one. `model` has its networks, preset and tokenizers."""
+    """A model at work; `load` makes one."""
 
-    def __init__(self, model: Model, match: str | None = None):
-        self.model, self.match = model, match
+    def __init__(
+        self, model: Model, refiner: Model | None = None, given: Mapping[str, Any] | None = None
+    ):
+        """given: the options that the models were loaded by."""
+        self.model, self.refiner, self.given = model, refiner, dict(given or {})
 
     @property
     def notes(self) -> list[str]:
@@ -86,6 +97,94 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline({self.model.name}, {self.model.device})"
+
+    def sample(self, prompt: str | Sequence[str] | None = None, **options: Any) -> list[Image]:
+        """Pictures, in the order that they are asked for; each one's `.info` has the text chunks
+        of its PNG. With `output` they are written too, as by the command.
+
+            pictures = model.sample("a smiling fox", seed=7)
+            pictures = model.sample(["a smiling fox", "a red heart"], seed=[1, 2], steps=4)
+
+        prompt: one, or several. options: the flags of `difftool sample` that are about pictures:
+        seed (a number, several, or "1,2,5-10"), num, negative, label, size, steps, sampler,
+        guidance, init (a file, or a picture), ...; set={"sample.clip": "static"}. What is not done
+        to the letter is a warning. UsageError for what the model cannot do, InputError for files
+        that cannot be read.
+        """
+        from difftool.sampling.command import sample
+
+        task = self._task(prompt, options)
+        done = (self._told(event) for event in sample(task, self.model, self.refiner))
+        return [event.image for event in done if isinstance(event, Result)]
+
+    def steps(
+        self, prompt: str | Sequence[str] | None = None, **options: Any
+    ) -> Iterator[SampleStep]:
+        """One picture step by step, as `sample` makes it.
+
+            for step in model.steps("a smiling fox", seed=7, steps=4):
+                print(step.index, step.sigma, step.x0.std())
+
+        `decode` of the last one's `x` is the picture. UsageError where several pictures are asked
+        for.
+        """
+        from difftool.pipeline.generate import generate
+        from difftool.sampling.command import run_of
+        from difftool.sampling.picture import Picture
+
+        task = self._task(prompt, options)
+        if task.total != 1:
+            raise UsageError("the steps of one picture are shown", f"{task.total} are asked for")
+        entries = run_of(task, self.model, self.refiner).entries(task.asked)
+        (picture,) = (each for e in entries if isinstance(each := self._told(e), Picture))
+        total = picture.plan.steps
+        return (
+            SampleStep(step.index, total, step.level.sigma, step.x0, step.x)
+            for step in generate(picture.plan, [picture.input])
+        )
+
+    def _task(self, prompt: str | Sequence[str] | None, options: Mapping[str, Any]) -> Task:
+        """What is asked for, read by the command's rows."""
+        from difftool.config.options import read_options
+        from difftool.sampling.command import prepare
+        from difftool.sampling.settings import OPTIONS
+
+        for name in options.keys() & _about_models():
+            raise UsageError(f'"{name}" is about the model', hint="give it to difftool.load")
+        given = {**self.given, "prompt": prompt, **options}
+        given |= {name: self._path(given[name]) for name in PICTURES if given.get(name)}
+        if isinstance(given.get("set"), Mapping):
+            given["set"] = [f"{key}={json.dumps(value)}" for key, value in given["set"].items()]
+        task = prepare(read_options(OPTIONS, given), loaded=True)
+        applied = {(str(each.lora.path), each.strength) for each in self.model.loras}
+        if lacking := set(task.base.loras) - applied:
+            files = ", ".join(f"{path}:{strength:g}" for path, strength in sorted(lacking))
+            hint = "give them to difftool.load"
+            raise UsageError("the picture was made with LoRAs that are not there", files, hint)
+        return task
+
+    def _path(self, picture: Image | str | Path) -> str | Path:
+        """Where a picture is, one in memory in a file of its own as long as the model is used."""
+        if isinstance(picture, str | Path):
+            return picture
+        data = _png(picture)
+        path = self._folder / f"{sha256(data).hexdigest()[:16]}.png"
+        path.write_bytes(data)
+        return path
+
+    @cached_property
+    def _folder(self) -> Path:
+        folder = mkdtemp(prefix="difftool-")
+        finalize(self, rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+    def _told(self, event: Any) -> Any:
+        """The event; an error of a picture is raised, what is not done to the letter warned of."""
+        if isinstance(event, Failure):
+            raise event.error
+        if isinstance(event, Note) and event.warning:
+            warnings.warn(event.text, stacklevel=3)
+        return event
 
     def encode(self, picture: Image | str | Path, size: tuple[int, int] | None = None) -> Tensor:
         """x0 of a picture, fp32 [1,C,H,W] in the space that the model works in.
@@ -140,14 +239,26 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return describe(find_model(str(path)))
 
 
+def _about_models() -> set[str]:
+    """The options of `difftool sample` that are about the model and not about pictures."""
+    from difftool.sampling.settings import ADAPTERS, MODEL, OPTIONS
+
+    rows = (row.name for row in OPTIONS if row.panel in (MODEL, ADAPTERS))
+    return {*rows, "device", "dtype", "low_memory"}
+
+
 def _image(picture: Image | str | Path) -> Image:
     """An RGB picture of a file, or of one in memory, read alike."""
     from difftool.images.read import read_image
 
     if isinstance(picture, str | Path):
         return read_image(picture)
-    if picture.mode == "RGB":
-        return picture
+    return picture if picture.mode == "RGB" else read_image(_png(picture))
+
+
+def _png(picture: Image) -> bytes:
+    """A picture's file, as far as PNG has its mode."""
     file = BytesIO()
-    picture.save(file, "PNG")
-    return read_image(file.getvalue())
+    kept = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    (picture if kept else picture.convert("RGB")).save(file, "PNG")
+    return file.getvalue()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -12,6 +18,12 @@ import difftool
 @pytest.fixture(scope="module")
 def model() -> difftool.Pipeline:
     return difftool.load("emoji", device="cpu")
+
+
+@pytest.fixture
+def command(difftool):
+    """Run a command, in an empty folder."""
+    return difftool
 
 
 def picture(size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -28,6 +40,92 @@ def test_public_names_are_there_and_no_others():
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         difftool.laod  # noqa: B018  # type: ignore[attr-defined]
     assert "dpmpp_2m" in difftool.SAMPLERS and "cosine" in difftool.PATHS
+
+
+def test_a_picture_is_the_command_s(model, command):
+    prompts = ["a smiling fox", "a red heart"]
+    made = model.sample(prompts, seed=[7, 3], steps=3, guidance=2.0)
+    ran = command(
+        "sample", *prompts, "--seed", "7,3", "--steps", "3", "--guidance", "2", "-o", "a/"
+    )
+    assert ran.code == 0 and len(made) == 4
+    for picture, line in zip(made, ran.out.splitlines(), strict=True):
+        with Image.open(line) as file:
+            file.load()
+            assert picture.tobytes() == file.tobytes() and picture.info == file.info
+    assert {"parameters", "difftool"} == made[0].info.keys()
+    assert len({each.tobytes() for each in made}) == 4
+
+
+def test_every_step_shows_the_clean_picture_of_the_moment(model):
+    steps = list(model.steps("a smiling fox", seed=7, steps=4))
+    assert [step.index for step in steps] == [0, 1, 2, 3]
+    assert {step.total for step in steps} == {4}
+    assert all(step.x0.shape == (1, 8, 8, 8) for step in steps)
+    sigmas = [step.sigma for step in steps]
+    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
+    (picture,) = model.sample("a smiling fox", seed=7, steps=4)
+    assert model.decode(steps[-1].x).tobytes() == picture.tobytes()
+    errors = [(step.x0 - steps[-1].x).abs().mean() for step in steps]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.01
+    with pytest.raises(difftool.UsageError, match="one picture"):
+        model.steps(["a fox", "a heart"])
+
+
+def test_pictures_to_start_from_are_files_or_pictures(model, tmp_path):
+    path = tmp_path / "p.png"
+    picture().save(path)
+    asked: dict[str, Any] = {"seed": 7, "steps": 4, "strength": 0.5}
+    (made,) = model.sample("a smiling fox", init=path, **asked)
+    (again,) = model.sample("a smiling fox", init=picture(), **asked)
+    assert made.tobytes() == again.tobytes()
+    assert len(list(model.steps("a smiling fox", init=picture(), **asked))) == 2
+    (other,) = model.sample("a smiling fox", init=Image.new("RGB", (64, 64)), **asked)
+    assert other.tobytes() != made.tobytes()
+
+
+def test_pictures_can_be_written_too_and_made_again(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = model.sample("a red heart", num=2, seed=1, steps=2, output="out/[seed].png", grid=True)
+    assert sorted(p.name for p in Path("out").iterdir()) == ["1.png", "2.png", "grid.png"]
+    (again,) = model.sample(from_image="out/2.png")
+    assert again.tobytes() == made[1].tobytes()
+    Path("prompts.txt").write_text("a red heart --d 2 --s 2\n", encoding="utf-8")
+    (third,) = model.sample(prompts="prompts.txt")
+    assert third.tobytes() == made[1].tobytes()
+
+
+def test_what_is_not_done_to_the_letter_is_a_warning(model):
+    with pytest.warns(UserWarning, match="negative"):
+        model.sample("a fox", negative="a dog", guidance=1.0, seed=1, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "--steps 0 is not"),
+        ({"stepz": 3}, 'did you mean "steps"'),
+        ({"sampler": "eulr"}, 'did you mean "euler"'),
+        ({"seed": "x"}, "not a list of seeds"),
+        ({"set": {"sample.clip": "hard"}}, "clip is not valid"),
+        ({"set": {"train.lr": 1}}, "only sample.KEY"),
+        ({"init": "none.png"}, "no picture none.png"),
+        ({"size": (63, 64)}, "try 64x64"),
+        ({"vae": "x"}, "give it to difftool.load"),
+        ({"label": "cat"}, "no class"),
+    ],
+)
+def test_wrong_keywords_are_the_errors_of_wrong_flags(model, options, says):
+    with pytest.raises(difftool.UsageError) as refused:
+        model.sample("a fox", **options)
+    assert says in str(refused.value) and refused.value.code == 2
+
+
+def test_what_is_about_pictures_is_not_given_to_load():
+    with pytest.raises(difftool.UsageError, match="about pictures"):
+        difftool.load("emoji", steps=3)
+    with pytest.raises(difftool.UsageError, match='there is no option "devise"'):
+        difftool.load("emoji", devise="cpu")
 
 
 def test_pictures_go_through_the_model_s_space(model, tmp_path):
@@ -67,3 +165,22 @@ def test_what_cannot_be_is_an_error_with_its_parts(model):
 def test_a_model_is_described_from_its_headers():
     found = difftool.inspect("emoji")
     assert found["prediction"] == "flow" and set(found["components"]) == {"unet", "vae", "text.0"}
+
+
+def examples(path: Path) -> list[str]:
+    """The indented blocks of a module's docstrings, in their order."""
+    texts = re.findall(r'"""[\s\S]*?"""', path.read_text(encoding="utf-8"))
+    cleaned = [inspect.cleandoc(text.strip('"')) for text in texts]
+    found = [b for text in cleaned for b in re.findall(r"(?:^ {4}.*\n?|^\n)+", text, re.MULTILINE)]
+    return [textwrap.dedent(block).strip() for block in found if block.strip()]
+
+
+def test_every_example_of_the_docstrings_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    package = Path(difftool.__file__).parent
+    blocks = [*examples(package / "__init__.py"), *examples(package / "library.py")]
+    assert len(blocks) >= 6
+    names: dict[str, Any] = {"difftool": difftool}
+    for block in blocks:
+        exec(compile(block, "<example>", "exec"), names)
+    assert Path("fox.png").is_file() and capsys.readouterr().out.count("\n") == 4

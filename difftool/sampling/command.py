@@ -28,6 +28,7 @@ from difftool.sampling.settings import SETTINGS, spelled
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
+    from difftool.sampling.run import Run
 
 REFINER_START = 0.8
 
@@ -143,18 +144,28 @@ def sample(task: Task, model: Model | None = None, refiner: Model | None = None)
     can be.
     """
     from difftool.pipeline.settings import plan_sampling, resolve_settings
-    from difftool.sampling.run import Run
 
     values = task.values
     if model is None:
-        model, refiner = _load(task)
+        model, refiner = load_models(task)
     settings = resolve_settings(model, task.base.settings, values["match"])
     plan_sampling(model, settings)  # refuses options that the sampler lacks
     words = [f"word {word} ({word.path})" for word in model.words]
     notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
     yield Started(model.name, settings, notes)
-    start = values["refiner_start"]
-    run = Run(
+    run = run_of(task, model, refiner)
+    if values["from_latents"]:
+        yield from run.decode(values["from_latents"])
+    else:
+        yield from run.events(task.asked if task.stream is None else task.stream)
+
+
+def run_of(task: Task, model: Model, refiner: Model | None = None) -> Run:
+    """The run that makes the pictures of a task."""
+    from difftool.sampling.run import Run
+
+    values, start = task.values, task.values["refiner_start"]
+    return Run(
         model=model,
         output=task.output,
         batch_size=1 if values["exact"] else values["batch_size"],
@@ -166,13 +177,9 @@ def sample(task: Task, model: Model | None = None, refiner: Model | None = None)
         refiner=refiner,
         refiner_start=REFINER_START if start is None else start,
     )
-    if values["from_latents"]:
-        yield from run.decode(values["from_latents"])
-    else:
-        yield from run.events(task.asked if task.stream is None else task.stream)
 
 
-def _load(task: Task) -> tuple[Model, Model | None]:
+def load_models(task: Task) -> tuple[Model, Model | None]:
     """The model, and the refiner if there is one, with their words."""
     from difftool.pipeline.load import load_model
     from difftool.pipeline.words import add_embeddings
@@ -200,7 +207,7 @@ def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
     """(key path, value, origin) of every value of the preset that pictures are made by."""
     from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-    model, _ = _load(task)
+    model, _ = load_models(task)
     settings = resolve_settings(model, task.base.settings, task.values["match"])
     plan_sampling(model, settings)
     below = [Layer(f"model {model.name}", to_values(model.preset))]

@@ -19,7 +19,7 @@ from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
-from difftool.sampling.batches import batches, default_batch
+from difftool.sampling.batches import Entry, batches, default_batch
 from difftool.sampling.events import Event, Failure, Grid, Note, Result, Skipped, Working
 from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
@@ -70,11 +70,7 @@ class Run:
         sheet = _Sheet()
         if self.grid and self.output:
             self.output.sheet_path()  # fails now if it is taken, not after all the work
-        refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
-        resolver = Resolver(
-            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
-        )
-        for batch in batches(resolver.entries(requests), self._room):
+        for batch in batches(self.entries(requests), self._room):
             pictures = [entry for entry in batch if isinstance(entry, Picture)]
             started = time.perf_counter()
             made = iter((yield from self._make(pictures)))
@@ -98,6 +94,14 @@ class Run:
             yield Note(f"{room}, {sheet.left_out} are not on it")
         if sheet.images and self.output:
             yield self._write_sheet(sheet, self.output)
+
+    def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
+        """The pictures to make, resolved and not made; see `Resolver.entries`."""
+        refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
+        resolver = Resolver(
+            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
+        )
+        return resolver.entries(requests)
 
     def _room(self, settings: SampleConfig) -> int:
         """How many images of these settings are made together."""

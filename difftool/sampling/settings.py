@@ -108,8 +108,10 @@ def read_label(label: Any) -> str:
 
 
 def read_seeds(given: Any) -> tuple[int, ...]:
-    """Seeds of 7, "7" or "1,2,5-10"; none, which is to say drawn, of "-1"."""
+    """Seeds of 7, "7", "1,2,5-10" or [1, 2, 5]; none, which is to say drawn, of "-1"."""
     hint = "give 7, or 1,2,5-10, or -1 to draw one"
+    if isinstance(given, list | tuple | range):
+        given = ",".join(map(str, given))
     if isinstance(given, bool) or not isinstance(given, int | str):
         raise UsageError(f"{given!r} is not a list of seeds", hint=hint)
     text = str(given)
