@@ -234,9 +234,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         difftool.inspect("emoji")["family"]
     """
     from difftool.conversion.inspect import inspect as describe
-    from difftool.hub.find import find_model
 
-    return describe(find_model(str(path)))
+    return describe(path)
 
 
 def _about_models() -> set[str]:

@@ -28,7 +28,7 @@ TORCH_FREE = (
     *(f"sampling.metadata.{name}" for name in ("a1111", "chunk", "files")),
     *("training.options", "training.run.start", "training.metrics", "cli.train"),
 )
-TABLES = {"sampling.settings", "sampling.events", "training.options"}
+TABLES = {"conversion.options", "sampling.settings", "sampling.events", "training.options"}
 """Torch-free modules of rooms' own that commands may import at once: what they take and show."""
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
 

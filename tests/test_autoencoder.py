@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import convert
 from pipelines import build
 from safetensors.torch import load_file, save_file
 
 from difftool.config.networks import IdentityConfig, VaeConfig
-from difftool.conversion.convert import convert
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder

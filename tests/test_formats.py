@@ -16,15 +16,16 @@ from typing import Any
 import published
 import pytest
 import torch
+from conversions import convert
 from safetensors.torch import load_file, save_file
 
 from difftool.config.layers import load_preset, preset_names
 from difftool.config.networks import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset, SampleConfig
 from difftool.config.validate import build_preset, to_values
-from difftool.conversion import convert as conversion
-from difftool.conversion.convert import Ledger
+from difftool.conversion import model as conversion
 from difftool.conversion.inspect import inspect
+from difftool.conversion.ledger import Ledger, component
 from difftool.diffusion import SAMPLERS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
@@ -159,7 +160,7 @@ def shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
 
 
 def run(source: ModelSource, target: Path, kind: str, **options: Any) -> Ledger:
-    return conversion.convert(source, target, kind, expected=shapes(source), **options)
+    return convert(source, target, kind, expected=shapes(source), **options)
 
 
 def same_tensors(a: ModelSource, b: ModelSource) -> None:
@@ -867,7 +868,7 @@ def test_a_cast_is_measured(tmp_path):
     for name, tensor in source.load().items():
         half = again.load()[name] if name == "unet.conv_in.weight" else None
         assert half is None or half.equal(tensor.half())
-        part = conversion.component(name)
+        part = component(name)
         error = (tensor.double() - tensor.half().double()).abs().max().item()
         worst[part] = max(worst.get(part, 0.0), error)
     assert {part: cast.max_abs_error for part, cast in ledger.casts.items()} == worst

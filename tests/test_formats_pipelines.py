@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import convert
 from safetensors.torch import load_file
 
 from difftool.config.networks import TextConfig
 from difftool.config.validate import build_preset
-from difftool.conversion.convert import convert
 from difftool.formats import open_model
 from difftool.formats.diffusers.tokenizers import tokenizer_files
 

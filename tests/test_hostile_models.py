@@ -11,11 +11,11 @@ from pathlib import Path
 
 import ldm_models as ldms
 import pytest
+from conversions import convert
 from test_safetensors import mutated
 
 from difftool.config.layers import load_preset, merge
 from difftool.config.validate import build_preset, to_values
-from difftool.conversion.convert import convert
 from difftool.conversion.inspect import inspect
 from difftool.errors import DifftoolError, InputError
 from difftool.formats import open_model

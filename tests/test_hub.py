@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from commands import ENVIRONMENT
+from conversions import convert
 
-from difftool.conversion.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.hub.find import find_model

@@ -14,15 +14,17 @@ import ldm_models as ldms
 import published
 import pytest
 import torch
+from conversions import convert
 from ldm_models import COMPLETE, FAMILIES, OPENCLIP, UNETS, VAE, small
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftool.config.layers import load_preset
 from difftool.config.validate import build_preset
-from difftool.conversion import convert as conversion
-from difftool.conversion.convert import Ledger, assembled, convert
+from difftool.conversion import model as conversion
 from difftool.conversion.inspect import inspect
+from difftool.conversion.ledger import Ledger
+from difftool.conversion.write import assembled
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
 from difftool.formats.diffusers import networks

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import convert
 from pipelines import WORDS, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,8 @@ from torch import Tensor
 from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
 from difftool.config.layers import load_preset
-from difftool.conversion.convert import convert
 from difftool.conversion.lora import FAMILIES, convert_lora, open_lora
+from difftool.conversion.model import WriteOptions
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import open_model
 from difftool.pipeline.condition import encode_prompts
@@ -615,7 +616,7 @@ def test_kohya_comes_back_from_peft_as_it_was(family, dtype, alpha, dora, tmp_pa
     tensors = full_kohya(family, dtype, alpha, dora)
     save_file(tensors, first, {"ss_network_dim": "4", "ss_tag_frequency": '{"a": {"b": 1}}'})
     found = convert_lora(first, peft_file, "peft")
-    assert found["family"] == family and found["layers"] == len(open_lora(first).lora.changes)
+    assert (found.family, found.layers) == (family, len(open_lora(first).lora.changes))
     assert all(".lora_" in name for name in load_file(peft_file))
     convert_lora(peft_file, back, "kohya")
     assert same_file(first, back)
@@ -660,7 +661,9 @@ def test_what_does_not_read_back_replaces_nothing(families, tmp_path, monkeypatc
     monkeypatch.setattr("difftool.conversion.lora.digests", lambda path: {})
     for name in ("p.safetensors", "new.safetensors"):
         with pytest.raises(CheckError, match="read back"):
-            convert_lora(tmp_path / "k.safetensors", tmp_path / name, "peft", overwrite=True)
+            convert_lora(
+                tmp_path / "k.safetensors", tmp_path / name, "peft", WriteOptions(overwrite=True)
+            )
     assert (tmp_path / "p.safetensors").read_bytes() == b"precious"
     assert {path.name for path in tmp_path.iterdir()} == {"k.safetensors", "p.safetensors"}
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conversions import convert
 from PIL import Image
 from pipelines import SCHEDULERS, WORDS, build, build_whole, diffusers, reschedule
 from torch import Tensor
 
 from difftool.cli.app import main
 from difftool.config.schema import SampleConfig
-from difftool.conversion.convert import convert
 from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.pipeline.condition import encode_prompts, token_count

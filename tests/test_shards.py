@@ -11,10 +11,10 @@ from typing import Any
 import ldm_models as ldms
 import pytest
 import torch
+from conversions import convert
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftool.conversion.convert import convert
 from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import ModelSource, open_model
 from difftool.pipeline.load import load_model

@@ -7,11 +7,11 @@ from pathlib import Path
 import ldm_models as ldms
 import pytest
 import torch
+from conversions import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from difftool.config.networks import VisionConfig
-from difftool.conversion.convert import convert
 from difftool.formats import open_model
 from difftool.formats.ldm.names import vision_rules
 from difftool.pipeline.load import load_model

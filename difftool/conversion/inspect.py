@@ -8,19 +8,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from difftool.conversion.convert import component
+from difftool.conversion.ledger import component
 from difftool.conversion.lora import describe
 from difftool.diffusion.path import build_path
 from difftool.formats.kinds import kind_of
 from difftool.formats.ldm.prediction_type import WORDS
 from difftool.formats.model_source import (
     FORMATS,
-    NOTHING_TOLD,
     Told,
     free_metadata,
     locate,
     open_model,
 )
+from difftool.hub.find import find_model
 from difftool.storage.tensor_file import is_source, open_source
 from difftool.storage.tensors import Info
 
@@ -30,12 +30,16 @@ ODD = 5
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
-def inspect(path: Path, told: Told = NOTHING_TOLD) -> dict[str, Any]:
+def inspect(
+    source: str | Path, prediction: str | None = None, zero_snr: bool | None = None
+) -> dict[str, Any]:
     """A description of a model, or of any safetensors file, as the JSON object of `--inspect`.
 
-    UsageError if there is nothing at the path, InputError if it is malformed or unsupported.
+    source: all that a MODEL argument may be. prediction, zero_snr: what is said of it, over what
+    its files say. UsageError if there is no such model, InputError if it is malformed or not
+    supported.
     """
-    path = locate(path)
+    path, told = locate(find_model(str(source))), Told(prediction, zero_snr)
     known = any(format.recognises(path) for format in FORMATS.values())
     return _model(path, told) if known or not is_source(path) else _file(path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from math import isclose
 from pathlib import Path
@@ -25,6 +25,8 @@ from difftool.adapters.lora.file import (
 )
 from difftool.config.layers import load_preset
 from difftool.config.networks import UNetConfig
+from difftool.conversion.ledger import Entry, Ledger
+from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm.names import clip_rules, unet_rules
 from difftool.formats.rules import Shape
@@ -33,6 +35,7 @@ from difftool.storage.shards import atomic_set
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
     FLOATS,
+    Located,
     Piece,
     load_located,
     piece_of_file,
@@ -40,7 +43,6 @@ from difftool.storage.tensors import (
     torch_dtype,
 )
 
-KINDS = ("kohya", "peft")
 NOTES = "difftool.lora"
 FAMILIES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner"}
 """Presets by whose layers names are understood, by family."""
@@ -92,13 +94,10 @@ def convert_lora(
     path: Path,
     target: Path,
     kind: str,
-    *,
-    overwrite: bool = False,
+    options: WriteOptions = AS_IT_IS,
     allow_unused: bool = False,
-    verify: bool = True,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write a LoRA in kohya's or PEFT's names, whole or not at all; a report of what became of it.
+) -> Ledger:
+    """Write a LoRA in kohya's or PEFT's names, whole or not at all.
 
     InputError if it is malformed; CheckError if the other dialect cannot hold it, or something in
     it is not understood (unless that may be left out); UsageError if the target is there already.
@@ -111,22 +110,65 @@ def convert_lora(
         name, why = next(iter(lora.unused.items()))
         hint = "--allow-unused leaves it out"
         raise CheckError(f"converting {path} would lose {name}", why, hint)
-    notes = _kept(lora)
-    pieces, names, metadata = (_kohya if kind == "kohya" else _peft)(known, notes)
-    if not dry_run:
-        with atomic_set(target, overwrite) as place:
+    pieces, origins, metadata = (_kohya if kind == "kohya" else _peft)(known, _kept(lora))
+    ledger = Ledger(
+        source=str(path),
+        target=str(target),
+        kinds=(lora.dialect, kind),
+        evidence=[{"source": "layers", "says": f"{len(lora.changes)} of {known.family}"}],
+        warnings=[f"left out {name}: {why}" for name, why in lora.unused.items()],
+        family=known.family,
+        layers=len(lora.changes),
+    )
+    hashes: dict[str, str] = {}
+    if not options.dry_run:
+        with atomic_set(target, options.overwrite) as place:
             hashes = write_pieces(place, pieces, metadata)
-            if verify and digests(place) != hashes:
-                raise CheckError(f"{target} does not read back as it was written")
+            if options.verify:
+                if digests(place) != hashes:
+                    raise CheckError(f"{target} does not read back as it was written")
+                ledger.verified = "identical, tensor by tensor, after reading back"
+    ledger.entries = [*_entries(lora, pieces, origins, hashes)]
+    return ledger
+
+
+def _entries(
+    lora: Lora, pieces: Mapping[str, Piece], origins: Mapping[str, Located], hashes: dict[str, str]
+) -> Iterator[Entry]:
+    """A line on every tensor; those that are the header's in one dialect are made, or dropped."""
+    for name, piece in pieces.items():
+        place = origins.get(name)
+        if place is None:
+            op = "synthesise"
+        else:
+            op = "copy" if place.info.shape == piece.shape else "reshape"
+        yield Entry(
+            **({} if place is None else _origin(place)),
+            target=name,
+            target_file="",
+            op=op,
+            shape=piece.shape,
+            target_shape=piece.shape,
+            target_dtype=piece.dtype,
+            source_sha256=None if place is None else hashes.get(name),
+            target_sha256=hashes.get(name),
+        )
+    kept = {place.name for place in origins.values()}
+    for change in lora.changes.values():
+        for place in change.tensors.values():
+            if place.name not in kept:
+                op = "drop:the header says it"
+                yield Entry(**_origin(place), op=op, shape=place.info.shape)
+    for name, why in lora.unused.items():
+        yield Entry(source=name, source_file=lora.path.name, op=f"drop:{why}", shape=())
+
+
+def _origin(place: Located) -> dict[str, Any]:
     return {
-        "source": str(path),
-        "target": str(target),
-        "kinds": [lora.dialect, kind],
-        "family": known.family,
-        "layers": len(lora.changes),
-        "tensors": names,
-        "unused": lora.unused,
-        "verified": verify and not dry_run,
+        "source": place.name,
+        "source_file": place.file.name,
+        "source_shape": place.info.shape,
+        "source_dtype": place.info.dtype,
     }
 
 
@@ -170,14 +212,14 @@ ENDS = {
 
 def _pieces(
     lora: Lora, kind: str, layers: Mapping[str, str]
-) -> tuple[dict[str, Piece], dict[str, str]]:
-    """A LoRA's tensors but for its alphas under a dialect's names, and what they were called.
+) -> tuple[dict[str, Piece], dict[str, Located]]:
+    """A LoRA's tensors but for its alphas under a dialect's names, and what they were before.
 
     layers: the layers' names there. CheckError for changes that the dialect has no names for.
     """
     what = f"{lora.path} cannot be written as {kind}"
     pieces: dict[str, Piece] = {}
-    names: dict[str, str] = {}
+    origins: dict[str, Located] = {}
     for layer, change in lora.changes.items():
         if change.kind != "lora":
             hint = "difftool convert MODEL DST --lora FILE merges it into a model"
@@ -191,8 +233,8 @@ def _pieces(
             piece = piece_of_file(place.file, place.info)
             if role == "magnitude" and (kind == "peft" or change.by_row):
                 piece = piece._replace(shape=_magnitude_shape(what, kind, change))
-            pieces[name], names[name] = piece, place.name
-    return pieces, names
+            pieces[name], origins[name] = piece, place
+    return pieces, origins
 
 
 def _magnitude_shape(what: str, kind: str, change: Change) -> Shape:
@@ -213,12 +255,12 @@ def _free(lora: Lora) -> dict[str, str]:
 
 def _peft(
     known: Known, notes: Mapping[str, Any]
-) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
-    """Tensors, their former names, and the header of the file that diffusers and PEFT read."""
+) -> tuple[dict[str, Piece], dict[str, Located], dict[str, str]]:
+    """Tensors, what they were before, and the header of the file that diffusers and PEFT read."""
     lora, came = known.lora, "adapter" in notes  # from PEFT's
     told = notes.get("names", {}) if came else {}
     layers = {n: str(told.get(n, peft_name(n, lora.encoders))) for n in lora.changes}
-    pieces, names = _pieces(lora, "peft", layers)
+    pieces, origins = _pieces(lora, "peft", layers)
     metadata, kept = _free(lora), notes.get("adapter")
     if not came:
         metadata[NOTES] = json.dumps(_notes(known), sort_keys=True)
@@ -226,30 +268,29 @@ def _peft(
         metadata |= {ADAPTER: kept} if kept else {}
     else:
         metadata[ADAPTER] = json.dumps(_adapter(lora), sort_keys=True)
-    return pieces, names, metadata
+    return pieces, origins, metadata
 
 
 def _kohya(
     known: Known, notes: Mapping[str, Any]
-) -> tuple[dict[str, Piece], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, Piece], dict[str, Located], dict[str, str]]:
     """The same of the file that kohya's scripts and the interfaces read."""
     lora, came = known.lora, bool(notes) and "adapter" not in notes  # from kohya's
     told = notes.get("names", {}) if came else {}
     dtypes = notes.get("alphas", "F32") if came else "F32"
     layers = {n: str(told.get(n, usual)) for n, usual in _kohya_names(known).items()}
-    pieces, names = _pieces(lora, "kohya", layers)
+    pieces, origins = _pieces(lora, "kohya", layers)
     for layer, change in lora.changes.items():
         dtype, alpha = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes, _alpha(change)
         if dtype is None and not isclose(alpha, change.rank or 0):
             dtype = "F32"
         if dtype is not None:
-            name = f"{layers[layer]}.alpha"
-            pieces[name], names[name] = _number(alpha, str(dtype)), ADAPTER
+            pieces[f"{layers[layer]}.alpha"] = _number(alpha, str(dtype))
     metadata = _free(lora)
     if not came:
         unusual = {n: s for n, s in lora.names.items() if s != peft_name(n, lora.encoders)}
         metadata[NOTES] = json.dumps({"adapter": lora.metadata.get(ADAPTER), "names": unusual})
-    return pieces, names, metadata
+    return pieces, origins, metadata
 
 
 def _number(value: float, dtype: str) -> Piece:
