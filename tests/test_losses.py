@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from difftool.diffusion import PATHS, TARGETS
 from difftool.diffusion.denoiser import Cond, Denoiser
-from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
+from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, huber, training_loss
 
 U = (torch.arange(20000) + 0.5) / 20000  # quantiles: the distributions themselves, without chance
 
@@ -72,10 +73,10 @@ def test_huber():
     alpha, sigma = denoiser.path.coefficients(times)
     error = 0.3 * (alpha * x0 + sigma * eps) - eps
     expected = (2 * c * ((error**2 + c**2).sqrt() - c)).mean(dim=(1, 2, 3))
-    huber, _ = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=c)  # type: ignore[arg-type]
-    torch.testing.assert_close(huber, expected)
+    found, _ = training_loss(denoiser, x0, Cond(), **given, loss=partial(huber, c=c))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)
     mse, _ = training_loss(denoiser, x0, Cond(), **given)  # type: ignore[arg-type]
-    wide, _ = training_loss(denoiser, x0, Cond(), **given, kind="huber", c=100.0)  # type: ignore[arg-type]
+    wide, _ = training_loss(denoiser, x0, Cond(), **given, loss=partial(huber, c=100.0))  # type: ignore[arg-type]
     torch.testing.assert_close(wide, mse, rtol=2e-2, atol=0)
 
 
@@ -206,3 +207,9 @@ def test_weights_are_finite_at_both_ends(weight: str, target: str):
 def test_min_snr_limits(target: str, at_alpha_0: float, at_sigma_0: float):
     ends = WEIGHTS["min_snr"](column(0.0, 1.0), column(1.0, 0.0), target).flatten().tolist()
     assert ends == pytest.approx([at_alpha_0, at_sigma_0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_an_error_costs_is_its_square_where_it_is_small(name):
+    error = torch.tensor([-1e-3, 0.0, 1e-3], dtype=torch.float64)
+    torch.testing.assert_close(LOSSES[name](error), error**2, rtol=1e-4, atol=1e-12)

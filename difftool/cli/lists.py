@@ -87,6 +87,7 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "targets": _registry("diffusion.prediction", "TARGETS"),
     "times": _registry("diffusion.losses", "TIMES"),
     "weights": _registry("diffusion.losses", "WEIGHTS"),
+    "losses": _registry("diffusion.losses", "LOSSES"),
     "presets": _presets,
     "models": _models,
     "keys": _keys,

@@ -7,7 +7,7 @@ import ast
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -85,9 +85,20 @@ def _grids() -> Iterable[str]:
     return GRIDS
 
 
+def _losses(name: str) -> Callable[[], Iterable[str]]:
+    def names() -> Iterable[str]:
+        from difftool.diffusion import losses
+
+        return getattr(losses, name)
+
+    return names
+
+
 NAMED = {
     "path.kind": _paths, "path.schedule": _beta_schedules, "target": _targets,
     "sample.sampler": _samplers, "sample.schedule": _grids,
+    "train.loss": _losses("LOSSES"), "train.time": _losses("TIMES"),
+    "train.weight": _losses("WEIGHTS"),
 }  # fmt: skip
 """Keys whose values are a registry's names."""
 

@@ -110,15 +110,15 @@ class TrainConfig(OptimConfig):
     """How the U-Net is trained, and with it any text encoder with a vocabulary of its own."""
 
     time: str = "uniform"
-    """Distribution of the training times: uniform, logit_normal or log_normal."""
+    """Distribution of the training times: a name from diffusion.TIMES."""
     time_options: Options = field(default_factory=dict)
     """Options of the distribution, by name."""
     weight: str = "uniform"
-    """Loss weighting by noise level: uniform, min_snr, soft_min_snr or edm."""
+    """Loss weighting by noise level: a name from diffusion.WEIGHTS."""
     weight_options: Options = field(default_factory=dict)
     """Options of the weighting, by name."""
-    loss: Literal["mse", "huber"] = "mse"
-    """Distance of the output from its target: squared, or pseudo-Huber."""
+    loss: str = "mse"
+    """What an error of the output costs: a name from diffusion.LOSSES."""
     drop: float = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
     lora_rank: int = 0

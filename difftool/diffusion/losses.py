@@ -1,25 +1,31 @@
-"""Training: the loss, when it looks (TIMES), and how much each level counts (WEIGHTS)."""
+"""Training: the loss, when it looks (TIMES), how much each level counts (WEIGHTS), and what an
+error costs (LOSSES). Torch-free at import: configuration is checked by these names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-
-from difftool.diffusion.denoiser import Cond, Denoiser
 from difftool.diffusion.path import Level, Path
 from difftool.diffusion.prediction import SIGMA_DATA, TARGETS
 from difftool.registry import Registry
 
-Time = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from difftool.diffusion.denoiser import Cond, Denoiser
+
+Time = Callable[..., "Tensor"]
 """(path, u, **options) -> t [B]; u [B] uniform in (0, 1): randomness comes from outside."""
-Weight = Callable[..., Tensor]
+Weight = Callable[..., "Tensor"]
 """(alpha, sigma, target, **options) -> weight of the output's error; all [B,1,1,1]."""
+
+Loss = Callable[..., "Tensor"]
+"""(error, **options) -> what each error of the output costs; both [B,C,H,W]."""
 
 TIMES: Registry[Time] = Registry("time distribution")
 WEIGHTS: Registry[Weight] = Registry("loss weighting")
+LOSSES: Registry[Loss] = Registry("loss")
 
 
 def training_loss(
@@ -30,24 +36,35 @@ def training_loss(
     times: Tensor,
     weight: Weight,
     eps: Tensor,
-    kind: Literal["mse", "huber"] = "mse",
-    c: float = 0.1,
+    loss: Loss | None = None,
 ) -> tuple[Tensor, Level]:
     """Loss of each sample [B], fp32: the weighted error of F, mean over C, H, W; and the level that
     each is noised to, its alpha and sigma [B,1,1,1].
 
-    x0, eps: [B,C,H,W]. times: [B], from TIMES. c: where the pseudo-Huber loss turns from
-    squared to absolute error; it equals mse below.
+    x0, eps: [B,C,H,W]. times: [B], from TIMES. loss: from LOSSES; None = mse.
     """
     alpha, sigma = denoiser.path.coefficients(times)
     level = Level(*cast(Any, (times, alpha, sigma)))
     p, q = TARGETS[denoiser.target](alpha, sigma)
     x0, eps = x0.float(), eps.float()
     error = denoiser(level.mix(x0, eps), level, cond) - (p * x0 + q * eps)
-    squared = error**2
-    if kind == "huber":
-        squared = 2 * c * ((squared + c**2).sqrt() - c)
-    return (weight(alpha, sigma, denoiser.target) * squared).mean(dim=(1, 2, 3)), level
+    cost = (loss or mse)(error)
+    return (weight(alpha, sigma, denoiser.target) * cost).mean(dim=(1, 2, 3)), level
+
+
+# --- what ------------------------------------------------------------------------------------
+
+
+@LOSSES.register("mse")
+def mse(error: Tensor) -> Tensor:
+    """Squared."""
+    return error**2
+
+
+@LOSSES.register("huber")
+def huber(error: Tensor, c: float = 0.1) -> Tensor:
+    """Squared below c, absolute above it: the pseudo-Huber loss (2310.14189, eq. 7)."""
+    return 2 * c * ((error**2 + c**2).sqrt() - c)
 
 
 # --- when ------------------------------------------------------------------------------------
@@ -62,13 +79,19 @@ def uniform(path: Path, u: Tensor) -> Tensor:
 @TIMES.register("logit_normal")
 def logit_normal(path: Path, u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Mostly the middle of the path (SD3, 2403.03206, eq. 19)."""
-    return path.quantile((mean + std * torch.special.ndtri(u)).sigmoid())
+    return path.quantile((mean + std * _normal_quantile(u)).sigmoid())
 
 
 @TIMES.register("log_normal")
 def log_normal(path: Path, u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """log(sigma / alpha) normal: EDM's P_mean and P_std (2206.00364, table 1)."""
-    return path.nearest_time(mean + std * torch.special.ndtri(u))
+    return path.nearest_time(mean + std * _normal_quantile(u))
+
+
+def _normal_quantile(u: Tensor) -> Tensor:
+    import torch
+
+    return torch.special.ndtri(u)
 
 
 # --- how much --------------------------------------------------------------------------------
@@ -77,7 +100,7 @@ def log_normal(path: Path, u: Tensor, mean: float = -1.2, std: float = 1.2) -> T
 @WEIGHTS.register("uniform")
 def unweighted(alpha: Tensor, sigma: Tensor, target: str) -> Tensor:
     """Every error of the output alike."""
-    return torch.ones_like(alpha)
+    return alpha.new_ones(alpha.shape)
 
 
 def _on_x0(weight: Callable[..., Tensor]) -> Weight:

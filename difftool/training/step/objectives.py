@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
 from difftool.data import Dataset
-from difftool.diffusion.losses import TIMES, WEIGHTS, training_loss
+from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, training_loss
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
@@ -157,7 +157,13 @@ class DenoisingObjective(Objective):
         texts = encode(batch.captions)
         cond = build_cond(model, texts, batch.labels, size)
         losses, level = training_loss(
-            model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, kind=config.loss
+            model.denoiser,
+            x0,
+            cond,
+            times=times,
+            weight=self.weight,
+            eps=eps,
+            loss=LOSSES[config.loss],
         )
         ratio = cast(Tensor, level.alpha / level.sigma)
         return LossOutput(losses, {}, 2 * ratio.log().flatten())
