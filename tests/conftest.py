@@ -9,8 +9,10 @@ import pytest
 import torch
 from commands import Ran
 
+from difftool import plugins
 from difftool.cli import console
 from difftool.cli.app import main
+from difftool.registry import ADDITIONS
 
 torch.set_num_threads(1)
 
@@ -33,3 +35,13 @@ def difftool(tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
         return Ran(stopped.value.code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def forget():
+    """Plugins of a test are taken back after it."""
+    before, additions = plugins.loaded(), len(ADDITIONS)
+    yield
+    for plugin in plugins.loaded()[len(before) :]:
+        plugins.unload(plugin)
+    assert (plugins.loaded(), len(ADDITIONS)) == (before, additions)

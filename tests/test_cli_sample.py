@@ -16,6 +16,7 @@ import torch
 from commands import ENVIRONMENT, Ran
 from PIL import Image
 
+from difftool import plugins
 from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
@@ -408,6 +409,33 @@ def test_a_picture_is_made_again_from_itself(sample):
     (item,) = ran.objects
     assert (item["prompt"], item["steps"], item["seed"]) == ("a fox", 5, 12)
     assert (item["negative"], item["sampler"], item["width"]) == ("bad", "euler_a", 32)
+
+
+PLUGIN = """
+from difftool.diffusion.grids import GRIDS, Grid
+
+GRIDS.add("mine", Grid("mine", "index", lambda T, n: [T - 1 - 2 * i for i in range(n)], "mine"))
+"""
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_picture_of_a_plugin_names_it_and_never_loads_it(sample):
+    Path("own.py").write_text(PLUGIN)
+    made = ("--plugin", "own.py", "--schedule", "mine", "--seed", 3)
+    assert sample("a fox", *made, "-o", "fox.png").code == 0
+    again = ("--from-image", "fox.png", "-o", "again.png", "--overwrite")
+    plugins.unload(plugins.loaded()[-1])
+    ran = sample(*again)
+    assert ran.code == 2 and 'there is no schedule "mine"' in ran.err
+    assert "made with the plugin own.py" in ran.err and "--plugin" in ran.err
+    assert sample(*again, "--schedule", "karras").code == 0
+    ran = sample(*again, "--plugin", "own.py")
+    assert ran.code == 0 and "not as it was" not in ran.err
+    assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+    plugins.unload(plugins.loaded()[-1])
+    Path("own.py").write_text(PLUGIN + "# another\n")
+    ran = sample(*again, "--plugin", "own.py")
+    assert ran.code == 0 and "warning: the plugin own.py is not as it was" in ran.err
 
 
 def test_the_command_line_wins_over_the_preset_and_says_so(sample):

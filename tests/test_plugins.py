@@ -10,23 +10,12 @@ import pytest
 from difftool import plugins
 from difftool.diffusion import GRIDS, SAMPLERS
 from difftool.errors import UsageError
-from difftool.registry import ADDITIONS
 
 OWN = """
 from difftool.diffusion.grids import GRIDS, Grid
 
 GRIDS.add("half", Grid("half", "index", lambda T, n: [T // 2 - i for i in range(n)], "its half"))
 """
-
-
-@pytest.fixture
-def forget():
-    """Plugins of a test are taken back after it."""
-    before, additions = plugins.loaded(), len(ADDITIONS)
-    yield
-    for plugin in plugins.loaded()[len(before) :]:
-        plugins.unload(plugin)
-    assert (plugins.loaded(), len(ADDITIONS)) == (before, additions)
 
 
 def write(folder: Path, text: str, name: str = "own.py") -> Path:

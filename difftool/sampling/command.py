@@ -19,6 +19,8 @@ from difftool.config.layers import Layer, merge, merged, origins, override_layer
 from difftool.config.options import by_name, option_layers
 from difftool.config.schema import SampleConfig
 from difftool.config.validate import to_values, validate
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import DifftoolError, UsageError, clash
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Started
@@ -72,6 +74,7 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> Task:
     base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
     if values["from_image"]:
         base = base.over(_read_picture(values["from_image"]))
+    _check_plugins(base)
     _check_settings(base.settings)
     asked = [
         replace(base, prompt=base.prompt if prompt is None else prompt, label=label or base.label)
@@ -106,6 +109,17 @@ def _read_picture(path: Path) -> Request:
     rows["lora"].check_files(request.loras)
     rows["embedding"].check_files(request.embeddings)
     return request
+
+
+def _check_plugins(request: Request) -> None:
+    """UsageError for a sampler or a schedule of a plugin that is not loaded: it is never loaded
+    because a picture names it."""
+    for name, registry in (("sampler", SAMPLERS), ("schedule", GRIDS)):
+        asked = request.settings.get(name)
+        if request.plugins and asked is not None and asked not in registry:
+            named = " or ".join(plugin for plugin, _ in request.plugins)
+            why = f"the picture was made with the plugin {named}"
+            raise UsageError(f'there is no {registry.kind} "{asked}"', why, "give --plugin FILE.py")
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

@@ -52,6 +52,8 @@ class Request:
     """Paths of the learned words that it was made with."""
     loras: tuple[tuple[str, float], ...] = ()
     """Paths and strengths of the LoRAs that it was made with."""
+    plugins: tuple[tuple[str, str], ...] = ()
+    """Names and hashes of the plugins that it was made with."""
 
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):

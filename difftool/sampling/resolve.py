@@ -21,6 +21,7 @@ from difftool.pipeline.inputs import (
 from difftool.pipeline.model import Model, Word
 from difftool.pipeline.settings import Refiner, plan_sampling, resolve_settings
 from difftool.pipeline.words import used_words
+from difftool.plugins import loaded
 from difftool.sampling.batches import Entry
 from difftool.sampling.events import Failure, Note, Skipped
 from difftool.sampling.output import Output
@@ -165,6 +166,10 @@ class Resolver:
         if request.model_hash not in ("", self.model.hash):
             made_by = f"not with {self.model.name} ({self.model.hash})"
             texts.append(f"the picture was made with the model {request.model_hash}, {made_by}")
+        now = {plugin.name: plugin.sha256 for plugin in loaded()}
+        for name, digest in request.plugins:
+            if now.get(name, digest) != digest:
+                texts.append(f"the plugin {name} is not as it was when the picture was made")
         for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
             count, limit = token_count(self.model, prompt) if prompt else (0, 0)
             if count > limit and (settings.prompt_syntax == "none" or self.strict):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
 from difftool.config.validate import to_values
+from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import InputError, UsageError
+from difftool.plugins import used
 from difftool.sampling.requests import Request, from_json
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def chunk(picture: Picture) -> dict[str, Any]:
     request |= {"embeddings": list(picture.embeddings)} if picture.embeddings else {}
     loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
     request |= {"loras": loras} if loras else {}
+    if plugins := used(_components(picture)):
+        request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -39,6 +43,17 @@ def chunk(picture: Picture) -> dict[str, Any]:
         "request": request,
         "preset": to_values(model.preset) | {"sample": to_values(picture.plan.settings)},
     }
+
+
+def _components(picture: Picture) -> list[tuple[str, str]]:
+    """The kinds and names of what it is made by, and plugins may have added."""
+    preset, settings = picture.plan.model.preset, picture.plan.settings
+    return [
+        (SAMPLERS.kind, SAMPLERS.resolve(settings.sampler)),
+        (GRIDS.kind, GRIDS.resolve(settings.schedule)),
+        (PATHS.kind, PATHS.resolve(preset.path["kind"])),
+        (TARGETS.kind, TARGETS.resolve(preset.target)),
+    ]
 
 
 def from_chunk(text: str, source: str) -> Request:
@@ -55,6 +70,7 @@ def from_chunk(text: str, source: str) -> Request:
         if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
             raise ValueError("embeddings of the wrong type")
         loras = tuple((str(path), float(weight)) for path, weight in request.get("loras", []))
+        plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))
         if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
             raise ValueError("label or settings of the wrong type")
         found = from_json(asked)
@@ -62,5 +78,6 @@ def from_chunk(text: str, source: str) -> Request:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
     return replace(
-        found, settings=settings, model_hash=made_by, embeddings=tuple(words), loras=loras
-    )
+        found, settings=settings, model_hash=made_by, embeddings=tuple(words), loras=loras,
+        plugins=plugins,
+    )  # fmt: skip
