@@ -8,11 +8,11 @@ from typing import Any
 from difftool.config.layers import Layer
 from difftool.data import open_dataset
 from difftool.formats import open_model
+from difftool.storage.runs import checkpoint_to_resume
 from difftool.training.options import RunOptions
 from difftool.training.run.folder import RunFolder
 from difftool.training.run.plan import plan
 from difftool.training.run.run import Run
-from difftool.training.step.checkpoint import newest_good
 
 RUNS: list[Run] = []
 
@@ -26,7 +26,7 @@ def start_run(
     **options: Any,
 ) -> Run:
     """A run in a folder, from nothing or from its newest checkpoint, as `values` has it."""
-    checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
+    checkpoint = checkpoint_to_resume(folder)[0] if resume else None
     vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
     dataset, given = open_dataset(data), [Layer("test", each) for each in values]
     resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)

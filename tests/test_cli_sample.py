@@ -24,6 +24,7 @@ from difftool.diffusion.samplers import SAMPLERS
 from difftool.pipeline.model import Model
 from difftool.sampling.metadata.a1111 import parse_parameters
 from difftool.sampling.metadata.files import read
+from difftool.storage.runs import MODEL, save_checkpoint
 from difftool.storage.safetensors import load_tensors
 from difftool.text.tokenizer import Tokenizer
 
@@ -98,6 +99,19 @@ def test_a_picture_and_its_path(sample):
 def test_the_default_model_can_be_named_by_the_environment(sample, models, monkeypatch):
     monkeypatch.setenv("DIFFTOOL_MODEL", models["plain"])
     assert sample("--seed", 1, model=None).code == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(sample, models):
+    for step, name in ((5, "plain"), (10, "text")):
+        data = Path(models[name]).read_bytes()
+        save_checkpoint(
+            Path("run"), step, lambda p, data=data: (p / MODEL).write_bytes(data), keep=9
+        )
+    newest = Path("run/checkpoints/step-000010", MODEL)
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    ran = sample("--seed", 1, "--json", model="run")
+    assert ran.code == 0 and ran.object["model"] == "plain"
+    assert "step-000010 is damaged and was passed over" in ran.err
 
 
 def test_json_objects(sample, models):

@@ -125,7 +125,7 @@ def run(tmp_path):
     trainer = Trainer(Model.fresh(preset, seed=0), open_dataset("shapes"))
     for step in trainer.run():
         if step.step % 5 == 0:
-            trainer.save(tmp_path / "run/checkpoints", keep=1)
+            trainer.save(tmp_path / "run", keep=1)
     trainer.model.save(tmp_path / "run/model.safetensors")
     assert trainer.ema is not None
     return tmp_path / "run", trainer.ema.tracks

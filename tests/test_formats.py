@@ -41,6 +41,7 @@ from difftool.formats.rules import Rule
 from difftool.networks.unet import UNet
 from difftool.pipeline.model import Model
 from difftool.storage import shards
+from difftool.storage.runs import save_checkpoint
 from difftool.storage.safetensors import read_header
 from difftool.text.tokenizer import Tokenizer
 
@@ -266,13 +267,20 @@ def test_what_is_no_model_is_refused_by_kind(tmp_path):
 def test_a_run_folder_stands_for_its_newest_model(tmp_path):
     p, steps = PRESETS["pixel"], tmp_path / "checkpoints"
     for step, names in ((5, ["model", "ema"]), (40, ["model"]), (100, ["model", "ema"])):
-        folder = steps / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        for name in names:
-            write(p, folder / f"{name}.safetensors")
+        save_checkpoint(tmp_path, step, lambda place, names=names: [
+            write(p, place / f"{name}.safetensors") for name in names
+        ], keep=9)  # fmt: skip
     assert open_model(tmp_path).file == steps / "step-000100" / "ema.safetensors"
-    shutil.rmtree(steps / "step-000100")
-    assert open_model(tmp_path).file == steps / "step-000040" / "model.safetensors"
+    (steps / "step-000100" / "model.safetensors").write_bytes(b"")
+    found = open_model(tmp_path)
+    assert found.file == steps / "step-000040" / "model.safetensors"
+    assert "step-000100 is damaged and was passed over" in found.warnings[0]
+    assert inspect(tmp_path)["warnings"] == list(found.warnings)
+    for step in ("step-000005", "step-000040"):
+        (steps / step / "manifest.json").unlink()
+    with pytest.raises(InputError, match="not a model") as error:
+        open_model(tmp_path)
+    assert str(error.value.why).count("passed over") == 3
     write(p, tmp_path / "model.safetensors")
     assert open_model(tmp_path).file == tmp_path / "model.safetensors"
 

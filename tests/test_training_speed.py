@@ -68,7 +68,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 def saved(trainer: Trainer, at: int, folder: Path) -> Path:
     """The checkpoint of a run that is stopped after step `at`."""
     next(step for step in trainer.run() if step.step == at)
-    return trainer.save(folder / "checkpoints", keep=1)
+    return trainer.save(folder, keep=1)
 
 
 def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.native import write_native
+from difftool.storage import runs
 from difftool.storage.safetensors import load_tensors, read_header
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def exponent(length: float) -> float:
 
 def snapshots(folder: Path) -> dict[int, Path]:
     """The snapshots in a folder by their step, in order."""
-    files = folder.glob("step-*.safetensors")
-    found = {int(p.stem[5:]): p for p in files if p.stem[5:].isdecimal()}
-    return dict(sorted(found.items()))
+    return runs.by_step(folder, ".safetensors")
 
 
 def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], float]:
@@ -77,12 +76,12 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], float]:
 def write_model(run: Path, length: float, path: Path) -> float:
     """The model of a run folder with its weights averaged over `length`, as a difftool file; the
     share of that average that could not be made."""
-    made, misfit = reconstruct(run / "ema", length)
+    made, misfit = reconstruct(run / runs.AVERAGES, length)
     source = open_model(run)
     tensors = source.load()
     if unknown := made.keys() - tensors.keys():
         why = f"the model has no {sorted(unknown)[0]}"
-        raise InputError(f"the averages in {run / 'ema'} are another model's", why)
+        raise InputError(f"the averages in {run / runs.AVERAGES} are another model's", why)
     note = {"difftool.weights": "ema", "ema_length": f"{length:g}"}
     write_native(
         path, source.values, tensors | made, tokenizer_json=source.tokenizer_json,

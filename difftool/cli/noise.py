@@ -338,6 +338,8 @@ def _load(where: str | None, device: str, dtype: str) -> Model:
     model = load_model(where, device=device, dtype=dtype)
     for note in model.notes:
         console.say(note)
+    for warning in model.warnings:
+        console.warn(warning)
     return model
 
 

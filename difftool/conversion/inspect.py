@@ -39,9 +39,10 @@ def inspect(
     its files say. UsageError if there is no such model, InputError if it is malformed or not
     supported.
     """
-    path, told = locate(find_model(str(source))), Told(prediction, zero_snr)
+    (path, notes), told = locate(find_model(str(source))), Told(prediction, zero_snr)
     known = any(format.recognises(path) for format in FORMATS.values())
-    return _model(path, told) if known or not is_source(path) else _file(path)
+    found = _model(path, told) if known or not is_source(path) else _file(path)
+    return found | {"warnings": [*notes, *found["warnings"]]}
 
 
 def _model(path: Path, told: Told) -> dict[str, Any]:

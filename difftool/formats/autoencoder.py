@@ -41,11 +41,12 @@ def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelS
     like: whose latents a file's are taken to be. UsageError if there is nothing at the path,
     InputError if there is no sound autoencoder.
     """
-    path = locate(path)
+    given = path
+    path, _ = locate(given)
     config = path / "config.json"
     whole = any(format.recognises(path) for format in FORMATS.values())
     if whole or not (config.is_file() or is_source(path)):  # or what is neither, which is told
-        source = open_model(path)
+        source = open_model(given)
         return build_preset(source.values, str(path)).codec, source
     if config.is_file():
         codec = read_vae(read_json(config), str(config))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.config.validate import build_preset, to_values
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, UsageError, missing
 from difftool.formats.kinds import kind_of
 from difftool.formats.rules import Rule
 from difftool.registry import Registry
+from difftool.storage.runs import model_of
 from difftool.storage.shards import written_at
 from difftool.storage.tensor_file import is_source, open_source
 from difftool.storage.tensors import Located, load_located
@@ -143,13 +144,15 @@ def open_model(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
 
     UsageError if there is nothing at the path, InputError if it is not a sound model.
     """
-    path = locate(path)
+    path, notes = locate(path)
     for format in FORMATS.values():
         if format.recognises(path):
-            return _as_told(format.open(path, told), told)
+            source = _as_told(format.open(path, told), told)
+            return replace(source, warnings=(*notes, *source.warnings))
     known = ", ".join(FORMATS)
     if path.is_dir():
-        raise InputError(f"{path} is not a model", "it has no model_index.json and no run's model")
+        why = "; ".join(notes) or "it has no model_index.json and no run's model"
+        raise InputError(f"{path} is not a model", why)
     if is_source(path):
         kind, says = kind_of(open_source(path).tensors)
         why = f"it is a {kind}, no whole model: {says}" if kind else "no family that is known to it"
@@ -197,25 +200,17 @@ def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
     return replace(source, tensors=tensors, dropped=tuple(dropped), weights=(which,))
 
 
-def locate(path: Path) -> Path:
-    """The model behind a path: a run folder stands for its model, or its newest checkpoint's; a
-    file that was split, or one of its shards, for their index."""
+def locate(path: Path) -> tuple[Path, list[str]]:
+    """The model behind a path: a run folder stands for its model, or its newest sound checkpoint's;
+    a file that was split, or one of its shards, for their index. And notes on checkpoints that were
+    passed over."""
     found = written_at(path)
     if found is None:
-        raise UsageError(f"{path} does not exist")
-    path = found
-    if not path.is_dir() or (path / "model_index.json").is_file():
-        return path
-    candidates = [path / "model.safetensors"]
-    steps = sorted((path / "checkpoints").glob("step-*"), key=_step, reverse=True)
-    candidates += [step / f"{name}.safetensors" for step in steps for name in ("ema", "model")]
-    there = (file for file in map(written_at, candidates) if file is not None)
-    return next((file for file in there if file.is_file()), path)
-
-
-def _step(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+        raise missing(path)
+    if not found.is_dir() or (found / "model_index.json").is_file():
+        return found, []
+    model, notes = model_of(found)
+    return model or found, notes
 
 
 def checked_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:

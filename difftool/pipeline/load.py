@@ -84,6 +84,7 @@ def load_model(
         for load in model.loaders.values():
             load()
     model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
+    model.warnings = [*dict.fromkeys((*source.warnings, *vae_source.warnings))]
     model.notes += [f"sampled as by preset {recipe}"] if recipe else []
     model.notes += [f"autoencoder of {vae}"] if vae else []
     model.notes += map(str, model.loras)

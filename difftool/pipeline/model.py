@@ -58,6 +58,8 @@ class Model:
         self.file: Path | None = None
         """That it was loaded from."""
         self.notes: list[str] = []
+        self.warnings: list[str] = []
+        """What was odd about its files."""
         self.words: list[Word] = []
         self.loras: list[Applied] = []
         self.adapters: nn.Module | None = None

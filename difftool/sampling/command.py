@@ -23,7 +23,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import DifftoolError, UsageError, clash
 from difftool.hub.find import model_name, place_of_model
-from difftool.sampling.events import Event, Started
+from difftool.sampling.events import Event, Note, Started
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Request, read_requests, request_of
 from difftool.sampling.settings import SETTINGS, spelled
@@ -167,6 +167,8 @@ def sample(task: Task, model: Model | None = None, refiner: Model | None = None)
     words = [f"word {word} ({word.path})" for word in model.words]
     notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
     yield Started(model.name, settings, notes)
+    for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
+        yield Note(warning)
     run = run_of(task, model, refiner)
     if values["from_latents"]:
         yield from run.decode(values["from_latents"])

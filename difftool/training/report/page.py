@@ -20,12 +20,12 @@ from typing import Any
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.config.validate import build_preset
 from difftool.images.read import read_image
+from difftool.storage import runs
 from difftool.storage.commit import write_whole
 from difftool.storage.yaml import parse_yaml
 from difftool.training.metrics import METRICS, Metrics
 from difftool.training.report.plots import CHANNELS, colour_figure, loss_figure, png, svg
 
-FACTS = "run.json"
 PARTS: dict[Part, str] = {"vae": "autoencoder", "clip": "text encoder", "unet": "U-Net"}
 SHEETS = 24
 """Sheets that the slider goes through, at most, the first and the last among them."""
@@ -33,20 +33,20 @@ SHEETS = 24
 
 def write_report(folder: Path) -> Path:
     """Write (or write anew) the plot and the report of the run in a folder; the report's path."""
-    figure = loss_figure(Metrics.read(folder / "metrics.jsonl"), folder.resolve().name)
+    figure = loss_figure(Metrics.read(folder / runs.METRICS), folder.resolve().name)
     if figure is not None:
-        write_whole(folder / "loss.png", png(figure), overwrite=True)
-    path = folder / "report.html"
+        write_whole(folder / runs.PLOT, png(figure), overwrite=True)
+    path = folder / runs.REPORT
     write_whole(path, report(folder).encode(), overwrite=True)
     return path
 
 
 def report(folder: Path) -> str:
     """The page, as HTML."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    config = (folder / "config.yaml").read_text(encoding="utf-8")
-    preset = build_preset(parse_yaml(config, "config.yaml"), "config.yaml")
-    metrics = Metrics.read(folder / "metrics.jsonl")
+    facts = json.loads((folder / runs.FACTS).read_text(encoding="utf-8"))
+    config = (folder / runs.CONFIG).read_text(encoding="utf-8")
+    preset = build_preset(parse_yaml(config, runs.CONFIG), runs.CONFIG)
+    metrics = Metrics.read(folder / runs.METRICS)
     name = folder.resolve().name
     body = [
         _header(name, preset, facts, metrics),
@@ -86,7 +86,7 @@ def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
         asked = ["--label", preset.classes[0]]
     model = ["-m", folder]
     if base := preset.train.lora_base:
-        model = ["-m", base, "--lora", folder / "lora.safetensors"]
+        model = ["-m", base, "--lora", folder / runs.LORA]
     lines = [_command("sample", *asked, *model, "-n", 4, "--grid")]
     lines.append(_command("sample", *asked, *model, "--seed", 7, "-o", "picture.png"))
     return lines if base else [*lines, _command("train", data, "--from", folder)]
@@ -139,17 +139,17 @@ def _learning(metrics: Metrics, facts: dict[str, Any]) -> str:
 
 
 def _samples(folder: Path) -> str:
-    sheets = _spread(sorted((folder / "samples").glob("step-*.png"), key=_step), SHEETS)
+    sheets = _spread([*runs.by_step(folder / runs.SAMPLES, ".png").items()], SHEETS)
     if not sheets:
         return ""
     last = len(sheets) - 1
     images = "".join(
-        f'<img data-step="{_step(path):,}" alt="samples at step {_step(path)}" '
+        f'<img data-step="{step:,}" alt="samples at step {step}" '
         f'src="{_embedded(path, path.stat().st_mtime_ns)}"{"" if i == last else " hidden"}>'
-        for i, path in enumerate(sheets)
+        for i, (step, path) in enumerate(sheets)
     )
     slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step">'
-    control = f"<label>step <output>{_step(sheets[last]):,}</output>{slider}</label>"
+    control = f"<label>step <output>{sheets[last][0]:,}</output>{slider}</label>"
     return _section("Samples", f'<div class="sheets">{control if last else ""}{images}</div>')
 
 
@@ -205,12 +205,12 @@ def _configuration(facts: dict[str, Any], config: str) -> str:
 
 def _earlier(folder: Path, part: Part) -> str:
     """What a part that was trained before showed, in short."""
-    if not (folder / FACTS).is_file():
+    if not (folder / runs.FACTS).is_file():
         return ""
-    metrics = Metrics.read(folder / "metrics.jsonl")
+    metrics = Metrics.read(folder / runs.METRICS)
     figure = loss_figure(metrics, f"loss of the {PARTS[part]}")
     drawn = f"<figure>{svg(figure)}</figure>" if figure else ""
-    sheets = sorted((folder / "samples").glob("step-*.png"), key=_step)[-1:]
+    sheets = [*runs.by_step(folder / runs.SAMPLES, ".png").values()][-1:]
     shown = "".join(f'<img src="{_embedded(p, p.stat().st_mtime_ns)}" alt="">' for p in sheets)
     words = f'<a href="{part}/report.html">Its own report</a>'
     title = f"Before: the {PARTS[part]}"
@@ -259,11 +259,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
-def _spread(items: list[Path], count: int) -> list[Path]:
+def _spread(items: list[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
     """At most `count` of them, evenly, with the first and the last."""
     if len(items) <= count:
         return items

@@ -1,10 +1,4 @@
-"""A run folder: configuration, metrics, sample sheets, checkpoints, plots, report, and the model.
-
-config.yaml   metrics.jsonl (see training.metrics)   samples/step-000500.png
-checkpoints/step-000500/   loss.png   report.html
-run.json: what the report tells beside (data, device, time)
-model.safetensors at the end: the averaged weights, self-describing
-"""
+"""The folder of a run at work; storage/runs.py says what lies where in it."""
 
 from __future__ import annotations
 
@@ -18,10 +12,11 @@ from difftool.config.schema import Preset
 from difftool.config.validate import to_yaml
 from difftool.errors import UsageError
 from difftool.images.write import write_png
+from difftool.storage import runs
 from difftool.storage.commit import Lock, write_whole
 from difftool.training.metrics import Metrics
-from difftool.training.report.page import FACTS, write_report
-from difftool.training.run.stages import LOCK, is_used
+from difftool.training.report.page import write_report
+from difftool.training.run.stages import is_used
 from difftool.training.step import parallel
 
 
@@ -31,13 +26,13 @@ class RunFolder:
 
     def __init__(self, path: Path, *, fresh: bool = False):
         """fresh: it must hold nothing yet. UsageError where another run is at work or has been."""
-        self.path, self.metrics = path, path / "metrics.jsonl"
+        self.path, self.metrics = path, path / runs.METRICS
         self.writes = parallel.is_main()
         self._lock: Lock | None = None
         if not self.writes:
             return
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(path / LOCK, f"another run is at work in {path}")
+        self._lock = Lock(path / runs.LOCK, f"another run is at work in {path}")
         if fresh and is_used(path):
             self.close()
             raise UsageError(f"another run has begun in {path}", hint="give another --out")
@@ -50,7 +45,7 @@ class RunFolder:
     def write_config(self, preset: Preset) -> None:
         """Write what the run is made by."""
         if self.writes:
-            write_whole(self.path / "config.yaml", to_yaml(preset), overwrite=True)
+            write_whole(self.path / runs.CONFIG, to_yaml(preset), overwrite=True)
 
     # --- measures ----------------------------------------------------------------------------
 
@@ -77,18 +72,18 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any] | None:
         """What run.json holds."""
-        path = self.path / FACTS
+        path = self.path / runs.FACTS
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """Write run.json."""
         if self.writes:
             text = json.dumps(facts, indent=1, ensure_ascii=False)
-            write_whole(self.path / FACTS, text, overwrite=True)
+            write_whole(self.path / runs.FACTS, text, overwrite=True)
 
     def write_sheet(self, step: int, image: Image.Image) -> None:
         """Write the samples of a step."""
-        path = self.path / "samples" / f"step-{step:06d}.png"
+        path = self.path / runs.SAMPLES / f"{runs.step_name(step)}.png"
         path.parent.mkdir(exist_ok=True)
         write_png(image, path, overwrite=True)
 

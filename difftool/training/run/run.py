@@ -17,6 +17,7 @@ from difftool.data import Dataset
 from difftool.errors import Stopped
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
+from difftool.storage import runs
 from difftool.storage.shards import written_at
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions
@@ -82,7 +83,9 @@ class Run:
             self.previews = Previews(self.trainer, self.held, options.prompts)
             if resume is not None:
                 self.notes += self.trainer.restore(resume)
-            self.trainer.objective.precompute(self.dataset, folder.path / "cache", options.progress)
+            self.trainer.objective.precompute(
+                self.dataset, folder.path / runs.CACHE, options.progress
+            )
             folder.forget_after(self.trainer.step)
             self.facts = facts_of(self.previews, dataset.audit, self.held, options)
             if self.trainer.step and (before := folder.facts()):
@@ -123,7 +126,7 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint."""
-        return self.trainer.save(self.folder.path / "checkpoints", keep=self.options.keep)
+        return self.trainer.save(self.folder.path, keep=self.options.keep)
 
     def show(self) -> None:
         """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
@@ -146,7 +149,7 @@ class Run:
     def finish(self) -> Path:
         """Write the last checkpoint, the model, the plot and the report; the model's path."""
         self.save()
-        name = "lora.safetensors" if self.model.adapters else "model.safetensors"
+        name = runs.LORA if self.model.adapters else runs.MODEL
         path = self.folder.path / name
         if self.folder.writes:
             self._write_model(path)

@@ -14,10 +14,18 @@ from typing import Any, NamedTuple
 from difftool.config.layers import Layer
 from difftool.config.schema import Part, Preset
 from difftool.config.validate import build_preset
-from difftool.errors import UsageError
+from difftool.errors import UsageError, missing
 from difftool.formats import open_model
+from difftool.storage.runs import (
+    CONFIG,
+    LOCK,
+    MODEL,
+    checkpoint_to_resume,
+    checkpoints,
+    nothing_to_resume,
+    verify_checkpoint,
+)
 from difftool.storage.shards import written_at
-from difftool.training.step.checkpoint import checkpoints, newest_good, verify_checkpoint
 
 FINE_TUNED = {"difftool": 0.1}
 """Share of the recipe's learning rate that fine-tuning starts with, by family."""
@@ -28,8 +36,6 @@ LORA_LR = {"difftool": 1e-3}
 PUBLISHED_LORA_LR = 1e-4
 """Of a LoRA of a published model."""
 CHANNELS = ("in_channels", "out_channels")
-LOCK = ".lock"
-"""Of a run folder, for as long as a run is at work in it."""
 
 
 class Stage(NamedTuple):
@@ -65,15 +71,10 @@ def new_folder(data: str) -> Path:
 
 def preset_of_run(folder: Path) -> str:
     """The configuration that a run folder was made with, as a preset file to resume with."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
-        raise _nothing_to_resume(folder, "it has no config.yaml")
+        raise nothing_to_resume(folder, f"it has no {CONFIG}")
     return str(path)
-
-
-def _nothing_to_resume(folder: Path, why: str | None = None) -> UsageError:
-    hint = "start without --resume, or point --out at the run to continue"
-    return UsageError(f"there is no checkpoint to resume from in {folder}", why, hint)
 
 
 def survey(
@@ -87,22 +88,22 @@ def survey(
     for part in parts:
         last = part == parts[-1]
         folder = out if last else out / part
-        model, checkpoint = folder / "model.safetensors", None
+        model, checkpoint = folder / MODEL, None
         done = written_at(model) if resume and not last else None
         if resume_from is not None and last:
             checkpoint = _sound(resume_from)
-        elif resume and not done and (len(parts) == 1 or checkpoints(folder / "checkpoints")):
-            checkpoint, more = newest_good(folder / "checkpoints")
+        elif resume and not done and (len(parts) == 1 or checkpoints(folder)):
+            checkpoint, more = checkpoint_to_resume(folder)
             notes += more
         stages.append(Stage(part, folder, checkpoint, done))
     if (resume or resume_from) and not any(s.checkpoint or s.done for s in stages):
-        raise _nothing_to_resume(out)
+        raise nothing_to_resume(out)
     return stages, notes
 
 
 def _sound(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
-        raise UsageError(f"checkpoint {checkpoint} does not exist")
+        raise missing(f"checkpoint {checkpoint}")
     if problem := verify_checkpoint(checkpoint):
         raise UsageError(f"checkpoint {checkpoint} is damaged", problem)
     return checkpoint
@@ -111,7 +112,7 @@ def _sound(checkpoint: Path) -> Path:
 def vocabulary(stages: Sequence[Stage]) -> str | None:
     """The learned vocabulary that the run already has."""
     for stage in stages:
-        where = stage.done or (stage.checkpoint and stage.checkpoint / "model.safetensors")
+        where = stage.done or (stage.checkpoint and stage.checkpoint / MODEL)
         if where and (text := open_model(where).tokenizer_json):
             return text
     return None

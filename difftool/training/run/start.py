@@ -24,6 +24,7 @@ from difftool.data import BUILTIN, Audit, Dataset, open_dataset
 from difftool.errors import UsageError, clash
 from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
+from difftool.storage import runs
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.progress import Progress, silent
@@ -98,10 +99,11 @@ def prepare(
         given.append(_ema_layer(values["ema"], sources.preset, RECIPES[part or "unet"]))
     adopt: dict[str, Path] = {}
     begin: list[Layer] = []
-    tokenizer = None
+    tokenizer, odd = None, ()
     if sources.base is not None:
         base = find_model(sources.base)
-        begin, tokenizer = staged.start_layers(base), open_model(base).tokenizer_json
+        opened = open_model(base)
+        begin, tokenizer, odd = staged.start_layers(base), opened.tokenizer_json, opened.warnings
         adopt = dict.fromkeys(PARTS, base)
         if values["lora"]:
             begin += staged.lora_layers(base, values["rank"] or LORA_RANK)
@@ -136,7 +138,7 @@ def prepare(
         origins=list(origins(preset, layers)),
         stages=stages,
         adopt=adopt,
-        notes=notes,
+        notes=[*odd, *notes],
     )
 
 
@@ -274,7 +276,7 @@ class Training:
                     finally:
                         run.close()
                     self.path, self.facts = run.path or folder, run.facts
-                model = stage.folder / "model.safetensors"
+                model = stage.folder / runs.MODEL
                 adopt["text" if stage.part == "clip" else stage.part] = model
                 if stage.part == "vae":
                     self.preset = staged.with_codec_of(self.preset, model)
@@ -298,12 +300,12 @@ class Training:
     @property
     def metrics(self) -> Metrics:
         """What the last part has measured."""
-        return Metrics.read(self.folder / "metrics.jsonl")
+        return Metrics.read(self.folder / runs.METRICS)
 
     @property
     def report(self) -> Path:
         """The page that shows the run."""
-        return self.folder / "report.html"
+        return self.folder / runs.REPORT
 
 
 def train(values: Mapping[str, Any]) -> Training:

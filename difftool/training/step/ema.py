@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from difftool.adapters.averages import exponent, snapshots
+from difftool.storage.runs import step_name
 from difftool.storage.safetensors import save_tensors
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Ema:
             for rule, track in self.tracks.items()
             for name, value in track.items()
         }
-        path = folder / f"step-{self.updates:06d}.safetensors"
+        path = folder / f"{step_name(self.updates)}.safetensors"
         save_tensors(path, tensors, overwrite=True)
         found = snapshots(folder)
         for later in [step for step in found if step > self.updates]:

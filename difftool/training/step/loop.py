@@ -26,11 +26,11 @@ from difftool.data import Dataset
 from difftool.engine.cpu import keep_memory
 from difftool.errors import ResourceError, UsageError
 from difftool.pipeline.model import Model
+from difftool.storage import runs
 from difftool.storage.commit import write_whole
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step import parallel
 from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher
-from difftool.training.step.checkpoint import checkpoint_name, save_checkpoint
 from difftool.training.step.ema import Ema
 from difftool.training.step.frames import buckets_of
 from difftool.training.step.objectives import OBJECTIVES
@@ -38,7 +38,6 @@ from difftool.training.step.optim import OPTIMIZERS
 from difftool.training.step.record import Record
 
 LOG_EVERY = 10
-HELPERS = "helpers.safetensors"
 
 
 class TrainStep(NamedTuple):
@@ -213,22 +212,19 @@ class Trainer:
         trained = self.objective.trained()
         return list(self.model.parts() if "unet" in trained else trained)
 
-    def save(self, folder: Path, *, keep: int) -> Path:
-        """Write a checkpoint of everything that the next step depends on.
-
-        Of several processes all call it and the first writes. Averages to choose from go to the
-        folder `ema` beside `folder`.
-        """
+    def save(self, run: Path, *, keep: int) -> Path:
+        """Write a checkpoint of everything that the next step depends on, and averages to choose
+        from, into a run folder. Of several processes all call it and the first writes."""
         self.record.reduce()
         if not parallel.is_main():
             parallel.wait()
-            return folder / checkpoint_name(self.step)
+            return run / runs.CHECKPOINTS / runs.step_name(self.step)
 
         def write(where: Path) -> None:
             parts = self.kept_parts()
-            self.model.save(where / "model.safetensors", parts=parts)
+            self.model.save(where / runs.MODEL, parts=parts)
             if self.ema:
-                note, path = {"difftool.weights": "ema"}, where / "ema.safetensors"
+                note, path = {"difftool.weights": "ema"}, where / runs.AVERAGED
                 self.model.save(path, parts=parts, weights=self.ema.average, metadata=note)
                 for rule, track in list(self.ema.tracks.items())[:-1]:
                     save_tensors(where / f"ema-{rule}.safetensors", track)
@@ -237,9 +233,9 @@ class Trainer:
                 for name, p in self.learning.items()
                 for key, value in self.optimizer.state.get(p, {}).items()
             }
-            save_tensors(where / "optimizer.safetensors", optimizer)
+            save_tensors(where / runs.OPTIMIZER, optimizer)
             if self.helpers:
-                save_tensors(where / HELPERS, _parameters(self.helpers))
+                save_tensors(where / runs.HELPERS, _parameters(self.helpers))
             state = {
                 "schema": 1,
                 "step": self.step,
@@ -251,11 +247,11 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             }
-            write_whole(where / "state.json", json.dumps(state, indent=1))
+            write_whole(where / runs.STATE, json.dumps(state, indent=1))
 
-        path = save_checkpoint(folder, self.step, write, keep)
+        path = runs.save_checkpoint(run, self.step, write, keep)
         if self.ema and self.config.ema_profile == "power":
-            self.ema.snapshot(folder.parent / "ema")
+            self.ema.snapshot(run / runs.AVERAGES)
         parallel.wait()
         return path
 
@@ -264,19 +260,19 @@ class Trainer:
 
         UsageError if the run's seed, batches or networks are not the checkpoint's.
         """
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / runs.STATE).read_text(encoding="utf-8"))
         self._check_state(state, checkpoint)
         kept = tuple(f"{part}." for part in self.kept_parts())
         mine = {n: t for n, t in self.model.tensors().items() if n.startswith(kept)}
-        _copy(mine, load_tensors(checkpoint / "model.safetensors"), checkpoint)
+        _copy(mine, load_tensors(checkpoint / runs.MODEL), checkpoint)
         if self.helpers:
-            _copy(_parameters(self.helpers), load_tensors(checkpoint / HELPERS), checkpoint)
+            _copy(_parameters(self.helpers), load_tensors(checkpoint / runs.HELPERS), checkpoint)
         if self.ema:
             for rule, track in self.ema.tracks.items():
                 name = "ema" if track is self.ema.average else f"ema-{rule}"
                 _copy(track, load_tensors(checkpoint / f"{name}.safetensors"), checkpoint)
             self.ema.updates = state["ema_updates"]
-        saved = load_tensors(checkpoint / "optimizer.safetensors")
+        saved = load_tensors(checkpoint / runs.OPTIMIZER)
         for name, p in self.learning.items():
             prefix = f"{name}."
             entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
