@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Stopped,
         UsageError,
     )
-    from difftool.library import Pipeline, SampleStep, inspect, load
+    from difftool.library import Pipeline, SampleStep, inspect, load, train
     from difftool.plugins import load_plugins
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "inspect",
     "load",
     "load_plugins",
+    "train",
 ]
 
 _HOMES = {
@@ -57,7 +58,7 @@ _HOMES = {
     "diffusion.prediction": "TARGETS",
     "diffusion.samplers": "SAMPLERS",
     "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
-    "library": "Pipeline SampleStep inspect load",
+    "library": "Pipeline SampleStep inspect load train",
     "plugins": "load_plugins",
 }
 """Modules, and the public names that are theirs."""

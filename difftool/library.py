@@ -7,7 +7,6 @@ device, a dtype and pictures are given as on the command line, or as torch's and
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from difftool.pipeline.model import Model
     from difftool.sampling.command import Task
+    from difftool.training.run.start import Training
 
 PICTURES = ("init", "mask", "image_prompt")
 """Options that are pictures to go by: files, or Pillow's in memory."""
@@ -153,8 +153,6 @@ class Pipeline:
             raise UsageError(f'"{name}" is about the model', hint="give it to difftool.load")
         given = {**self.given, "prompt": prompt, **options}
         given |= {name: self._path(given[name]) for name in PICTURES if given.get(name)}
-        if isinstance(given.get("set"), Mapping):
-            given["set"] = [f"{key}={json.dumps(value)}" for key, value in given["set"].items()]
         task = prepare(read_options(OPTIONS, given), loaded=True)
         applied = {(str(each.lora.path), each.strength) for each in self.model.loras}
         if lacking := set(task.base.loras) - applied:
@@ -225,6 +223,25 @@ class Pipeline:
             )
             raise UsageError("x0 does not fit", why, "give one picture's, x0[i:i+1]")
         return to_pil(decode(self.model, one.to(self.model.device))[0].cpu())
+
+
+def train(data: str | Path, *, out: str | Path | None = None, **options: Any) -> Training:
+    """Train a model on a folder of pictures, to the end.
+
+        run = difftool.train(
+            "photos", out="runs/p", preset="pixel-small", size=16, steps=3, set={"train.lr": 1e-4}
+        )
+
+    What comes back has the model's `path`, the run's `folder`, its `preset`, `metrics` and
+    `report`; `difftool.load(run.path)` samples from it. options: the flags of `difftool train`, of
+    which --from is called from_. UsageError for wrong values, InputError for data or models that
+    cannot be used, Stopped after a first Ctrl-C, once the state is saved.
+    """
+    from difftool.config.options import read_options
+    from difftool.training.options import OPTIONS
+    from difftool.training.run.start import train as run
+
+    return run(read_options(OPTIONS, {"data": str(data), "out": out, **options}))
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

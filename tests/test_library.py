@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import re
 import textwrap
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from folders import lay, pictures
 from PIL import Image, ImageDraw
 
 import difftool
@@ -26,7 +29,7 @@ def command(difftool):
     return difftool
 
 
-def picture(size: tuple[int, int] = (64, 64)) -> Image.Image:
+def disc(size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A yellow disc on white."""
     made = Image.new("RGB", size, "white")
     ImageDraw.Draw(made).ellipse((6, 6, size[0] - 7, size[1] - 7), fill=(255, 204, 50))
@@ -74,12 +77,12 @@ def test_every_step_shows_the_clean_picture_of_the_moment(model):
 
 def test_pictures_to_start_from_are_files_or_pictures(model, tmp_path):
     path = tmp_path / "p.png"
-    picture().save(path)
+    disc().save(path)
     asked: dict[str, Any] = {"seed": 7, "steps": 4, "strength": 0.5}
     (made,) = model.sample("a smiling fox", init=path, **asked)
-    (again,) = model.sample("a smiling fox", init=picture(), **asked)
+    (again,) = model.sample("a smiling fox", init=disc(), **asked)
     assert made.tobytes() == again.tobytes()
-    assert len(list(model.steps("a smiling fox", init=picture(), **asked))) == 2
+    assert len(list(model.steps("a smiling fox", init=disc(), **asked))) == 2
     (other,) = model.sample("a smiling fox", init=Image.new("RGB", (64, 64)), **asked)
     assert other.tobytes() != made.tobytes()
 
@@ -129,35 +132,35 @@ def test_what_is_about_pictures_is_not_given_to_load():
 
 
 def test_pictures_go_through_the_model_s_space(model, tmp_path):
-    z = model.encode(picture())
+    z = model.encode(disc())
     assert z.shape == (1, 8, 8, 8)
     again = model.decode(z)
     assert again.size == (64, 64) and model.decode(z[0]).tobytes() == again.tobytes()
-    error = np.asarray(again, float) - np.asarray(picture(), float)
+    error = np.asarray(again, float) - np.asarray(disc(), float)
     assert np.abs(error).mean() < 12
     path = tmp_path / "p.png"
-    picture().save(path)
+    disc().save(path)
     assert model.encode(path).equal(z) and model.encode(str(path)).equal(z)
-    assert model.encode(picture((71, 66))).equal(model.encode(picture((71, 66)), size=(64, 64)))
+    assert model.encode(disc((71, 66))).equal(model.encode(disc((71, 66)), size=(64, 64)))
 
 
 def test_pictures_of_every_kind_are_read_as_from_a_file(model, tmp_path):
-    clear = picture().convert("RGBA")
+    clear = disc().convert("RGBA")
     clear.putalpha(128)
     clear.save(tmp_path / "clear.png")
     assert model.encode(clear).equal(model.encode(tmp_path / "clear.png"))
-    assert not model.encode(clear).equal(model.encode(picture()))
+    assert not model.encode(clear).equal(model.encode(disc()))
 
 
 def test_what_cannot_be_is_an_error_with_its_parts(model):
     with pytest.raises(difftool.UsageError) as refused:
-        model.encode(picture(), size=(63, 64))
+        model.encode(disc(), size=(63, 64))
     error = refused.value
     assert isinstance(error, difftool.DifftoolError) and error.code == 2
     assert error.what == "size 63x64 does not fit this model"
     assert error.why == "sides must be multiples of 8" and error.hint == "try 64x64"
     with pytest.raises(difftool.UsageError, match=r"one picture's"):
-        model.decode(model.encode(picture()).repeat(2, 1, 1, 1))
+        model.decode(model.encode(disc()).repeat(2, 1, 1, 1))
     with pytest.raises(difftool.UsageError, match="no model"):
         difftool.load("no/such/model")
 
@@ -175,12 +178,35 @@ def examples(path: Path) -> list[str]:
     return [textwrap.dedent(block).strip() for block in found if block.strip()]
 
 
-def test_every_example_of_the_docstrings_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> dict[str, Any]:
+    """What a notebook's session of all examples of the docstrings leaves: names, what was printed
+    (`said`), and `folder`, where it was."""
+    folder, said = tmp_path_factory.mktemp("session"), io.StringIO()
+    lay(folder / "photos", pictures(*(f"{i}.png" for i in range(4))))
     package = Path(difftool.__file__).parent
     blocks = [*examples(package / "__init__.py"), *examples(package / "library.py")]
-    assert len(blocks) >= 6
-    names: dict[str, Any] = {"difftool": difftool}
-    for block in blocks:
-        exec(compile(block, "<example>", "exec"), names)
-    assert Path("fox.png").is_file() and capsys.readouterr().out.count("\n") == 4
+    names: dict[str, Any] = {"difftool": difftool, "folder": folder, "said": said}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said):
+        for block in blocks:
+            exec(compile(block, "<example>", "exec"), names)
+    return names
+
+
+def test_every_example_of_the_docstrings_runs(session):
+    assert (session["folder"] / "fox.png").is_file()
+    assert session["said"].getvalue().count("\n") == 4
+    assert session["z"].shape == (1, 8, 8, 8) and session["again"].size == (64, 64)
+
+
+def test_training_is_one_call(session, monkeypatch):
+    monkeypatch.chdir(session["folder"])
+    run = session["run"]
+    assert [line["step"] for line in run.metrics.training] == [3]
+    assert (run.preset.name, run.preset.train.lr) == ("pixel-small", 1e-4)
+    made = difftool.load(run.path, device="cpu").sample(seed=1, steps=1)
+    assert made[0].size == (16, 16)
+    with pytest.raises(difftool.UsageError, match="not empty"):
+        difftool.train("photos", out="runs/p")
+    with pytest.raises(difftool.UsageError, match='did you mean "steps"'):
+        difftool.train("photos", stepz=3)
