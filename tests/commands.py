@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,15 @@ def add_command(
     module = SimpleNamespace(ROWS=rows, run=run, ABOUT=f"{name.title()}.")
     monkeypatch.setitem(sys.modules, f"difftool.cli.{name}", module)
     monkeypatch.setattr(app, "COMMANDS", {name: module.ABOUT})
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait until a process has written something into a file."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} was not written within {seconds:g} s"
+        time.sleep(0.01)
 
 
 def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import spawn
+from commands import spawn, wait_for
 from PIL import Image
+
+from difftool.cli.train import STOPPING
 
 TINY = [
     "--set", "unet.channels=[8,8]", "--set", "unet.groups=4", "--set", "unet.head_dim=4",
@@ -103,14 +104,12 @@ def test_sigterm_saves_and_resume_goes_on(pictures):
     arguments = [*TINY[:-6], "--steps", "100000", "--batch-size", "2", "--size", "16"]
     command = [sys.executable, "-m", "difftool", "train", "photos", "--out", "run", *arguments]
     with subprocess.Popen(command, cwd=pictures, stderr=subprocess.PIPE, text=True) as process:
-        metrics = pictures / "run/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(pictures / "run/metrics.jsonl", process)
         process.send_signal(signal.SIGTERM)
         _, talk = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "--resume" in talk
+    assert 0 < talk.index(STOPPING) < talk.index("stopped after step")
     [checkpoint] = (pictures / "run/checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     done = spawn(

@@ -20,7 +20,10 @@ from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.images.sheets import Cell, sheet
 from difftool.pipeline.condition import build_cond, encode_prompts
 from difftool.pipeline.model import Model
-from difftool.training.metrics import Metrics, cast, overfits
+from difftool.training import metrics
+from difftool.training.metrics import METRICS, Metric, Metrics, cast, overfits
+from difftool.training.report import page
+from difftool.training.run import validation
 from difftool.training.run.estimate import (
     activation_bytes,
     check_disk,
@@ -28,9 +31,10 @@ from difftool.training.run.estimate import (
     saved_for_backward,
 )
 from difftool.training.run.plan import plan
+from difftool.training.run.previews import MEASURES
 from difftool.training.run.run import Run
-from difftool.training.run.validation import MEASURES, hold_out
 from difftool.training.run.validation import channel_statistics as statistics
+from difftool.training.run.validation import hold_out
 
 TINY = {
     "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
@@ -111,14 +115,14 @@ def test_the_times_of_a_measure_cover_the_training_times_evenly(tmp_path, pictur
     run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
     assert run.previews.validation is not None
     objective = run.trainer.objective
-    batch = run.previews.validation.batches.draw(0, MEASURES)
+    batch = run.previews.validation.batches.draw(0, validation.SAMPLES)
     with torch.no_grad():
         seen = objective.held_out(batch).log_snr
     assert seen is not None
-    even = (torch.arange(MEASURES) + 0.5) / MEASURES
+    even = (torch.arange(validation.SAMPLES) + 0.5) / validation.SAMPLES
     alpha, sigma = run.model.denoiser.path.coefficients(objective.times(even))  # type: ignore[attr-defined]
     wanted = 2 * (alpha / sigma).log().flatten()
-    ranks = torch.searchsorted(seen.sort().values, wanted.sort().values) / MEASURES
+    ranks = torch.searchsorted(seen.sort().values, wanted.sort().values) / validation.SAMPLES
     assert float((ranks - even).abs().max()) < 0.02
 
 
@@ -190,6 +194,26 @@ def test_a_colour_cast_is_found_and_chance_is_not():
     assert "less varied" in str(cast(statistics(data[:16] * 0.3), statistics(data), 16))
     shades = torch.randn(256, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8) * 0.5
     assert cast(statistics(shades[:4]), statistics(shades), 4) is None  # four are too few to tell
+
+
+def test_a_metric_is_a_row_and_what_measures_it(tmp_path, pictures, monkeypatch):
+    assert {*MEASURES["unet"], *MEASURES["vae"], "validation"} == {m.key for m in METRICS}
+
+    def summary(metrics: Metrics) -> tuple[str, str]:
+        return "brightness", f"{metrics.of('brightness')[-1]['brightness']:.3f} of 1"
+
+    row = Metric("brightness", "for tests", summary, lambda metrics, steps: "all is bright")
+    for module in (metrics, page):
+        monkeypatch.setattr(module, "METRICS", (*METRICS, row))
+    measure = {"brightness": lambda previews, shown: float(shown.images.mean())}
+    monkeypatch.setitem(MEASURES, "unet", measure)
+    run = start(tmp_path / "run", pictures, {})
+    finish(run)
+    assert [line["step"] for line in Metrics.read(run.folder.metrics).of("brightness")] == [6, 12]
+    assert run.notes == ["all is bright"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert " of 1</dd>" in report
+    assert "all is bright" in report
 
 
 def test_what_is_worrying_is_said_once(tmp_path, pictures):

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import wait_for
 from PIL import Image
 
 from difftool.config.layers import load_preset
@@ -87,9 +87,7 @@ def test_a_run_killed_twice_is_the_run_that_never_stopped(place: Path, whole: Pa
         ("checkpoints/step-000005", ["--resume"]),
     ):
         run = train(place, "killed", *arguments)
-        while not (place / "killed" / waited / "manifest.json").exists():
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.01)
+        wait_for(place / "killed" / waited / "manifest.json", run)
         run.send_signal(signal.SIGKILL)
         run.communicate()
         assert not (place / "killed" / "model.safetensors").exists()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from commands import ROOT
+from folders import lay
 
 SLOW = {"torch", "numpy", "PIL", "matplotlib", "safetensors", "tokenizers", "huggingface_hub"}
 COMMANDS = ("train", "sample", "noise", "convert")
@@ -42,7 +43,10 @@ def test_help_imports_nothing_slow(arguments):
 
 @pytest.mark.parametrize("line", ["", "train --set t", "sample --sampler d", "noise --path "])
 def test_completion_imports_nothing_slow(line):
-    asks = {"_DIFFTOOL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": f"difftool {line}"}
+    asks = {
+        "_DIFFTOOL_COMPLETE": "complete_zsh",
+        "_TYPER_COMPLETE_ARGS": f"difftool {line}",
+    }
     modules = imported(RUN, **asks)
     assert "typer" in modules
     assert not modules & SLOW
@@ -68,7 +72,7 @@ def test_the_library_describes_a_model_without_torch():
     assert "torch" not in imported("import difftool\ndifftool.inspect('emoji')")
 
 
-REFUSED = """
+SAMPLE_REFUSED = """
 2 a_fox --init none.png
 2 a_fox --mask none.png
 2 a_fox --image-prompt none.png
@@ -108,12 +112,36 @@ REFUSED = """
 2 a_fox -o text.png/fox.png
 2 a_fox -o [sed].png
 """
+TRAIN_REFUSED = """
+2 none
+2 photos --steps 0
+2 photos --lr -1
+2 photos --workers 999
+2 photos --crop middle
+2 photos --max-shard-size big
+2 photos --preset none
+2 photos --preset none.yaml
+2 photos --preset text-small
+2 photos --from none.safetensors
+2 photos --vae none.safetensors
+2 photos --from emoji --preset text-small
+2 photos --out photos
+2 photos --out new --resume
+2 photos --resume
+2 photos --rank 4
+2 photos --lora
+2 photos --lora --from emoji --part vae
+2 photos --set unet.chanels=3
+2 photos --set data=3
+2 photos --set train.optimizer=sdg
+"""
 REFUSE = """
 import sys
 from difftool.cli.app import main
-for line in sys.argv[1].strip().splitlines():
+command, lines = sys.argv[1:]
+for line in lines.strip().splitlines():
     code, *arguments = line.split()
-    sys.argv = ["difftool", "sample", *arguments]
+    sys.argv = ["difftool", command, *arguments]
     try:
         main()
     except SystemExit as end:
@@ -122,10 +150,14 @@ for line in sys.argv[1].strip().splitlines():
 """
 
 
-def test_what_needs_no_model_is_refused_without_torch(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "lines"), [("sample", SAMPLE_REFUSED), ("train", TRAIN_REFUSED)]
+)
+def test_what_needs_no_model_is_refused_without_torch(tmp_path, monkeypatch, command, lines):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", ROOT)
     monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
     (tmp_path / "text.png").write_text("no picture")
-    assert "torch" not in imported(REFUSE, REFUSED)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
+    lay(tmp_path / "photos", {"a.png": None, "b.png": None})
+    assert "torch" not in imported(REFUSE, command, lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "text.png"]

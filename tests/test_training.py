@@ -16,6 +16,7 @@ from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_model
+from difftool.training.run.folder import RunFolder
 from difftool.training.run.plan import plan
 from difftool.training.run.run import Run
 
@@ -170,6 +171,19 @@ def test_two_runs_do_not_share_a_folder(tmp_path, pictures):
     with pytest.raises(UsageError, match="another run"):
         start(tmp_path / "run", pictures, {})
     first.close()
+
+
+def test_of_two_runs_that_begin_at_once_the_later_leaves_no_trace(tmp_path, pictures):
+    first = start(tmp_path / "run", pictures, {})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    assert "config.yaml" in before
+    with pytest.raises(UsageError, match="another run is at work"):
+        RunFolder(tmp_path / "run", fresh=True)
+    first.close()  # the other was found to be empty, but is not by now
+    with pytest.raises(UsageError, match="another run has begun"):
+        RunFolder(tmp_path / "run", fresh=True)
+    RunFolder(tmp_path / "run").close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 
 
 def test_resuming_with_another_batch_size_is_refused(tmp_path, pictures):

@@ -8,18 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import wait_for
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from difftool.cli.train import STOPPING
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.networks import UNetConfig
 from difftool.data import open_dataset
@@ -398,13 +399,10 @@ def test_a_signal_stops_all_processes_at_one_step(pictures):
     with subprocess.Popen(
         line, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        metrics = folder / "stopped/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(folder / "stopped/metrics.jsonl", process)
         process.send_signal(signal.SIGTERM)
         _, talk = process.communicate(timeout=60)
-    assert talk.count("stopped after step") == 1
+    assert talk.count("stopped after step") == talk.count(STOPPING) == 1
     assert "--resume" in talk
     newest = sorted((folder / "stopped/checkpoints").iterdir())[-1]
     step = json.loads((newest / "state.json").read_text())["step"]

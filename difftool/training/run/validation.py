@@ -16,7 +16,7 @@ from difftool.data import Dataset
 from difftool.training.step.loop import Trainer
 from difftool.training.step.record import Record
 
-MEASURES = 256
+SAMPLES = 256
 """Samples in a measure, at least: few pictures are seen at several noise levels each."""
 
 
@@ -29,8 +29,8 @@ def hold_out(dataset: Dataset, wanted: float | None) -> tuple[Dataset, Dataset |
     if wanted:
         return dataset.split(wanted)
     held = dataset.held_out if wanted is None else None
-    if held is not None and len(held) > MEASURES:
-        held = held.split(MEASURES)[1]
+    if held is not None and len(held) > SAMPLES:
+        held = held.split(SAMPLES)[1]
     return dataset, held
 
 
@@ -50,7 +50,7 @@ class Validation:
         size = trainer.config.batch_size
         assert size
         record = Record(model.device)
-        count = max(len(self.dataset), MEASURES)
+        count = max(len(self.dataset), SAMPLES)
         for first in range(0, count, size):
             # Whole batches, wrapping around: a contrast depends on how many there are.
             batch = self.batches.draw(first, size)
