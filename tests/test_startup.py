@@ -72,7 +72,8 @@ def test_the_library_describes_a_model_without_torch():
     assert "torch" not in imported("import difftool\ndifftool.inspect('emoji')")
 
 
-SAMPLE_REFUSED = """
+REFUSED = {
+    "sample": """
 2 a_fox --init none.png
 2 a_fox --mask none.png
 2 a_fox --image-prompt none.png
@@ -111,8 +112,8 @@ SAMPLE_REFUSED = """
 2 a_fox -o text.png
 2 a_fox -o text.png/fox.png
 2 a_fox -o [sed].png
-"""
-TRAIN_REFUSED = """
+""",
+    "train": """
 2 none
 2 photos --steps 0
 2 photos --lr -1
@@ -134,7 +135,8 @@ TRAIN_REFUSED = """
 2 photos --set unet.chanels=3
 2 photos --set data=3
 2 photos --set train.optimizer=sdg
-"""
+""",
+}
 REFUSE = """
 import sys
 from difftool.cli.app import main
@@ -150,14 +152,12 @@ for line in lines.strip().splitlines():
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "lines"), [("sample", SAMPLE_REFUSED), ("train", TRAIN_REFUSED)]
-)
-def test_what_needs_no_model_is_refused_without_torch(tmp_path, monkeypatch, command, lines):
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_needs_no_model_is_refused_without_torch(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", ROOT)
     monkeypatch.delenv("DIFFTOOL_MODEL", raising=False)
     (tmp_path / "text.png").write_text("no picture")
     lay(tmp_path / "photos", {"a.png": None, "b.png": None})
-    assert "torch" not in imported(REFUSE, command, lines)
+    assert "torch" not in imported(REFUSE, command, REFUSED[command])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "text.png"]
