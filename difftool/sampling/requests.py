@@ -16,7 +16,15 @@ from typing import Any
 
 from difftool.config.layers import merge
 from difftool.errors import DifftoolError, UsageError, suggestion
-from difftool.sampling.settings import KEYS, MAX_SEED, REQUEST, SHORT, read_text, settings_of
+from difftool.sampling.settings import (
+    KEYS,
+    MAX_SEED,
+    REQUEST,
+    SHORT,
+    read_path,
+    read_text,
+    settings_of,
+)
 
 MAX_LINE = 1 << 20
 FACTS = ("path", "index", "model", "seconds", "latents", "refiner")
@@ -160,6 +168,8 @@ def from_json(values: Mapping[str, Any]) -> Request:
         row = KEYS[key]
         if row.name in read:
             raise UsageError(f'"{key}" is given twice', f"it is {' or '.join(row.json)}")
+        if isinstance(value, list) and row.read is not read_path:
+            raise UsageError(f'"{key}" has one value a line', f"got {json.dumps(value)}"[:80])
         read[row.name] = row.one(value, f'"{key}"')
     return request_of(read, model_hash=made_by)
 

@@ -190,6 +190,10 @@ def _lora_hashes(loras: Iterable[Any]) -> str:
     return ", ".join(f"{applied.lora.path.stem}: {applied.lora.hash}" for applied in loras)
 
 
+def _known_schedule(name: str) -> str | None:
+    return name if name in GRIDS else None  # A1111 has "Automatic" too
+
+
 def _size_of_text(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -246,242 +250,129 @@ def _varies(values: Values) -> bool:
     return values["image_prompt"] is not None
 
 
-def _hidden(name: str, key: str, help: str, panel: str, **more: Any) -> Setting:
-    """A setting that lines of JSON have, and the command by --set."""
-    return Setting(name=name, help=help, panel=panel, key=key, json=(name,), option=False, **more)
+def _setting(name: str, help: str, panel: str, **more: Any) -> Setting:
+    return Setting(name=name, help=help, panel=panel, **more)
+
+
+def _of_request(
+    name: str, help: str, panel: str, also: tuple[str, ...] = (), **more: Any
+) -> Setting:
+    """A field of Request of its name. also: further keys of JSON."""
+    return _setting(name, help, panel, **{"field": name, "json": (name, *also)} | more)
+
+
+def _of_model(
+    name: str, help: str, panel: str, also: tuple[str, ...] = (), bundled: bool = False, **more: Any
+) -> Setting:
+    """A setting of the model, a field of SampleConfig of its name. also: further keys of JSON;
+    bundled: help shows the bundled model's own."""
+    more = {"json": (name, *also), "default": _of_bundled(name) if bundled else None} | more
+    return _setting(name, help, panel, key=f"sample.{name}", **more)
+
+
+ALONE = ("prompt", "prompts", "from_image", "init", "image_prompt", "refiner", "save_latents")
+"""What does not go with latents to decode."""
 
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        name="prompt", argument=True, many=True, read=read_text, panel=PROMPT,
-        field="prompt", json=("prompt",), always=True,
-        help="What to draw",
-    ),
-    Setting(
-        name="prompts", metavar="FILE|-", panel=PROMPT, excludes=("prompt",),
-        help="A prompt or a JSON object a line; - is stdin",
-    ),
-    Setting(
-        name="negative", read=read_text, panel=PROMPT,
-        field="negative", json=("negative", "negative_prompt"), always=True, short="n",
-        effect=_guided, without="without guidance",
-        help="What not to draw; needs guidance above 1",
-    ),
-    Setting(
-        name="label", many=True, read=read_label, panel=PROMPT,
-        field="label", json=("label",), always=True, a1111=A1111("Class", str),
-        help="Class, by name or index; repeatable, or a,b,c",
-    ),
-    Setting(
-        name="prompt_syntax", key="sample.prompt_syntax", panel=PROMPT, choices=_syntaxes,
-        json=("prompt_syntax",),
-        help="Weights and long prompts as in",
-    ),
-    Setting(
-        name="clip_skip", type=int, low=1, key="sample.clip_skip", panel=PROMPT,
-        json=("clip_skip",),
-        a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip),
-        help="Text encoder's layer from the end; 1 = the last",
-    ),
-    Setting(
-        name="strict_prompt", type=bool, panel=PROMPT,
-        help="Refuse prompts longer than the model reads",
-    ),
-    Setting(
-        name="num", type=int, low=1, flags=("--num", "-n"), panel=PICTURE, field="num",
-        help="Images of each prompt", default="1",
-    ),
-    Setting(
-        name="seed", read=read_seeds, panel=PICTURE,
-        field="seeds", json=("seed",), always=True, short="d",
-        a1111=A1111("Seed", lambda text: (int(text),)),
-        help="7, or 1,2,5-10, or -1 to draw one", default="drawn and printed",
-    ),
-    Setting(
-        name="size", metavar="WxH", read=read_size, key="sample.size", panel=PICTURE,
-        a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))),
-        help="Width and height in pixels", default=_of_bundled("size"),
-    ),
-    Setting(
-        name="out", field="out", json=("out",), short="f", panel=PICTURE, option=False,
-        help="Name of the picture below the output folder",
-    ),
-    Setting(
-        name="sampler", read=_sampler, choices=lambda: SAMPLERS, key="sample.sampler",
-        panel=SAMPLER, json=("sampler", "sampler_name"), always=True, short="ss",
-        a1111=A1111("Sampler", str, lambda name: SAMPLERS[name].a1111 or name),
-        help="Sampler", default=_of_bundled("sampler"),
-    ),
-    Setting(
-        name="schedule", read=GRIDS.resolve, choices=lambda: GRIDS, key="sample.schedule",
-        panel=SAMPLER, json=("schedule", "scheduler"), always=True,
-        a1111=A1111(
-            "Schedule type", lambda name: name if name in GRIDS else None,
-            lambda name: GRIDS[name].a1111 or name,
-        ),
-        help="Grid of levels", default=_of_bundled("schedule"),
-    ),
-    Setting(
-        name="steps", type=int, low=1, key="sample.steps", panel=SAMPLER,
-        json=("steps",), always=True, short="s", a1111=A1111("Steps", int),
-        help="Sampler steps", default=_of_bundled("steps"),
-    ),
-    Setting(
-        name="eta", type=float, low=0, key="sample.sampler_options.eta", panel=SAMPLER,
-        json=("eta",),
-        help="Fresh noise of samplers that have it",
-    ),
-    _hidden("sampler_options", "sample.sampler_options", "Options of the sampler", SAMPLER,
-            type=dict),
-    _hidden("schedule_options", "sample.schedule_options", "Options of the schedule", SAMPLER,
-            type=dict),
-    _hidden("start_noise", "sample.start_noise", "Amplitude of the start noise", SAMPLER),
-    Setting(
-        name="guidance", type=float, read=read_guidance, key="sample.guidance", panel=GUIDANCE,
-        json=("guidance", "cfg_scale"), always=True, words=("cfg",), short="l",
-        a1111=A1111("CFG scale", float),
-        help="Classifier-free guidance scale; 1 = off", default=_of_bundled("guidance"),
-    ),
-    Setting(
-        name="guidance_rescale", type=float, low=0, high=1, key="sample.guidance_rescale",
-        panel=GUIDANCE, json=("guidance_rescale",), effect=_guided, without="without guidance",
-        help="Share of rescaled guidance, 0 to 1; 0 = off",
-    ),
-    Setting(
-        name="guidance_interval", metavar="LOW,HIGH", read=read_interval,
-        key="sample.guidance_interval", panel=GUIDANCE, json=("guidance_interval",),
-        effect=_guided, without="without guidance",
-        help="Guidance only at these log SNRs",
-    ),
-    _hidden("clip", "sample.clip", "Thresholding of the predicted x0", GUIDANCE),
-    _hidden("rederive_eps", "sample.rederive_eps", "Whether eps follows a thresholded x0",
-            GUIDANCE, type=bool),
-    Setting(
-        name="width", type=int, low=1, high=MAX_SIDE, key="sample.width", panel=PICTURE,
-        json=("width",), always=True, short="w", option=False, help="Width in pixels",
-    ),
-    Setting(
-        name="height", type=int, low=1, high=MAX_SIDE, key="sample.height", panel=PICTURE,
-        json=("height",), always=True, short="h", option=False, help="Height in pixels",
-    ),
-    Setting(
-        name="init", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
-        field="init", json=("init", "init_images"),
-        help="Picture to start from; to repaint with --mask; to edit",
-    ),
-    Setting(
-        name="image_guidance", type=float, low=1, key="sample.image_guidance", panel=IMAGES,
-        json=("image_guidance",), a1111=A1111("Image CFG scale", float), effect=_edits,
-        help="How closely an edit follows --init", default="1.5",
-    ),
-    Setting(
-        name="strength", type=float, above=0, high=1, key="sample.strength", panel=IMAGES,
-        json=("strength", "denoising_strength"), short="t",
-        a1111=A1111("Denoising strength", float), effect=_starts,
-        help="Share of the steps run on --init, above 0 to 1", default="0.75",
-    ),
-    Setting(
-        name="mask", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
-        field="mask", json=("mask",),
-        help="White is repainted, grey is soft; the rest of --init stays",
-    ),
-    Setting(
-        name="image_prompt", read=read_path, file="picture", metavar="PICTURE", panel=IMAGES,
-        field="image_prompt", json=("image_prompt",),
-        help="Picture to vary (unCLIP models)",
-    ),
-    Setting(
-        name="noise_level", type=int, low=0, high=999, key="sample.noise_level", panel=IMAGES,
-        json=("noise_level",), effect=_varies,
-        help="How freely --image-prompt is varied, 0 to 999",
-    ),
-    Setting(
-        name="from_image", type=Path, file="picture", metavar="PICTURE", panel=IMAGES,
-        help="Start from what a picture's metadata say",
-    ),
-    Setting(
-        name="from_latents", type=Path, many=True, file="file of latents", metavar="FILE",
-        panel=IMAGES,
-        excludes=(
-            "prompt", "prompts", "from_image", "init", "image_prompt", "refiner", "save_latents",
-        ),
-        help="Decode a file of --save-latents; repeatable",
-    ),
-    Setting(
-        name="model", flags=("--model", "-m"), metavar="MODEL", panel=MODEL, words=("model_name",),
-        a1111=A1111("Model"),
-        help="Model file, run folder, diffusers folder or name", default=lambda: _bundled()[1],
-    ),
-    Setting(
-        name="preset", metavar="NAME", panel=MODEL, complete=lambda: _presets(),
-        help="Sample as this preset does: sdxl-turbo, lcm, ...",
-    ),
-    Setting(
-        name="vae", metavar="MODEL", panel=MODEL,
-        help="Autoencoder, or a model whose is taken",
-    ),
-    Setting(
-        name="refiner", metavar="MODEL", panel=MODEL, json=("refiner",), a1111=A1111("Refiner"),
-        help="Takes over for the last steps",
-    ),
-    Setting(
-        name="refiner_start", type=float, low=0, high=1, panel=MODEL, needs=("refiner",),
-        why="has no model to start",
-        help="Share of the path before it", default="0.8",
-    ),
-    Setting(
-        name="match", metavar="TOOL", choices=lambda: ("diffusers",), panel=MODEL,
-        help="Numbers exactly as in",
-    ),
-    Setting(
-        name="lora", metavar="FILE[:WEIGHT]", many=True, read=_lora, file="LoRA", panel=ADAPTERS,
-        a1111=A1111("Lora hashes", write=_lora_hashes),
-        help="Apply a LoRA; repeatable", default="1",
-    ),
-    Setting(
-        name="allow_unused", type=bool, panel=ADAPTERS, needs=("lora",),
-        why="is about a LoRA",
-        help="Though the model lacks layers of a --lora",
-    ),
-    Setting(
-        name="embedding", type=Path, metavar="FILE", many=True, file="embedding", panel=ADAPTERS,
-        help="Textual inversion: a word, as its file is called; repeatable",
-    ),
-    Setting(
-        name="output", flags=("--output", "-o"), metavar="PATH", panel=OUTPUT,
-        help="File, folder/, name with [seed] [index] [prompt]..., or - for stdout",
-        default="outputs/NNNNN-SEED.png",
-    ),
-    Setting(
-        name="format", choices=lambda: OUTPUT_FORMATS, panel=OUTPUT,
-        help="Pictures", default="png",
-    ),
-    Setting(
-        name="grid", type=bool, panel=OUTPUT, help="Also one sheet of all images",
-    ),
-    Setting(
-        name="save_latents", type=bool, panel=OUTPUT, help="Also PICTURE.latents.safetensors",
-    ),
-    Setting(
-        name="no_metadata", type=bool, panel=OUTPUT,
-        help="Pictures say nothing about themselves",
-    ),
-    Setting(
-        name="skip_existing", type=bool, panel=OUTPUT, excludes=("overwrite",),
-        help="Leave out pictures that are there already",
-    ),
-    Setting(
-        name="batch_size", type=int, low=1, panel=RUN,
-        help="Images made together", default="by size",
-    ),
-    Setting(
-        name="exact", type=bool, panel=RUN,
-        help="One image at a time: the same bits in any company",
-    ),
-    Setting(
-        name="low_memory", type=bool, panel=RUN, help="Hold one network at a time; slower",
-    ),
+    _of_request("prompt", "What to draw", PROMPT, argument=True, many=True, read=read_text,
+        always=True),
+    _setting("prompts", "A prompt or a JSON object a line; - is stdin", PROMPT, metavar="FILE|-",
+        excludes=("prompt",)),
+    _of_request("negative", "What not to draw; needs guidance above 1", PROMPT, read=read_text,
+        always=True, short="n", effect=_guided, without="without guidance",
+        also=("negative_prompt",)),
+    _of_request("label", "Class, by name or index; repeatable, or a,b,c", PROMPT, many=True,
+        read=read_label, always=True, a1111=A1111("Class", str)),
+    _of_model("prompt_syntax", "Weights and long prompts as in", PROMPT, choices=_syntaxes),
+    _of_model("clip_skip", "Text encoder's layer from the end; 1 = the last", PROMPT, type=int,
+        low=1, a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip)),
+    _setting("strict_prompt", "Refuse prompts longer than the model reads", PROMPT, type=bool),
+    _of_request("num", "Images of each prompt", PICTURE, type=int, low=1, flags=("--num", "-n"),
+        default="1", json=()),
+    _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",
+        json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
+        default="drawn and printed"),
+    _of_model("size", "Width and height in pixels", PICTURE, metavar="WxH", read=read_size,
+        a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))), json=(),
+        bundled=True),
+    _of_request("out", "Name of the picture below the output folder", PICTURE, short="f",
+        option=False),
+    _of_model("sampler", "Sampler", SAMPLER, read=_sampler, choices=lambda: SAMPLERS, always=True,
+        short="ss", a1111=A1111("Sampler", str, lambda name: SAMPLERS[name].a1111 or name),
+        also=("sampler_name",), bundled=True),
+    _of_model("schedule", "Grid of levels", SAMPLER, read=GRIDS.resolve, choices=lambda: GRIDS,
+        always=True,
+        a1111=A1111("Schedule type", _known_schedule, lambda name: GRIDS[name].a1111 or name),
+        also=("scheduler",), bundled=True),
+    _of_model("steps", "Sampler steps", SAMPLER, type=int, low=1, always=True, short="s",
+        a1111=A1111("Steps", int), bundled=True),
+    _setting("eta", "Fresh noise of samplers that have it", SAMPLER, type=float, low=0,
+        key="sample.sampler_options.eta", json=("eta",)),
+    _of_model("sampler_options", "Options of the sampler", SAMPLER, type=dict, option=False),
+    _of_model("schedule_options", "Options of the schedule", SAMPLER, type=dict, option=False),
+    _of_model("start_noise", "Amplitude of the start noise", SAMPLER, option=False),
+    _of_model("guidance", "Classifier-free guidance scale; 1 = off", GUIDANCE, type=float,
+        read=read_guidance, always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
+        also=("cfg_scale",), bundled=True),
+    _of_model("guidance_rescale", "Share of rescaled guidance, 0 to 1; 0 = off", GUIDANCE,
+        type=float, low=0, high=1, effect=_guided, without="without guidance"),
+    _of_model("guidance_interval", "Guidance only at these log SNRs", GUIDANCE, metavar="LOW,HIGH",
+        read=read_interval, effect=_guided, without="without guidance"),
+    _of_model("clip", "Thresholding of the predicted x0", GUIDANCE, option=False),
+    _of_model("rederive_eps", "Whether eps follows a thresholded x0", GUIDANCE, type=bool,
+        option=False),
+    _of_model("width", "Width in pixels", PICTURE, type=int, low=1, high=MAX_SIDE, always=True,
+        short="w", option=False),
+    _of_model("height", "Height in pixels", PICTURE, type=int, low=1, high=MAX_SIDE, always=True,
+        short="h", option=False),
+    _of_request("init", "Picture to start from; to repaint with --mask; to edit", IMAGES,
+        read=read_path, file="picture", metavar="PICTURE", also=("init_images",)),
+    _of_model("image_guidance", "How closely an edit follows --init", IMAGES, type=float, low=1,
+        a1111=A1111("Image CFG scale", float), effect=_edits, default="1.5"),
+    _of_model("strength", "Share of the steps run on --init, above 0 to 1", IMAGES, type=float,
+        above=0, high=1, short="t", a1111=A1111("Denoising strength", float), effect=_starts,
+        default="0.75", also=("denoising_strength",)),
+    _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
+        read=read_path, file="picture", metavar="PICTURE"),
+    _of_request("image_prompt", "Picture to vary (unCLIP models)", IMAGES, read=read_path,
+        file="picture", metavar="PICTURE"),
+    _of_model("noise_level", "How freely --image-prompt is varied, 0 to 999", IMAGES, type=int,
+        low=0, high=999, effect=_varies),
+    _setting("from_image", "Start from what a picture's metadata say", IMAGES, type=Path,
+        file="picture", metavar="PICTURE"),
+    _setting("from_latents", "Decode a file of --save-latents; repeatable", IMAGES, type=Path,
+        many=True, file="file of latents", metavar="FILE", excludes=ALONE),
+    _setting("model", "Model file, run folder, diffusers folder or name", MODEL,
+        flags=("--model", "-m"), metavar="MODEL", words=("model_name",), a1111=A1111("Model"),
+        default=lambda: _bundled()[1]),
+    _setting("preset", "Sample as this preset does: sdxl-turbo, lcm, ...", MODEL, metavar="NAME",
+        complete=lambda: _presets()),
+    _setting("vae", "Autoencoder, or a model whose is taken", MODEL, metavar="MODEL"),
+    _setting("refiner", "Takes over for the last steps", MODEL, metavar="MODEL", json=("refiner",),
+        a1111=A1111("Refiner")),
+    _setting("refiner_start", "Share of the path before it", MODEL, type=float, low=0, high=1,
+        needs=("refiner",), why="has no model to start", default="0.8"),
+    _setting("match", "Numbers exactly as in", MODEL, metavar="TOOL",
+        choices=lambda: ("diffusers",)),
+    _setting("lora", "Apply a LoRA; repeatable", ADAPTERS, metavar="FILE[:WEIGHT]", many=True,
+        read=_lora, file="LoRA", a1111=A1111("Lora hashes", write=_lora_hashes), default="1"),
+    _setting("allow_unused", "Though the model lacks layers of a --lora", ADAPTERS, type=bool,
+        needs=("lora",), why="is about a LoRA"),
+    _setting("embedding", "Textual inversion: a word, as its file is called; repeatable", ADAPTERS,
+        type=Path, metavar="FILE", many=True, file="embedding"),
+    _setting("output", "File, folder/, name with [seed] [index] [prompt]..., or - for stdout",
+        OUTPUT, flags=("--output", "-o"), metavar="PATH", default="outputs/NNNNN-SEED.png"),
+    _setting("format", "Pictures", OUTPUT, choices=lambda: OUTPUT_FORMATS, default="png"),
+    _setting("grid", "Also one sheet of all images", OUTPUT, type=bool),
+    _setting("save_latents", "Also PICTURE.latents.safetensors", OUTPUT, type=bool),
+    _setting("no_metadata", "Pictures say nothing about themselves", OUTPUT, type=bool),
+    _setting("skip_existing", "Leave out pictures that are there already", OUTPUT, type=bool,
+        excludes=("overwrite",)),
+    _setting("batch_size", "Images made together", RUN, type=int, low=1, default="by size"),
+    _setting("exact", "One image at a time: the same bits in any company", RUN, type=bool),
+    _setting("low_memory", "Hold one network at a time; slower", RUN, type=bool),
 )
 # fmt: on
 
