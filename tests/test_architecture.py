@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from difftool.config.families import FAMILIES
+
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
     *("errors", "registry", "plugins", "storage", "diffusion", "config", "text", "networks"),
@@ -30,6 +32,11 @@ TORCH_FREE = (
 )
 TABLES = {"conversion.options", "sampling.settings", "sampling.events", "training.options"}
 """Torch-free modules of rooms' own that commands may import at once: what they take and show."""
+FAMILY_FILES = {"config.families", "diffusion.grids", "diffusion.path"}
+"""Files that name families of models: the table, and schedules that were published by such names.
+Those of formats/ say what other tools call them."""
+KINDS = {"Vae", "VaeCodec", "VaeConfig"}
+"""Classes of one kind of codec, which nobody asks for but its own files and `pipeline.decode`."""
 ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
 
 
@@ -63,6 +70,13 @@ IMPORTS = {
     module(path): list(imports(ast.parse(path.read_text(encoding="utf-8"))))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+
+
+def nodes(name: str) -> Iterator[ast.AST]:
+    """The syntax of a module."""
+    path = PACKAGE.joinpath(*name.split(".")) if name else PACKAGE
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def own(name: str) -> str | None:
@@ -154,3 +168,24 @@ def test_commands_import_their_work_when_they_run(name):
     targets = {target for i in eager if (target := own(i)) is not None}
     inside = {room(target) for target in targets - TABLES}
     assert inside <= {"", "errors", "registry", "cli", "config", "diffusion", "images"}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_is_known_of_a_family_stands_in_its_row(name):
+    ids = FAMILIES.keys() - {"difftool", "unet"}  # which are other names as well
+    if name not in FAMILY_FILES and room(name) != "formats":
+        said = {node.value for node in nodes(name) if isinstance(node, ast.Constant)}
+        assert not said & ids
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_nobody_asks_which_kind_a_codec_is(name):
+    if room(name) == "networks" or name == "pipeline.decode":
+        return
+    for node in nodes(name):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            assert not {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} & KINDS
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            assert "'vae'" not in map(ast.unparse, node.args)
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith("codec.kind"):
+            assert not any(isinstance(c, ast.Constant) for c in node.comparators)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
-from difftool.config.networks import CodecConfig, IdentityConfig, SpaceToDepthConfig, VaeConfig
+from difftool.config.networks import (
+    CODEC_KINDS,
+    CodecConfig,
+    IdentityConfig,
+    SpaceToDepthConfig,
+    VaeConfig,
+)
 from difftool.errors import UsageError
-from difftool.networks.codecs import CODECS, VaeCodec, build_codec
+from difftool.networks.codecs import VaeCodec
+from difftool.networks.kinds import CODECS, build_codec
 
 VAE = VaeConfig(widths=(8, 8, 16), groups=4)
 CONFIGS = {
@@ -39,7 +46,7 @@ def pictures(channels: int, height: int, width: int) -> torch.Tensor:
 
 def test_every_codec_is_registered_and_tested():
     assert set(CODECS) == {config.kind for config in CONFIGS.values()}
-    assert set(CODECS) == {cls.kind for cls in get_args(CodecConfig)}
+    assert set(CODECS) == set(CODEC_KINDS.classes)
     with pytest.raises(UsageError, match="codec"):
         CODECS["jpeg"]
 

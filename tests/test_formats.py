@@ -19,6 +19,7 @@ import torch
 from conversions import convert
 from safetensors.torch import load_file, save_file
 
+from difftool.config.families import family_of
 from difftool.config.layers import load_preset, preset_names
 from difftool.config.networks import SpaceToDepthConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset, SampleConfig
@@ -34,7 +35,6 @@ from difftool.formats.diffusers import networks, schedulers
 from difftool.formats.diffusers.components import EXTRA_JSON, EXTRA_TENSORS, LEGACY
 from difftool.formats.diffusers.read import open_diffusers
 from difftool.formats.diffusers.tokenizers import pad_id, tokenizer_files
-from difftool.formats.ldm.detect import family_of
 from difftool.formats.model_source import ModelSource
 from difftool.formats.native import read_native, write_native
 from difftool.formats.rules import Rule
@@ -451,6 +451,7 @@ def test_the_networks_of_a_folder_compute_what_diffusers_computes(name, folders)
     """Values, not only names: the configuration was read right."""
     source, theirs = open_model(folders[name]), pipeline(folders[name])
     config = build_preset(source.values).unet
+    assert isinstance(config, UNetConfig)
     net = UNet(config).eval()
     net.load_state_dict(source.load("unet."))
     generator = torch.Generator().manual_seed(0)

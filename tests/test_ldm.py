@@ -33,6 +33,7 @@ from difftool.formats.ldm.names import (
     ema_name,
     ema_rules,
     model_rules,
+    network_rules,
     openclip_rules,
     text_places,
     unet_rules,
@@ -138,7 +139,7 @@ def test_the_tables_have_the_published_sizes():
     for name, (unet, vae, text) in counts.items():
         preset = load_preset(name)
         assert isinstance(preset.codec, type(VAE))
-        assert len([*unet_rules(preset.unet)]) == unet
+        assert len([*network_rules(preset.unet)]) == unet
         assert len([*vae_rules(preset.codec)]) == vae
         for (_, openclip), config, count in zip(
             text_places(preset.unet, preset.text), preset.text, text, strict=True

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
+from difftool.config.families import PUBLISHED
 from difftool.config.layers import load_preset
-from difftool.conversion.lora import FAMILIES, convert_lora, open_lora
+from difftool.conversion.lora import convert_lora, open_lora
 from difftool.conversion.model import WriteOptions
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import open_model
@@ -544,9 +545,9 @@ def test_weights_follow_a_colon():
     assert parse_lora(r"C:\b.safetensors") == (Path(r"C:\b.safetensors"), 1.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PUBLISHED)
 def test_no_two_layers_of_a_family_share_a_name(family):
-    model = Model(load_preset(FAMILIES[family]))
+    model = Model(load_preset(PUBLISHED[family].preset))
     layers = [n.removesuffix(".weight") for n in model.tensors() if n.endswith(".weight")]
     assert None not in spellings(layers, model.preset.unet).values()
 
@@ -595,7 +596,7 @@ def full_kohya(
     family: str, dtype: torch.dtype, alpha: str, dora: bool = False
 ) -> dict[str, Tensor]:
     """A file for the published layers of a family, its matrices small."""
-    model = Model(load_preset(FAMILIES[family]))
+    model = Model(load_preset(PUBLISHED[family].preset))
     tensors = kohya(model, ldm=family == "sdxl", alpha=alpha != "some", dtype=dtype)
     tensors = {n: t for n, t in tensors.items() if "alpha" not in n or alpha != "none"}
     small = {n: t.contiguous() for n, t in tensors.items() if "_1_" in n}

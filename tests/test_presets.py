@@ -20,7 +20,7 @@ from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.networks.clip import ClipText
-from difftool.networks.codecs import build_codec
+from difftool.networks.kinds import build_codec, build_network
 from difftool.networks.unet import UNet
 from difftool.networks.vae import Vae
 
@@ -70,7 +70,7 @@ def oracle_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def parts(preset: Preset) -> dict[str, nn.Module]:
     """The preset's networks without memory."""
     with torch.device("meta"):
-        networks: dict[str, nn.Module] = {"unet": UNet(preset.unet)}
+        networks: dict[str, nn.Module] = {"unet": build_network(preset.unet)}
         if isinstance(preset.codec, VaeConfig):
             networks["vae"] = Vae(preset.codec)
         return networks | {f"text.{i}": ClipText(text) for i, text in enumerate(preset.text)}
@@ -125,7 +125,7 @@ def test_networks_have_the_published_tensors(name):
 )
 def test_relatives_have_the_published_tensors(base, changes, oracle, counts):
     with torch.device("meta"):
-        network = UNet(replace(load_preset(base).unet, **changes))
+        network = build_network(replace(load_preset(base).unet, **changes))
         assert shapes(network) == shapes(published.build(oracle))
     if counts:
         assert sizes(network) == counts
@@ -144,6 +144,7 @@ def test_adm_has_the_published_tensors():
 def test_parts_fit_together(name):
     preset = load_preset(name)
     unet, text = preset.unet, preset.text
+    assert isinstance(unet, UNetConfig)
     assert unet.context_dim == (sum(encoder.width for encoder in text) or None)
     pooled = sum(encoder.projection or encoder.width for encoder in text if encoder.pooled)
     assert (unet.vector_dim or 0) == pooled + 256 * preset.size_numbers
@@ -151,6 +152,7 @@ def test_parts_fit_together(name):
     assert unet.in_channels == unet.out_channels == codec.channels
     # Sizes that reach the innermost level without rounding.
     multiple = codec.factor * 2 ** (len(unet.channels) - 1)
+    assert unet.multiple * codec.factor == multiple
     assert all(side % multiple == 0 for side in preset.sample.size)
     path = build_path(preset.path)
     if isinstance(path, Discrete) and path.zero_snr:

@@ -16,6 +16,7 @@ from commands import wait_for
 from PIL import Image
 
 from difftool.config.layers import load_preset
+from difftool.config.networks import VaeConfig
 from difftool.data import shapes
 from difftool.errors import InputError
 from difftool.formats import open_model
@@ -113,7 +114,7 @@ def test_each_part_goes_on_from_what_was_learned_before(whole: Path):
         assert torch.equal(tensor, model.parts()["vae"].state_dict()[name]), name
     # The U-Net's part measured the latents: x0 has about unit variance.
     codec = model.preset.codec
-    assert codec.kind == "vae"
+    assert isinstance(codec, VaeConfig)
     assert codec.latents_std is not None
     pictures = [
         shapes.draw(str(c), 16, i) for i, c in enumerate(list(shapes.captions())[::97][:24])

@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from difftool.config.families import PUBLISHED
+from difftool.config.layers import load_preset
 from difftool.errors import InputError
 from difftool.storage.tensor_file import open_source
 from difftool.storage.tensors import FLOATS, Located
@@ -20,8 +22,6 @@ from difftool.storage.tensors import FLOATS, Located
 ENCODERS = ("clip_l", "clip_g")
 """SDXL's tensors: of CLIP-L, and of OpenCLIP bigG."""
 NAMELESS = ("", "emb_params")
-FAMILIES = {(768,): "sd1", (1024,): "sd2", (1280,): "sdxl-refiner", (768, 1280): "sdxl"}
-"""Families by the widths of their text encoders."""
 
 
 class Embedding(NamedTuple):
@@ -83,5 +83,6 @@ def _check(path: Path, tables: dict[str, Located]) -> None:
 
 def family_of_widths(widths: tuple[int, ...]) -> str:
     """What text encoders of those widths belong to, in words."""
+    known = {tuple(t.width for t in load_preset(f.preset).text): f.id for f in PUBLISHED.values()}
     sizes = " and ".join(map(str, widths))
-    return f"{FAMILIES.get(widths, 'a model')} of {sizes} numbers a token"
+    return f"{known.get(widths, 'a model')} of {sizes} numbers a token"

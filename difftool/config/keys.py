@@ -12,8 +12,9 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from difftool.config.networks import Kinds
 from difftool.config.schema import Preset
 
 WORDS = {int: "integer", float: "number", str: "text", dict: "mapping"}
@@ -105,7 +106,7 @@ NAMED = {
 
 def _of(cls: type, prefix: str) -> Iterator[Key]:
     """The keys of a dataclass, and of those in it."""
-    hints, meanings = get_type_hints(cls), _meanings(cls)
+    hints, meanings = get_type_hints(cls, include_extras=True), _meanings(cls)
     for field in dataclasses.fields(cls):
         hint, path = hints[field.name], prefix + field.name
         about = meanings.get(field.name, "")
@@ -140,8 +141,10 @@ def _merged(found: Iterable[Key]) -> Iterator[Key]:
 
 
 def _members(hint: Any) -> list[Any]:
-    """The types that a union or a list is of."""
-    if get_origin(hint) in (Union, UnionType, tuple):
+    """The types that a union, a list or a table of kinds is of."""
+    if isinstance(hint, Kinds):
+        return [*hint.classes.values()]
+    if get_origin(hint) in (Union, UnionType, tuple, Annotated):
         return [each for part in get_args(hint) for each in _members(part)]
     return [hint]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 Depth = int | tuple[int, ...]
 """Transformer depth of a level: one number for all its blocks, or one a block; 0 = no attention."""
@@ -12,6 +12,89 @@ Depths = tuple[tuple[int, ...], ...]
 """Transformer depths by level and block."""
 
 T = TypeVar("T")
+
+
+class Kinds:
+    """Configuration classes by the `kind` that presets name them by; where a mapping has no kind,
+    the first is meant. In an annotation it says of which classes a value may be."""
+
+    added: ClassVar[int] = 0
+    """How many classes all tables together have."""
+
+    def __init__(self, **classes: type):
+        self.classes: dict[str, type] = {}
+        for kind, cls in classes.items():
+            self.add(kind, cls)
+
+    def add(self, kind: str, cls: type) -> None:
+        """One more kind; ValueError if there is one of that name."""
+        if kind in self.classes:
+            raise ValueError(f"the kind {kind!r} is registered twice")
+        self.classes[kind] = cls
+        Kinds.added += 1
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        first = next(iter(self.classes))
+
+        def tag(values: Any) -> str:
+            """The name of the class, as it stands in the location of an error."""
+            kind = values.get("kind", first) if isinstance(values, dict) else first
+            return self.classes[kind].__name__ if kind in self.classes else ""
+
+        return core_schema.tagged_union_schema(
+            {cls.__name__: handler.generate_schema(cls) for cls in self.classes.values()},
+            tag,
+            custom_error_type="unknown_kind",
+            custom_error_message="there is no such kind",
+            custom_error_context={"kinds": " ".join(self.classes)},
+        )
+
+
+class NetworkConfig(Protocol):
+    """What is asked of every kind of denoising network, a frozen dataclass, outside its own file
+    and those of formats.
+
+    Whatever it is told beside x_t and t, it is told exactly if the configuration has it.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def kind(self) -> str:
+        """By which presets, and networks.NETWORKS, name the kind."""
+        ...
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input, any concatenated conditioning (mask, masked image) included."""
+        ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """Size of the label table; for classifier-free guidance the last means "no label"."""
+        ...
+
+    @property
+    def vector_dim(self) -> int | None:
+        """Width of the conditioning vector (SDXL's pooled text and sizes; SD2 unCLIP's image)."""
+        ...
+
+    @property
+    def guidance_dim(self) -> int | None:
+        """Width of the embedded guidance scale (LCM)."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """In training."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of x0 are multiples of where nothing is rounded within the network."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +183,16 @@ class UNetConfig:
             raise ValueError("class_embedding cannot name both a label table and a vector's layers")
 
     @property
+    def kind(self) -> str:
+        """No field, and so no key of presets: the first kind is meant where none is named."""
+        return "unet"
+
+    @property
+    def multiple(self) -> int:
+        """Below it a level has no even number of rows to halve, and rounds."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
     def down_depths(self) -> Depths:
         """Attention layers after each block on the way down, by level and block."""
         return self._depths("depth", self.depth, 0)
@@ -137,6 +230,40 @@ class UNetConfig:
         return given
 
 
+NETWORK_KINDS = Kinds(unet=UNetConfig)
+
+
+class CodecConfig(Protocol):
+    """What is asked of every kind of codec between pictures and x0, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def kind(self) -> str:
+        """By which presets, and networks.CODECS, name the kind."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of pictures."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of x0."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller the sides of x0 are."""
+        ...
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is an autoencoder, with weights and a posterior."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdentityConfig:
     """Pixels as they are."""
@@ -145,8 +272,16 @@ class IdentityConfig:
     """What stands between pictures and x0: nothing, blocks folded into channels, an autoencoder."""
     channels: int = 3
     """Image channels."""
-    factor: ClassVar[int] = 1
-    """How many times smaller the sides of x0 are."""
+
+    @property
+    def factor(self) -> int:
+        """How many times smaller the sides of x0 are."""
+        return 1
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights."""
+        return False
 
     @property
     def latent_channels(self) -> int:
@@ -172,6 +307,11 @@ class SpaceToDepthConfig:
     def factor(self) -> int:
         """How many times smaller the sides of x0 are."""
         return self.block
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights."""
+        return False
 
     @property
     def latent_channels(self) -> int:
@@ -217,6 +357,11 @@ class VaeConfig:
         """How many times smaller the sides of x0 are."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
+    @property
+    def learned(self) -> bool:
+        """Whether it has weights."""
+        return True
+
     def __post_init__(self) -> None:
         if self.patch < 1:
             raise ValueError(f"patch {self.patch} is less than 1")
@@ -231,7 +376,7 @@ class VaeConfig:
             raise ValueError("a scale or deviation is zero")
 
 
-CodecConfig = IdentityConfig | SpaceToDepthConfig | VaeConfig
+CODEC_KINDS = Kinds(identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig)
 
 
 LEARNED_MARKS = ("<pad>", "<start>", "<end>")
@@ -274,6 +419,11 @@ class TextConfig:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
         if not -self.layers - 1 <= self.hidden <= -1:
             raise ValueError(f"hidden {self.hidden} is not between {-self.layers - 1} and -1")
+
+    @property
+    def kind(self) -> str:
+        """By which networks.ENCODERS names the kind."""
+        return "clip"
 
     @property
     def end_id(self) -> int:

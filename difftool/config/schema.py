@@ -8,9 +8,17 @@ carry. From values to a Preset, and back: validate.py; from names, files and ove
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from difftool.config.networks import CodecConfig, IdentityConfig, TextConfig, UNetConfig
+from difftool.config.families import OWN
+from difftool.config.networks import (
+    CODEC_KINDS,
+    NETWORK_KINDS,
+    CodecConfig,
+    IdentityConfig,
+    NetworkConfig,
+    TextConfig,
+)
 
 Options = dict[str, Any]
 
@@ -201,11 +209,12 @@ class Preset:
     """What it is called; a file's is its own name."""
     about: str
     """One line for lists and help."""
-    family: str = "difftool"
+    family: str = OWN
     """The family id that `convert --inspect` prints."""
-    codec: CodecConfig = field(default_factory=IdentityConfig)
+    codec: Annotated[CodecConfig, CODEC_KINDS] = field(default_factory=IdentityConfig)
     """Between pictures and x0."""
-    unet: UNetConfig
+    unet: Annotated[NetworkConfig, NETWORK_KINDS]
+    """The denoising network, of whichever kind."""
     text: tuple[TextConfig, ...] = ()
     """Text encoders; their contexts are concatenated along the width."""
     size_numbers: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from difftool.config.networks import CodecConfig
+from difftool.config.networks import Kinds
 from difftool.config.schema import Preset
 from difftool.errors import DifftoolError, UsageError, suggestion
 from difftool.storage.yaml import dump_yaml
@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 
 @cache
-def _adapter(cls: type) -> Any:
+def _adapter(cls: type, kinds: int) -> Any:
+    """What checks the values of a class while so many kinds are registered."""
     from pydantic import ConfigDict, TypeAdapter
 
     for part in _dataclasses(cls):
@@ -31,10 +32,16 @@ def _adapter(cls: type) -> Any:
 
 def _dataclasses(annotation: Any) -> set[Any]:
     """The dataclasses that a type is made of."""
+    if isinstance(annotation, Kinds):
+        return set().union(*map(_dataclasses, annotation.classes.values()))
     if not dataclasses.is_dataclass(annotation):
         return set().union(*map(_dataclasses, get_args(annotation)))
-    hints = get_type_hints(annotation).values()
-    return {annotation}.union(*map(_dataclasses, hints))
+    return {annotation}.union(*map(_dataclasses, type_hints(annotation).values()))
+
+
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, with the tables of the kinds that they may be of."""
+    return get_type_hints(cls, include_extras=True)
 
 
 def build_preset(
@@ -56,29 +63,20 @@ def validate(cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
     try:
         # Through JSON, where strict typing still reads a list as a tuple.
-        return _adapter(cls).validate_json(json.dumps(values), strict=True)
+        return _adapter(cls, Kinds.added).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise UsageError(*_explain(cls, values, error.errors(), source)) from None
+        raise UsageError(*_explain(cls, error.errors()[0], source)) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source} is not valid", str(error)) from None
 
 
-def _explain(
-    cls: type, values: Mapping[str, Any], errors: Sequence[Any], source: str
-) -> tuple[str, str | None, str | None]:
+def _explain(cls: type, error: Any, source: str) -> tuple[str, str | None, str | None]:
     """What is wrong with the values, why, and the nearest right key."""
-
-    def chosen(error: Any) -> bool:
-        """Whether the error is about the member of a union that the values' `kind` names."""
-        name = next((str(p) for p in error["loc"] if str(p).endswith("Config")), None)
-        codec = values.get("codec")
-        kind = codec.get("kind", "identity") if isinstance(codec, Mapping) else None
-        kinds = {c.__name__: c.kind for c in get_args(CodecConfig)}
-        return name is None or kinds.get(name) == kind
-
-    error = next(filter(chosen, errors), errors[0])
     path = [str(part) for part in error["loc"] if not str(part).endswith(("Config", "]"))]
     where = ".".join(path) or source
+    if error["type"] == "unknown_kind":
+        kind, kinds = str(error["input"]["kind"]), error["ctx"]["kinds"].split()
+        return f'{source}: there is no {where} of kind "{kind}"', None, suggestion(kind, kinds)
     if error["type"] == "unexpected_keyword_argument":
         known = _fields_at(cls, error["loc"][:-1])
         return f'{source}: there is no key "{where}"', None, suggestion(path[-1], known)
@@ -94,9 +92,9 @@ def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
         parts = {c.__name__: c for c in _dataclasses(cls)}
         if part in parts:
             cls = parts[part]
-        elif dataclasses.is_dataclass(cls) and part in get_type_hints(cls):
-            inner = _dataclasses(get_type_hints(cls)[part])
-            cls = next(iter(inner)) if len(inner) == 1 else get_type_hints(cls)[part]
+        elif dataclasses.is_dataclass(cls) and part in (hints := type_hints(cls)):
+            inner = _dataclasses(hints[part])
+            cls = next(iter(inner)) if len(inner) == 1 else hints[part]
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from difftool.config.families import OWN
 from difftool.conversion.ledger import component
 from difftool.conversion.lora import describe
 from difftool.diffusion.path import build_path
@@ -50,7 +51,7 @@ def _model(path: Path, told: Told) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "format": source.kind,
-        "family": source.values.get("family", "difftool"),
+        "family": source.values.get("family", OWN),
         "prediction": source.values["target"],
         "zero_snr": bool(getattr(build_path(source.values["path"]), "zero_snr", False)),
         "evidence": [finding._asdict() for finding in source.findings],

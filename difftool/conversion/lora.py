@@ -23,12 +23,13 @@ from difftool.adapters.lora.file import (
     read_lora,
     scale_of,
 )
+from difftool.config.families import PUBLISHED, Family
 from difftool.config.layers import load_preset
-from difftool.config.networks import UNetConfig
+from difftool.config.networks import NetworkConfig
 from difftool.conversion.ledger import Entry, Ledger
 from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError
-from difftool.formats.ldm.names import clip_rules, unet_rules
+from difftool.formats.ldm.names import clip_rules, network_rules
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.shards import atomic_set
@@ -44,16 +45,14 @@ from difftool.storage.tensors import (
 )
 
 NOTES = "difftool.lora"
-FAMILIES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner"}
-"""Presets by whose layers names are understood, by family."""
 
 
 class Known(NamedTuple):
     """A LoRA, understood by the names of a family's layers."""
 
     lora: Lora
-    family: str
-    unet: UNetConfig
+    family: Family
+    unet: NetworkConfig
     fits: bool
     """Whether its layers are as wide as the family's too; else it is for a model like these."""
 
@@ -62,8 +61,8 @@ def open_lora(path: Path) -> Known:
     """A LoRA of one of the published families; UsageError if there is no such file, InputError if
     it is none, or malformed."""
     found = []
-    for family in FAMILIES:
-        layers, unet = _layers(family)
+    for family in PUBLISHED.values():
+        layers, unet = _layers(family.id)
         lora = read_lora(path, dict.fromkeys(layers), unet)
         strange = sum(not fits(change, layers[n]) for n, change in lora.changes.items())
         found.append((len(lora.changes), -strange, Known(lora, family, unet, not strange)))
@@ -73,10 +72,10 @@ def open_lora(path: Path) -> Known:
 
 
 @cache
-def _layers(family: str) -> tuple[dict[str, Shape], UNetConfig]:
-    """The shapes of all layers' weights of a family's networks, and its U-Net."""
-    preset = load_preset(FAMILIES[family])
-    tables = {"unet": unet_rules(preset.unet)}
+def _layers(family: str) -> tuple[dict[str, Shape], NetworkConfig]:
+    """The shapes of all layers' weights of a family's networks, and its denoising network."""
+    preset = load_preset(PUBLISHED[family].preset)
+    tables = {"unet": network_rules(preset.unet)}
     tables |= {f"text.{i}": clip_rules(config) for i, config in enumerate(preset.text)}
     return {
         f"{part}.{name.removesuffix('.weight')}": rule.shape
@@ -115,9 +114,9 @@ def convert_lora(
         source=str(path),
         target=str(target),
         kinds=(lora.dialect, kind),
-        evidence=[{"source": "layers", "says": f"{len(lora.changes)} of {known.family}"}],
+        evidence=[{"source": "layers", "says": f"{len(lora.changes)} of {known.family.id}"}],
         warnings=[f"left out {name}: {why}" for name, why in lora.unused.items()],
-        family=known.family,
+        family=known.family.id,
         layers=len(lora.changes),
     )
     hashes: dict[str, str] = {}
@@ -316,8 +315,8 @@ def _notes(known: Known) -> dict[str, Any]:
 
 def _kohya_names(known: Known) -> dict[str, str]:
     """Layers' names as sd-scripts writes them for a family."""
-    xl = known.family.startswith("sdxl") and known.fits
-    return kohya_names(known.lora.changes, known.unet if xl else None, known.lora.encoders)
+    ldm = known.unet if known.family.ldm_blocks and known.fits else None
+    return kohya_names(known.lora.changes, ldm, known.lora.encoders)
 
 
 def peft_name(layer: str, encoders: tuple[str, ...]) -> str:
@@ -384,7 +383,7 @@ def describe(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
     kinds = Counter(c.kind + "+dora" * ("magnitude" in c.tensors) for c in lora.changes.values())
     says = [
         f"{lora.dialect}'s names",
-        f"{'' if known.fits else 'narrower or wider '}layers of {known.family}",
+        f"{'' if known.fits else 'narrower or wider '}layers of {known.family.id}",
     ]
     says += [f"{count} layers by {kind}" for kind, count in kinds.most_common()]
     says += [f"rank {rank} in {count} layers" for rank, count in ranks.most_common(4)]

@@ -96,7 +96,7 @@ def _ldm_name(name: str) -> str:
 
 def _like(codec: VaeConfig, model: CodecConfig) -> VaeConfig:
     """An autoencoder with a model's scale of latents, where it has as many channels."""
-    if not isinstance(model, VaeConfig) or model.latent_channels != codec.latent_channels:
+    if model.kind != codec.kind or model.latent_channels != codec.latent_channels:
         return codec
     told = ("scale", "shift", "force_upcast", "latents_mean", "latents_std")
     return replace(codec, **{name: getattr(model, name) for name in told})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool import __version__
+from difftool.config.families import OWN, family
 from difftool.errors import InputError
 from difftool.formats.model_source import (
     EMA,
@@ -46,17 +47,6 @@ KEY, TOKENIZER, DIFFUSERS = "difftool", "difftool.tokenizer", "difftool.diffuser
 WEIGHTS = "difftool.weights"
 PREDICTIONS = {"eps": "epsilon", "v": "v"}
 """modelspec's words for targets; it has none for others."""
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd1-inpaint": "stable-diffusion-v1-inpainting",
-    "sd2": "stable-diffusion-v2-512",
-    "sd2-inpaint": "stable-diffusion-v2-inpainting",
-    "sd2-depth": "stable-diffusion-v2-depth",
-    "sd2-unclip": "stable-diffusion-v2-unclip-h",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
-}
-"""modelspec's names of families; it has none for others."""
 
 
 def read_native(path: Path) -> tuple[dict[str, Any], str | None, TensorSource]:
@@ -111,12 +101,12 @@ def modelspec(values: Mapping[str, Any], implementation: str | None = None) -> d
     implementation: whose names the tensors have; None: as diffusers has them.
     """
     size = values.get("sample", {}).get("size")
-    family = str(values.get("family", "difftool"))
-    architecture = ARCHITECTURES.get(family, family)
-    if family == "sd2" and values.get("target") == "v":
-        architecture = "stable-diffusion-v2-768-v"
+    row = family(str(values.get("family", OWN)))
+    architecture = row.modelspec or row.id
+    if row.modelspec_v and values.get("target") == "v":
+        architecture = row.modelspec_v
     if implementation is None:
-        implementation = "diffusers" if family in ARCHITECTURES else "difftool"
+        implementation = "diffusers" if row.modelspec else "difftool"
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,

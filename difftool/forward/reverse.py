@@ -86,9 +86,9 @@ def condition(
     """What the network is told; UsageError for what this model cannot be told, or is not shown."""
     if prompt is not None and not model.text:
         raise UsageError(f"the model {model.name} reads no prompt", hint="leave --prompt out")
-    unet, own = model.preset.unet, model.codec.channels
-    if unet.in_channels != own:
-        why = f"its network takes {unet.in_channels - own} channels more than x_t has"
+    if model.concat != "none":
+        more = model.preset.unet.in_channels - model.codec.channels
+        why = f"its network takes {more} channels more than x_t has"
         raise UsageError(f"the model {model.name} works from another picture", why)
     number = None if label is None else model.label(label)
     with torch.no_grad():

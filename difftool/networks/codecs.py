@@ -3,95 +3,106 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.config.networks import CodecConfig, IdentityConfig, SpaceToDepthConfig, VaeConfig
+from difftool.config.networks import CodecConfig, SpaceToDepthConfig, VaeConfig
 from difftool.networks.vae import Vae
-from difftool.registry import Registry
 
 
-class Codec(Protocol):
-    """Between pictures and x0. A size that is not a multiple of `factor` is a ValueError."""
+class Codec(nn.Module):
+    """Between pictures and x0; this one changes nothing, others what they do otherwise.
 
-    channels: int
-    """Channels of x0."""
-    factor: int
-    """How many times smaller the sides of x0 are."""
+    A learned codec's latent is drawn from a posterior, and x0 is that latent shifted and scaled.
+    """
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x0 of pictures; noise in x0's shape draws from the posterior, None takes its mean."""
-        ...
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Pictures of x0."""
-        ...
-
-
-class IdentityCodec(nn.Module):
-    """x0 is the picture."""
-
-    def __init__(self, config: IdentityConfig):
+    def __init__(self, config: CodecConfig):
         super().__init__()
         self.channels, self.factor = config.latent_channels, config.factor
+        self.learned = config.learned
+        """Whether it has weights, and a posterior with spread."""
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        return images
+    def parts(self) -> dict[str, nn.Module]:
+        """Its networks with weights, by the prefix of their tensors in a model file."""
+        return {}
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [B,c,h,w] of the latents of pictures."""
+        return images, torch.full_like(images, -torch.inf)
+
+    def pictures(self, latent: Tensor) -> Tensor:
+        """Pictures [B,C,H,W] of latents."""
+        return latent
+
+    def scaled(self, latent: Tensor) -> Tensor:
+        """x0 of latents."""
+        return latent
+
+    def raw(self, x0: Tensor) -> Tensor:
+        """Latents as the network has them, of x0."""
         return x0
 
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x0, fp32, of pictures; noise in x0's shape draws from the posterior, None takes its mean.
+        ValueError if a side is no multiple of `factor`."""
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor:
+            what = f"picture sides must be multiples of {self.factor}, got {width}x{height}"
+            raise ValueError(what)
+        mean, logvar = (part.float() for part in self.posterior(images))
+        if noise is not None and self.learned:
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return self.scaled(mean)
 
-class SpaceToDepth(nn.Module):
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures, fp32, of x0."""
+        return self.pictures(self.raw(x0)).float()
+
+
+class SpaceToDepth(Codec):
     """Blocks of pixels become channels, in pixel_unshuffle's order; x0 stays in [-1, 1]."""
 
     def __init__(self, config: SpaceToDepthConfig):
-        super().__init__()
-        self.channels, self.factor = config.latent_channels, config.factor
+        super().__init__(config)
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        _check_size(images, self.factor)
-        return F.pixel_unshuffle(images, self.factor)
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return super().posterior(F.pixel_unshuffle(images, self.factor))
 
-    def decode(self, x0: Tensor) -> Tensor:
-        return F.pixel_shuffle(x0, self.factor)
+    def pictures(self, latent: Tensor) -> Tensor:
+        return F.pixel_shuffle(latent, self.factor)
 
 
-class VaeCodec(nn.Module):
+class VaeCodec(Codec):
     """x0 is a KL autoencoder's latent, shifted and scaled to about unit variance.
 
     Pictures and x0 are fp32; the network runs in its own dtype, or in fp32 under `force_upcast`.
     """
 
     def __init__(self, config: VaeConfig):
-        super().__init__()
+        super().__init__(config)
         self.config = config
         self.vae = Vae(config)
-        self.channels, self.factor = config.latent_channels, config.factor
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        _check_size(images, self.factor)
+    def parts(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.network()
-        mean, logvar = (part.float() for part in vae.encode(images.to(vae.dtype)))
-        return self.scaled(mean if noise is None else mean + torch.exp(0.5 * logvar) * noise)
+        return vae.encode(images.to(vae.dtype))
+
+    def pictures(self, latent: Tensor) -> Tensor:
+        vae = self.network()
+        return vae.decode(latent.to(vae.dtype))
 
     def scaled(self, latent: Tensor) -> Tensor:
-        """x0 of a raw latent [B,c,h,w]."""
         offset, gain = self._affine(latent)
         return (latent - offset) * gain
 
     def raw(self, x0: Tensor) -> Tensor:
-        """The latent as the network has it, of x0 [B,c,h,w]."""
         offset, gain = self._affine(x0)
         return x0.float() / gain + offset
-
-    def decode(self, x0: Tensor) -> Tensor:
-        vae = self.network()
-        return vae.decode(self.raw(x0).to(vae.dtype)).float()
 
     def network(self) -> Vae:
         """The autoencoder in the type that it runs in."""
@@ -110,20 +121,3 @@ class VaeCodec(nn.Module):
             return tensor.reshape(-1, 1, 1)
 
         return column(offset), c.scale / column(std)
-
-
-def _check_size(images: Tensor, factor: int) -> None:
-    height, width = images.shape[-2:]
-    if height % factor or width % factor:
-        raise ValueError(f"picture sides must be multiples of {factor}, got {width}x{height}")
-
-
-CODECS: Registry[Callable[..., Codec]] = Registry("codec")
-CODECS.add("identity", IdentityCodec, "pixel")
-CODECS.add("space_to_depth", SpaceToDepth)
-CODECS.add("vae", VaeCodec)
-
-
-def build_codec(config: CodecConfig) -> Codec:
-    """The codec of a configuration, a module."""
-    return CODECS[config.kind](config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
+from difftool.config.families import family
 from difftool.errors import UsageError
 from difftool.images.fit import scaled, to_tensor
 from difftool.images.read import read_image, read_mask
@@ -36,7 +37,7 @@ class SampleInput(NamedTuple):
 def check_input(model: Model, given: SampleInput) -> None:
     """UsageError for pictures that the model does not go by, or lacks."""
     kind, name = model.concat, model.name
-    if kind == "other":
+    if kind != "none" and (kind not in ("edit", "inpaint") or not model.text):
         raise UsageError(f"the model {name} ({model.preset.family}) cannot be sampled yet")
     if kind == "inpaint" and (given.init is None or given.mask is None):
         raise UsageError(f"the model {name} repaints pictures", hint="give --init and --mask")
@@ -46,7 +47,7 @@ def check_input(model: Model, given: SampleInput) -> None:
         raise UsageError("--mask has nothing to mask", hint="give --init")
     if model.vision is not None and given.image is None:
         raise UsageError(f"the model {name} varies a picture", hint="give --image-prompt")
-    if model.preset.family == "sd2-unclip" and model.vision is None:
+    if family(model.preset.family).vision and model.vision is None:
         raise UsageError(f"the model {name} has no picture encoder that difftool can read")
 
 

@@ -11,8 +11,9 @@ import torch
 
 from difftool.adapters.lora.algebra import apply, open_loras
 from difftool.adapters.lora.file import changed_by
+from difftool.config.families import family
 from difftool.config.layers import load_preset
-from difftool.config.networks import CodecConfig, VaeConfig
+from difftool.config.networks import CodecConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset
 from difftool.errors import InputError, UsageError
@@ -115,7 +116,7 @@ def _check_whole(source: ModelSource, preset: Preset, path: Path) -> None:
 def _with_codec(preset: Preset, theirs: CodecConfig, where: str) -> Preset:
     """A preset with another autoencoder; UsageError if their latents differ."""
     ours = preset.codec
-    if not isinstance(theirs, VaeConfig) or (
+    if not theirs.learned or (
         (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor)
     ):
         why = f"{theirs.latent_channels} channels, {theirs.factor} times smaller"
@@ -126,7 +127,7 @@ def _with_codec(preset: Preset, theirs: CodecConfig, where: str) -> Preset:
 def _build_vision(model: Model, source: ModelSource) -> None:
     """Build the picture encoder that an unCLIP model comes with."""
     found = read_vision(source.configs)
-    if found is None or model.preset.family != "sd2-unclip":
+    if found is None or not family(model.preset.family).vision:
         return
     with unwritten():
         model.vision = ClipVision(found.config)

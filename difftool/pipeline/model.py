@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difftool.adapters.lora.algebra import Applied
+from difftool.config.families import concat_of
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
@@ -24,9 +25,8 @@ from difftool.diffusion.path import build_path
 from difftool.engine.cpu import adapt
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats.native import write_native
-from difftool.networks.clip import ClipText
-from difftool.networks.codecs import Codec, VaeCodec, build_codec
-from difftool.networks.unet import UNet
+from difftool.networks.codecs import Codec
+from difftool.networks.kinds import build_codec, build_encoder, build_network
 from difftool.networks.vision import ClipVision, Normalizer
 from difftool.storage.commit import sha256_of
 from difftool.text.tokenizer import Tokenizer
@@ -72,11 +72,10 @@ class Model:
         self.vision_path: Any = None
         with unwritten():
             self.codec: Codec = build_codec(preset.codec)
-            network = UNet(preset.unet)
-            self.text = nn.ModuleList(ClipText(config) for config in preset.text)
+            network = build_network(preset.unet)
+            self.text = nn.ModuleList(build_encoder(config) for config in preset.text)
         for part in (network, self.codec, self.text):
-            if isinstance(part, nn.Module):
-                adapt(part)
+            adapt(part)
         self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
         self.tokenizers = [self._tokenizer(config) for config in preset.text]
         self.loaders: dict[str, Callable[[], None]] = {}
@@ -93,9 +92,7 @@ class Model:
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks that have weights, by the prefix of their tensors in a model file."""
-        parts: dict[str, nn.Module] = {"unet": self.denoiser.network}
-        if vae := getattr(self.codec, "vae", None):
-            parts["vae"] = vae
+        parts: dict[str, nn.Module] = {"unet": self.denoiser.network, **self.codec.parts()}
         parts |= {f"text.{i}": encoder for i, encoder in enumerate(self.text)}
         return parts if self.adapters is None else parts | {"lora": self.adapters}
 
@@ -239,17 +236,13 @@ class Model:
         return bool(self.text) or self.null_label is not None
 
     @property
-    def concat(self) -> Literal["none", "inpaint", "edit", "other"]:
-        """What the U-Net sees beside x_t: nothing, a mask and the masked picture, or a picture."""
-        more, own = self.preset.unet.in_channels - self.codec.channels, self.codec.channels
-        kinds: dict[int, Literal["none", "inpaint", "edit"]] = {
-            0: "none", own: "edit", own + 1: "inpaint",
-        }  # fmt: skip
-        return kinds.get(more, "other") if more == 0 or self.text else "other"
+    def concat(self) -> str:
+        """What the network sees beside x_t, a key of CONCAT or "other"."""
+        return concat_of(self.preset.unet, self.preset.codec)
 
     def raw(self, x0: Tensor) -> Tensor:
         """The latent as the autoencoder has it, of x0 [B,c,h,w]."""
-        return self.codec.raw(x0) if isinstance(self.codec, VaeCodec) else x0
+        return self.codec.raw(x0)
 
     def set_padding(self, tool: str | None) -> None:
         """Read prompts as another tool does where that is not how the model was trained."""

@@ -26,7 +26,7 @@ from difftool.formats.rules import Shape
 from difftool.storage.tensors import load_located
 
 if TYPE_CHECKING:
-    from difftool.config.networks import UNetConfig
+    from difftool.config.networks import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Applied:
 def open_loras(
     files: Iterable[tuple[Path, float]],
     shapes: Mapping[str, Shape],
-    unet: UNetConfig,
+    unet: NetworkConfig,
     name: str,
     *,
     allow_unused: bool = False,

@@ -22,9 +22,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from difftool.config.networks import UNetConfig
+from difftool.config.networks import NetworkConfig
 from difftool.errors import CheckError, InputError, UsageError
-from difftool.formats.ldm.names import unet_rules
+from difftool.formats.ldm.names import network_rules
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import looks_like_safetensors
 from difftool.storage.strict_json import parse_json, read_json
@@ -171,7 +171,7 @@ def changed_by(loras: Iterable[Lora]) -> set[str]:
 # --- names -----------------------------------------------------------------------------------
 
 
-def spellings(layers: Collection[str], unet: UNetConfig) -> dict[str, str | None]:
+def spellings(layers: Collection[str], unet: NetworkConfig) -> dict[str, str | None]:
     """Every name that layers of a model have in some dialect; None for a name that two have."""
     found: dict[str, str | None] = {}
     encoders = encoders_of(layers, unet)
@@ -185,10 +185,10 @@ def spellings(layers: Collection[str], unet: UNetConfig) -> dict[str, str | None
     return found
 
 
-def ldm_names(unet: UNetConfig) -> dict[str, str]:
-    """LDM's names of a U-Net's layers; none for a network that is not of its kind."""
+def ldm_names(unet: NetworkConfig) -> dict[str, str]:
+    """LDM's names of a network's layers; none for one that it has no names for."""
     try:
-        rules = [*unet_rules(unet)]
+        rules = [*network_rules(unet)]
     except CheckError:
         return {}
     return {
@@ -198,9 +198,9 @@ def ldm_names(unet: UNetConfig) -> dict[str, str]:
     }
 
 
-def encoders_of(layers: Iterable[str], unet: UNetConfig) -> tuple[str, ...]:
+def encoders_of(layers: Iterable[str], unet: NetworkConfig) -> tuple[str, ...]:
     """What diffusers calls a model's text encoders: SDXL's refiner has no first one."""
-    xl = unet.vector_dim is not None and unet.vector_name == "add_embedding"
+    xl = unet.vector_dim is not None and getattr(unet, "vector_name", "") == "add_embedding"
     two = any(layer.startswith("text.1.") for layer in layers)
     return ENCODERS[1:] if xl and not two else ENCODERS
 
@@ -229,7 +229,7 @@ def names_of(layer: str, encoders: tuple[str, ...]) -> Iterator[str]:
 
 
 def kohya_names(
-    layers: Iterable[str], ldm: UNetConfig | None, encoders: tuple[str, ...] = ENCODERS
+    layers: Iterable[str], ldm: NetworkConfig | None, encoders: tuple[str, ...] = ENCODERS
 ) -> dict[str, str]:
     """What sd-scripts calls layers. ldm: the U-Net whose layers have LDM's names, as SDXL's have;
     None: they have diffusers', as those of SD1 and SD2 have."""
@@ -264,7 +264,7 @@ def _variants(name: str) -> Iterator[str]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: UNetConfig) -> Lora:
+def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: NetworkConfig) -> Lora:
     """What a file changes of a model with layers whose weights have these shapes (None: any).
 
     UsageError if there is no such file; InputError if it is malformed, holds no LoRA, or does not

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.adapters.lora.file import kohya_names
+from difftool.config.families import family
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.errors import UsageError
@@ -76,8 +77,8 @@ class Adapters(nn.Module):
         weights: by name within a model, "lora.layers.0.down"."""
         mine: dict[str, Any] = {f"lora.{name}": p for name, p in self.named_parameters()}
         mine |= {name: t for name, t in (weights or {}).items() if name in mine}
-        xl = preset.family.startswith("sdxl")
-        spelled = kohya_names(self.names, preset.unet if xl else None)
+        ldm = family(preset.family).ldm_blocks
+        spelled = kohya_names(self.names, preset.unet if ldm else None)
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.names):
             name = spelled[layer]

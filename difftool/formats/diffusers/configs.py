@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from difftool.config.networks import IdentityConfig, TextConfig, VaeConfig
+from difftool.config.families import family_of
+from difftool.config.networks import CodecConfig, IdentityConfig, TextConfig
 from difftool.config.schema import Preset, SampleConfig, TrainConfig
 from difftool.diffusion.path import build_path
 from difftool.errors import InputError
@@ -21,18 +22,14 @@ from difftool.formats.diffusers.components import (
 )
 from difftool.formats.diffusers.fields import VERSION
 from difftool.formats.diffusers.pipelines import (
-    CLASSES_OF_FAMILIES,
-    NEEDED,
     PIPELINES,
     Pipeline,
     pipeline_class,
+    pipeline_family,
 )
 from difftool.formats.diffusers.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
 from difftool.formats.diffusers.schedulers import read_scheduler, write_scheduler
-from difftool.formats.ldm.detect import family_of
-from difftool.formats.model_source import (
-    Evidence,
-)
+from difftool.formats.model_source import Evidence
 
 SCHEDULER = "scheduler/scheduler_config.json"
 LOW_RES_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -66,7 +63,7 @@ def derive_preset(
     kind = index["_class_name"]
     pipeline = PIPELINES[kind]
     unet = networks.read_unet(configs["unet/config.json"], "unet/config.json")
-    codec: VaeConfig | IdentityConfig = IdentityConfig(channels=unet.in_channels)
+    codec: CodecConfig = IdentityConfig(channels=unet.in_channels)
     if "vae/config.json" in configs:
         codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
@@ -81,7 +78,6 @@ def derive_preset(
             why = f"{unet.vector_dim} is not {pooled} and some numbers of 256 sinusoids each"
             raise InputError("unet/config.json does not fit the text encoders", why)
     size = _size(configs["unet/config.json"].get("sample_size"), codec)
-    latent = isinstance(codec, VaeConfig)
     preset = Preset(
         name=name,
         about=f"a model of family {family}",
@@ -98,7 +94,7 @@ def derive_preset(
         scheduler=scheduling.scheduler,
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
         # A pretrained model is fine-tuned, which wants a small learning rate.
-        train=TrainConfig(lr=1e-5, size=size[0]) if latent else TrainConfig(),
+        train=TrainConfig(lr=1e-5, size=size[0]) if codec.learned else TrainConfig(),
     )
     says = f"family {family}, {kind} with {configs['unet/config.json']['_class_name']}"
     findings = (Evidence(INDEX, says), Evidence(SCHEDULER, scheduling.says))
@@ -124,7 +120,7 @@ def _derive_text(
         yield config
 
 
-def _size(sample_size: Any, codec: VaeConfig | IdentityConfig) -> tuple[int, int]:
+def _size(sample_size: Any, codec: CodecConfig) -> tuple[int, int]:
     """Width and height in pixels of the x0 size that a U-Net's file names."""
     factor = codec.factor
     match sample_size:
@@ -132,7 +128,7 @@ def _size(sample_size: Any, codec: VaeConfig | IdentityConfig) -> tuple[int, int
             return side * factor, side * factor
         case [int(height), int(width)]:
             return width * factor, height * factor
-    return (512, 512) if isinstance(codec, VaeConfig) else (64, 64)
+    return (512, 512) if codec.learned else (64, 64)
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -142,9 +138,9 @@ def write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     """A folder's configuration files for a model."""
     width, height = preset.sample.size
     factor = preset.codec.factor
-    configs: dict[str, Any] = {"unet/config.json": networks.write_unet(preset.unet)}
-    if isinstance(preset.codec, VaeConfig):
-        configs["vae/config.json"] = networks.write_vae(preset.codec, max(width, height))
+    configs: dict[str, Any] = {"unet/config.json": networks.write_network(preset.unet)}
+    if preset.codec.learned:
+        configs["vae/config.json"] = networks.write_codec(preset.codec, max(width, height))
     sides = [height // factor, width // factor]
     configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
     for name, config in zip(encoders, preset.text, strict=False):
@@ -152,7 +148,7 @@ def write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     configs[SCHEDULER] = write_scheduler(
         build_path(preset.path), preset.target, preset.sample, preset.scheduler
     )
-    if pipeline_class(preset) == CLASSES_OF_FAMILIES["x4-upscaler"]:
+    if pipeline_family(preset).concat == "low_res":
         fields = CLASSES_OF_SCHEDULERS["DDPMScheduler"].defaults | LOW_RES_SCHEDULER
         about = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
         configs["low_res_scheduler/scheduler_config.json"] = about | dict(sorted(fields.items()))
@@ -172,11 +168,11 @@ def _index(preset: Preset, encoders: list[str], configs: Configs) -> dict[str, A
         clip = config.tokenizer == "clip"
         index[tokenizer] = ["transformers", "CLIPTokenizer"] if clip else [None, None]
     nothing: list[None] = [None, None]
-    if kind == CLASSES_OF_FAMILIES["x4-upscaler"]:
+    if pipeline_family(preset).concat == "low_res":
         index |= {"safety_checker": nothing, "feature_extractor": nothing, "watermarker": nothing}
         index["max_noise_level"] = 350
-    elif kind in NEEDED:
-        index |= dict.fromkeys(NEEDED[kind], nothing)
+    elif needs := pipeline_family(preset).needs:
+        index |= dict.fromkeys(needs, nothing)
     elif PIPELINES[kind].text == "sd":
         index |= {"safety_checker": nothing, "feature_extractor": nothing, "image_encoder": nothing}
         index["requires_safety_checker"] = False

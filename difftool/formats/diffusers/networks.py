@@ -6,11 +6,17 @@ a function that reads it, and the one that writes it below.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.networks import (
+    CodecConfig,
+    NetworkConfig,
+    TextConfig,
+    UNetConfig,
+    VaeConfig,
+)
 from difftool.errors import CheckError, InputError
 from difftool.formats.diffusers.fields import (
     BOOL,
@@ -429,3 +435,27 @@ def write_text(config: TextConfig) -> dict[str, Any]:
     return (
         written if config.tokenizer == "clip" else written | {"pad_token_id": 0, "bos_token_id": 1}
     )
+
+
+# --- by kind ---------------------------------------------------------------------------------
+
+NETWORK_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {"unet": write_unet}
+"""The kinds of networks that diffusers has a class for."""
+CODEC_WRITERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {"vae": write_vae}
+
+
+def write_network(config: NetworkConfig) -> dict[str, Any]:
+    """The config.json of a denoising network; CheckError if diffusers has no class for it."""
+    if config.kind not in NETWORK_WRITERS:
+        why = f"its network is of kind {config.kind}"
+        raise CheckError("the model has no counterpart in diffusers", why, "use --to difftool")
+    return NETWORK_WRITERS[config.kind](config)
+
+
+def write_codec(config: CodecConfig, sample_size: int) -> dict[str, Any]:
+    """The config.json of a learned codec for pictures of a size in pixels; CheckError if diffusers
+    has no class for it."""
+    if config.kind not in CODEC_WRITERS:
+        why = f"its codec is {config.kind}"
+        raise CheckError("the model has no counterpart in diffusers", why, "use --to difftool")
+    return CODEC_WRITERS[config.kind](config, sample_size)

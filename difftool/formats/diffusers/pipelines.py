@@ -6,9 +6,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from difftool.config.networks import VaeConfig
+from difftool.config.families import FAMILIES, Family, concat_of, family, family_of
 from difftool.config.schema import Preset
-from difftool.formats.ldm.detect import family_of
 
 
 class Pipeline(NamedTuple):
@@ -38,35 +37,26 @@ PIPELINES = {
     "PNDMPipeline": Pipeline(),
 }
 """The pipeline classes that difftool knows; no other is read."""
+TASKS = {"inpaint": "Inpaint", "edit": "InstructPix2Pix"}
+"""Words in the names of classes for what joins x_t."""
 
-CLASSES_OF_FAMILIES = {
-    "sd2-depth": "StableDiffusionDepth2ImgPipeline",
-    "sd2-unclip": "StableUnCLIPImg2ImgPipeline",
-    "x4-upscaler": "StableDiffusionUpscalePipeline",
-}
-NEEDED = {
-    "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
-    "StableUnCLIPImg2ImgPipeline": (
-        *("image_encoder", "image_normalizer", "image_noising_scheduler", "feature_extractor"),
-    ),
-}
-"""Components without which a pipeline class does not load, and that difftool does not make."""
+
+def pipeline_family(preset: Preset) -> Family:
+    """The family whose pipeline a model is for, or comes nearest to by how its text is read."""
+    row = family(family_of(preset.unet, preset.codec, preset.text))
+    if row.pipeline or not preset.codec.learned or not preset.text:
+        return row
+    if not any(encoder.pooled for encoder in preset.text):
+        return FAMILIES["sd1"]
+    return FAMILIES["sdxl-refiner" if len(preset.text) == 1 else "sdxl"]
 
 
 def pipeline_class(preset: Preset) -> str:
     """The pipeline class that a model is for, or comes nearest to."""
-    if not isinstance(preset.codec, VaeConfig) or not preset.text:
+    pattern = pipeline_family(preset).pipeline
+    if not pattern:
         return "DDPMPipeline"
-    inpaints = preset.unet.in_channels == 2 * preset.codec.latent_channels + 1
-    if any(encoder.pooled for encoder in preset.text):
-        refiner = len(preset.text) == 1
-        kind = "Img2Img" if refiner else "Inpaint" if inpaints else ""
-        return f"StableDiffusionXL{kind}Pipeline"
-    if preset.unet.guidance_dim:
+    if preset.unet.guidance_dim and not any(encoder.pooled for encoder in preset.text):
         return "LatentConsistencyModelPipeline"
-    family = family_of(preset.unet, preset.codec, preset.text)
-    if family in CLASSES_OF_FAMILIES:
-        return CLASSES_OF_FAMILIES[family]
-    edits = preset.unet.in_channels == 2 * preset.codec.latent_channels
-    kind = "Inpaint" if inpaints else "InstructPix2Pix" if edits else ""
-    return f"StableDiffusion{kind}Pipeline"
+    name = pattern.format(TASKS.get(concat_of(preset.unet, preset.codec), ""))
+    return name if name in PIPELINES else pattern.format("")

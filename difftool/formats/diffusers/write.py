@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
-from difftool.config.networks import VaeConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.diffusion.path import Discrete, build_path
@@ -33,7 +32,7 @@ from difftool.formats.diffusers.configs import (
     foreign_index,
     write_configs,
 )
-from difftool.formats.diffusers.pipelines import NEEDED
+from difftool.formats.diffusers.pipelines import pipeline_family
 from difftool.formats.diffusers.tokenizers import tokenizer_files
 from difftool.formats.model_source import (
     EMA,
@@ -49,7 +48,6 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     """Any model as a folder of diffusers; CheckError if its U-Net has no class there."""
     preset = build_preset(source.values, str(source.path))
     source = replace(source, values=to_values(preset))
-    pixel = not isinstance(preset.codec, VaeConfig)
     names = encoder_names(preset)
     files: dict[str, list[Rule]] = {}
     for name, component, theirs in _placed(source, names):
@@ -79,7 +77,7 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
         metadata={"format": "pt"},
         texts=texts,
         sidecars=frozenset({EXTRA_TENSORS}),
-        warnings=tuple(_losses(preset, derived, configs, pixel)),
+        warnings=tuple(_losses(preset, derived, configs)),
     )
 
 
@@ -152,9 +150,7 @@ def _is_processor(line: Any) -> TypeGuard[list[str]]:
     return isinstance(line, list) and len(line) == 2 and line[1] in IMAGE_PROCESSORS
 
 
-def _losses(
-    preset: Preset, derived: Mapping[str, Any], configs: Configs, pixel: bool
-) -> Iterator[str]:
+def _losses(preset: Preset, derived: Mapping[str, Any], configs: Configs) -> Iterator[str]:
     """What diffusers will do otherwise with the folder, or cannot do."""
     values = to_values(preset)
     kept = f"it is kept in {EXTRA_JSON}, which diffusers does not read"
@@ -164,11 +160,11 @@ def _losses(
         yield f"no scheduler of diffusers has the target {preset.target}: {kept}"
     if not _same_path(build_path(preset.path), build_path(derived["path"])):
         yield f"no scheduler of diffusers has the noise path {preset.path['kind']}: {kept}"
-    if preset.text and pixel:
+    if preset.text and not preset.codec.learned:
         yield "diffusers has no pipeline from text to pixels: its components load one by one"
     elif derived["text"] != values["text"]:
         yield f"diffusers reads text encoders in another way than this model: {kept}"
-    needed = NEEDED.get(configs[INDEX]["_class_name"], ())
+    needed = pipeline_family(preset).needs
     if missing := [name for name in needed if configs[INDEX].get(name) in (None, [None, None])]:
         yield f"diffusers' pipeline wants components that are not there: {', '.join(missing)}"
     if preset.unet.num_classes and configs[INDEX]["_class_name"] == "DDPMPipeline":

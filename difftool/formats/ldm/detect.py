@@ -1,8 +1,7 @@
 """What a set of tensors is, told by their names and shapes alone. Torch-free.
 
-Networks are read off LDM's names block by block, so any depth and width is understood; a family is
-told by structure (which text encoders, how many input channels, what joins the time embedding), and
-whoever disagrees with the tables of `names` in one shape is refused with the nearest family.
+Networks are read off LDM's names block by block, so any depth and width is understood; what
+disagrees with the tables of `names` in one shape is refused with the nearest family.
 """
 
 from __future__ import annotations
@@ -14,26 +13,12 @@ from itertools import count
 from math import gcd, isqrt
 from typing import Any
 
-from difftool.config.networks import (
-    CodecConfig,
-    Depth,
-    TextConfig,
-    UNetConfig,
-    VaeConfig,
-    VisionConfig,
-)
-from difftool.formats.ldm.names import unet_rules
+from difftool.config.families import PUBLISHED, Family
+from difftool.config.networks import Depth, TextConfig, UNetConfig, VaeConfig, VisionConfig
+from difftool.formats.ldm.names import network_rules
 from difftool.formats.rules import Shape
 
 Shapes = Mapping[str, Shape]
-
-PUBLISHED = {
-    "sd15": "sd1",
-    "sd21": "sd2",
-    "sdxl": "sdxl",
-    "sdxl-refiner": "sdxl-refiner",
-}
-"""Presets of the networks that an unknown file is compared with."""
 
 
 def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
@@ -49,21 +34,21 @@ def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
 
 
 @cache
-def _published(name: str) -> dict[str, Shape]:
+def _published(family: str) -> dict[str, Shape]:
     from difftool.config.layers import load_preset
 
-    config = load_preset(name).unet
-    return {rule.there: rule.shape_there for rule in unet_rules(config)}
+    config = load_preset(PUBLISHED[family].preset).unet
+    return {rule.there: rule.shape_there for rule in network_rules(config)}
 
 
 def nearest(shapes: Shapes) -> tuple[str, list[str]]:
-    """The family whose U-Net has most in common with some tensors, and the first differences."""
+    """The family whose network has most in common with some tensors, and the first differences."""
 
-    def common(name: str) -> int:
-        return sum(shapes.get(there) == shape for there, shape in _published(name).items())
+    def common(family: str) -> int:
+        return sum(shapes.get(there) == shape for there, shape in _published(family).items())
 
     best = max(PUBLISHED, key=common)
-    return PUBLISHED[best], [*differences(shapes, _published(best))][:3]
+    return best, [*differences(shapes, _published(best))][:3]
 
 
 # --- networks --------------------------------------------------------------------------------
@@ -215,7 +200,7 @@ def groups_of(widths: Iterable[int]) -> int:
     return gcd(32, *widths)
 
 
-def with_heads(config: UNetConfig, family: str, told: Mapping[str, Any]) -> UNetConfig:
+def with_heads(config: UNetConfig, family: Family, told: Mapping[str, Any]) -> UNetConfig:
     """The same network with as many heads as its family has, which no tensor shows.
 
     told: num_heads or num_head_channels of a configuration file.
@@ -226,39 +211,6 @@ def with_heads(config: UNetConfig, family: str, told: Mapping[str, Any]) -> UNet
         return replace(config, heads=None, head_dim=dim)
     if isinstance(heads, int) and heads > 0:
         return replace(config, heads=heads)
-    if family in ("sd1", "sd1-inpaint", "pix2pix", "x4-upscaler"):
-        return replace(config, heads=gcd(8, *config.channels))
+    if family.heads:
+        return replace(config, heads=gcd(family.heads, *config.channels))
     return replace(config, heads=None, head_dim=gcd(64, *config.channels))
-
-
-# --- families --------------------------------------------------------------------------------
-
-
-def family_of(unet: UNetConfig, codec: CodecConfig, text: tuple[TextConfig, ...]) -> str:
-    """The family id of a model by the structure of its networks, whatever their widths."""
-    if not isinstance(codec, VaeConfig):
-        return "unet"
-    if not text or unet.attention == "plain" or any(t.tokenizer != "clip" for t in text):
-        return "difftool"
-    more = unet.in_channels - codec.latent_channels
-    inpaints = more == codec.latent_channels + 1
-    if unet.num_classes:
-        return "x4-upscaler" if more == 3 else "difftool"
-    if unet.vector_dim and unet.vector_name == "class_embedding":
-        return "sd2-unclip"
-    if unet.vector_dim:
-        if len(text) == 1:
-            return "sdxl-refiner"
-        rows = (*unet.down_depths, *unet.up_depths)
-        regular = unet.mid_blocks == 2 and all(len(set(row)) == 1 for row in rows)
-        regular = regular and [r[0] for r in unet.down_depths] == [r[0] for r in unet.up_depths]
-        halved = regular and unet.mid_depth < 10 and unet.channels == (320, 640, 1280)
-        if not regular or halved:
-            return "ssd-1b"
-        return "sdxl-inpaint" if inpaints else "sdxl"
-    if unet.linear_projection:
-        found = {0: "sd2", 1: "sd2-depth", codec.latent_channels + 1: "sd2-inpaint"}
-    else:
-        edits = codec.latent_channels
-        found = {0: "sd1", edits: "pix2pix", codec.latent_channels + 1: "sd1-inpaint"}
-    return found.get(more, "difftool")

@@ -6,15 +6,20 @@ A table is generated from a network's configuration, so it holds for any depth a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
+from typing import Any
 
-from difftool.config.networks import TextConfig, UNetConfig, VaeConfig, VisionConfig
+from difftool.config.networks import (
+    NetworkConfig,
+    TextConfig,
+    UNetConfig,
+    VaeConfig,
+    VisionConfig,
+)
 from difftool.config.schema import Preset
 from difftool.errors import CheckError
-from difftool.formats.model_source import (
-    EMA,
-)
+from difftool.formats.model_source import EMA
 from difftool.formats.rules import Rule, Shape, placed
 from difftool.storage.tensors import Op
 
@@ -166,8 +171,11 @@ def _vae_middle(side: str, width: int, attends: bool) -> Iterator[Rule]:
 
 
 def vae_rules(c: VaeConfig) -> Iterator[Rule]:
-    """An autoencoder's table. Levels on the way up count from the deepest here, and from full
-    resolution there."""
+    """An autoencoder's table; CheckError if LDM's code cannot build it. Levels on the way up count
+    from the deepest here, and from full resolution there."""
+    if c.patch > 1:
+        what = "LDM's single files cannot hold this model"
+        raise CheckError(what, "its autoencoder folds pixels into channels")
     widths, last = c.widths, len(c.widths) - 1
     for side, outer, inner in (
         ("encoder", c.channels, 2 * c.latent_channels),
@@ -287,9 +295,22 @@ def ema_name(name: str) -> str:
     return AVERAGED + name.removeprefix("model.").replace(".", "")
 
 
-def text_places(unet: UNetConfig, text: tuple[TextConfig, ...]) -> list[tuple[str, bool]]:
+NETWORK_RULES: dict[str, Callable[[Any], Iterator[Rule]]] = {"unet": unet_rules}
+"""Tables of the networks that LDM's layout has names for, by kind."""
+CODEC_RULES: dict[str, Callable[[Any], Iterator[Rule]]] = {"vae": vae_rules}
+
+
+def network_rules(config: NetworkConfig) -> Iterator[Rule]:
+    """The table of a denoising network; CheckError if LDM's layout has no names for it."""
+    if config.kind not in NETWORK_RULES:
+        what = "LDM's single files cannot hold this model"
+        raise CheckError(what, f"its network is of kind {config.kind}", "use --to difftool")
+    return NETWORK_RULES[config.kind](config)
+
+
+def text_places(network: NetworkConfig, text: tuple[TextConfig, ...]) -> list[tuple[str, bool]]:
     """The prefix of each text encoder, and whether its names are OpenCLIP's."""
-    xl = bool(unet.vector_dim) and unet.vector_name == "add_embedding"
+    xl = bool(network.vector_dim) and any(t.pooled for t in text)
     if len(text) == 1 and not xl:
         openclip = text[0].activation == "gelu"
         return [(f"cond_stage_model.{'model' if openclip else 'transformer'}.", openclip)]
@@ -302,12 +323,10 @@ def text_places(unet: UNetConfig, text: tuple[TextConfig, ...]) -> list[tuple[st
 def model_rules(preset: Preset) -> list[Rule]:
     """The table of a whole model; CheckError if LDM's layout cannot hold it."""
     what = "LDM's single files cannot hold this model"
-    if not isinstance(preset.codec, VaeConfig):
+    if preset.codec.kind not in CODEC_RULES:
         raise CheckError(what, f"its codec is {preset.codec.kind}", "use --to diffusers")
-    if preset.codec.patch > 1:
-        raise CheckError(what, "its autoencoder folds pixels into channels")
-    rules = [*placed(unet_rules(preset.unet), UNET, "unet.")]
-    rules += placed(vae_rules(preset.codec), VAE, "vae.")
+    codec = [*placed(CODEC_RULES[preset.codec.kind](preset.codec), VAE, "vae.")]
+    rules = [*placed(network_rules(preset.unet), UNET, "unet."), *codec]
     for i, (prefix, openclip) in enumerate(text_places(preset.unet, preset.text)):
         table = openclip_rules if openclip else clip_rules
         rules += placed(table(preset.text[i]), prefix, f"text.{i}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any, NamedTuple
 
+from difftool.config.families import Family
 from difftool.errors import InputError, UsageError
 from difftool.formats.model_source import Evidence, Told
 from difftool.formats.values import MAX_NUMBERS, numbers
@@ -19,7 +20,6 @@ from difftool.storage.tensors import Located
 
 WORDS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
 """Names of targets in metadata and configuration files."""
-ALWAYS_V = ("x4-upscaler", "sd2-unclip")
 BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_DEVIATION = 0.09
 """SD2's v-models have a larger deviation in that tensor, its eps-models a smaller one (ComfyUI)."""
@@ -69,7 +69,7 @@ def network_of(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def decide(
     where: str,
-    family: str,
+    family: Family,
     metadata: Mapping[str, str],
     params: Mapping[str, Any],
     find: Find,
@@ -115,7 +115,7 @@ def decide(
             if told.prediction or told.zero_snr:
                 raise UsageError("target eps and zero terminal SNR exclude each other", hint=hint)
             raise InputError(f"{where} contradicts itself", why, hint)
-    elif not edm and family != "x4-upscaler" and (betas := _custom_betas(find)):
+    elif not edm and not family.path and (betas := _custom_betas(find)):
         path |= {"kind": "discrete", "betas": betas}
         findings.append(Evidence("alphas_cumprod", "a noise schedule of its own"))
     return Noise(target, path, findings, warnings)
@@ -159,18 +159,18 @@ def _edm(find: Find) -> tuple[str, dict[str, Any], str] | None:
     return None
 
 
-def _usual(family: str, find: Find) -> tuple[str, str, bool]:
+def _usual(family: Family, find: Find) -> tuple[str, str, bool]:
     """Target, what tells, and whether that is a guess, where nothing is said."""
-    if family in ALWAYS_V:
-        return "v", f"family {family}, which always has it", False
-    if family == "sd2":
+    usual = family.targets[0]
+    if len(family.targets) > 1:
         bias = find(BIAS)
         if bias is not None and (values := numbers(bias)):
             deviation = pstdev(values)
             target = "v" if deviation > V_DEVIATION else "eps"
             return target, f"norm1.bias deviates by {deviation:.3f}", True
-        return "eps", "nothing says so, family sd2 has both", True
-    return "eps", f"family {family}, unless something says otherwise", False
+        return usual, f"nothing says so, family {family.id} has both", True
+    always = "which always has it" if usual == "v" else "unless something says otherwise"
+    return usual, f"family {family.id}, {always}", False
 
 
 def _bars(find: Find) -> list[float]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from difftool.config import families
+from difftool.config.families import Family
 from difftool.config.layers import load_preset
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset
@@ -22,13 +24,6 @@ from difftool.formats.ldm.prediction_type import Find, decide, network_of
 from difftool.formats.model_source import NOTHING_TOLD, Evidence, Told, checked_values
 from difftool.formats.rules import Shape
 from difftool.formats.values import numbers
-
-BASES = {
-    "sd2": "sd21", "sd2-inpaint": "sd21", "sd2-depth": "sd21", "sd2-unclip": "sd21",
-    "x4-upscaler": "sd21", "sdxl": "sdxl", "sdxl-inpaint": "sdxl", "ssd-1b": "sdxl",
-    "sdxl-refiner": "sdxl-refiner",
-}  # fmt: skip
-"""Presets whose way of sampling a family has; sd15 for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,7 @@ def derive(
         text = _text(shapes, unet)
         if unet.vector_dim and not any(t.pooled for t in text):
             unet = replace(unet, vector_name="class_embedding")
-        family = detect.family_of(unet, codec, text)
+        family = families.family(families.family_of(unet, codec, text))
         unet = detect.with_heads(unet, family, network_of(params))
     except (KeyError, IndexError, ValueError, StopIteration) as error:
         raise unknown_family(where, part(UNET), str(error)) from None
@@ -73,9 +68,8 @@ def derive(
     base = load_preset(_base(family, unet, noise.target, metadata))
     codec = _codec(codec, family, params, find)
     path = noise.path if "kind" in noise.path else base.path | noise.path
-    if family == "x4-upscaler":
-        path = {"kind": "discrete", "schedule": "scaled_linear"} | noise.path
-        path |= {"beta_start": 1e-4, "beta_end": 0.02}
+    if family.path:
+        path = {**family.path, **noise.path}
     sample, scheduler = to_values(base.sample), dict(base.scheduler)
     if noise.path.get("zero_snr"):  # other spacings never visit the last time
         sample |= {"schedule": "trailing", "schedule_options": {}, "guidance_rescale": 0.7}
@@ -93,13 +87,13 @@ def derive(
         why = f"label_emb takes {unet.vector_dim}, which is not {pooled} and some sizes of 256"
         raise InputError(f"{where} does not fit together", why)
     layer = metadata.get("modelspec.encoder_layer", "")
-    if family in ("sd1", "sd1-inpaint", "pix2pix") and layer.isdecimal() and text:
+    if family.encoders == ("clip",) and layer.isdecimal():
         hidden = -min(max(1, int(layer)), text[0].layers)
         text = (replace(text[0], hidden=hidden), *text[1:])
     values = to_values(base) | {
         "name": metadata.get("modelspec.title") or name,
-        "about": f"a model of family {family}",
-        "family": family,
+        "about": f"a model of family {family.id}",
+        "family": family.id,
         "codec": to_values(codec),
         "unet": to_values(unet),
         "text": [to_values(encoder) for encoder in text],
@@ -109,7 +103,7 @@ def derive(
         "scheduler": scheduler,
         "sample": sample,
     }
-    says = f"family {family}, {len(shapes)} tensors"
+    says = f"family {family.id}, {len(shapes)} tensors"
     warnings = noise.warnings
     if any(width % 64 for width in unet.channels) and not network_of(params):
         warnings = [*warnings, "how many heads attend is not in the tensors of networks this small"]
@@ -148,20 +142,16 @@ def _has_spare_layer(shapes: Mapping[str, Shape]) -> bool:
     return bool(whole) or "transformer.resblocks.23.ln_1.weight" in shapes
 
 
-def _base(family: str, unet: UNetConfig, target: str, metadata: Mapping[str, str]) -> str:
+def _base(family: Family, unet: UNetConfig, target: str, metadata: Mapping[str, str]) -> str:
     """The preset whose way of sampling a model has."""
-    if "turbo" in metadata.get("modelspec.architecture", "") and family == "sdxl":
-        return "sdxl-turbo"
-    if unet.guidance_dim:
-        return "lcm"
-    base = BASES.get(family, "sd15")
-    return "sd21-v" if base == "sd21" and target == "v" else base
+    turbo = "turbo" in metadata.get("modelspec.architecture", "")
+    traits = {"turbo": turbo, "guidance": bool(unet.guidance_dim), "v": target == "v"}
+    return family.preset_for(*(trait for trait, has in traits.items() if has))
 
 
-def _codec(codec: VaeConfig, family: str, params: Mapping[str, Any], find: Find) -> VaeConfig:
+def _codec(codec: VaeConfig, family: Family, params: Mapping[str, Any], find: Find) -> VaeConfig:
     """The autoencoder with the scale that its family's latents have."""
-    xl = family.startswith(("sdxl", "ssd"))
-    scale = 0.13025 if xl else 0.08333 if family == "x4-upscaler" else 0.18215
+    scale = family.scale
     if isinstance(params.get("scale_factor"), float):
         scale = params["scale_factor"]
     mean, std = find("edm_mean"), find("edm_std")
@@ -169,7 +159,7 @@ def _codec(codec: VaeConfig, family: str, params: Mapping[str, Any], find: Find)
     if mean and std:  # Playground 2.5
         moments = {"latents_mean": tuple(numbers(mean)), "latents_std": tuple(numbers(std))}
         scale = 0.5
-    return replace(codec, scale=scale, force_upcast=xl, **moments)
+    return replace(codec, scale=scale, force_upcast=family.force_upcast, **moments)
 
 
 def _size(text: str, codec: VaeConfig) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from difftool.config.families import family
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
@@ -103,7 +104,7 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     if has_ema:
         more, flatter = mapped(averaged, places, str(path))
         tensors, flat = tensors | more, [*flat, *flatter]
-    seen = seen_in(shapes) if values["family"] == "sd2-unclip" else NOTHING
+    seen = seen_in(shapes) if family(preset.family).vision else NOTHING
     more, _ = mapped(seen.rules, places, str(path))
     tensors |= more
     dropped = [Drop(place, "no part of the model") for place in header.beside.values()]

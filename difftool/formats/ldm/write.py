@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from difftool.config.families import family
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, DifftoolError, InputError
@@ -106,7 +107,7 @@ def _kept_rules(
 
 def _markers(source: ModelSource) -> Iterator[str]:
     """Names of the empty tensors by which other tools know SDXL's v-models."""
-    if source.values["family"] in ("sdxl", "sdxl-inpaint", "ssd-1b"):
+    if family(source.values["family"]).v_markers:
         if source.values["target"] == "v":
             yield "v_pred"
         if source.values["path"].get("zero_snr"):
@@ -168,7 +169,7 @@ def _complete(
             raise CheckError(what, error.why or error.what) from None
     extra = make_extra(source, found, keep_metadata=False)
     same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items())
-    told = seen_in(shapes).configs if source.values["family"] == "sd2-unclip" else {}
+    told = seen_in(shapes).configs if family(source.values["family"]).vision else {}
     configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != told.get(k)}
     configs = configs if keep_metadata else {}
     if same and not configs and source.tokenizer_json is None and source.weights[0] == "live":

@@ -16,7 +16,6 @@ from difftool.config.schema import Part, TrainConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError
-from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.model import Model
 from difftool.training.step.objectives import OBJECTIVES
 
@@ -91,9 +90,8 @@ def activation_bytes(model: Model, part: Part) -> int:
         model.denoiser.network.checkpoint(recipe.checkpointing)  # type: ignore[operator]
     with saved_for_backward() as tensors, torch.device("meta"):
         if part == "vae":
-            assert isinstance(model.codec, VaeCodec)
-            mean, _ = model.codec.vae.encode(torch.empty(1, 3, side, side))
-            model.codec.vae.decode(mean)
+            mean, _ = model.codec.posterior(torch.empty(1, 3, side, side))
+            model.codec.pictures(mean)
         else:
             _denoise(model, side)
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

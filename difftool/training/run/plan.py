@@ -169,7 +169,7 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         raise UsageError(
             "cannot train on this data", why, "lay the pictures out in one folder a class"
         )
-    if "vae" in preset.parts and preset.codec.kind != "vae":
+    if "vae" in preset.parts and not preset.codec.learned:
         why = f"its codec is {preset.codec.kind}"
         hint = "--preset vae-small and ldm-small have one"
         raise UsageError(f"the preset {preset.name} has no autoencoder to train", why, hint)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from difftool.config.families import OWN, family
 from difftool.config.layers import Layer
 from difftool.config.schema import Part, Preset
 from difftool.config.validate import build_preset
@@ -27,14 +28,6 @@ from difftool.storage.runs import (
 )
 from difftool.storage.shards import written_at
 
-FINE_TUNED = {"difftool": 0.1}
-"""Share of the recipe's learning rate that fine-tuning starts with, by family."""
-PUBLISHED_LR = 1e-5
-"""Learning rate of fine-tuning a published model."""
-LORA_LR = {"difftool": 1e-3}
-"""Learning rates of LoRAs, by family."""
-PUBLISHED_LORA_LR = 1e-4
-"""Of a LoRA of a published model."""
 CHANNELS = ("in_channels", "out_channels")
 
 
@@ -126,7 +119,7 @@ def with_codec_of(preset: Preset, model: Path) -> Preset:
 def vae_layer(flag: str, model: Path) -> Layer:
     """What --vae MODEL says: its autoencoder, and a U-Net with as many channels."""
     preset = build_preset(open_model(model).values, str(model))
-    if preset.codec.kind != "vae":
+    if not preset.codec.learned:
         raise UsageError(f"{model} has no autoencoder", f"its codec is {preset.codec.kind}")
     values: dict[str, Any] = open_model(model).values["codec"]
     channels = preset.codec.latent_channels
@@ -140,17 +133,17 @@ def start_layers(model: Path) -> list[Layer]:
     past = {"steps", "batch_size", "flip", "size"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
     values |= {"train": train, "parts": ["unet"], "data": {}}
-    family = str(values.get("family", "difftool"))
-    share = FINE_TUNED.get(family)
-    lr = PUBLISHED_LR if share is None else share * float(train.get("lr", 1e-3))
+    row = family(str(values.get("family", OWN)))
+    lr = row.fine_tune_lr
+    if row.fine_tune_share is not None:
+        lr = row.fine_tune_share * float(train.get("lr", 1e-3))
     origin = "chosen: fine-tuning starts gently"
     return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
 
 
 def lora_layers(model: Path, rank: int) -> list[Layer]:
     """What --lora says: small matrices are trained by AdamW, and the model stays as it is."""
-    family = str(open_model(model).values.get("family", "difftool"))
-    lr = LORA_LR.get(family, PUBLISHED_LORA_LR)
+    lr = family(str(open_model(model).values.get("family", OWN))).lora_lr
     values = {"lora_rank": rank, "lora_base": str(model)}
     gentle = {"optimizer": "adamw", "lr": lr}
     return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]

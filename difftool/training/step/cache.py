@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from difftool.data import Dataset
 from difftool.data.buckets import Buckets, Size
-from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.condition import EncodedPrompts, encode_prompts
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import load_tensors, save_tensors
@@ -76,10 +75,9 @@ class Latents:
             (frame, frame) if isinstance(frame, int) else dataset.bucket(index, frame)
             for index in range(count)
         ]
-        assert isinstance(model.codec, VaeCodec)
-        vae, path = model.codec.vae, None
+        codec, path = model.codec, None
         if folder is not None:
-            facts = f"{dataset.fingerprint} {frame} {flip} {count} {_digest({'vae': vae})}"
+            facts = f"{dataset.fingerprint} {frame} {flip} {count} {_digest(codec.parts())}"
             name = hashlib.sha256(facts.encode()).hexdigest()[:32]
             path = folder / f"latents-{name}.safetensors"
             if path.is_file():
@@ -91,7 +89,7 @@ class Latents:
                 indices, sides = members[first : first + BATCH], []
                 for mirrored in (False, True)[: 2 if flip else 1]:
                     pictures = dataset.images(indices, size, [mirrored] * len(indices))
-                    mean, logvar = vae.encode(to_signal(pictures, model.device).to(vae.dtype))
+                    mean, logvar = codec.posterior(to_signal(pictures, model.device))
                     sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
                 rows.append(torch.stack(sides, dim=1).half().cpu())
                 done += len(indices)

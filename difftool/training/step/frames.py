@@ -16,4 +16,4 @@ def buckets_of(preset: Preset, size: int) -> Buckets | None:
 
 def step_of(preset: Preset) -> int:
     """What the sides of a model's pictures are multiples of: below it no level halves evenly."""
-    return preset.codec.factor * 2 ** (len(preset.unet.channels) - 1)
+    return preset.codec.factor * preset.unet.multiple

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
 from difftool.data import Dataset
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, training_loss
-from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
 from difftool.registry import Registry, call
@@ -121,7 +120,7 @@ class DenoisingObjective(Objective):
         preset = model.preset
         if preset.text and not any(name.startswith("text.") for name in self.learned_parts(preset)):
             self.embeddings = Embeddings(model, folder)
-        if preset.codec.kind == "vae" and dataset.fixed:
+        if preset.codec.learned and dataset.fixed:
             assert config.size
             frame = buckets_of(preset, config.size) or config.size
             with (
@@ -174,14 +173,15 @@ class DenoisingObjective(Objective):
             assert self.latents is not None
             mean, std = self.latents.read(batch.indices, batch.flips, model.device)
             noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
-            return model.codec.scaled(mean + std * noise)  # type: ignore[attr-defined]
+            return model.codec.scaled(mean + std * noise)
         images = to_signal(batch.pictures, model.device)
         # In full precision whatever the U-Net trains in: what it learns is no better than x0.
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             sides = (side // model.codec.factor for side in images.shape[-2:])
             shape = (model.codec.channels, *sides)
-            vae = isinstance(model.codec, VaeCodec)
-            noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape) if vae else None
+            noise = None
+            if model.codec.learned:
+                noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape)
             return model.codec.encode(images, noise)
 
 
@@ -195,8 +195,6 @@ class VaeObjective(Objective):
 
     def __init__(self, model: Model, config: VaeTrainConfig):
         super().__init__(model, config)
-        assert isinstance(model.codec, VaeCodec)
-        self.vae = model.codec.vae
         self.critic: PatchDiscriminator | None = None
         if config.adversarial:
             self.critic = PatchDiscriminator(model.preset.codec.channels)
@@ -213,9 +211,10 @@ class VaeObjective(Objective):
     def losses(self, batch: Batch, step: int) -> LossOutput:
         assert batch.pictures is not None
         images, config = to_signal(batch.pictures, self.model.device), self.config
-        mean, logvar = self.vae.encode(images)
+        codec = self.model.codec
+        mean, logvar = codec.posterior(images)
         noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
-        back = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).float()
+        back = codec.pictures(mean + torch.exp(0.5 * logvar) * noise).float()
         mean, logvar = mean.float(), logvar.float()
         terms = {
             "pixels": (back - images).abs().mean(dim=(1, 2, 3)),

@@ -1,0 +1,46 @@
+"""The kinds of networks, text encoders and codecs: what is built for a configuration of each.
+
+A new kind is a row here, and one of its configuration in config.networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from difftool.config.networks import CodecConfig, NetworkConfig, TextConfig
+from difftool.networks.clip import ClipText
+from difftool.networks.codecs import Codec, SpaceToDepth, VaeCodec
+from difftool.networks.unet import UNet
+from difftool.registry import Registry
+
+NETWORKS: Registry[Callable[[Any], nn.Module]] = Registry("network")
+"""Denoising networks: called with x, t and whatever of context, vector, label and guidance their
+configuration has; init_weights(generator) and checkpoint(on) as UNet has them."""
+NETWORKS.add("unet", UNet)
+
+ENCODERS: Registry[Callable[[Any], nn.Module]] = Registry("text encoder")
+"""Text encoders: token ids [B,L] to context [B,L,D] and pooled text [B,P] or None."""
+ENCODERS.add("clip", ClipText)
+
+CODECS: Registry[Callable[[Any], Codec]] = Registry("codec")
+CODECS.add("identity", Codec, "pixel")
+CODECS.add("space_to_depth", SpaceToDepth)
+CODECS.add("vae", VaeCodec)
+
+
+def build_network(config: NetworkConfig) -> nn.Module:
+    """The denoising network of a configuration."""
+    return NETWORKS[config.kind](config)
+
+
+def build_encoder(config: TextConfig) -> nn.Module:
+    """The text encoder of a configuration."""
+    return ENCODERS[config.kind](config)
+
+
+def build_codec(config: CodecConfig) -> Codec:
+    """The codec of a configuration."""
+    return CODECS[config.kind](config)
