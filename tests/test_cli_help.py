@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from itertools import groupby
+
 import pytest
 
 from difftool.cli import help
 from difftool.cli.app import COMMANDS
-from difftool.config.options import Option
+from difftool.config.options import RUN, Option
 
 ROWS = [
     Option(name="prompt", argument=True, many=True, panel="Prompt", help="What to draw"),
@@ -25,7 +28,7 @@ ROWS = [
 @pytest.mark.parametrize("width", [80, 160])
 def test_every_word_of_a_row_is_shown_whole(monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    help.show("difftool draw [PROMPT]...", "Draw.\n\nExamples\n\n  difftool draw", ROWS)
+    help.show("difftool draw", "Draw.\n\nExamples\n\n  difftool draw", ROWS)
     shown = capsys.readouterr().out
     assert all(len(line) <= min(width, help.WIDTH) for line in shown.splitlines())
     assert "…" not in shown
@@ -33,7 +36,16 @@ def test_every_word_of_a_row_is_shown_whole(monkeypatch, capsys, width):
     for row in ROWS:
         for text in (help.names(row), help.metavar(row), help.meaning(row)):
             assert set(text.split()) <= set(words)
-    for text in ("[dpmpp_2m]", "[0.001]", "--[no-]ema", "-s,", "PROMPT", "NUMBER", "Examples"):
+    for text in (
+        "[dpmpp_2m]",
+        "[0.001]",
+        "--[no-]ema",
+        "-s,",
+        "PROMPT",
+        "NUMBER",
+        "Examples",
+        "[PROMPT]...",
+    ):
         assert text in words
     assert shown.index("Prompt") < shown.index("Sampler") < shown.index("--sampler")
 
@@ -51,3 +63,22 @@ def test_no_command_is_a_misuse(difftool):
     ran = difftool("--json")
     assert ran.code == 2
     assert "sample" in ran.object["error"]["hint"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_of_a_command_s_help_is_cut(difftool, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = getattr(import_module(f"difftool.cli.{command}"), "ROWS", ())
+    if not rows:
+        pytest.skip("not made of rows yet")
+    ran = difftool(command, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert max(map(len, ran.lines)) <= 80
+    assert "…" not in ran.out
+    words = set(ran.out.replace("│", " ").split())
+    for row in rows:
+        for text in (help.names(row), help.metavar(row), help.meaning(row)):
+            assert set(text.split()) <= words, row
+    panels = [panel for panel, _ in groupby(row.panel for row in rows)]
+    assert len(panels) == len(set(panels)), "a panel's rows are together, in one order"
+    assert panels[-1:] in ([RUN], [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import itertools
 import os
 import signal
 import sys
@@ -33,12 +32,7 @@ COMMANDS = {
     "convert": "Convert a model to another format, losing nothing, or say what is in it.",
 }
 """The commands, each a module of its name, and a line about it."""
-ROWS = (
-    Option(name="version", type=bool, panel=RUN, help="Show the version"),
-    LIST,
-    PLUGIN,
-    JSON,
-)
+VERSION = Option(name="version", type=bool, panel=RUN, help="Show the version")
 COMPLETION = (
     Option(name="install_completion", type=bool, panel=RUN, help="Teach your shell completion"),
     Option(name="show_completion", type=bool, panel=RUN, help="Show what would be installed"),
@@ -46,26 +40,33 @@ COMPLETION = (
 """Typer's own."""
 
 
+CONTEXT = inspect.Parameter(
+    "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+)
+
+
 class Root(Group):
     """What stands before a command."""
 
-    rows = (*ROWS, *COMPLETION)
+    rows = (VERSION, LIST, PLUGIN, JSON, *COMPLETION)
 
 
-def build(words: Sequence[str]) -> typer.Typer:
-    """The tool for a command line of these words. Only the command that is meant is imported: the
-    help of all needs their lines."""
+def build(words: Sequence[str], *, asked: bool = False) -> typer.Typer:
+    """The tool for a command line of these words; asked: by a shell, for the rest of a word.
+
+    Only the command that is meant is imported: the help of all needs their lines.
+    """
+    wanted = next((word for word in words if word in COMMANDS), None)
+    first = asked or words[0] != wanted  # else nothing before the command has to be read: faster
     app = typer.Typer(
         name="difftool",
         help=ABOUT,
+        add_help_option=first,
+        add_completion=first,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    context = inspect.Parameter(
-        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-    )
-    root = with_rows(_root, ROWS, context)
+    root = with_rows(_root, (VERSION, LIST, PLUGIN, JSON) if asked else (VERSION, JSON), CONTEXT)
     app.callback(cls=Root, invoke_without_command=True)(root)
-    wanted = next((word for word in words if word in COMMANDS), None)
     for name, about in COMMANDS.items():
         if name != wanted:
             app.command(name, help=about)(lambda: None)
@@ -114,22 +115,34 @@ def _run() -> int | None:
     words = asked or sys.argv[1:] or ["--help"]
     console.mode.json = "--json" in words  # for what is wrong before options are read
     console.mode.debug = "--debug" in words
-    kinds = _given(words, LIST)
+    kinds, words = _taken(words, LIST)
+    plugins, words = _taken(words, PLUGIN)
     if kinds or not COMMANDS.keys().isdisjoint(words):
-        _load_plugins(words, quiet=asked is not None)
+        _load_plugins(plugins, quiet=asked is not None)
     if kinds and asked is None:
         return lists.show(kinds[0])
-    return build(words)(words, prog_name="difftool", standalone_mode=False)
+    app = build(words, asked=asked is not None)
+    return app(words, prog_name="difftool", standalone_mode=False)
 
 
-def _given(words: Sequence[str], row: Option) -> list[str]:
-    """The values of an option that something is done for before the command line is read."""
-    words = [*itertools.takewhile(lambda word: word != "--", words)]
-    after = [then for word, then in pairwise([*words, ""]) if word == row.flag]
-    return after + [word.partition("=")[2] for word in words if word.startswith(f"{row.flag}=")]
+def _taken(words: Sequence[str], row: Option) -> tuple[list[str], list[str]]:
+    """The values of an option that is done with before a command's own are read; other words."""
+    values: list[str] = []
+    others: list[str] = []
+    ahead = iter(words)
+    for word in ahead:
+        if word == row.flag:
+            values.append(next(ahead, ""))
+        elif word.startswith(f"{row.flag}="):
+            values.append(word.partition("=")[2])
+        else:
+            others.append(word)
+            if word == "--":
+                others += ahead
+    return values, others
 
 
-def _load_plugins(words: Sequence[str], quiet: bool) -> None:
+def _load_plugins(paths: Sequence[str], quiet: bool) -> None:
     """Load what installed packages and the command line add, before help and choices need it;
     quiet: as far as can be."""
     from difftool.plugins import load_entry_points, load_plugins
@@ -140,7 +153,7 @@ def _load_plugins(words: Sequence[str], quiet: bool) -> None:
         if not quiet:
             console.warn(": ".join(part for part in (error.what, error.why) if part))
     try:
-        load_plugins(_given(words, PLUGIN))
+        load_plugins(paths)
     except DifftoolError:
         if not quiet:
             raise

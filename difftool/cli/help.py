@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from difftool.config.options import Option
@@ -15,7 +17,7 @@ METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
 def show(
-    usage: str, about: str, rows: Sequence[Option], commands: Mapping[str, str] | None = None
+    called: str, about: str, rows: Sequence[Option], commands: Mapping[str, str] | None = None
 ) -> None:
     """Print the help of a command of these options, or of the tool with its commands."""
     from rich.console import Console
@@ -23,10 +25,10 @@ def show(
 
     console = Console(highlight=False)
     width = min(console.width, WIDTH)
-    console.print()
-    for line in (f"Usage: {usage}", "", *about.strip().splitlines(), ""):
-        heads = line.startswith("Usage: ") or line == HEADING
-        console.print(Text(line, style="bold" if heads else ""), width=width)
+    usage = " ".join(map(_place, filter(lambda row: row.argument, rows))) or "COMMAND ..."
+    for line in ("", f"Usage: {called} [OPTIONS] {usage}", "", *_wrapped(about.strip(), width), ""):
+        heads = line == HEADING or line.startswith("Usage: ")
+        console.print(Text(line, style="bold" if heads else ""))
     panels: dict[str, list[tuple[Text, Text]]] = {}
     if commands:
         panels["Commands"] = [(Text(name, "bold cyan"), Text(a)) for name, a in commands.items()]
@@ -55,6 +57,26 @@ def _panel(title: str, lines: Sequence[tuple[Any, Any]], first: int) -> Any:
     return Panel(grid, title=title, title_align="left", border_style="dim")
 
 
+def _wrapped(text: str, width: int) -> Iterator[str]:
+    """The lines of a text: paragraphs filled; what is indented stays, and goes on further in."""
+    for indented, lines in groupby(text.splitlines(), key=lambda line: line[:1] in ("", " ")):
+        if indented:
+            for line in lines:
+                inner = " " * (len(line) - len(line.lstrip()) + 4)
+                yield from textwrap.wrap(line, width, subsequent_indent=inner) or [""]
+        else:
+            *_, last = lines = list(lines)
+            heading = [last] if last == HEADING else []
+            yield from textwrap.wrap(" ".join(lines[: -1 if heading else None]), width)
+            yield from heading
+
+
+def _place(row: Option) -> str:
+    """Where an argument stands on the command line: "[PROMPT]..."."""
+    place = metavar(row) if row.required else f"[{metavar(row)}]"
+    return f"{place}..." if row.many else place
+
+
 def names(row: Option) -> str:
     """How an option is spelled: "-m, --model", "--[no-]ema", "PROMPT"."""
     if row.argument:
@@ -68,7 +90,7 @@ def names(row: Option) -> str:
 def metavar(row: Option) -> str:
     """What stands for the value of an option; nothing for a switch."""
     if row.argument:
-        return row.flag
+        return row.flag.strip("[].")
     if row.metavar is not None or row.type is bool:
         return row.metavar or ""
     return "NAME" if row.choices is not None else METAVARS.get(row.type, "PATH")
@@ -76,5 +98,5 @@ def metavar(row: Option) -> str:
 
 def meaning(row: Option) -> str:
     """What an option does, and the values that there are."""
-    said = row.help.rstrip(".")
-    return f"{said}." if row.choices is None else f"{said}: {', '.join(row.choices())}."
+    said = row.help if row.choices is None else f"{row.help}: {', '.join(row.choices())}"
+    return said if said.endswith(".") else f"{said}."

@@ -24,8 +24,7 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         if self.rows:
-            usage = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
-            help.show(usage, self.help or "", [*self.rows, HELP])
+            help.show(ctx.command_path, self.help or "", [*self.rows, HELP])
         else:
             super().format_help(ctx, formatter)
 
@@ -36,9 +35,8 @@ class Group(TyperGroup):
     rows: ClassVar[Sequence[Option]] = ()
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        usage = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
         commands = {name: command.help or "" for name, command in self.commands.items()}
-        help.show(usage, self.help or "", [*self.rows, HELP], commands)
+        help.show(ctx.command_path, self.help or "", [*self.rows, HELP], commands)
 
 
 def _escaped(text: str) -> str:
@@ -51,7 +49,7 @@ def parameter(row: Option) -> inspect.Parameter:
     kind: Any = list[row.type] if row.many else row.type
     if row.argument:
         info: Any = typer.Argument(
-            metavar=row.metavar, help=_escaped(row.help), autocompletion=completer(row)
+            metavar=help.metavar(row), help=_escaped(row.help), autocompletion=completer(row)
         )
     else:
         info = typer.Option(
@@ -63,12 +61,18 @@ def parameter(row: Option) -> inspect.Parameter:
         )
     default: Any = inspect.Parameter.empty if row.required else None
     annotation = kind if row.required else kind | None
+    if _is_switch(row):
+        annotation, default = bool, False
     return inspect.Parameter(
         row.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[annotation, info],
     )
+
+
+def _is_switch(row: Option) -> bool:
+    return row.type is bool and not any("/" in flag for flag in row.flags)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -97,6 +101,10 @@ def command(
                 setattr(console.mode, flag, True)
         if given.get("offline"):  # what the hub's own package goes by, in child processes too
             os.environ["HF_HUB_OFFLINE"] = "1"
+        switches = {row.name for row in rows if _is_switch(row)}
+        given = {
+            n: None if value is False and n in switches else value for n, value in given.items()
+        }
         return run(read_options(rows, given))
 
     function.__name__ = name
