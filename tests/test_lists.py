@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from commands import add_command
-from test_plugins import OWN, forget  # noqa: F401
+from test_plugins import OWN
 
 from difftool.cli.lists import KINDS
 from difftool.cli.options import TALK
