@@ -31,6 +31,7 @@ from difftool.forward.sheets import (
     markov_sheet,
     strip_sheet,
 )
+from difftool.images import canvas, theme
 
 SD15 = build_path({"kind": "sd15"})
 TWO = {name: build_path({"kind": name}) for name in ("linear", "flow")}
@@ -92,17 +93,17 @@ SHAPES = {"square": (16, 16), "wide": (1000, 50), "tall": (20, 400), "usual": (2
 def written(monkeypatch):
     """The boxes (left, top, right, bottom) and page of every text that a pen writes."""
     found = []
-    write = drawing.Pen.write
+    write = canvas.Canvas.write
 
     def recorded(self, x, y, text, size, *args, **options):
         end = write(self, x, y, text, size, *args, **options)
         if text:
             height = size * self.unit
-            left = end - drawing.length(text, height)
+            left = end - canvas.length(text, height)
             found.append((self.page, (left, y - 0.7 * height, end, y + 0.22 * height), text))
         return end
 
-    monkeypatch.setattr(drawing.Pen, "write", recorded)
+    monkeypatch.setattr(canvas.Canvas, "write", recorded)
     return found
 
 
@@ -136,7 +137,7 @@ def test_two_bands_are_higher_than_one_and_curves_wider():
 
 
 def color_of(index: int) -> list[int]:
-    return list(ImageColor.getrgb(drawing.COLORS[index]))
+    return list(ImageColor.getrgb(theme.COLORS[index]))
 
 
 def test_the_curves_are_drawn_in_the_colours_of_their_bands():
@@ -150,7 +151,7 @@ def test_curves_of_every_path(names):
     paths = {name: build_path({"kind": name}) for name in names}
     bare = plots.draw_curves(curve_sheet(paths, {name: [] for name in names}))
     pixels = np.asarray(bare).reshape(-1, 3).tolist()
-    assert all(color_of(k % len(drawing.COLORS)) in pixels for k in range(len(names)))
+    assert all(color_of(k % len(theme.COLORS)) in pixels for k in range(len(names)))
     visited = {name: GRIDS["trailing"](path, 5) for name, path in paths.items()}
     dotted = plots.draw_curves(curve_sheet(paths, visited))
     assert dotted.size == bare.size and dotted.tobytes() != bare.tobytes()
@@ -200,7 +201,7 @@ def test_the_paper_and_the_type_of_a_gif_are_exact_in_every_frame():
             found, page = np.array(moving.convert("RGB")), np.array(moment.page)
             for left, top, right, bottom in moment.boxes:
                 found[top:bottom, left:right] = page[top:bottom, left:right] = 0
-            for ink in (drawing.PAPER, drawing.INK, drawing.TRACK, *drawing.COLORS[:2]):
+            for ink in (theme.PAPER, theme.INK, theme.RULE, *theme.COLORS[:2]):
                 same = (page == ImageColor.getrgb(ink)).all(axis=2)
                 assert (found[same] == ImageColor.getrgb(ink)).all()
             assert np.abs(found.astype(int) - page).max() < 24  # edges of the type

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from difftool.forward.drawing import COLORS, INK, MUTED, PAPER, TRACK, Moment, moments
+from difftool.forward.drawing import Moment, moments
 from difftool.forward.process import Pixels
 from difftool.forward.sheets import Sheet
+from difftool.images.theme import COLORS, INK, MUTED, PAPER, RULE
 
 PACE, FIRST, LAST = 80, 1000, 1400
 """Milliseconds of a frame, of the picture, and of the static at the end."""
@@ -48,7 +49,7 @@ def _saved(frames: Sequence[Image.Image], format: str, **options: object) -> byt
 
 def _inks(sheet: Sheet) -> Pixels:
     """Paper, inks and what lies between them [N,3]: in every frame, so that nothing flickers."""
-    names = [INK, MUTED, TRACK, *(c for _, c in zip(sheet.bands, cycle(COLORS), strict=False))]
+    names = [INK, MUTED, RULE, *(c for _, c in zip(sheet.bands, cycle(COLORS), strict=False))]
     paper = np.array(ImageColor.getrgb(PAPER))
     steps = np.linspace(0, 1, SHADES + 1)[1:, None]
     mixed = [paper + steps * (ImageColor.getrgb(ink) - paper) for ink in dict.fromkeys(names)]

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import cycle, groupby
+from itertools import cycle
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from difftool.diffusion.path import Level
 from difftool.forward.levels import decibels, psnr, short, signal_share, typeset
-from difftool.forward.process import Pixels
+from difftool.forward.plots import FORMULA
+from difftool.forward.plots import panel as plot
 from difftool.forward.sheets import Band, Sheet, zoom
+from difftool.images.canvas import Canvas, length
+from difftool.images.theme import COLORS, MUTED, PAPER
 
-PAPER, INK, MUTED, TRACK = "#fbfaf7", "#1c1b19", "#85817a", "#e3dfd6"
-COLORS = ("#d1495b", "#00798c", "#e09f3e", "#5b8c5a", "#6c5b9e", "#2e4057")
-"""Of the bands, in turn."""
 LINE_MAX = 10
 """Frames on a line; longer bands are broken into lines of equal length."""
 UNIT = 14.5
 """How many times larger than the labels a frame is."""
-FORMULA = "𝑥ₜ = 𝛼 𝑥₀ + 𝜎 𝜀"
 SIGNATURE = "difftool noise"
 LEAST_PLOT = 11
 """Least height of the panel of curves, in labels."""
@@ -96,33 +93,31 @@ def draw(sheet: Sheet) -> Image.Image:
     head = round(3.4 * unit)
     size = 2 * margin + inner, margin + head + body + round(1.7 * unit)
     page = Image.new("RGB", size, PAPER)
-    pen = Pen(page, unit)
+    canvas = Canvas(page, unit)
     right, baseline = margin + inner, margin + 0.9 * unit
-    end = pen.write(margin, baseline, sheet.title, 1.75)
-    end = pen.write(end + 0.8 * unit, baseline, sheet.note, 1.1, MUTED)
+    end = canvas.write(margin, baseline, sheet.title, 1.75)
+    end = canvas.write(end + 0.8 * unit, baseline, sheet.note, 1.1, MUTED)
     if right - end > length(FORMULA, 1.35 * unit) + 2 * unit:
-        pen.write(right, baseline, FORMULA, 1.35, MUTED, align="right")
+        canvas.write(right, baseline, FORMULA, 1.35, MUTED, align="right")
 
     top = margin + round(2.3 * unit)
     for band, color in zip(sheet.bands, cycle(COLORS), strict=False):
         if m.title:
-            end = pen.write(margin, top + 1.15 * unit, band.title, 1.2, color)
-            pen.write(end + 0.6 * unit, top + 1.15 * unit, band.note, 1.0, MUTED)
+            end = canvas.write(margin, top + 1.15 * unit, band.title, 1.2, color)
+            canvas.write(end + 0.6 * unit, top + 1.15 * unit, band.note, 1.0, MUTED)
         for index in range(len(band.frames)):
             line, column = divmod(index, columns)
             x = margin + column * (m.cell + m.gap)
-            pen.cell(x, top + m.title + line * (m.height + m.label), m, band, index, color)
+            _cell(canvas, x, top + m.title + line * (m.height + m.label), m, band, index, color)
         top += band_height
     if sheet.curves:
-        from difftool.forward.plots import panel as plot
-
         shown = [band.levels for band in sheet.bands]
         curves = plot(sheet.curves, shown, (panel - 2.5 * unit, plot_height + 2.2 * unit), unit)
         page.paste(curves, (right - curves.width, margin + round(2.3 * unit) + m.title))
     bottom = page.height - 1.6 * unit
-    end = pen.write(margin, bottom, sheet.caption, 0.95, MUTED)
+    end = canvas.write(margin, bottom, sheet.caption, 0.95, MUTED)
     if right - end > length(SIGNATURE, 0.95 * unit) + 2 * unit:
-        pen.write(right, bottom, SIGNATURE, 0.95, MUTED, align="right")
+        canvas.write(right, bottom, SIGNATURE, 0.95, MUTED, align="right")
     return page
 
 
@@ -149,100 +144,29 @@ def moments(sheet: Sheet) -> Iterator[Moment]:
     size = 2 * margin + columns * width - m.gap, 2 * margin + lines * height - round(m.unit)
     for moment in range(max(len(band.frames) for band in sheet.bands)):
         page, boxes = Image.new("RGB", size, PAPER), []
-        pen = Pen(page, m.unit)
+        canvas = Canvas(page, m.unit)
         for place, (band, color) in enumerate(zip(sheet.bands, cycle(COLORS), strict=False)):
             x, y = margin + place % columns * width, margin + place // columns * height
             index = min(moment, len(band.frames) - 1)
             if m.title:
-                end = pen.write(x, y + 1.15 * m.unit, band.title, 1.2, color)
+                end = canvas.write(x, y + 1.15 * m.unit, band.title, 1.2, color)
                 if end + 0.6 * m.unit + length(band.note, m.unit) <= x + m.cell:
-                    pen.write(end + 0.6 * m.unit, y + 1.15 * m.unit, band.note, 1.0, MUTED)
-            boxes.append(pen.cell(x, y + m.title, m, band, index, color))
+                    canvas.write(end + 0.6 * m.unit, y + 1.15 * m.unit, band.note, 1.0, MUTED)
+            boxes.append(_cell(canvas, x, y + m.title, m, band, index, color))
         yield Moment(page, boxes)
 
 
-# --- the pen ---------------------------------------------------------------------------------
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """STIX, the scientific journals' type, in the copy that comes with matplotlib."""
-    import matplotlib
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/STIXGeneral.ttf", size)
-
-
-SUBSCRIPTS = {"₀": "0", "₁": "1", "₋": "−", "ₜ": "𝑡"}
-Run = tuple[str, ImageFont.FreeTypeFont, float]
-
-
-def _runs(text: str, size: float) -> list[Run]:
-    """Text, font and lowering of its parts.
-
-    STIX lacks the subscript characters, so they are set as small lowered ones.
-    """
-    runs = []
-    for low, part in groupby(text, SUBSCRIPTS.__contains__):
-        run = "".join(SUBSCRIPTS.get(c, c) for c in part)
-        runs.append((run, _font(round(size * (0.7 if low else 1))), 0.2 * size if low else 0.0))
-    return runs
-
-
-def length(text: str, size: float) -> float:
-    """How wide a text is, in pixels."""
-    return sum(font.getlength(run) for run, font, _ in _runs(text, size))
-
-
-class Pen:
-    """Draws text, frames and bars on a page; sizes are in units of the labels' size."""
-
-    def __init__(self, page: Image.Image, unit: float):
-        self.page, self.unit, self.draw = page, unit, ImageDraw.Draw(page)
-
-    def write(
-        self, x: float, y: float, text: str, size: float, fill: str = INK, align: str = "left"
-    ) -> float:
-        """Write text on the baseline y and return where it ends."""
-        runs = _runs(text, size * self.unit)
-        if align == "right":
-            x -= sum(font.getlength(run) for run, font, _ in runs)
-        for run, font, lowered in runs:
-            self.draw.text((x, y + lowered), run, fill, font, anchor="ls")
-            x += font.getlength(run)
-        return x
-
-    def cell(
-        self, x: int, y: int, m: Metrics, band: Band, index: int, color: str
-    ) -> tuple[int, int, int, int]:
-        """A frame of a band, its labels, and its signal as a bar; where the frame is."""
-        left = x + (m.cell - m.width) // 2
-        self.frame(left, y, band.frames[index], (m.width, m.height))
-        if not band.errors:
-            level: Level = band.levels[index]
-            self.bar(x, y + m.height + 0.5 * m.unit, m.cell, signal_share(level), color)
-        under = y + m.height + (1.35 if band.errors else 1.85) * m.unit
-        first, last = labels(band, index)
-        self.write(x, under, first, 1.0)
-        self.write(x + m.cell, under, last, 1.0, MUTED, align="right")
-        return left, y, left + m.width, y + m.height
-
-    def frame(self, x: int, y: int, pixels: Pixels, size: tuple[int, int]) -> None:
-        """A picture of that size with slightly rounded corners."""
-        picture = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
-        radius = min(round(0.3 * self.unit), min(size) // 3)
-        mask = Image.new("L", (4 * size[0], 4 * size[1]))
-        edge = 0, 0, mask.width - 1, mask.height - 1
-        ImageDraw.Draw(mask).rounded_rectangle(edge, 4 * radius, 255)
-        self.page.paste(picture, (x, y), mask.resize(size))
-
-    def bar(self, x: float, y: float, width: float, share: float, color: str) -> None:
-        """A track of the width with its share filled."""
-        thick = max(3, round(0.24 * self.unit))
-        box = Image.new("RGB", (round(width) * 4, thick * 4), PAPER)
-        draw = ImageDraw.Draw(box)
-        for part, fill in ((1.0, TRACK), (share, color)):
-            if part * width >= 1:
-                end = max(part * box.width, box.height)
-                draw.rounded_rectangle((0, 0, end - 1, box.height - 1), box.height / 2, fill)
-        small = box.resize((round(width), thick), Image.Resampling.LANCZOS)
-        self.page.paste(small, (round(x), round(y)))
+def _cell(
+    canvas: Canvas, x: int, y: int, m: Metrics, band: Band, index: int, color: str
+) -> tuple[int, int, int, int]:
+    """Draw a frame of a band, its labels, and its signal as a bar; where the frame is."""
+    left = x + (m.cell - m.width) // 2
+    canvas.frame(left, y, band.frames[index], (m.width, m.height))
+    if not band.errors:
+        share = signal_share(band.levels[index])
+        canvas.bar(x, y + m.height + 0.5 * m.unit, m.cell, share, color)
+    under = y + m.height + (1.35 if band.errors else 1.85) * m.unit
+    first, last = labels(band, index)
+    canvas.write(x, under, first, 1.0)
+    canvas.write(x + m.cell, under, last, 1.0, MUTED, align="right")
+    return left, y, left + m.width, y + m.height

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from difftool.diffusion.path import Level
-from difftool.forward.drawing import COLORS
 from difftool.forward.plots import ways
 from difftool.forward.process import Pixels
 from difftool.forward.sheets import Band, Sheet
+from difftool.images.theme import COLORS
 
 NOISE_STEP = 1 / 26
 """Precision of the noise in the page, one byte a number: good to two grey levels."""

@@ -12,14 +12,16 @@ import numpy as np
 from PIL import Image
 
 from difftool.diffusion.path import Level
-from difftool.forward.drawing import COLORS, FORMULA, INK, MUTED, PAPER, TRACK, Pen
 from difftool.forward.levels import decibels, log_snr, short
 from difftool.forward.sheets import Sheet
+from difftool.images.canvas import Canvas
+from difftool.images.theme import COLORS, INK, MUTED, PAPER, RULE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FORMULA = "𝑥ₜ = 𝛼 𝑥₀ + 𝜎 𝜀"
 DPI = 100
 POINT = 72 / DPI
 """A pixel, in matplotlib's points."""
@@ -41,9 +43,9 @@ def _canvas(size: tuple[float, float], type_size: float) -> Iterator[Figure]:
         "font.size": type_size * POINT,
         "text.color": MUTED,
         "axes.labelcolor": MUTED,
-        "axes.edgecolor": TRACK,
+        "axes.edgecolor": RULE,
         "axes.facecolor": PAPER,
-        "grid.color": TRACK,
+        "grid.color": RULE,
         "grid.linewidth": 0.8,
         "xtick.color": MUTED,
         "ytick.color": MUTED,
@@ -57,9 +59,9 @@ def _canvas(size: tuple[float, float], type_size: float) -> Iterator[Figure]:
 def _picture(figure: Figure) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    drawn = FigureCanvasAgg(figure)
+    drawn.draw()
+    return Image.fromarray(np.asarray(drawn.buffer_rgba())[..., :3].copy())
 
 
 def _plain(axes: Axes) -> None:
@@ -112,19 +114,19 @@ def draw_curves(sheet: Sheet) -> Image.Image:
     head = round(3.0 * unit) + line * lines
     bottom = round((2.4 if sheet.caption else 0.8) * unit)
     page = Image.new("RGB", (width, margin + head + plot_height + bottom), PAPER)
-    pen = Pen(page, unit)
-    end = pen.write(margin, margin + 0.9 * unit, sheet.title, 1.75)
-    pen.write(end + 0.8 * unit, margin + 0.9 * unit, sheet.note, 1.1, MUTED)
-    pen.write(width - margin, margin + 0.9 * unit, FORMULA, 1.35, MUTED, align="right")
+    canvas = Canvas(page, unit)
+    end = canvas.write(margin, margin + 0.9 * unit, sheet.title, 1.75)
+    canvas.write(end + 0.8 * unit, margin + 0.9 * unit, sheet.note, 1.1, MUTED)
+    canvas.write(width - margin, margin + 0.9 * unit, FORMULA, 1.35, MUTED, align="right")
     if sheet.rivals:
         for k, (band, color) in enumerate(zip(sheet.bands, cycle(COLORS), strict=False)):
             x = margin + k // lines * (width - 2 * margin) / NAMES
             y = margin + 2.9 * unit + k % lines * line
-            end = pen.write(x, y, band.title, 1.2, color)
-            pen.write(end + 0.6 * unit, y, band.note, 1.0, MUTED)
+            end = canvas.write(x, y, band.title, 1.2, color)
+            canvas.write(end + 0.6 * unit, y, band.note, 1.0, MUTED)
     plot = _curves(sheet, (width - 2 * margin + 0.8 * unit, plot_height), unit)
     page.paste(plot, (round(margin - 0.4 * unit), margin + head))
-    pen.write(margin, page.height - 1.6 * unit, sheet.caption, 0.95, MUTED)
+    canvas.write(margin, page.height - 1.6 * unit, sheet.caption, 0.95, MUTED)
     return page
 
 

@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difftool.images.fit import tile, to_pil
+from difftool.images.theme import CAPTION, PAPER, RULE
 
 SIDE = 144
 """Pictures are enlarged, pixel by pixel, to at least about this."""
-PAPER, INK, EDGE = "#fbfaf7", "#4a4741", "#e3dfd6"
 LINES, LONGEST, TEXT = 3, 2000, 12
 GAP, LEADING = 10, 15
 
@@ -49,9 +49,9 @@ def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
             page.paste(picture, (margin, top))
             top += picture.height + 2
         draw = ImageDraw.Draw(page)
-        draw.rectangle((margin - 1, margin - 1, margin + width, top - 2), outline=EDGE)
+        draw.rectangle((margin - 1, margin - 1, margin + width, top - 2), outline=RULE)
         for i, line in enumerate(lines):
-            draw.text((margin, top + 14 + i * LEADING), line, INK, _font(), anchor="ls")
+            draw.text((margin, top + 14 + i * LEADING), line, CAPTION, _font(), anchor="ls")
         drawn.append(page)
     inner = tile(drawn, columns)
     page = Image.new("RGB", (inner.width + GAP, inner.height + GAP), PAPER)

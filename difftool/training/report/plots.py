@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from difftool.images.theme import AMBER, BLUE, GREEN, INK, MUTED, PAPER, RED, RULE, VIOLET
 from difftool.training.metrics import LEVELS, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAPER, INK, MUTED, GRID = "#fbfaf7", "#1c1b19", "#85817a", "#e3dfd6"
-BLUE, RED, PALE = "#00798c", "#d1495b", "#a9cdd3"
+PALE = "#a9cdd3"
 TIME = ("#c3dde1", "#8fc0c7", "#5ba3ae", "#2a8795", "#006374")
 """From the start of a run to its end."""
-CHANNELS = {"red": "#d1495b", "green": "#5b8c5a", "blue": "#3b6ea5"}
-TERMS = ("#00798c", "#e09f3e", "#6c5b9e", "#d1495b", "#5b8c5a")
+CHANNELS = {"red": RED, "green": GREEN, "blue": "#3b6ea5"}
+TERMS = (BLUE, AMBER, VIOLET, RED, GREEN)
 VARIABLES = {
-    **{PAPER: "--paper", INK: "--ink", MUTED: "--muted", GRID: "--rule"},
+    **{PAPER: "--paper", INK: "--ink", MUTED: "--muted", RULE: "--rule"},
     **{BLUE: "--line", PALE: "--pale", RED: "--red"},
     **{color: f"--time{i}" for i, color in enumerate(TIME)},
 }
@@ -42,10 +42,10 @@ STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
     "text.color": INK,
     "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
+    "axes.edgecolor": RULE,
     "axes.facecolor": PAPER,
     "figure.facecolor": PAPER,
-    "grid.color": GRID,
+    "grid.color": RULE,
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
