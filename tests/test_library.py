@@ -7,6 +7,7 @@ import inspect
 import io
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_a_picture_is_the_command_s(model, command):
             assert picture.tobytes() == file.tobytes() and picture.info == file.info
     assert {"parameters", "difftool"} == made[0].info.keys()
     assert len({each.tobytes() for each in made}) == 4
+
+
+def test_what_is_asked_for_is_resolved_once(model):
+    grid, built = difftool.GRIDS["linspace"], []
+
+    def counted(*given, **options):
+        built.append(given[1])
+        return grid.function(*given, **options)
+
+    difftool.GRIDS.add("counted", replace(grid, name="counted", function=counted, aliases=()))
+    try:
+        made = model.sample(["a fox", "a heart"], seed=[1, 2], steps=1, schedule="counted")
+    finally:
+        difftool.GRIDS.remove("counted")
+    assert len(made) == 4 and built == [1]
 
 
 def test_every_step_shows_the_clean_picture_of_the_moment(model):

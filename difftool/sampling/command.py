@@ -157,19 +157,16 @@ def sample(task: Task, model: Model | None = None, refiner: Model | None = None)
     A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
     can be.
     """
-    from difftool.pipeline.settings import plan_sampling, resolve_settings
-
     values = task.values
     if model is None:
         model, refiner = load_models(task)
-    settings = resolve_settings(model, task.base.settings, values["match"])
-    plan_sampling(model, settings)  # refuses options that the sampler lacks
+    run = run_of(task, model, refiner)
+    plan = run.resolver.plan(task.base.settings)
     words = [f"word {word} ({word.path})" for word in model.words]
     notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
-    yield Started(model.name, settings, notes)
+    yield Started(model.name, plan.settings, notes)
     for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
         yield Note(warning)
-    run = run_of(task, model, refiner)
     if values["from_latents"]:
         yield from run.decode(values["from_latents"])
     else:

@@ -3,9 +3,10 @@ followed to the letter is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from difftool.config.schema import SampleConfig
 from difftool.errors import DifftoolError, UsageError
@@ -19,7 +20,7 @@ from difftool.pipeline.inputs import (
     picture_size,
 )
 from difftool.pipeline.model import Model, Word
-from difftool.pipeline.settings import Refiner, plan_sampling, resolve_settings
+from difftool.pipeline.settings import Refiner, SamplePlan, plan_sampling, resolve_settings
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
 from difftool.sampling.batches import Entry
@@ -50,6 +51,7 @@ class Resolver:
         self._noted: set[str] = set()
         self._paths: set[Path] = set()
         self._words: set[Word] = set()
+        self._last: tuple[Mapping[str, Any], bool, SamplePlan] | None = None
 
     def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
         """The pictures of requests, in order; a Failure for what cannot be made, a note for what is
@@ -87,15 +89,23 @@ class Resolver:
         if request.init and not {"size", "width", "height"} & asked.keys():
             factor = model.codec.factor
             asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
-        settings = resolve_settings(model, asked, self.match)
-        given = self._input(request, settings)
+        plan = self.plan(asked, from_picture=request.init is not None)
+        given = self._input(request, plan.settings)
         check_input(model, given)
-        start = request.init is not None
-        plan = plan_sampling(model, settings, from_picture=start, refiner=self._refiner(settings))
         words = used_words(model, (given.prompt, given.negative))
         self._words |= words
         paths = dict.fromkeys(str(word.path) for word in model.words if word in words)
         return Picture(index=0, request=request, plan=plan, input=given, embeddings=tuple(paths))
+
+    def plan(self, asked: Mapping[str, Any], *, from_picture: bool = False) -> SamplePlan:
+        """What settings that are asked for come to; the same one for the same settings in turn."""
+        if self._last is None or self._last[:2] != (asked, from_picture):
+            settings = resolve_settings(self.model, asked, self.match)
+            plan = plan_sampling(
+                self.model, settings, from_picture=from_picture, refiner=self._refiner(settings)
+            )
+            self._last = dict(asked), from_picture, plan
+        return self._last[2]
 
     def _input(self, request: Request, settings: SampleConfig) -> SampleInput:
         """What the model is given; InputError for a picture that cannot be read."""

@@ -64,6 +64,13 @@ class Run:
     refiner_start: float = 0.8
     limit: int = field(default=1 << 30, init=False)
     """Images that fit in memory, as far as is known."""
+    resolver: Resolver = field(init=False)
+
+    def __post_init__(self) -> None:
+        refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
+        self.resolver = Resolver(
+            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
+        )
 
     def events(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
@@ -97,11 +104,7 @@ class Run:
 
     def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
         """The pictures to make, resolved and not made; see `Resolver.entries`."""
-        refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
-        resolver = Resolver(
-            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
-        )
-        return resolver.entries(requests)
+        return self.resolver.entries(requests)
 
     def _room(self, settings: SampleConfig) -> int:
         """How many images of these settings are made together."""
