@@ -21,6 +21,7 @@ from difftool.data.dataset import count, named
 from difftool.data.listing import MAX_CAPTION, MAX_METADATA, Listing, sound_text, stem
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.images.read import SUFFIXES
+from difftool.storage.strict_json import is_unicode
 
 COLUMNS = ("text", "caption", "prompt", "additional_feature")
 """Columns of the metadata that captions are looked for in, in this order."""
@@ -128,17 +129,9 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     size = max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
     if size > MAX_CAPTION or any("\0" in text for text in texts):
         raise InputError(f"{where} is too long or has a NUL character")
-    if not all(map(_encodes, texts)):
+    if not all(map(is_unicode, texts)):
         raise InputError(f"{where} is not sound Unicode")
     return tuple(text.strip() for text in texts if text.strip())
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return False
-    return True
 
 
 def _jsonl(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any
 
 from difftool.config.layers import merge
-from difftool.errors import DifftoolError, UsageError, suggestion
+from difftool.errors import DifftoolError, InputError, UsageError, suggestion
 from difftool.sampling.settings import (
     KEYS,
     MAX_SEED,
@@ -25,6 +25,7 @@ from difftool.sampling.settings import (
     read_text,
     settings_of,
 )
+from difftool.storage.strict_json import parse_json
 
 MAX_LINE = 1 << 20
 FACTS = ("path", "index", "model", "seconds", "latents", "refiner")
@@ -117,9 +118,9 @@ def parse_line(line: str) -> Request | None:
     if not re.match(r'\{\s*["}]', line):
         return from_json(_with_options(line))
     try:
-        values = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("not a JSON object", str(error)) from None
+        values = parse_json(line, "the line")
+    except InputError as error:
+        raise UsageError("not a JSON object", error.why) from None
     return from_json(values)
 
 
@@ -172,13 +173,6 @@ def from_json(values: Mapping[str, Any]) -> Request:
             raise UsageError(f'"{key}" has one value a line', f"got {json.dumps(value)}"[:80])
         read[row.name] = row.one(value, f'"{key}"')
     return request_of(read, model_hash=made_by)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
 
 
 def read_requests(where: str, base: Request) -> Iterator[Request | DifftoolError | None]:

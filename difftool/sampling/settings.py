@@ -29,6 +29,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
+from difftool.storage.strict_json import is_unicode
 
 PROMPT, PICTURE, SAMPLER, GUIDANCE = "Prompt", "Picture", "Sampler", "Guidance"
 IMAGES, MODEL, ADAPTERS, OUTPUT = "Pictures in", "Model", "Adapters", "Output"
@@ -87,17 +88,9 @@ def read_text(text: Any) -> str:
         raise UsageError(f"{text!r} is not a text")
     if len(text) > MAX_TEXT:
         raise UsageError(f"a prompt of {len(text)} characters", f"the limit is {MAX_TEXT}")
-    if any(c < " " and c not in "\t\n" for c in text) or not _encodes(text):
+    if any(c < " " and c not in "\t\n" for c in text) or not is_unicode(text):
         raise UsageError("the prompt has control characters", json.dumps(text)[:80])
     return text
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates, from JSON escapes or undecodable arguments
-        return False
-    return True
 
 
 def read_label(label: Any) -> str:

@@ -27,9 +27,9 @@ def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
-        text.encode("utf-8")
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates fail here
+        escaped = json.dumps(value, ensure_ascii=False) if "\\u" in text else ""
+        if not (is_unicode(text) and is_unicode(escaped)):
+            raise ValueError("it holds half of a surrogate pair")
     except RecursionError:
         raise InputError(f"{source} is malformed", "it is nested too deeply") from None
     except ValueError as error:
@@ -50,6 +50,16 @@ def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} is malformed", "it is not a JSON object")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: halves of surrogate pairs, which JSON can spell and
+    which stand for undecodable bytes of command lines, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from difftool.storage.pickles import (
     Unpickled,
     read_pickle,
 )
+from difftool.storage.strict_json import is_unicode
 from difftool.storage.tensors import Info, byte_size
 
 MAX_ENTRIES = 100_000
@@ -379,11 +380,11 @@ class _Tree:
                 short = not isinstance(value, int) or value.bit_length() < 1024
                 text = str(value) if short else ""
                 name = ".".join(names)
-                if short and len(text) < MAX_TEXT and _sound(name + text):
+                if short and len(text) < MAX_TEXT and is_unicode(name + text):
                     metadata[name] = text
 
     def add(self, ref: TensorRef, name: str, tensors: dict[str, Info]) -> None:
-        if not _sound(name):
+        if not is_unicode(name):
             raise _refused(self.path, f"the name {name!r:.200} is no text")
         if name in tensors:
             raise _refused(self.path, f"it has two tensors of the name {name!r:.200}")
@@ -438,14 +439,6 @@ def _text(key: Any) -> str:
         case tuple():
             return ",".join(_text(part) for part in key)
     return str(key)
-
-
-def _sound(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _some(names: list[str]) -> str:
