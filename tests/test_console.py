@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 
 import pytest
+from commands import ENVIRONMENT, add_command
 
 from difftool.cli import console
 from difftool.cli.console import PlainProgress, RichProgress, clock
@@ -103,3 +106,38 @@ def test_a_table_is_wrapped_on_a_terminal_only(monkeypatch, capsys):
 )
 def test_times_are_short(seconds, shown):
     assert clock(seconds) == shown
+
+
+def test_what_a_terminal_cannot_show_ends_no_command(tmp_path):
+    code = """
+from difftool.cli import console
+console.forgive()
+console.say("一匹の狐 \\x1b[31m")
+console.emit("狐.png")
+console.emit({"path": "狐.png \\udc80"})
+"""
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "\\u4e00\\u5339\\u306e\\u72d0 \\x1b[31m\n"
+    path, report = done.stdout.splitlines()
+    assert path == "\\u72d0.png"
+    assert json.loads(report) == {"path": "狐.png \udc80"}
+
+
+def test_results_are_made_safe_for_terminals_and_left_to_programs(monkeypatch, capsys):
+    console.emit("a\x1b[31m.png")
+    assert capsys.readouterr().out == "a\x1b[31m.png\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.emit("a\x1b[31m.png")
+    assert capsys.readouterr().out == "a\\x1b[31m.png\n"
+
+
+def test_an_interrupted_command_says_so(difftool, monkeypatch):
+    def run(_: object) -> None:
+        raise KeyboardInterrupt
+
+    add_command(monkeypatch, "draw", [], run)
+    ran = difftool("draw")
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")

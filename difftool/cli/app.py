@@ -91,6 +91,7 @@ def _root(context: typer.Context, **given: Any) -> None:
 def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
+        console.forgive()
         code = _run()
         sys.stdout.flush()
     except DifftoolError as error:

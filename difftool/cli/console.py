@@ -6,6 +6,7 @@ and no markup of theirs reaches the terminal.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -191,10 +192,32 @@ def warn(text: str) -> None:
 
 
 def emit(result: str | Mapping[str, Any]) -> None:
-    """A result on stdout, at once: a line of text, or a JSON object."""
-    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    if not mode.follower:
-        print(text, file=sys.stdout, flush=True)
+    """A result on stdout, at once: a line of text, or a JSON object. What is read by programs is
+    left as it is, what is shown on a terminal is made safe."""
+    if mode.follower:
+        return
+    if isinstance(result, str):
+        text = plain(result) if sys.stdout.isatty() else result
+    else:
+        text = json.dumps(result, ensure_ascii=False)
+        text = text if _encodes(text) else json.dumps(result)
+    print(text, file=sys.stdout, flush=True)
+
+
+def _encodes(text: str) -> bool:
+    """Whether stdout can show every character."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def forgive() -> None:
+    """Let no character that the terminal cannot show end a command: it is shown as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(error: DifftoolError) -> None:

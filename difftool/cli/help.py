@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -57,17 +58,20 @@ def _panel(title: str, lines: Sequence[tuple[Any, Any]], first: int) -> Any:
     return Panel(grid, title=title, title_align="left", border_style="dim")
 
 
+_wrap = partial(textwrap.wrap, break_on_hyphens=False, break_long_words=False)
+
+
 def _wrapped(text: str, width: int) -> Iterator[str]:
     """The lines of a text: paragraphs filled; what is indented stays, and goes on further in."""
     for indented, lines in groupby(text.splitlines(), key=lambda line: line[:1] in ("", " ")):
         if indented:
             for line in lines:
                 inner = " " * (len(line) - len(line.lstrip()) + 4)
-                yield from textwrap.wrap(line, width, subsequent_indent=inner) or [""]
+                yield from _wrap(line, width, subsequent_indent=inner) or [""]
         else:
             *_, last = lines = list(lines)
             heading = [last] if last == HEADING else []
-            yield from textwrap.wrap(" ".join(lines[: -1 if heading else None]), width)
+            yield from _wrap(" ".join(lines[: -1 if heading else None]), width)
             yield from heading
 
 

@@ -12,10 +12,6 @@ from difftool.cli import console
 from difftool.errors import UsageError, suggestion
 from difftool.registry import Registry
 
-WIDE = 10_000
-"""Columns enough for any line."""
-NEWLINE = "\n"
-
 
 class Entry(NamedTuple):
     """A line of a list."""
@@ -106,26 +102,27 @@ def show(kind: str) -> None:
         items = [{"name": e.name, "about": e.about, "also": e.also} | e.more for e in entries]
         console.emit({"schema": console.SCHEMA, "list": kind, "items": items})
         return
-    _print(kind, entries)
+    if sys.stdout.isatty():
+        _print(kind, entries)
+        return
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
+        console.emit(f"{entry.name:<{width}}  {'  '.join(filter(None, (entry.about, entry.note)))}")
 
 
 def _print(kind: str, entries: Sequence[Entry]) -> None:
-    """A table on a terminal; elsewhere an entry a line, however long."""
+    """A table on a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    wide = not sys.stdout.isatty()
-    table = Table(box=None if wide else SIMPLE_HEAD, show_header=not wide, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(kind, style="bold cyan", no_wrap=True)
     table.add_column()
     for entry in entries:
         about, note = Text(console.plain(entry.about)), console.plain(entry.note)
         if note:
-            about.append(("  " if wide else NEWLINE) + note, "dim")
+            about.append(f"\n{note}", "dim")
         table.add_row(Text(console.plain(entry.name)), about)
-    shown = Console(width=WIDE if wide else None, highlight=False)
-    with shown.capture() as text:
-        shown.print(table)
-    console.emit("\n".join(line.rstrip() for line in text.get().splitlines()))
+    Console(highlight=False).print(table)

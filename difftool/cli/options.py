@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -105,7 +106,11 @@ def command(
         given = {
             n: None if value is False and n in switches else value for n, value in given.items()
         }
-        return run(read_options(rows, given))
+        try:
+            return run(read_options(rows, given))
+        except KeyboardInterrupt:  # which Typer would end in silence
+            console.say("interrupted")
+            return 128 + signal.SIGINT
 
     function.__name__ = name
     function.__doc__ = about
