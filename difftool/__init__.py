@@ -10,7 +10,7 @@ The commands are a front of these names: what the library makes is what they mak
 imported, torch least of all, before a name that needs it is used.
 """
 
-__version__ = "0.1.0"
+from difftool.version import __version__
 
 TYPE_CHECKING = False  # typing's own takes longer to import than the rest
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "SampleStep",
     "Stopped",
     "UsageError",
+    "__version__",
     "inspect",
     "load",
     "load_plugins",

@@ -14,11 +14,11 @@ from typing import Any
 
 import typer
 
-from difftool import __version__
 from difftool.cli import completion, console, habits, lists
 from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
 from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory
+from difftool.version import __version__
 
 ABOUT = """
 Train, sample, inspect and convert diffusion models.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from difftool import __version__
+from difftool.version import __version__
 
 SCHEMA = 1
 

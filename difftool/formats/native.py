@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftool import __version__
 from difftool.config.families import OWN, family
 from difftool.errors import InputError
 from difftool.formats.model_source import (
@@ -38,6 +37,7 @@ from difftool.storage.shards import write_shards
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensor_file import TensorSource, is_index, open_source
 from difftool.storage.tensors import piece_of_tensor
+from difftool.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor

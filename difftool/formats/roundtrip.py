@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from difftool import __version__
 from difftool.errors import InputError
 from difftool.formats.model_source import LAYOUT, Evidence, ModelSource
+from difftool.version import __version__
 
 SCHEMA = 1
 NO_COUNTERPART = ("name", "about", "classes", "train")

@@ -6,10 +6,10 @@ import json
 import re
 from typing import Any
 
-from difftool import __version__
 from difftool.errors import InputError
 from difftool.sampling.requests import Request, request_of
 from difftool.sampling.settings import A1111_WORDS, Values, spelled
+from difftool.version import __version__
 
 ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),

@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from difftool import __version__
 from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import InputError, UsageError
 from difftool.plugins import used
 from difftool.sampling.requests import Request, from_json
+from difftool.version import __version__
 
 if TYPE_CHECKING:
     from difftool.sampling.picture import Picture

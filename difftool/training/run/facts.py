@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from difftool import __version__
 from difftool.data import Audit, Dataset
 from difftool.data.dataset import count
 from difftool.training.options import RunOptions
 from difftool.training.run.previews import Previews
+from difftool.version import __version__
 
 
 def facts_of(
