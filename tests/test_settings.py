@@ -12,6 +12,7 @@ from difftool.config.schema import SampleConfig
 from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.hub.find import find_model
+from difftool.sampling.command import prepare
 from difftool.sampling.metadata.a1111 import ORDER
 from difftool.sampling.output import FIELDS
 from difftool.sampling.requests import Request
@@ -104,10 +105,12 @@ def test_keywords_are_read_as_flags_are():
         ({"lora": ["none.safetensors:0.5"]}, "there is no LoRA none.safetensors"),
         ({"refiner_start": 0.5}, "--refiner"),
         ({"prompt": "a", "prompts": "-"}, "exclude each other"),
+        ({"set": ["sample.strength=1.5"]}, "strength 1.5"),
+        ({"set": ["sample.noise_level=1000"]}, "noise level 1000"),
     ],
 )
 def test_what_no_model_takes_is_refused(tmp_path, monkeypatch, given, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as refused:
-        read_options(OPTIONS, given)
+        prepare(read_options(OPTIONS, given))
     assert says in str(refused.value)

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from difftool.config.networks import Kinds
-from difftool.config.schema import Preset
+from difftool.config.schema import Preset, SampleConfig
 from difftool.errors import DifftoolError, UsageError, suggestion
 from difftool.storage.yaml import dump_yaml
 
@@ -112,6 +112,22 @@ def check_names(preset: Preset) -> None:
     TIMES.resolve(preset.train.time)
     WEIGHTS.resolve(preset.train.weight)
     SAMPLERS[preset.sample.sampler](build_path(preset.path), **preset.sample.sampler_options)
+
+
+def check_sampling(settings: SampleConfig) -> None:
+    """UsageError for values of sampling settings that no model can be sampled with."""
+    if settings.steps < 1:
+        raise UsageError(f"--steps {settings.steps} is too few", hint="give at least 1")
+    if settings.guidance != 0 and settings.guidance < 1:
+        hint = "1 is off; 2 to 8 are usual"
+        raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
+    if not 0 < settings.strength <= 1:
+        raise UsageError(f"strength {settings.strength:g} is not above 0 and at most 1")
+    if settings.image_guidance < 1:
+        why, hint = "the picture would be kept away from", "1 is off"
+        raise UsageError(f"image guidance {settings.image_guidance:g} is not usable", why, hint)
+    if not 0 <= settings.noise_level < 1000:
+        raise UsageError(f"noise level {settings.noise_level} is not from 0 to 999")
 
 
 def to_values(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from difftool.config.layers import merge
 from difftool.config.schema import SampleConfig
-from difftool.config.validate import to_values, validate
+from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, split_spelling
@@ -86,26 +86,15 @@ def follows_scheduler(model: Model) -> bool:
 def _check(model: Model, settings: SampleConfig) -> None:
     """UsageError for settings that the model cannot be sampled with."""
     factor = model.codec.factor
-    if settings.steps < 1:
-        raise UsageError(f"--steps {settings.steps} is too few", hint="give at least 1")
+    check_sampling(settings)
     if any(side < factor or side % factor for side in settings.size):
         size = "x".join(map(str, settings.size))
         nearest = "x".join(str(max(factor, round(s / factor) * factor)) for s in settings.size)
         why = f"sides must be multiples of {factor}"
         raise UsageError(f"size {size} does not fit this model", why, f"try {nearest}")
-    if 0 < settings.guidance < 1 or settings.guidance < 0:
-        hint = "1 is off; 2 to 8 are usual"
-        raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
     if settings.guidance > 1 and not model.preset.unet.guidance_dim and not model.guidable:
         why = "it was trained without an empty caption or label to guide from"
         raise UsageError(f"the model {model.name} cannot be guided", why, "use --guidance 1")
-    if not 0 < settings.strength <= 1:
-        raise UsageError(f"strength {settings.strength:g} is not above 0 and at most 1")
-    if settings.image_guidance < 1:
-        why, hint = "the picture would be kept away from", "1 is off"
-        raise UsageError(f"image guidance {settings.image_guidance:g} is not usable", why, hint)
-    if not 0 <= settings.noise_level < 1000:
-        raise UsageError(f"noise level {settings.noise_level} is not from 0 to 999")
 
 
 def plan_sampling(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from difftool.config.layers import Layer, merge, merged, origins, override_layers
 from difftool.config.options import by_name, option_layers
 from difftool.config.schema import SampleConfig
-from difftool.config.validate import to_values, validate
+from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import DifftoolError, UsageError, clash
@@ -125,7 +125,7 @@ def _check_plugins(request: Request) -> None:
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """UsageError for settings that no model has."""
     whole = merge(to_values(SampleConfig()), spelled(settings))
-    validate(SampleConfig, whole, "the sampling settings")
+    check_sampling(validate(SampleConfig, whole, "the sampling settings"))
 
 
 def _output(values: Mapping[str, Any], total: int | None) -> Output:

@@ -151,14 +151,6 @@ def read_interval(given: Any) -> tuple[float, float]:
     return low, high
 
 
-def read_guidance(scale: float) -> float:
-    """A guidance scale; UsageError between 0 and 1, where it would guide away from the prompt."""
-    if scale != 0 and scale < 1:
-        hint = "1 is off; 2 to 8 are usual"
-        raise UsageError(f"guidance {scale:g} is not usable", hint=hint)
-    return float(scale)
-
-
 def read_path(given: Any) -> str:
     """The path of a picture; A1111 has a list of one."""
     if isinstance(given, list) and len(given) == 1:
@@ -307,7 +299,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("schedule_options", "Options of the schedule", SAMPLER, type=dict, option=False),
     _of_model("start_noise", "Amplitude of the start noise", SAMPLER, option=False),
     _of_model("guidance", "Classifier-free guidance scale; 1 = off", GUIDANCE, type=float,
-        read=read_guidance, always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
+        always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
         also=("cfg_scale",), bundled=True),
     _of_model("guidance_rescale", "Share of rescaled guidance, 0 to 1; 0 = off", GUIDANCE,
         type=float, low=0, high=1, effect=_guided, without="without guidance"),
