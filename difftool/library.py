@@ -114,8 +114,12 @@ class Pipeline:
         from difftool.sampling.command import sample
 
         task = self._task(prompt, options)
-        done = (self._told(event) for event in sample(task, self.model, self.refiner))
-        return [event.image for event in done if isinstance(event, Result)]
+        pictures = []
+        for event in sample(task, self.model, self.refiner):
+            _tell(event)
+            if isinstance(event, Result):
+                pictures.append(event.image)
+        return pictures
 
     def steps(
         self, prompt: str | Sequence[str] | None = None, **options: Any
@@ -133,10 +137,15 @@ class Pipeline:
         from difftool.sampling.picture import Picture
 
         task = self._task(prompt, options)
-        if task.total != 1:
-            raise UsageError("the steps of one picture are shown", f"{task.total} are asked for")
+        if task.total != 1 or task.values["from_latents"]:
+            raise UsageError("steps are those of one picture", hint="one prompt and one seed")
         entries = run_of(task, self.model, self.refiner).entries(task.asked)
-        (picture,) = (each for e in entries if isinstance(each := self._told(e), Picture))
+        pictures = []
+        for entry in entries:
+            _tell(entry)
+            if isinstance(entry, Picture):
+                pictures.append(entry)
+        (picture,) = pictures
         total = picture.plan.steps
         return (
             SampleStep(step.index, total, step.level.sigma, step.x0, step.x)
@@ -175,14 +184,6 @@ class Pipeline:
         folder = mkdtemp(prefix="difftool-")
         finalize(self, rmtree, folder, ignore_errors=True)
         return Path(folder)
-
-    def _told(self, event: Any) -> Any:
-        """The event; an error of a picture is raised, what is not done to the letter warned of."""
-        if isinstance(event, Failure):
-            raise event.error
-        if isinstance(event, Note) and event.warning:
-            warnings.warn(event.text, stacklevel=3)
-        return event
 
     def encode(self, picture: Image | str | Path, size: tuple[int, int] | None = None) -> Tensor:
         """x0 of a picture, fp32 [1,C,H,W] in the space that the model works in.
@@ -261,6 +262,14 @@ def _about_models() -> set[str]:
 
     rows = (row.name for row in OPTIONS if row.panel in (MODEL, ADAPTERS))
     return {*rows, "device", "dtype", "low_memory"}
+
+
+def _tell(event: object) -> None:
+    """Raise the error of a picture, and warn of what is not done to the letter, two callers up."""
+    if isinstance(event, Failure):
+        raise event.error
+    if isinstance(event, Note) and event.warning:
+        warnings.warn(event.text, stacklevel=3)
 
 
 def _image(picture: Image | str | Path) -> Image:

@@ -115,8 +115,11 @@ def test_pictures_can_be_written_too_and_made_again(model, tmp_path, monkeypatch
 
 
 def test_what_is_not_done_to_the_letter_is_a_warning(model):
-    with pytest.warns(UserWarning, match="negative"):
-        model.sample("a fox", negative="a dog", guidance=1.0, seed=1, steps=1)
+    asked: dict[str, Any] = {"negative": "a dog", "guidance": 1.0, "seed": 1, "steps": 1}
+    for made in (model.sample, model.steps):
+        with pytest.warns(UserWarning, match="negative") as told:
+            made("a fox", **asked)
+        assert [warning.filename for warning in told] == [__file__]
 
 
 @pytest.mark.parametrize(
