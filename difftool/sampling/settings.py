@@ -204,7 +204,8 @@ def _of_bundled(name: str) -> Callable[[], str]:
 
         values, model = _bundled()
         value = values.get(name, getattr(SampleConfig(), name))
-        text = "x".join(map(str, value)) if isinstance(value, list | tuple) else f"{value}"
+        value = f"{value:g}" if isinstance(value, float) else value
+        text = "x".join(map(str, value)) if isinstance(value, list | tuple) else value
         return f"{text} for {model}"
 
     return default
@@ -214,6 +215,18 @@ def _syntaxes() -> Iterable[str]:
     from difftool.config.schema import SampleConfig
 
     return get_args(get_type_hints(SampleConfig)["prompt_syntax"])
+
+
+def _presets() -> Iterable[str]:
+    from difftool.config.layers import preset_names
+
+    return preset_names()
+
+
+def _models() -> Iterable[str]:
+    from difftool.hub.find import bundled_models
+
+    return list(bundled_models())
 
 
 # --- the rows ---------------------------------------------------------------------------------
@@ -330,13 +343,14 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("from_latents", "Decode a file of --save-latents; repeatable", IMAGES, type=Path,
         many=True, file="file of latents", metavar="FILE", excludes=ALONE),
     _setting("model", "Model file, run folder, diffusers folder or name", MODEL,
-        flags=("--model", "-m"), metavar="MODEL", words=("model_name",), a1111=A1111("Model"),
-        default=lambda: _bundled()[1]),
+        flags=("--model", "-m"), metavar="MODEL", complete=_models, words=("model_name",),
+        a1111=A1111("Model"), default=lambda: _bundled()[1]),
     _setting("preset", "Sample as this preset does: sdxl-turbo, lcm, ...", MODEL, metavar="NAME",
-        complete=lambda: _presets()),
-    _setting("vae", "Autoencoder, or a model whose is taken", MODEL, metavar="MODEL"),
+        complete=_presets),
+    _setting("vae", "Autoencoder, or a model whose is taken", MODEL, metavar="MODEL",
+        complete=_models),
     _setting("refiner", "Takes over for the last steps", MODEL, metavar="MODEL", json=("refiner",),
-        a1111=A1111("Refiner")),
+        complete=_models, a1111=A1111("Refiner")),
     _setting("refiner_start", "Share of the path before it", MODEL, type=float, low=0, high=1,
         needs=("refiner",), why="has no model to start", default="0.8"),
     _setting("match", "Numbers exactly as in", MODEL, metavar="TOOL",
@@ -360,12 +374,6 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("low_memory", "Hold one network at a time; slower", RUN, type=bool),
 )
 # fmt: on
-
-
-def _presets() -> Iterable[str]:
-    from difftool.config.layers import preset_names
-
-    return preset_names()
 
 
 OPTIONS: tuple[Option, ...] = (
