@@ -17,6 +17,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
 from difftool.errors import UsageError
 from difftool.forward import process
+from difftool.forward.figures import compare_figure, marginal_figure, markov_figure
 from difftool.forward.levels import (
     csv_text,
     decibels,
@@ -30,7 +31,6 @@ from difftool.forward.levels import (
     typeset,
 )
 from difftool.forward.process import PixelSpace, chain, chain_levels, marginals, unit, walk
-from difftool.forward.sheets import compare_sheet, markov_sheet, strip_sheet
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -193,15 +193,15 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_a_clean_picture_is_shown_as_it_is():
     clean = build_path({"kind": "flow"}).level(0.0)
-    np.testing.assert_array_equal(SPACE.seen(unit(X0, clean)), np.asarray(image()))
+    np.testing.assert_array_equal(SPACE.to_pixels(unit(X0, clean)), np.asarray(image()))
 
 
 def test_only_growing_variance_is_scaled_down(path):
     level = path.level(path.t_max)
     x_t = np.array([-3.0, 0.0, 3.0]) * math.hypot(level.alpha, level.sigma)
-    assert SPACE.seen(unit(x_t, level)).tolist() == [0, 128, 255]
+    assert SPACE.to_pixels(unit(x_t, level)).tolist() == [0, 128, 255]
     x_t = np.array([0.5]) * max(1.0, level.sigma)
-    assert abs(int(SPACE.seen(unit(x_t, level))[0]) - 191) <= 1
+    assert abs(int(SPACE.to_pixels(unit(x_t, level))[0]) - 191) <= 1
 
 
 @pytest.mark.parametrize(
@@ -215,34 +215,34 @@ def test_pictures_are_only_enlarged_when_asked(size, side, expected):
     assert -1 <= space.x0.min() < space.x0.max() <= 1
 
 
-# --- sheets ----------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------
 
 
-def test_the_sheets_of_chain_and_comparison():
+def test_the_figures_of_chain_and_comparison():
     path = build_path({"kind": "sd15", "steps": 50})
     levels = even_levels(path, 4)
-    sheet, check = markov_sheet(SPACE, "sd15", path, levels, 0)
-    assert [band.title for band in sheet.bands] == ["marginals", "chain"]
-    assert f"{check.std:.4f}" in sheet.caption
+    figure, check = markov_figure(SPACE, "sd15", path, levels, 0)
+    assert [strip.title for strip in figure.strips] == ["marginals", "chain"]
+    assert f"{check.std:.4f}" in figure.caption
     assert check.transitions == 50
-    assert sheet.rows() == rows(levels)
+    assert figure.rows() == rows(levels)
     paths = {name: build_path({"kind": name}) for name in PATHS}
-    compared = compare_sheet(
+    compared = compare_figure(
         SPACE, paths, {name: even_levels(path, 4) for name, path in paths.items()}, 0
     )
-    assert [band.title for band in compared.bands] == list(PATHS)
+    assert [strip.title for strip in compared.strips] == list(PATHS)
     assert [row["path"] for row in compared.rows()] == [name for name in PATHS for _ in range(4)]
 
 
 def test_the_frames_of_a_strip_are_its_marginals():
     path = build_path({"kind": "edm"})
     levels = even_levels(path, 3)
-    (band,) = strip_sheet(SPACE, "edm", path, levels, 5).bands
-    for frame, x_t, level in zip(band.frames, marginals(X0, levels, 5), levels, strict=True):
-        np.testing.assert_array_equal(frame, SPACE.seen(unit(x_t, level)))
+    (strip,) = marginal_figure(SPACE, "edm", path, levels, 5).strips
+    for frame, x_t, level in zip(strip.frames, marginals(X0, levels, 5), levels, strict=True):
+        np.testing.assert_array_equal(frame, SPACE.to_pixels(unit(x_t, level)))
 
 
 def test_a_strip_that_would_fill_the_memory_is_refused():
     path = build_path({"kind": "flow"})
     with pytest.raises(UsageError, match="too large"):
-        strip_sheet(SPACE, "flow", path, even_levels(path, 10_000), 0)
+        marginal_figure(SPACE, "flow", path, even_levels(path, 10_000), 0)

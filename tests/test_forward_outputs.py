@@ -20,17 +20,17 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
 from difftool.forward import drawing, plots
 from difftool.forward.animation import FIRST, LAST, PACE, gif, webp
+from difftool.forward.figures import (
+    compare_figure,
+    curve_figure,
+    marginal_figure,
+    markov_figure,
+    page_figure,
+)
 from difftool.forward.levels import even_levels
 from difftool.forward.outputs import OUTPUTS
 from difftool.forward.page import NOISE_STEP, page
 from difftool.forward.process import PixelSpace, noise_like, unit
-from difftool.forward.sheets import (
-    compare_sheet,
-    curve_sheet,
-    live_sheet,
-    markov_sheet,
-    strip_sheet,
-)
 from difftool.images import canvas, theme
 
 SD15 = build_path({"kind": "sd15"})
@@ -46,12 +46,12 @@ SPACE = PixelSpace(image())
 
 
 def strip(space=SPACE, path=SD15, count=4, seed=0):
-    return strip_sheet(space, "a path", path, even_levels(path, count), seed)
+    return marginal_figure(space, "a path", path, even_levels(path, count), seed)
 
 
 def compared(space=SPACE, paths=TWO, count=3):
     levels = {name: even_levels(path, count) for name, path in paths.items()}
-    return compare_sheet(space, paths, levels, 0)
+    return compare_figure(space, paths, levels, 0)
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -66,9 +66,9 @@ def place(page: Image.Image, frame: np.ndarray) -> tuple[int, int]:
 
 
 def test_a_strip_shows_every_frame_once_from_left_to_right():
-    sheet = strip(PixelSpace(image(160, 90)), count=5)
-    page = drawing.draw(sheet)
-    xs, ys = zip(*(place(page, frame) for frame in sheet.bands[0].frames), strict=True)
+    figure = strip(PixelSpace(image(160, 90)), count=5)
+    page = drawing.draw(figure)
+    xs, ys = zip(*(place(page, frame) for frame in figure.strips[0].frames), strict=True)
     assert list(xs) == sorted(xs) and len(set(ys)) == 1
 
 
@@ -111,14 +111,14 @@ def written(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 9, 12, 40])
 def test_no_label_is_cut_or_lies_on_another(shape, count, written):
     space = PixelSpace(image(*SHAPES[shape]))
-    sheets = [strip(space, build_path({"kind": "edm"}), count), strip(space, SD15, count)]
-    sheets.append(markov_sheet(space, "sd15", SD15, even_levels(SD15, count), 0)[0])
+    figures = [strip(space, build_path({"kind": "edm"}), count), strip(space, SD15, count)]
+    figures.append(markov_figure(space, "sd15", SD15, even_levels(SD15, count), 0)[0])
     if count < 10:
         six = {name: build_path({"kind": name}) for name in ("cosine", "sd21-zsnr", "edm")}
-        sheets.append(compared(space, six, count))
-    for sheet in sheets:
+        figures.append(compared(space, six, count))
+    for figure in figures:
         written.clear()
-        pages = [drawing.draw(sheet), *(moment.page for moment in drawing.moments(sheet))]
+        pages = [drawing.draw(figure), *(frame.page for frame in drawing.animation_frames(figure))]
         for drawn in pages:
             boxes = [(box, text) for other, box, text in written if other is drawn]
             assert boxes
@@ -131,7 +131,7 @@ def test_no_label_is_cut_or_lies_on_another(shape, count, written):
                     assert apart, (text, other)
 
 
-def test_two_bands_are_higher_than_one_and_curves_wider():
+def test_two_strips_are_higher_than_one_and_curves_wider():
     one, both = drawing.draw(strip()), drawing.draw(compared(count=4))
     assert both.height > 1.5 * one.height and both.width > 1.1 * one.width
 
@@ -140,7 +140,7 @@ def color_of(index: int) -> list[int]:
     return list(ImageColor.getrgb(theme.COLORS[index]))
 
 
-def test_the_curves_are_drawn_in_the_colours_of_their_bands():
+def test_the_curves_are_drawn_in_the_colours_of_their_strips():
     page = np.asarray(drawing.draw(compared()))
     right = page[:, -page.shape[1] // 3 :].reshape(-1, 3).tolist()
     assert color_of(0) in right and color_of(1) in right
@@ -149,20 +149,22 @@ def test_the_curves_are_drawn_in_the_colours_of_their_bands():
 @pytest.mark.parametrize("names", [["sd15"], ["edm"], ["flow"], list(PATHS)])
 def test_curves_of_every_path(names):
     paths = {name: build_path({"kind": name}) for name in names}
-    bare = plots.draw_curves(curve_sheet(paths, {name: [] for name in names}))
+    bare = plots.draw_curves(curve_figure(paths, {name: [] for name in names}))
     pixels = np.asarray(bare).reshape(-1, 3).tolist()
     assert all(color_of(k % len(theme.COLORS)) in pixels for k in range(len(names)))
     visited = {name: GRIDS["trailing"](path, 5) for name, path in paths.items()}
-    dotted = plots.draw_curves(curve_sheet(paths, visited))
+    dotted = plots.draw_curves(curve_figure(paths, visited))
     assert dotted.size == bare.size and dotted.tobytes() != bare.tobytes()
 
 
 def test_levels_lie_on_their_curve_where_their_noise_says():
     curve = even_levels(SD15)
-    assert plots.ways(curve, [curve[0], curve[333], curve[999]]) == pytest.approx([0, 1 / 3, 1])
-    assert plots.ways(curve, [SD15.clean]) == [0]
+    assert plots.positions(curve, [curve[0], curve[333], curve[999]]) == pytest.approx(
+        [0, 1 / 3, 1]
+    )
+    assert plots.positions(curve, [SD15.clean]) == [0]
     flow = even_levels(TWO["flow"])
-    assert plots.ways(flow, [flow[0], flow[400], flow[1000]]) == pytest.approx([0, 0.4, 1])
+    assert plots.positions(flow, [flow[0], flow[400], flow[1000]]) == pytest.approx([0, 0.4, 1])
 
 
 # --- moving pictures -------------------------------------------------------------------------
@@ -170,8 +172,8 @@ def test_levels_lie_on_their_curve_where_their_noise_says():
 
 @pytest.mark.parametrize("write", [gif, webp])
 def test_a_moving_picture_begins_and_ends_with_a_pause(write):
-    sheet = strip(count=5)
-    with Image.open(BytesIO(write(sheet))) as moving:
+    figure = strip(count=5)
+    with Image.open(BytesIO(write(figure))) as moving:
         assert isinstance(getattr(moving, "n_frames", None), int)
         assert (moving.n_frames, moving.info["loop"]) == (5, 0)  # type: ignore[attr-defined]
         durations = []
@@ -180,7 +182,7 @@ def test_a_moving_picture_begins_and_ends_with_a_pause(write):
             moving.load()
             durations.append(moving.info["duration"])
         assert durations == [FIRST, *[PACE] * 3, LAST]
-        first = next(drawing.moments(sheet))
+        first = next(drawing.animation_frames(figure))
         assert moving.size == first.page.size
         moving.seek(0)
         difference = np.abs(np.asarray(moving.convert("RGB"), int) - np.asarray(first.page, int))
@@ -194,12 +196,12 @@ def test_a_single_level_is_a_still_picture():
 
 
 def test_the_paper_and_the_type_of_a_gif_are_exact_in_every_frame():
-    sheet = compared(count=4)
-    with Image.open(BytesIO(gif(sheet))) as moving:
-        for k, moment in enumerate(drawing.moments(sheet)):
+    figure = compared(count=4)
+    with Image.open(BytesIO(gif(figure))) as moving:
+        for k, frame in enumerate(drawing.animation_frames(figure)):
             moving.seek(k)
-            found, page = np.array(moving.convert("RGB")), np.array(moment.page)
-            for left, top, right, bottom in moment.boxes:
+            found, page = np.array(moving.convert("RGB")), np.array(frame.page)
+            for left, top, right, bottom in frame.boxes:
                 found[top:bottom, left:right] = page[top:bottom, left:right] = 0
             for ink in (theme.PAPER, theme.INK, theme.RULE, *theme.COLORS[:2]):
                 same = (page == ImageColor.getrgb(ink)).all(axis=2)
@@ -211,9 +213,9 @@ def test_a_smooth_picture_keeps_its_colours_in_a_gif():
     ramp = np.linspace(0, 255, 160)
     across = np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], np.float64(128)), axis=2)
     flow = build_path({"kind": "flow"})
-    sheet = strip(PixelSpace(Image.fromarray(across.astype(np.uint8))), flow, 2)
-    with Image.open(BytesIO(gif(sheet))) as moving:
-        left, top, right, bottom = next(drawing.moments(sheet)).boxes[0]
+    figure = strip(PixelSpace(Image.fromarray(across.astype(np.uint8))), flow, 2)
+    with Image.open(BytesIO(gif(figure))) as moving:
+        left, top, right, bottom = next(drawing.animation_frames(figure)).boxes[0]
         found = np.asarray(moving.convert("RGB"), int)[top + 5 : bottom - 5, left + 5 : right - 5]
     assert np.abs(found - across[5:-5, 5:-5]).mean() < 6
 
@@ -255,12 +257,12 @@ def data_of(html: bytes) -> dict:
 
 def live(paths=TWO, count=None, space=SPACE):
     levels = {name: even_levels(path, count) for name, path in paths.items()}
-    return live_sheet(space, paths, levels, 3)
+    return page_figure(space, paths, levels, 3)
 
 
 def test_a_page_is_whole_and_asks_nobody():
-    for sheet in (live(), strip(), curve_sheet(TWO, {name: [] for name in TWO})):
-        text = page(sheet).decode()
+    for figure in (live(), strip(), curve_figure(TWO, {name: [] for name in TWO})):
+        text = page(figure).decode()
         tags = Tags(text)
         assert tags.addresses == [] and len(tags.ids) == len(set(tags.ids))
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
@@ -280,9 +282,9 @@ def test_text_on_a_page_stays_text():
 
 def test_a_page_has_all_levels_and_what_its_pictures_are_made_of():
     data = data_of(page(live()))
-    assert [band["title"] for band in data["bands"]] == ["linear", "flow"]
-    assert [len(band["levels"]) for band in data["bands"]] == [1000, 1001]
-    assert data["bands"][0]["levels"][999] == pytest.approx(list(TWO["linear"].level(999.0)), 1e-6)
+    assert [band["title"] for band in data["strips"]] == ["linear", "flow"]
+    assert [len(band["levels"]) for band in data["strips"]] == [1000, 1001]
+    assert data["strips"][0]["levels"][999] == pytest.approx(list(TWO["linear"].level(999.0)), 1e-6)
     x0 = np.frombuffer(base64.b64decode(data["x0"]), np.uint8).reshape(16, 24, 3)
     np.testing.assert_array_equal(x0, np.asarray(image()))
     z = np.frombuffer(base64.b64decode(data["z"]), np.int8).reshape(16, 24, 3) * NOISE_STEP
@@ -290,11 +292,11 @@ def test_a_page_has_all_levels_and_what_its_pictures_are_made_of():
 
 
 def test_a_page_of_what_cannot_be_computed_holds_pictures():
-    sheet, _ = markov_sheet(SPACE, "sd15", SD15, even_levels(SD15, 3), 0)
-    data = data_of(page(sheet))
-    assert "x0" not in data and not data["rivals"] and len(data["whole"]) == 200
-    assert data["bands"][0]["ways"] == pytest.approx([0, 0.5, 1], abs=2e-3)
-    for band, shown in zip(data["bands"], sheet.bands, strict=True):
+    figure, _ = markov_figure(SPACE, "sd15", SD15, even_levels(SD15, 3), 0)
+    data = data_of(page(figure))
+    assert "x0" not in data and not data["comparison"] and len(data["whole"]) == 200
+    assert data["strips"][0]["positions"] == pytest.approx([0, 0.5, 1], abs=2e-3)
+    for band, shown in zip(data["strips"], figure.strips, strict=True):
         for uri, frame in zip(band["frames"], shown.frames, strict=True):
             head, _, body = uri.partition(",")
             assert head == "data:image/jpeg;base64"
@@ -305,7 +307,7 @@ def test_a_page_of_what_cannot_be_computed_holds_pictures():
 
 def test_a_page_of_curves_marks_what_a_sampler_visits():
     visited = GRIDS["karras"](SD15, 5)
-    (band,) = data_of(page(curve_sheet({"sd15": SD15}, {"sd15": visited})))["bands"]
+    (band,) = data_of(page(curve_figure({"sd15": SD15}, {"sd15": visited})))["strips"]
     assert len(band["levels"]) == 1000 and len(band["visited"]) == len(band["dots"]) == 6
     assert band["dots"] == sorted(band["dots"], reverse=True)
     assert band["visited"][-1] == [-1, 1, 0]
@@ -333,13 +335,13 @@ def test_the_page_computes_the_pictures_of_the_strip(kind):
     code = f"""
 const data = {json.dumps(data)};
 const x0 = page.bytes(data.x0), z = new Int8Array(page.bytes(data.z).buffer);
-say(data.bands[0].levels.map((level) => Array.from(
+say(data.strips[0].levels.map((level) => Array.from(
   page.mix(x0, z, data.step, level, new Uint8ClampedArray(x0.length / 3 * 4)))));
 """
     for found, level in zip(np.array(run_node(code)), levels, strict=True):
         rgba = found.reshape(16, 24, 4)
         x_t = level.alpha * SPACE.x0 + level.sigma * noise_like(SPACE.x0, 3)
-        difference = np.abs(rgba[..., :3] - SPACE.seen(unit(x_t, level)).astype(int))
+        difference = np.abs(rgba[..., :3] - SPACE.to_pixels(unit(x_t, level)).astype(int))
         assert difference.max() <= 3 and (rgba[..., 3] == 255).all()
         assert level.sigma > 0.01 or difference.max() <= 1
 
@@ -350,8 +352,8 @@ def test_the_page_reads_off_what_the_strip_says():
     found = run_node(f"say({json.dumps(levels)}.map((level) => page.readings(level, 0.02)))")
     snr = [dict(readings)["SNR"] for readings in found]
     shown = drawing.labels
-    band = strip(count=8).bands[0]
-    assert snr[:-1] == [shown(band, k)[1].removeprefix("SNR ") for k in range(8)]
+    first = strip(count=8).strips[0]
+    assert snr[:-1] == [shown(first, k)[1].removeprefix("SNR ") for k in range(8)]
     assert snr[-1] == "∞ dB" and dict(found[-1])["t"] == "clean"
     assert dict(found[0])["PSNR"] == "40.0 dB" and dict(found[0])["RMSE"] == "0.020"
 

@@ -14,10 +14,10 @@ from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.prediction import Prediction
 from difftool.errors import ResourceError, UsageError
+from difftool.forward.figures import marginal_figure, markov_figure, reverse_figure
 from difftool.forward.levels import even_levels, psnr
 from difftool.forward.process import marginals
 from difftool.forward.reverse import ModelSpace, condition, frame_size
-from difftool.forward.sheets import markov_sheet, reverse_sheet, strip_sheet
 from difftool.images.fit import framed, to_tensor
 from difftool.pipeline.decode import decode
 from difftool.pipeline.model import Model
@@ -71,16 +71,18 @@ def test_another_size_keeps_the_shape_of_the_picture(side, expected):
 def test_pixels_are_seen_again_exactly():
     for codec in ("identity", "space_to_depth"):
         space = ModelSpace(make(codec), PICTURE)
-        np.testing.assert_array_equal(space.seen(space.x0), np.asarray(framed(PICTURE, (32, 24))))
+        np.testing.assert_array_equal(
+            space.to_pixels(space.x0), np.asarray(framed(PICTURE, (32, 24)))
+        )
         assert space.error(space.x0) == 0
 
 
 def test_noise_is_added_where_the_model_works(space):
     path = space.model.denoiser.path
     levels = even_levels(path, 3)
-    sheet = strip_sheet(space, "a model", path, levels, 7)
+    figure = marginal_figure(space, "a model", path, levels, 7)
     z = np.random.default_rng(7).standard_normal(space.x0.shape, dtype=np.float32)
-    for frame, level in zip(sheet.bands[0].frames, levels, strict=True):
+    for frame, level in zip(figure.strips[0].frames, levels, strict=True):
         x_t = torch.from_numpy(level.alpha * space.x0 + level.sigma * z)[None]
         expected = (decode(space.model, x_t)[0] + 1) * 127.5
         np.testing.assert_allclose(frame, expected.permute(1, 2, 0), atol=0.51)
@@ -88,24 +90,24 @@ def test_noise_is_added_where_the_model_works(space):
 
 def test_the_chain_is_walked_there_too(space):
     path = space.model.denoiser.path
-    sheet, check = markov_sheet(space, "a model", path, even_levels(path, 3), 0)
+    figure, check = markov_figure(space, "a model", path, even_levels(path, 3), 0)
     assert check.transitions == 1000 and check.std < 0.2
-    assert sheet.bands[1].frames[2].shape == (24, 32, 3)
+    assert figure.strips[1].frames[2].shape == (24, 32, 3)
 
 
 def test_predictions_are_the_denoisers(space):
     model = space.model
     levels = even_levels(model.denoiser.path, 3)
     cond = condition(model, space.size)
-    sheet = reverse_sheet(space, levels, 5, cond)
+    figure = reverse_figure(space, levels, 5, cond)
     for k, x_t in enumerate(marginals(space.x0, levels, 5)):
         with torch.no_grad():
             x0 = model.denoiser.predict(torch.from_numpy(x_t)[None], levels[k], cond).x0
         seen = decode(model, x0)
         error = (seen - space.picture).square().mean().sqrt()
-        assert sheet.bands[1].errors[k] == pytest.approx(error.item(), rel=1e-4)
+        assert figure.strips[1].errors[k] == pytest.approx(error.item(), rel=1e-4)
         expected = ((seen[0] + 1) * 127.5).permute(1, 2, 0)
-        np.testing.assert_allclose(sheet.bands[1].frames[k], expected, atol=0.51)
+        np.testing.assert_allclose(figure.strips[1].frames[k], expected, atol=0.51)
 
 
 def test_a_perfect_network_makes_no_error(monkeypatch):
@@ -116,12 +118,12 @@ def test_a_perfect_network_makes_no_error(monkeypatch):
         return Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
 
     monkeypatch.setattr(space.model.denoiser, "predict", predict)
-    sheet = reverse_sheet(
+    figure = reverse_figure(
         space, even_levels(space.model.denoiser.path, 4), 0, condition(space.model, space.size)
     )
-    assert max(sheet.bands[1].errors) < 1e-6
-    row = sheet.rows()[2]
-    assert row["rmse"] == sheet.bands[1].errors[2] and row["psnr"] > 120
+    assert max(figure.strips[1].errors) < 1e-6
+    row = figure.rows()[2]
+    assert row["rmse"] == figure.strips[1].errors[2] and row["psnr"] > 120
 
 
 def test_the_clean_level_is_not_asked_for(monkeypatch):
@@ -135,9 +137,9 @@ def test_the_clean_level_is_not_asked_for(monkeypatch):
 
     monkeypatch.setattr(space.model.denoiser, "predict", recorded)
     levels = GRIDS["trailing"](space.model.denoiser.path, 3)[::-1]
-    sheet = reverse_sheet(space, levels, 0, condition(space.model, space.size))
+    figure = reverse_figure(space, levels, 0, condition(space.model, space.size))
     assert levels[0].t == -1 and asked == levels[1:]
-    assert sheet.bands[1].errors[0] == 0 and sheet.rows()[0]["psnr"] == math.inf == psnr(0)
+    assert figure.strips[1].errors[0] == 0 and figure.rows()[0]["psnr"] == math.inf == psnr(0)
 
 
 def test_numbers_that_give_out_are_told():
@@ -146,7 +148,7 @@ def test_numbers_that_give_out_are_told():
     space = ModelSpace(model, PICTURE)
     with pytest.raises(ResourceError, match="t = 999"):
         levels = [model.denoiser.path.level(999.0)]
-        reverse_sheet(space, levels, 0, condition(model, space.size))
+        reverse_figure(space, levels, 0, condition(model, space.size))
 
 
 def test_what_a_model_cannot_be_told_is_refused():

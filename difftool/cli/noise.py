@@ -376,20 +376,20 @@ def _show(show: Show, image: Path, target: Path, kind: str, overwrite: bool) -> 
     picture = read_picture(image)
     if show.reverse:
         with console.progress("predicting", len(show.shown(kind))) as bar:
-            sheet, facts = show.sheet(picture.image, kind, bar.update)
+            figure, facts = show.figure(picture.image, kind, bar.update)
     else:
-        sheet, facts = show.sheet(picture.image, kind)
-    width, height = sheet.size
+        figure, facts = show.figure(picture.image, kind)
+    width, height = figure.size
     said = [f"{width}x{height}", *picture.notes, *show.paths]
-    said += [f"{len(sheet.bands[0].levels)} levels", f"seed {show.seed}"]
+    said += [f"{len(figure.strips[0].levels)} levels", f"seed {show.seed}"]
     console.say(f"{image}: {', '.join(said)}")
-    _write(target, OUTPUTS[kind].write(sheet), overwrite)
+    _write(target, OUTPUTS[kind].write(figure), overwrite)
     result: dict[str, Any] = {"schema": console.SCHEMA, "path": str(target), "image": str(image)}
     result |= {"width": width, "height": height, "seed": show.seed}
-    if sheet.rivals:
-        result["noise_paths"] = {band.title: finite(band.rows()) for band in sheet.bands}
+    if figure.comparison:
+        result["noise_paths"] = {strip.title: finite(strip.rows()) for strip in figure.strips}
     else:
-        result |= {"noise_path": show.name, "levels": finite(sheet.rows())}
+        result |= {"noise_path": show.name, "levels": finite(figure.rows())}
     return result | facts
 
 
@@ -400,24 +400,24 @@ def _curve(show: Show, targets: Sequence[Path], kind: str, overwrite: bool) -> N
     from difftool.forward.show import TABLE_LINES
 
     for target in targets:
-        sheet = show.curves(None if kind == "csv" else 0)
-        _write(target, CURVES[kind](sheet), overwrite)
+        figure = show.curves(None if kind == "csv" else 0)
+        _write(target, CURVES[kind](figure), overwrite)
     if console.mode.json:
         result: dict[str, Any] = {"schema": console.SCHEMA}
         result |= {"path": str(targets[0])} if targets else {}
-        tables = {band.title: finite(band.rows()) for band in show.curves(None).bands}
+        tables = {strip.title: finite(strip.rows()) for strip in show.curves(None).strips}
         one = {"noise_path": show.name, "rows": tables[show.name]}
         console.emit(result | (one if len(tables) == 1 else {"noise_paths": tables}))
     elif targets:
         console.emit(str(targets[0]))
     else:
-        bands = show.curves(TABLE_LINES).bands
-        for band in bands:
-            whole = show.paths[band.title].steps
-            if not (show.schedule or show.steps) and len(band.levels) < whole:
-                text = f"{len(band.levels)} levels of {band.title}; all of them: --json"
+        strips = show.curves(TABLE_LINES).strips
+        for strip in strips:
+            whole = show.paths[strip.title].steps
+            if not (show.schedule or show.steps) and len(strip.levels) < whole:
+                text = f"{len(strip.levels)} levels of {strip.title}; all of them: --json"
                 console.say(f"{text} or -o FILE.csv")
-            if len(bands) > 1:
-                console.emit(band.title)
-            for line in table(band.levels, bars=sys.stdout.isatty()):
+            if len(strips) > 1:
+                console.emit(strip.title)
+            for line in table(strip.levels, bars=sys.stdout.isatty()):
                 console.emit(line)

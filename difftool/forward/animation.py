@@ -1,4 +1,4 @@
-"""A sheet as a moving picture: GIF, every frame with a palette of its own, or WebP. Torch-free."""
+"""A figure as a moving picture: GIF, every frame with a palette of its own, or WebP. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from difftool.forward.drawing import Moment, moments
+from difftool.forward.drawing import AnimationFrame, animation_frames
+from difftool.forward.figures import Figure
 from difftool.forward.process import Pixels
-from difftool.forward.sheets import Sheet
 from difftool.images.theme import COLORS, INK, MUTED, PAPER, RULE
 
 PACE, FIRST, LAST = 80, 1000, 1400
@@ -23,17 +23,17 @@ EFFORT = 20
 """Of the lossless encoder, to 100; noise cannot be packed any better."""
 
 
-def gif(sheet: Sheet) -> bytes:
-    """The sheet as a GIF that plays for ever."""
-    inks = _inks(sheet)
-    frames = [_indexed(moment, inks) for moment in moments(sheet)]
+def gif(figure: Figure) -> bytes:
+    """The figure as a GIF that plays for ever."""
+    inks = _inks(figure)
+    frames = [_indexed(frame, inks) for frame in animation_frames(figure)]
     return _saved(frames, "GIF", optimize=False, disposal=1)
 
 
-def webp(sheet: Sheet) -> bytes:
-    """The sheet as an animated WebP that plays for ever; lossless, for else it has no fine colour,
+def webp(figure: Figure) -> bytes:
+    """The figure as an animated WebP that plays for ever; lossless, for else it has no fine colour,
     of which noise is full."""
-    frames = [moment.page for moment in moments(sheet)]
+    frames = [frame.page for frame in animation_frames(figure)]
     return _saved(frames, "WEBP", lossless=True, quality=EFFORT, method=2)
 
 
@@ -47,36 +47,36 @@ def _saved(frames: Sequence[Image.Image], format: str, **options: object) -> byt
     return file.getvalue()
 
 
-def _inks(sheet: Sheet) -> Pixels:
+def _inks(figure: Figure) -> Pixels:
     """Paper, inks and what lies between them [N,3]: in every frame, so that nothing flickers."""
-    names = [INK, MUTED, RULE, *(c for _, c in zip(sheet.bands, cycle(COLORS), strict=False))]
+    names = [INK, MUTED, RULE, *(c for _, c in zip(figure.strips, cycle(COLORS), strict=False))]
     paper = np.array(ImageColor.getrgb(PAPER))
     steps = np.linspace(0, 1, SHADES + 1)[1:, None]
     mixed = [paper + steps * (ImageColor.getrgb(ink) - paper) for ink in dict.fromkeys(names)]
     return np.concatenate([paper[None], *mixed]).round().astype(np.uint8)
 
 
-def _indexed(moment: Moment, inks: Pixels) -> Image.Image:
+def _indexed(frame: AnimationFrame, inks: Pixels) -> Image.Image:
     """A frame in 256 colours: the page's few, exactly, and the rest chosen for the pictures, which
     are dithered."""
-    page, own = np.asarray(moment.page), len(inks)
+    page, own = np.asarray(frame.page), len(inks)
     indices = _nearest(page, inks)
-    crops = [page[top:bottom, left:right] for left, top, right, bottom in moment.boxes]
+    crops = [page[top:bottom, left:right] for left, top, right, bottom in frame.boxes]
     joined = Image.fromarray(np.concatenate([crop.reshape(1, -1, 3) for crop in crops], axis=1))
     chosen = joined.quantize(256 - own, Image.Quantize.MEDIANCUT)
-    for (left, top, right, bottom), crop in zip(moment.boxes, crops, strict=True):
+    for (left, top, right, bottom), crop in zip(frame.boxes, crops, strict=True):
         picture = Image.fromarray(crop).quantize(palette=chosen, dither=Image.Dither.FLOYDSTEINBERG)
         corners = (crop == inks[0]).all(axis=2)
         indices[top:bottom, left:right] = np.where(corners, 0, np.asarray(picture) + own)
-    frame = Image.fromarray(indices, "P")
-    frame.putpalette(inks.tobytes() + bytes(chosen.getpalette() or ())[: 3 * (256 - own)])
-    return frame
+    indexed = Image.fromarray(indices, "P")
+    indexed.putpalette(inks.tobytes() + bytes(chosen.getpalette() or ())[: 3 * (256 - own)])
+    return indexed
 
 
 def _nearest(page: Pixels, colors: Pixels) -> NDArray[np.uint8]:
     """The index of the nearest colour of each pixel [H,W]."""
     packed = page.astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    found, where = np.unique(packed, return_inverse=True)
-    parts = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+    unique, where = np.unique(packed, return_inverse=True)
+    parts = np.stack([unique >> 16, unique >> 8 & 255, unique & 255], axis=1)
     distance = np.square(parts[:, None] - colors.astype(np.int64)).sum(axis=2)
     return distance.argmin(axis=1).astype(np.uint8)[where].reshape(page.shape[:2])

@@ -12,7 +12,7 @@ from difftool.diffusion.path import Edm, Flow, Level, Path
 from difftool.errors import UsageError
 
 COLUMNS: tuple[str, ...] = ("index", "t", "alpha", "sigma", "log_snr")
-Row = dict[str, Any]
+LevelRow = dict[str, Any]
 """Values by COLUMNS, and by the names of what else is known of a level."""
 
 
@@ -56,18 +56,18 @@ def psnr(rmse: float) -> float:
 # --- as rows ---------------------------------------------------------------------------------
 
 
-def rows(levels: Iterable[Level], errors: Sequence[float] = ()) -> list[Row]:
+def rows(levels: Iterable[Level], errors: Sequence[float] = ()) -> list[LevelRow]:
     """The levels as rows of COLUMNS, log_snr natural; with a prediction's errors rmse and psnr."""
-    found: list[Row] = [
+    table: list[LevelRow] = [
         dict(zip(COLUMNS, (index, level.t, level.alpha, level.sigma, log_snr(level)), strict=True))
         for index, level in enumerate(levels)
     ]
-    for row, rmse in zip(found, errors, strict=False):
+    for row, rmse in zip(table, errors, strict=False):
         row |= {"rmse": rmse, "psnr": psnr(rmse)}
-    return found
+    return table
 
 
-def finite(rows: Iterable[Row]) -> list[Row]:
+def finite(rows: Iterable[LevelRow]) -> list[LevelRow]:
     """Rows for JSON, which has no infinity: it is null there."""
     return [{key: None if _infinite(value) else value for key, value in r.items()} for r in rows]
 
@@ -76,7 +76,7 @@ def _infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[LevelRow]) -> str:
     """Rows as CSV with a header line; infinities are written inf and -inf."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -118,7 +118,7 @@ def typeset(value: float, digits: int = 1) -> str:
 
 
 def brief(text: str, most: int = 60) -> str:
-    """A user's words, cut to fit on a sheet."""
+    """A user's words, cut to fit on a figure."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 

@@ -1,4 +1,4 @@
-"""A sheet as the bytes of a file, by the kind of file. Torch-free."""
+"""A figure as the bytes of a file, by the kind of file. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import NamedTuple
 
 from difftool.forward.animation import gif, webp
 from difftool.forward.drawing import draw
+from difftool.forward.figures import Figure
 from difftool.forward.levels import csv_text
 from difftool.forward.page import page
 from difftool.forward.plots import draw_curves
-from difftool.forward.sheets import Sheet
 from difftool.images.write import encode_png
 
 
-class Output(NamedTuple):
-    """How a sheet becomes a file."""
+class FigureFormat(NamedTuple):
+    """How a figure becomes a file."""
 
-    write: Callable[[Sheet], bytes]
+    write: Callable[[Figure], bytes]
     steps: int
     """Levels shown where it is not said."""
 
 
-def _table(sheet: Sheet) -> bytes:
-    return csv_text(sheet.rows()).encode()
+def _table(figure: Figure) -> bytes:
+    return csv_text(figure.rows()).encode()
 
 
-OUTPUTS: dict[str, Output] = {
-    "png": Output(lambda sheet: encode_png(draw(sheet)), 8),
-    "gif": Output(gif, 40),
-    "webp": Output(webp, 40),
-    "html": Output(page, 25),
-    "csv": Output(_table, 8),
+OUTPUTS: dict[str, FigureFormat] = {
+    "png": FigureFormat(lambda figure: encode_png(draw(figure)), 8),
+    "gif": FigureFormat(gif, 40),
+    "webp": FigureFormat(webp, 40),
+    "html": FigureFormat(page, 25),
+    "csv": FigureFormat(_table, 8),
 }
 """By ending, without the dot."""
-CURVES: dict[str, Callable[[Sheet], bytes]] = {
-    "png": lambda sheet: encode_png(draw_curves(sheet)),
+CURVES: dict[str, Callable[[Figure], bytes]] = {
+    "png": lambda figure: encode_png(draw_curves(figure)),
     "html": page,
     "csv": _table,
 }

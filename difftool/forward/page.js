@@ -30,9 +30,9 @@ function readings(level, error) {
   return found;
 }
 
-// The level of a band at a place of the slider, which has `last` + 1 of them.
-const indexAt = (band, place, last) =>
-  Math.round((place / Math.max(last, 1)) * (band.levels.length - 1));
+// The level of a strip at a place of the slider, which has `last` + 1 of them.
+const indexAt = (strip, place, last) =>
+  Math.round((place / Math.max(last, 1)) * (strip.levels.length - 1));
 
 // --- pictures --------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ function start(data) {
     return node;
   };
   const slider = $("slider");
-  const last = Math.max(...data.bands.map((band) => band.levels.length)) - 1;
+  const last = Math.max(...data.strips.map((strip) => strip.levels.length)) - 1;
   const x0 = data.x0 && bytes(data.x0);
   const z = data.z && new Int8Array(bytes(data.z).buffer);
   let chosen = 0;
@@ -96,9 +96,9 @@ function start(data) {
   for (const name of ["title", "note", "caption"]) $(name).replaceChildren(...subscripts(data[name]));
   slider.max = last;
 
-  // Of rivals one is seen at a time; views of one path are seen together.
-  const seen = data.width ? (data.rivals ? [data.bands[0]] : data.bands) : [];
-  const views = seen.map((band) => {
+  // Of paths compared, one is seen at a time; views of one path are seen together.
+  const seen = data.width ? (data.comparison ? [data.strips[0]] : data.strips) : [];
+  const views = seen.map((strip) => {
     const canvas = make("canvas", { width: data.width, height: data.height });
     const side = Math.max(data.width, data.height);
     const zoom = Math.max(1, Math.round((seen.length > 1 ? 256 : 512) / side));
@@ -108,17 +108,17 @@ function start(data) {
     const figure = make("figure", { class: "own" }, canvas, bar);
     figure.style.width = `${data.width * zoom}px`;
     if (seen.length > 1) {
-      const title = make("b", {}, ...subscripts(band.title));
-      figure.prepend(make("figcaption", {}, title, " ", ...subscripts(band.note)));
+      const title = make("b", {}, ...subscripts(strip.title));
+      figure.prepend(make("figcaption", {}, title, " ", ...subscripts(strip.note)));
     }
     $("pictures").append(figure);
-    return { figure, fill, bar, pen: canvas.getContext("2d"), band };
+    return { figure, fill, bar, pen: canvas.getContext("2d"), strip };
   });
   document.querySelector("main").classList.toggle("alone", !views.length);
   document.querySelector(".stage").hidden =
-    !views.length && !data.rivals && !data.bands[0].visited.length;
-  for (const band of data.bands) {
-    band.pictures = band.frames.map((uri) => {
+    !views.length && !data.comparison && !data.strips[0].visited.length;
+  for (const strip of data.strips) {
+    strip.pictures = strip.frames.map((uri) => {
       const picture = new Image();
       picture.onload = () => show();
       picture.src = uri;
@@ -126,26 +126,26 @@ function start(data) {
     });
   }
 
-  const choices = !data.rivals ? [] : data.bands.map((band, k) => {
-    const button = make("button", { type: "button", role: "radio", class: "own" }, band.title);
-    button.style.setProperty("--own", band.color);
+  const choices = !data.comparison ? [] : data.strips.map((strip, k) => {
+    const button = make("button", { type: "button", role: "radio", class: "own" }, strip.title);
+    button.style.setProperty("--own", strip.color);
     button.onclick = () => choose(k);
     $("choices").append(button);
     return button;
   });
 
   // Without a picture there is room for the levels that a sampler visits; a click goes there.
-  function tabulate(band) {
-    const head = ["", ...readings(band.levels[0]).map(([name]) => name)];
-    const body = band.visited.map((level, k) => {
+  function tabulate(strip) {
+    const head = ["", ...readings(strip.levels[0]).map(([name]) => name)];
+    const body = strip.visited.map((level, k) => {
       const cells = [k, ...readings(level).map(([, value]) => value)];
       const row = make("tr", {}, ...cells.map((text) => make("td", {}, text)));
-      row.onclick = () => move(Math.round(band.dots[k] * last));
+      row.onclick = () => move(Math.round(strip.dots[k] * last));
       return row;
     });
     const names = make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)));
     const table = make("table", { class: "own" }, make("thead", {}, names), make("tbody", {}, ...body));
-    table.style.setProperty("--own", band.color);
+    table.style.setProperty("--own", strip.color);
     $("pictures").replaceChildren(table);
   }
 
@@ -155,19 +155,19 @@ function start(data) {
     plot.append(make("line", { x1: FRAME.left, x2: FRAME.right, y1: y, y2: y, class: "grid" }));
     plot.append(make("text", { x: FRAME.left - 7, y: y + 4, "text-anchor": "end" }, typeset(value, 0)));
   }
-  const times = (data.whole ?? data.bands[0].levels).map(([t]) => `t = ${short(t)}`);
-  const ends = data.rivals ? ["picture", "static"] : [times[0], times.at(-1)];
+  const times = (data.whole ?? data.strips[0].levels).map(([t]) => `t = ${short(t)}`);
+  const ends = data.comparison ? ["picture", "static"] : [times[0], times.at(-1)];
   plot.append(make("text", { x: FRAME.left, y: 290 }, ends[0]));
   plot.append(make("text", { x: FRAME.right, y: 290, "text-anchor": "end" }, ends[1]));
   plot.append(make("text", { x: FRAME.right, y: 10, "text-anchor": "end" }, "log SNR"));
-  const drawn = data.rivals ? data.bands : data.bands.slice(0, 1);
-  const curves = drawn.map((band) => {
-    const curve = make("path", { class: "curve own", d: outline(data.whole ?? band.levels) });
-    const dots = band.dots.map((way) => {
-      const level = band.levels[Math.round(way * (band.levels.length - 1))];
+  const drawn = data.comparison ? data.strips : data.strips.slice(0, 1);
+  const curves = drawn.map((strip) => {
+    const curve = make("path", { class: "curve own", d: outline(data.whole ?? strip.levels) });
+    const dots = strip.dots.map((way) => {
+      const level = strip.levels[Math.round(way * (strip.levels.length - 1))];
       return make("circle", { cx: across(way), cy: down(logSnr(level)), r: 3.2, class: "own" });
     });
-    for (const node of [curve, ...dots]) node.style.setProperty("--own", band.color);
+    for (const node of [curve, ...dots]) node.style.setProperty("--own", strip.color);
     plot.append(curve, ...dots);
     return curve;
   });
@@ -176,11 +176,11 @@ function start(data) {
 
   function show() {
     const place = Number(slider.value);
-    const band = data.bands[data.rivals ? chosen : 0];
-    const index = indexAt(band, place, last);
-    const level = band.levels[index];
+    const strip = data.strips[data.comparison ? chosen : 0];
+    const index = indexAt(strip, place, last);
+    const level = strip.levels[index];
     for (const view of views) {
-      const own = data.rivals ? band : view.band;
+      const own = data.comparison ? strip : view.strip;
       const at = indexAt(own, place, last);
       if (x0) {
         const image = view.pen.createImageData(data.width, data.height);
@@ -193,17 +193,17 @@ function start(data) {
       view.fill.style.width = `${100 * share(own.levels[at])}%`;
       view.figure.style.setProperty("--own", own.color);
     }
-    const error = data.bands.map((each) => each.errors[index]).find((value) => value !== undefined);
+    const error = data.strips.map((each) => each.errors[index]).find((value) => value !== undefined);
     $("readings").replaceChildren(...readings(level, error).map(([name, value]) =>
       make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-    const way = band.ways ? band.ways[index] : index / Math.max(band.levels.length - 1, 1);
+    const way = strip.positions ? strip.positions[index] : index / Math.max(strip.levels.length - 1, 1);
     dot.setAttribute("cx", across(way));
     dot.setAttribute("cy", down(logSnr(level)));
-    for (const node of [dot, $("slider").parentNode]) node.style.setProperty("--own", band.color);
+    for (const node of [dot, $("slider").parentNode]) node.style.setProperty("--own", strip.color);
     slider.setAttribute("aria-valuetext", `t ${short(level[0])}, SNR ${typeset(decibels(level), 1)} dB`);
-    if (!views.length && band.visited.length && tabled !== band) tabulate((tabled = band));
-    if (data.rivals) $("note").replaceChildren(...subscripts(band.note));
-    curves.forEach((curve, k) => curve.classList.toggle("other", data.rivals && k !== chosen));
+    if (!views.length && strip.visited.length && tabled !== strip) tabulate((tabled = strip));
+    if (data.comparison) $("note").replaceChildren(...subscripts(strip.note));
+    curves.forEach((curve, k) => curve.classList.toggle("other", data.comparison && k !== chosen));
     choices.forEach((button, k) => button.setAttribute("aria-checked", String(k === chosen)));
   }
 
@@ -256,7 +256,7 @@ function start(data) {
     const pages = { PageDown: -1, PageUp: 1 };
     const place = Number(slider.value);
     if (event.key === " " && event.target.tagName !== "BUTTON") play(playing === null);
-    else if (data.rivals && data.bands[Number(event.key) - 1]) choose(Number(event.key) - 1);
+    else if (data.comparison && data.strips[Number(event.key) - 1]) choose(Number(event.key) - 1);
     else if (event.target === slider) return; // which has keys of its own
     else if (steps[event.key]) move(place + steps[event.key]);
     else if (pages[event.key]) move(place + pages[event.key] * Math.ceil(last / 10));

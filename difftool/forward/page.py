@@ -1,4 +1,4 @@
-"""A sheet as one HTML file to play with: all of it is inside, no network. Torch-free.
+"""A figure as one HTML file to play with: all of it is inside, no network. Torch-free.
 
 What is a function of x0, z and the level is computed in the page, at all levels; other frames are
 pictures in it.
@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from difftool.diffusion.path import Level
-from difftool.forward.plots import ways
+from difftool.forward.figures import Figure, Strip
+from difftool.forward.plots import positions
 from difftool.forward.process import Pixels
-from difftool.forward.sheets import Band, Sheet
 from difftool.images.theme import COLORS
 
 NOISE_STEP = 1 / 26
@@ -31,13 +31,13 @@ DIGITS = 7
 QUALITY = 92
 
 
-def page(sheet: Sheet) -> bytes:
-    """The page of a sheet."""
+def page(figure: Figure) -> bytes:
+    """The page of a figure."""
     source = files("difftool.forward")
     text = (source / "page.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(sheet), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = json.dumps(_data(figure), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     parts = {
-        "TITLE": escape(f"{sheet.title} · difftool noise"),
+        "TITLE": escape(f"{figure.title} · difftool noise"),
         "STYLE": (source / "page.css").read_text(encoding="utf-8"),
         "DATA": data.replace("<", "\\u003c"),
         "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
@@ -47,47 +47,47 @@ def page(sheet: Sheet) -> bytes:
     return text.encode()
 
 
-def _data(sheet: Sheet) -> dict[str, Any]:
+def _data(figure: Figure) -> dict[str, Any]:
     """All that the page knows."""
-    colors = zip(sheet.bands, cycle(COLORS), strict=False)
+    colors = zip(figure.strips, cycle(COLORS), strict=False)
     data: dict[str, Any] = {
-        "title": sheet.title,
-        "note": sheet.note,
-        "caption": sheet.caption,
-        "rivals": sheet.rivals,
-        "bands": [_band(band, color) for band, color in colors],
+        "title": figure.title,
+        "note": figure.note,
+        "caption": figure.caption,
+        "comparison": figure.comparison,
+        "strips": [_strip(strip, color) for strip, color in colors],
     }
-    if sheet.curves:  # all levels of the paths, on which a sampler's are dots
-        for band, about, curve in zip(sheet.bands, data["bands"], sheet.curves, strict=True):
-            about["dots"] = _ways(curve, band.levels)
+    if figure.curves:  # all levels of the paths, on which a sampler's are dots
+        for strip, about, curve in zip(figure.strips, data["strips"], figure.curves, strict=True):
+            about["dots"] = _positions(curve, strip.levels)
             about |= {"visited": about["levels"], "levels": _levels(curve)}
-    if sheet.whole:
-        data["whole"] = _levels(sheet.whole)
-        for band, about in zip(sheet.bands, data["bands"], strict=True):
-            about["ways"] = _ways(sheet.whole, band.levels)
-    if sheet.live:
-        x0 = ((sheet.live.x0 + 1) * 127.5).round().astype(np.uint8)
-        z = (sheet.live.z / NOISE_STEP).round().clip(-127, 127).astype(np.int8)
+    if figure.whole:
+        data["whole"] = _levels(figure.whole)
+        for strip, about in zip(figure.strips, data["strips"], strict=True):
+            about["positions"] = _positions(figure.whole, strip.levels)
+    if figure.computed_from:
+        x0 = ((figure.computed_from.x0 + 1) * 127.5).round().astype(np.uint8)
+        z = (figure.computed_from.z / NOISE_STEP).round().clip(-127, 127).astype(np.int8)
         data |= {"x0": _base64(x0.tobytes()), "z": _base64(z.tobytes()), "step": NOISE_STEP}
-    width, height = sheet.size
+    width, height = figure.size
     return data | {"width": width, "height": height}
 
 
-def _band(band: Band, color: str) -> dict[str, Any]:
+def _strip(strip: Strip, color: str) -> dict[str, Any]:
     return {
-        "title": band.title,
-        "note": band.note,
+        "title": strip.title,
+        "note": strip.note,
         "color": color,
-        "levels": _levels(band.levels),
+        "levels": _levels(strip.levels),
         "visited": [],
         "dots": [],
-        "errors": [round(error, DIGITS) for error in band.errors],
-        "frames": [_jpeg(frame) for frame in band.frames],
+        "errors": [round(error, DIGITS) for error in strip.errors],
+        "frames": [_jpeg(frame) for frame in strip.frames],
     }
 
 
-def _ways(curve: Sequence[Level], levels: Sequence[Level]) -> list[float]:
-    return [round(way, DIGITS) for way in ways(curve, levels)]
+def _positions(curve: Sequence[Level], levels: Sequence[Level]) -> list[float]:
+    return [round(position, DIGITS) for position in positions(curve, levels)]
 
 
 def _levels(levels: Sequence[Level]) -> list[list[float]]:

@@ -25,14 +25,14 @@ SIDE = 256
 
 
 class Space(Protocol):
-    """Where noise is added to a picture, and how it is seen there."""
+    """Where noise is added to a picture, and the way back to pixels."""
 
     x0: Signal
     """The picture, in this space."""
     size: tuple[int, int]
-    """Width and height of what is seen, in pixels."""
+    """Width and height of its pictures, in pixels."""
 
-    def seen(self, x: Signal) -> Pixels:
+    def to_pixels(self, x: Signal) -> Pixels:
         """What a point of the space looks like."""
         ...
 
@@ -47,7 +47,7 @@ class PixelSpace:
         self.size = width, height
         self.x0: Signal = np.asarray(scaled(image, self.size), np.float32) / 127.5 - 1
 
-    def seen(self, x: Signal) -> Pixels:
+    def to_pixels(self, x: Signal) -> Pixels:
         return ((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
@@ -108,14 +108,14 @@ def walk(
     """The chain's pictures at the levels shown, and the check of them all."""
     levels = chain_levels(path, shown)
     wanted = set(shown)
-    seen: dict[Level, Signal] = {}
+    kept: dict[Level, Signal] = {}
     mean = std = 0.0
     for level, x_t in zip(levels, chain(x0, levels, seed), strict=True):
         if level not in wanted:
             continue
-        seen[level] = x_t
+        kept[level] = x_t
         if level.sigma > 0:
             residual = (x_t.astype(np.float64) - level.alpha * x0) / level.sigma
             mean = max(mean, abs(float(residual.mean())))
             std = max(std, abs(float(residual.std()) - 1))
-    return [seen[level] for level in shown], ChainCheck(len(levels), mean, std)
+    return [kept[level] for level in shown], ChainCheck(len(levels), mean, std)

@@ -32,7 +32,7 @@ class ModelSpace:
         with torch.no_grad():
             self.x0: Signal = _array(model.codec.encode(self.picture))
 
-    def seen(self, x: Signal) -> Pixels:
+    def to_pixels(self, x: Signal) -> Pixels:
         return to_pixels(self._decode(x))[0].permute(1, 2, 0).cpu().numpy()
 
     def error(self, x0: Signal) -> float:

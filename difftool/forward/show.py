@@ -1,4 +1,4 @@
-"""What is shown of a picture: from what is asked for to a sheet. Torch-free without a model."""
+"""What is shown of a picture: from what is asked for to a figure. Torch-free without a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Level, Path
-from difftool.forward import sheets
+from difftool.forward import figures
+from difftool.forward.figures import Figure
 from difftool.forward.levels import even_levels
 from difftool.forward.outputs import OUTPUTS
 from difftool.forward.process import PixelSpace
-from difftool.forward.sheets import Sheet
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -66,9 +66,9 @@ class Show:
         """The levels of the first path in an output of that kind."""
         return self.levels(self.path, OUTPUTS[kind].steps)
 
-    def sheet(
+    def figure(
         self, image: Image.Image, kind: str, progress: Callable[[int], None] = lambda done: None
-    ) -> tuple[Sheet, dict[str, Any]]:
+    ) -> tuple[Figure, dict[str, Any]]:
         """What is drawn of a picture in an output of that kind, and what else is known of it."""
         levels, facts = self.shown(kind), {}
         if self.model:
@@ -78,23 +78,23 @@ class Show:
             facts = {"model": self.model.name, "model_hash": self.model.hash}
             if self.reverse:
                 cond = condition(self.model, space.size, self.prompt, self.label)
-                told = f'"{self.prompt}"' if self.prompt else self.label or ""
-                sheet = sheets.reverse_sheet(space, levels, self.seed, cond, told, progress)
-                return sheet, facts | {"prompt": self.prompt, "label": self.label}
+                given = f'"{self.prompt}"' if self.prompt else self.label or ""
+                figure = figures.reverse_figure(space, levels, self.seed, cond, given, progress)
+                return figure, facts | {"prompt": self.prompt, "label": self.label}
         else:
             space = PixelSpace(image, self.size)
         if self.markov:
-            sheet, check = sheets.markov_sheet(space, self.name, self.path, levels, self.seed)
-            return sheet, facts | {"chain": check._asdict()}
+            figure, check = figures.markov_figure(space, self.name, self.path, levels, self.seed)
+            return figure, facts | {"chain": check._asdict()}
         if kind == "html" and not self.model:
             every = {name: self.levels(path, None) for name, path in self.paths.items()}
-            return sheets.live_sheet(space, self.paths, every, self.seed), facts
+            return figures.page_figure(space, self.paths, every, self.seed), facts
         if len(self.paths) > 1:
             shown = {n: self.levels(p, OUTPUTS[kind].steps) for n, p in self.paths.items()}
-            return sheets.compare_sheet(space, self.paths, shown, self.seed), facts
-        return sheets.strip_sheet(space, self.name, self.path, levels, self.seed), facts
+            return figures.compare_figure(space, self.paths, shown, self.seed), facts
+        return figures.marginal_figure(space, self.name, self.path, levels, self.seed), facts
 
-    def curves(self, usual: int | None) -> Sheet:
+    def curves(self, usual: int | None) -> Figure:
         """The paths without a picture, and on them what a sampler visits, or even levels: `usual`
         ones (None: all; 0: none)."""
         visited = {}
@@ -105,8 +105,8 @@ class Show:
                 visited[name] = []
             else:
                 visited[name] = self.levels(path, usual)
-        sheet = sheets.curve_sheet(self.paths, visited)
+        figure = figures.curve_figure(self.paths, visited)
         if not self.schedule:
-            return sheet
+            return figure
         steps = self.steps or SAMPLER_STEPS
-        return sheet._replace(caption=f"dots: the levels of {self.schedule} in {steps} steps")
+        return figure._replace(caption=f"dots: the levels of {self.schedule} in {steps} steps")

@@ -24,17 +24,17 @@ from difftool.forward.process import (
 
 if TYPE_CHECKING:
     from difftool.diffusion.denoiser import Cond
-    from difftool.forward.levels import Row
+    from difftool.forward.levels import LevelRow
     from difftool.forward.reverse import ModelSpace
 
 PIXELS_MAX = 1 << 26
-"""All frames of a sheet together."""
+"""All frames of a figure together."""
 SMALLEST = 160
 """Longest side of a frame as it is drawn, at least, in pixels."""
 
 
-class Band(NamedTuple):
-    """One row of a sheet: what a process looks like at its levels."""
+class Strip(NamedTuple):
+    """One row of a figure: what a process looks like at its levels."""
 
     title: str
     note: str
@@ -43,139 +43,149 @@ class Band(NamedTuple):
     errors: Sequence[float] = ()
     """Of predictions: RMSE to the picture."""
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LevelRow]:
         """Its levels as a table."""
         return rows(self.levels, self.errors)
 
 
-class Live(NamedTuple):
-    """A picture [H,W,3] and the noise of its marginals."""
+class PictureAndNoise(NamedTuple):
+    """A picture x0 and the noise z of all its marginals, both [H,W,3]."""
 
     x0: Signal
     z: Signal
 
 
-class Sheet(NamedTuple):
+class Figure(NamedTuple):
     """What is drawn on one picture."""
 
     title: str
     note: str
-    bands: Sequence[Band]
+    strips: Sequence[Strip]
     caption: str
     curves: Sequence[Sequence[Level]] = ()
-    """Levels of each band, close enough together to draw its SNR beside it."""
+    """Levels of each strip, close enough together to draw its SNR beside it."""
     whole: Sequence[Level] = ()
-    """Levels all along the path of bands that have but one."""
-    live: Live | None = None
+    """Levels all along the path of strips that have but one."""
+    computed_from: PictureAndNoise | None = None
     """What its frames can be computed from, where it has none."""
-    rivals: bool = False
-    """Whether the bands are of different paths; else they are different views of one."""
+    comparison: bool = False
+    """Whether the strips are of different paths; else they are different views of one."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of its frames, in pixels; of nothing where it has no picture."""
-        picture = self.live.x0 if self.live else [*self.bands[0].frames, np.empty((0, 0))][0]
+        picture = (
+            self.computed_from.x0
+            if self.computed_from
+            else [*self.strips[0].frames, np.empty((0, 0))][0]
+        )
         height, width = picture.shape[:2]
         return width, height
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LevelRow]:
         """All its levels as one table, the name of the path at the end where there are several."""
-        if self.rivals:
-            return [row | {"path": band.title} for band in self.bands for row in band.rows()]
-        return self.bands[-1].rows()
+        if self.comparison:
+            return [row | {"path": strip.title} for strip in self.strips for row in strip.rows()]
+        return self.strips[-1].rows()
 
 
-def strip_sheet(space: Space, name: str, path: Path, levels: Sequence[Level], seed: int) -> Sheet:
-    """The marginals of one path, from picture to static."""
-    check_room(space.size, len(levels))
-    note = describe(path)
-    band = Band(name, note, levels, _marginal_frames(space, levels, seed))
-    caption = f"{terminal(path)} · seed {seed}"
-    return Sheet(brief(name), note, [band], caption, whole=_whole(path))
-
-
-def markov_sheet(
+def marginal_figure(
     space: Space, name: str, path: Path, levels: Sequence[Level], seed: int
-) -> tuple[Sheet, ChainCheck]:
+) -> Figure:
+    """The marginals of one path, from picture to static."""
+    check_size(space.size, len(levels))
+    note = describe(path)
+    strip = Strip(name, note, levels, _marginal_frames(space, levels, seed))
+    caption = f"{terminal(path)} · seed {seed}"
+    return Figure(brief(name), note, [strip], caption, whole=_whole(path))
+
+
+def markov_figure(
+    space: Space, name: str, path: Path, levels: Sequence[Level], seed: int
+) -> tuple[Figure, ChainCheck]:
     """The chain beside the marginals, and how far the two are apart."""
-    check_room(space.size, 2 * len(levels))
+    check_size(space.size, 2 * len(levels))
     signals, check = walk(space.x0, path, levels, seed)
     jumps, steps = "𝑞(𝑥ₜ | 𝑥₀): one jump each", f"𝑞(𝑥ₜ | 𝑥ₜ₋₁): {check.transitions} small steps"
-    bands = [
-        Band("marginals", jumps, levels, _marginal_frames(space, levels, seed)),
-        Band("chain", steps, levels, _frames(space, signals, levels)),
+    strips = [
+        Strip("marginals", jumps, levels, _marginal_frames(space, levels, seed)),
+        Strip("chain", steps, levels, _frames(space, signals, levels)),
     ]
     caption = (
         f"the chain's (𝑥ₜ − 𝛼 𝑥₀) / 𝜎 has mean 0 within {check.mean:.4f} "
         f"and deviation 1 within {check.std:.4f} · seed {seed}"
     )
-    return Sheet(brief(name), describe(path), bands, caption, whole=_whole(path)), check
+    return Figure(brief(name), describe(path), strips, caption, whole=_whole(path)), check
 
 
-def compare_sheet(
+def compare_figure(
     space: Space,
     paths: Mapping[str, Path],
     levels: Mapping[str, Sequence[Level]],
     seed: int,
-) -> Sheet:
-    """A band a path, all with the same noise, and their SNR beside them."""
-    bands = []
+) -> Figure:
+    """A strip a path, all with the same noise, and their SNR beside them."""
+    strips = []
     for name, path in paths.items():
         shown = levels[name]
-        check_room(space.size, len(shown) * len(paths))
+        check_size(space.size, len(shown) * len(paths))
         note = f"{describe(path)} · {terminal(path)}"
-        bands.append(Band(name, note, shown, _marginal_frames(space, shown, seed)))
+        strips.append(Strip(name, note, shown, _marginal_frames(space, shown, seed)))
     caption = f"the same noise on every path · seed {seed}"
     curves = [even_levels(path) for path in paths.values()]
-    return Sheet("forward process", "from picture to static", bands, caption, curves, rivals=True)
+    return Figure(
+        "forward process", "from picture to static", strips, caption, curves, comparison=True
+    )
 
 
-def reverse_sheet(
+def reverse_figure(
     space: ModelSpace,
     levels: Sequence[Level],
     seed: int,
     cond: Cond,
-    told: str = "",
+    condition: str = "",
     progress: Callable[[int], None] = lambda done: None,
-) -> Sheet:
+) -> Figure:
     """x_t, and below it the picture that the network sees in it, with its error."""
-    check_room(space.size, 2 * len(levels))
+    check_size(space.size, 2 * len(levels))
     model, path = space.model, space.model.denoiser.path
     x_ts = list(marginals(space.x0, levels, seed))
     frames, errors = [], []
     for x0 in space.predictions(x_ts, levels, cond):
-        frames.append(space.seen(x0))
+        frames.append(space.to_pixels(x0))
         errors.append(space.error(x0))
         progress(len(frames))
     note = "𝐸[𝑥₀ | 𝑥ₜ], as the network sees it"
-    bands = [
-        Band("𝑥ₜ", "what the network is given", levels, _frames(space, x_ts, levels)),
-        Band("prediction", note, levels, frames, errors),
+    strips = [
+        Strip("𝑥ₜ", "what the network is given", levels, _frames(space, x_ts, levels)),
+        Strip("prediction", note, levels, frames, errors),
     ]
     caption = f"RMSE against the picture, in [−1, 1]; PSNR with peak 2 · seed {seed}"
     about = f"{model.denoiser.target}-prediction, {describe(path)}"
-    about += f" · {brief(told)}" if told else ""
-    return Sheet(brief(model.name), about, bands, caption, whole=_whole(path))
+    about += f" · {brief(condition)}" if condition else ""
+    return Figure(brief(model.name), about, strips, caption, whole=_whole(path))
 
 
-def live_sheet(
+def page_figure(
     space: Space, paths: Mapping[str, Path], levels: Mapping[str, Sequence[Level]], seed: int
-) -> Sheet:
+) -> Figure:
     """The marginals of paths, to be computed where they are shown."""
-    check_room(space.size, 1)
-    sheet = curve_sheet(paths, levels)
+    check_size(space.size, 1)
+    figure = curve_figure(paths, levels)
     caption = f"the same noise at all levels · seed {seed}"
-    live = Live(space.x0, noise_like(space.x0, seed))
-    title = "forward process" if sheet.rivals else sheet.title
-    return sheet._replace(title=title, caption=caption, curves=(), live=live)
+    source = PictureAndNoise(space.x0, noise_like(space.x0, seed))
+    title = "forward process" if figure.comparison else figure.title
+    return figure._replace(title=title, caption=caption, curves=(), computed_from=source)
 
 
-def curve_sheet(paths: Mapping[str, Path], levels: Mapping[str, Sequence[Level]]) -> Sheet:
+def curve_figure(paths: Mapping[str, Path], levels: Mapping[str, Sequence[Level]]) -> Figure:
     """Paths without a picture: all of their levels, and those that a sampler visits."""
-    bands = [Band(n, f"{describe(p)} · {terminal(p)}", levels[n]) for n, p in paths.items()]
+    strips = [Strip(n, f"{describe(p)} · {terminal(p)}", levels[n]) for n, p in paths.items()]
     curves = [even_levels(path) for path in paths.values()]
-    title, note = (brief(bands[0].title), bands[0].note) if len(bands) == 1 else ("noise paths", "")
-    return Sheet(title, note, bands, "", curves, rivals=len(bands) > 1)
+    title, note = (
+        (brief(strips[0].title), strips[0].note) if len(strips) == 1 else ("noise paths", "")
+    )
+    return Figure(title, note, strips, "", curves, comparison=len(strips) > 1)
 
 
 def _whole(path: Path, count: int = 200) -> list[Level]:
@@ -184,17 +194,17 @@ def _whole(path: Path, count: int = 200) -> list[Level]:
 
 def _marginal_frames(space: Space, levels: Sequence[Level], seed: int) -> list[Pixels]:
     return [
-        space.seen(unit(x_t, level))
+        space.to_pixels(unit(x_t, level))
         for x_t, level in zip(marginals(space.x0, levels, seed), levels, strict=True)
     ]
 
 
 def _frames(space: Space, signals: Sequence[Signal], levels: Sequence[Level]) -> list[Pixels]:
-    return [space.seen(unit(x, level)) for x, level in zip(signals, levels, strict=True)]
+    return [space.to_pixels(unit(x, level)) for x, level in zip(signals, levels, strict=True)]
 
 
-def check_room(size: tuple[int, int], count: int) -> None:
-    """UsageError if that many frames are more than a sheet holds."""
+def check_size(size: tuple[int, int], count: int) -> None:
+    """UsageError if that many frames are more than a figure holds."""
     width, height = (side * zoom(size) for side in size)
     if count * height * width > PIXELS_MAX:
         why = f"{count} frames of {width}x{height} pixels"
