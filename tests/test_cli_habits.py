@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from importlib import import_module
+
 import pytest
 
 from difftool.cli import habits
+from difftool.cli.app import COMMANDS
 from difftool.config.options import Option
 
 
@@ -52,3 +56,41 @@ def test_no_flag_means_two_things_in_one_place():
     for said in habits.ANSWERS.values():
         words = " ".join(said).split()
         assert len(words) == len(set(words))
+
+
+ISSUE = """
+sample: --width --height --W --H --cfg --cfg-scale --negative-prompt --count --batch-count --ar
+sample: --tiling --variation-seed --scheduler --ckpt --denoising-strength --num-inference-steps
+sample: --guidance-scale --n_iter --prompt --fp16 --lowvram --xformers --controlnet
+train: --learning-rate --max_train_steps --train_batch_size --resolution --output_dir
+train: --mixed_precision --pretrained_model_name_or_path --train_data_dir --network_dim --report_to
+train: --epochs --lr_scheduler --gradient_checkpointing --gradient_accumulation_steps
+convert: --half --checkpoint_path --dump_path --extract_ema --original_config_file --model
+noise: --image --beta-schedule
+"""
+
+
+def rows_of(command: str) -> tuple[Option, ...]:
+    rows = getattr(import_module(f"difftool.cli.{command}"), "ROWS", ())
+    if not rows:
+        pytest.skip("not made of rows yet")
+    return rows
+
+
+@pytest.mark.parametrize("line", ISSUE.strip().splitlines())
+def test_habits_of_other_tools_are_known_to_the_command(line):
+    command, flags = line.split(": ")
+    rows = rows_of(command)
+    named = {name for row in rows for name in row.spellings}
+    for flag in flags.split():
+        assert flag not in named
+        hint = str(habits.answer(flag, rows, command).hint)
+        assert "did you mean" not in hint
+        assert "--help" not in hint
+        assert set(re.findall(r"--[a-z][a-z-]+", hint.partition("torchrun")[0])) <= named, hint
+
+
+def test_what_is_answered_with_is_there():
+    rows = [row for command in COMMANDS for row in rows_of(command)]
+    known = {name for row in rows for name in (*row.spellings, row.flag.strip("[]."))}
+    assert habits.COUNTERPARTS.keys() | habits.ANSWERS.keys() <= known

@@ -64,6 +64,24 @@ def _models() -> Iterator[Entry]:
         yield Entry(name, str(open_model(path).values["about"]), [], {"path": str(path)}, note)
 
 
+def _formats() -> Iterator[Entry]:
+    from difftool.conversion.options import DIALECTS, FORMATS
+
+    for name, about in (FORMATS | DIALECTS).items():
+        yield Entry(name, about, [], {})
+
+
+def _settings() -> Iterator[Entry]:
+    from difftool.sampling.settings import KEYS
+
+    for row in dict.fromkeys(KEYS.values()):
+        name, *also = row.json
+        word = row.a1111.word if row.a1111 else None
+        more = {"flag": row.flag if row.option else None, "a1111": word}
+        flag = f"{row.flag}; " if row.option else ""
+        yield Entry(name, row.help, also, more, f"{flag}{', '.join(also)}".removesuffix("; "))
+
+
 def _keys() -> Iterator[Entry]:
     from difftool.config.keys import keys
 
@@ -84,9 +102,13 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "times": _registry("diffusion.losses", "TIMES"),
     "weights": _registry("diffusion.losses", "WEIGHTS"),
     "losses": _registry("diffusion.losses", "LOSSES"),
+    "optimizers": _registry("training.step.optim", "OPTIMIZERS"),
+    "datasets": _registry("data", "BUILTIN"),
     "presets": _presets,
     "models": _models,
     "keys": _keys,
+    "settings": _settings,
+    "formats": _formats,
     "pictures": _registry("images.formats", "OUTPUT_FORMATS"),
 }
 """What can be listed."""

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,52 +57,18 @@ def assignments(prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _paths() -> Iterable[str]:
-    from difftool.diffusion.path import PATHS
-
-    return PATHS
-
-
-def _beta_schedules() -> Iterable[str]:
-    from difftool.diffusion.path import SCHEDULES
-
-    return SCHEDULES
-
-
-def _targets() -> Iterable[str]:
-    from difftool.diffusion.prediction import TARGETS
-
-    return TARGETS
-
-
-def _samplers() -> Iterable[str]:
-    from difftool.diffusion.samplers import SAMPLERS
-
-    return SAMPLERS
-
-
-def _grids() -> Iterable[str]:
-    from difftool.diffusion.grids import GRIDS
-
-    return GRIDS
-
-
-def _losses(name: str) -> Callable[[], Iterable[str]]:
-    def names() -> Iterable[str]:
-        from difftool.diffusion import losses
-
-        return getattr(losses, name)
-
-    return names
+def _names(module: str, table: str) -> Callable[[], Iterable[str]]:
+    return lambda: getattr(import_module(f"difftool.diffusion.{module}"), table)
 
 
 NAMED = {
-    "path.kind": _paths, "path.schedule": _beta_schedules, "target": _targets,
-    "sample.sampler": _samplers, "sample.schedule": _grids,
-    "train.loss": _losses("LOSSES"), "train.time": _losses("TIMES"),
-    "train.weight": _losses("WEIGHTS"),
+    "path.kind": _names("path", "PATHS"), "path.schedule": _names("path", "SCHEDULES"),
+    "target": _names("prediction", "TARGETS"),
+    "sample.sampler": _names("samplers", "SAMPLERS"), "sample.schedule": _names("grids", "GRIDS"),
+    "train.loss": _names("losses", "LOSSES"), "train.time": _names("losses", "TIMES"),
+    "train.weight": _names("losses", "WEIGHTS"),
 }  # fmt: skip
-"""Keys whose values are a registry's names."""
+"""Keys whose values are the names in a table."""
 
 
 def _of(cls: type, prefix: str) -> Iterator[Key]:
@@ -126,7 +93,7 @@ def _path_keys(about: str) -> Iterator[Key]:
     """The kind of a noise path, and the options of all kinds."""
     from difftool.diffusion.path import Discrete, Edm, Flow
 
-    yield Key("path.kind", "text", "", about, tuple(_paths()))
+    yield Key("path.kind", "text", "", about, tuple(NAMED["path.kind"]()))
     yield from _merged([key for part in (Discrete, Flow, Edm) for key in _of(part, "path.")])
 
 

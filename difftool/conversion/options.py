@@ -8,9 +8,16 @@ from typing import Any
 from difftool.config.options import OFFLINE, OVERWRITE, Option
 from difftool.storage.shards import parse_size
 
-FORMATS = ("ldm", "diffusers", "difftool")
-DIALECTS = ("kohya", "peft")
-"""Of LoRAs."""
+FORMATS = {
+    "ldm": "a single file, as Stable Diffusion's own code, A1111 and ComfyUI have it",
+    "diffusers": "a folder of the diffusers library",
+    "difftool": "a file of difftool's own, which says all about itself",
+}
+DIALECTS = {
+    "kohya": "a LoRA as sd-scripts, A1111 and ComfyUI have it",
+    "peft": "a LoRA as PEFT and diffusers have it",
+}
+"""What models, and LoRAs, are converted to."""
 FORMAT, MODEL, LORA, OUTPUT = "Format", "Model", "LoRA", "Output"
 OF_MODELS = ("dtype", "weights", "prediction", "zero_snr", "ema_length", "lora", "max_shard_size")
 """Options that a LoRA under other names has no use for."""
@@ -28,7 +35,7 @@ OPTIONS = (
            help="A model: file, folder or name"),
     Option(name="target", argument=True, type=Path, metavar="DST", panel=FORMAT,
            help="The file or folder to write"),
-    Option(name="to", panel=FORMAT, choices=lambda: FORMATS + DIALECTS,
+    Option(name="to", panel=FORMAT, choices=lambda: FORMATS | DIALECTS,
            help=f"Format; {' and '.join(DIALECTS)} are names of LoRAs"),
     Option(name="dtype", panel=FORMAT, choices=lambda: ("fp32", "fp16", "bf16"),
            default="as they are", help="Of the weights"),
