@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -998,9 +1000,11 @@ def test_a_byte_changed_on_the_disk_is_found_when_reading_back(tmp_path, monkeyp
 @pytest.mark.parametrize("kind", ["difftool", "diffusers"])
 def test_a_failure_half_way_leaves_nothing(kind, tmp_path, monkeypatch):
     source = write(PRESETS["pixel"], tmp_path / "m")
-    monkeypatch.setattr(
-        "difftool.storage.tensors.file_chunks", lambda *_: (_ for _ in ()).throw(OSError(28))
-    )
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is ill")
+
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError):
         run(source, tmp_path / "out", kind)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

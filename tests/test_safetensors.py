@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftool.errors import InputError, ResourceError, UsageError
-from difftool.storage import safetensors, tensors
+from difftool.storage import safetensors
 from difftool.storage.commit import atomic_file
 from difftool.storage.safetensors import (
     digests,
@@ -29,7 +29,7 @@ from difftool.storage.safetensors import (
     write_pieces,
 )
 from difftool.storage.tensor_file import open_source
-from difftool.storage.tensors import TORCH_NAMES, piece_of_file
+from difftool.storage.tensors import CHUNK, TORCH_NAMES, load_located, piece_of_file
 
 
 def copied(source: Path, name: str, target: Path) -> dict[str, str]:
@@ -262,9 +262,8 @@ assert not {{"torch", "numpy", "safetensors"}} & set(sys.modules)
     assert found["bx"].equal(torch.zeros(3, dtype=torch.int8))
 
 
-def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", 1000)
-    tensor = torch.randn(1234, generator=torch.Generator().manual_seed(0))
+def test_large_tensors_are_copied_in_pieces(tmp_path):
+    tensor = torch.randn(CHUNK // 2 + 123, generator=torch.Generator().manual_seed(0))
     before = save_tensors(tmp_path / "a", {"x": tensor})
     after = copied(tmp_path / "a", "x", tmp_path / "b")
     assert before["x"] == after["x"]
@@ -273,21 +272,21 @@ def test_large_tensors_are_copied_in_pieces(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("held", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
-def test_tensors_are_cast_while_they_are_read(held, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "CHUNK", 1000)
+def test_tensors_are_cast_while_they_are_read(held, wanted, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"large": (40, 123), "whole": (500, 4), "number": (), "none": (0, 3), "kept": (3,)}
+    shapes = {"large": (2 * CHUNK // 41 + 1, 41 + 82), "whole": (CHUNK, 2), "number": ()}
+    shapes |= {"none": (0, 3), "kept": (3,)}
     held_tensors = {n: torch.randn(s, generator=generator).to(held) for n, s in shapes.items()}
     save_tensors(tmp_path / "a", held_tensors)
     places = open_source(tmp_path / "a").tensors
-    found = tensors.load_located(places, dtype=wanted, as_is=("kept",))
+    found = load_located(places, dtype=wanted, as_is=("kept",))
     for name, tensor in held_tensors.items():
         kept = held if name == "kept" else wanted
         assert found[name].dtype == kept and found[name].equal(tensor.to(kept)), name
     data = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(data[: places["large"].info.end - 1])
     with pytest.raises(InputError, match="shorter"):
-        tensors.load_located({"large": places["large"]}, dtype=wanted)
+        load_located({"large": places["large"]}, dtype=wanted)
 
 
 def test_nothing_is_replaced_unasked(tmp_path):

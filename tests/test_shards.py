@@ -19,6 +19,7 @@ from difftool.errors import CheckError, DifftoolError, InputError, UsageError
 from difftool.formats import ModelSource, open_model
 from difftool.pipeline.load import load_model
 from difftool.storage import shards as shards_module
+from difftool.storage import tensors as tensors_module
 from difftool.storage.safetensors import DATA_HASH, save_tensors
 from difftool.storage.shards import index_of, parse_size, split, write_shards
 from difftool.storage.tensor_file import is_source, open_source
@@ -328,7 +329,7 @@ def test_converting_to_shards_holds_no_more_than_before(tmp_path, monkeypatch):
         return real(path, {name: watched(piece) for name, piece in pieces.items()}, *rest)
 
     monkeypatch.setattr(shards_module, "write_pieces", measured)
-    monkeypatch.setattr("difftool.storage.tensors.CHUNK", 4096)
+    monkeypatch.setattr(tensors_module, "CHUNK", 4096)
     convert(open_model(BUNDLED), tmp_path / "m.safetensors", "difftool", shard_size=LIMIT)
     assert 0 < largest <= 4096
 
