@@ -57,7 +57,7 @@ FAMILY_FILES = {"config.families", "diffusion.grids", "diffusion.path"}
 Those of formats/ say what other tools call them."""
 KINDS = {"Vae", "VaeCodec", "VaeConfig"}
 """Classes of one kind of codec, which nobody asks for but its own files and `pipeline.decode`."""
-ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
+ORACLES = {"diffusers", "transformers", "peft", "safetensors", "k_diffusion", "scipy"}
 
 
 class Import(NamedTuple):
@@ -155,9 +155,11 @@ def test_pictures_are_opened_in_one_place():
     assert sources_with("Image.open") == {"images.read"}
 
 
-def test_files_are_made_whole_in_one_place():
-    for call in ("os.replace", "os.rename", ".fsync(", "flock"):
-        assert {room(name) for name in sources_with(call)} <= {"storage"}, call
+@pytest.mark.parametrize(
+    "call", ["os.replace", "os.rename", "os.link", ".rename(", "shutil.move", "fsync", "flock"]
+)
+def test_files_are_committed_and_locked_in_one_room(call):
+    assert {room(name) for name in sources_with(call)} <= {"storage"}
 
 
 def test_the_folders_stay_small():
