@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Stopped,
         UsageError,
     )
-    from difftool.library import Pipeline, SampleStep, inspect, load, train
+    from difftool.library import Pipeline, SampleStep, convert, inspect, load, train
     from difftool.plugins import load_plugins
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Stopped",
     "UsageError",
     "__version__",
+    "convert",
     "inspect",
     "load",
     "load_plugins",
@@ -59,7 +60,7 @@ _HOMES = {
     "diffusion.prediction": "TARGETS",
     "diffusion.samplers": "SAMPLERS",
     "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
-    "library": "Pipeline SampleStep inspect load train",
+    "library": "Pipeline SampleStep convert inspect load train",
     "plugins": "load_plugins",
 }
 """Modules, and the public names that are theirs."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from difftool.conversion.ledger import Ledger
     from difftool.pipeline.model import Model
     from difftool.sampling.command import Task
     from difftool.training.run.start import Training
@@ -243,6 +244,24 @@ def train(data: str | Path, *, out: str | Path | None = None, **options: Any) ->
     from difftool.training.run.start import train as run
 
     return run(read_options(OPTIONS, {"data": str(data), "out": out, **options}))
+
+
+def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
+    """Convert a model, or a LoRA, to another format, losing nothing; what became of every tensor.
+
+        ledger = difftool.convert("shapes", "shapes-diffusers", to="diffusers")
+        ledger.counts()
+
+    The keywords are the flags of `difftool convert`. UsageError for what cannot be asked for,
+    InputError for a source that is malformed or not supported, CheckError if anything would be
+    lost or reads back otherwise; then nothing is written.
+    """
+    from difftool.config.options import read_options
+    from difftool.conversion.convert import convert
+    from difftool.conversion.options import OPTIONS
+
+    given = {"source": str(source), "target": Path(target)} | options
+    return convert(read_options(OPTIONS, given))
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def test_the_command(families, difftool, tmp_path):
         "--device",
         "cpu",
     )
-    used = difftool("sample", "a toy", "-o", "a.png", "--embedding", "toy.pt", *common)
+    used = difftool("sample", "a toy", "-o", "a.png", "--embedding", "toy.pt", *common, "-v")
     assert used.code == 0 and "word other or toy (toy.pt)" in used.err
     assert "was not used" not in used.err
     again = difftool("sample", "--from-image", "a.png", "-o", "e.png", "-m", families / "sd1")

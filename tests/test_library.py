@@ -229,3 +229,16 @@ def test_training_is_one_call(session, monkeypatch):
         difftool.train("photos", out="runs/p")
     with pytest.raises(difftool.UsageError, match='did you mean "steps"'):
         difftool.train("photos", stepz=3)
+
+
+def test_a_conversion_is_its_ledger(tmp_path):
+    ledger = difftool.convert("shapes", tmp_path / "m", to="diffusers")
+    assert ledger.kinds == ("difftool", "diffusers") and ledger.verified.startswith("identical")
+    assert sum(ledger.counts().values()) == len(ledger.entries) > 100
+    assert difftool.inspect(tmp_path / "m")["format"] == "diffusers"
+    with pytest.raises(difftool.UsageError, match="there already"):
+        difftool.convert("shapes", tmp_path / "m", to="diffusers")
+    with pytest.raises(difftool.UsageError, match="--to"):
+        difftool.convert("shapes", tmp_path / "m", to="onnx")
+    with pytest.raises(difftool.UsageError, match="option"):
+        difftool.convert("shapes", tmp_path / "m", too="ldm")

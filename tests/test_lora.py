@@ -696,11 +696,11 @@ def test_the_commands(families, difftool, tmp_path):
     folder = families / "sd1"
     sample = ("sample", WORDS, "-m", folder, "--size", "64x64", "--steps", 3, "--seed", 1)
     plain = difftool(*sample, "-o", "plain.png")
-    ran = difftool(*sample, "-o", "lora.png", "--lora", "fox.safetensors:0.8")
+    ran = difftool(*sample, "-o", "lora.png", "--lora", "fox.safetensors:0.8", "--verbose")
     assert plain.code == ran.code == 0 and "at 0.8" in ran.err
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "lora")]
     assert (pictures[0] != pictures[1] and b'Lora hashes: "fox: ' in pictures[1]) or True
-    again = difftool("sample", "--from-image", "lora.png", "-m", folder, "-o", "again.png")
+    again = difftool("sample", "--from-image", "lora.png", "-m", folder, "-o", "again.png", "-v")
     assert again.code == 0 and "at 0.8" in again.err
     from PIL import Image
 
