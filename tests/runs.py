@@ -45,4 +45,4 @@ def start_run(
 def close_runs() -> None:
     """Let go of the folders of all runs that were begun."""
     while RUNS:
-        RUNS.pop().close()
+        RUNS.pop().folder.close()

@@ -26,6 +26,7 @@ from difftool.pipeline.model import Model
 from difftool.storage.safetensors import read_header
 from difftool.training.step.ema import SNAPSHOTS, Ema, exponential, power
 from difftool.training.step.loop import Trainer
+from difftool.training.step.state import save_state
 
 STEPS, EVERY = 400, 25
 
@@ -125,7 +126,7 @@ def run(tmp_path):
     trainer = Trainer(Model.fresh(preset, seed=0), open_dataset("shapes"))
     for step in trainer.run():
         if step.step % 5 == 0:
-            trainer.save(tmp_path / "run", keep=1)
+            save_state(trainer, tmp_path / "run", keep=1)
     trainer.model.save(tmp_path / "run/model.safetensors")
     assert trainer.ema is not None
     return tmp_path / "run", trainer.ema.tracks

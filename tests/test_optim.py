@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
-
 import pytest
 import torch
 from torch import Tensor
 
+from difftool.config.keys import values_of
+from difftool.config.layers import Layer, load_preset
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
-from difftool.config.schema import OptimConfig, TrainConfig
+from difftool.config.options import by_name
+from difftool.config.schema import TrainConfig
+from difftool.config.validate import build_preset, to_values
+from difftool.data.shapes import ShapesDataset
+from difftool.errors import UsageError
 from difftool.networks.clip import ClipText
 from difftool.networks.unet import UNet
 from difftool.networks.vae import Vae
+from difftool.training.options import OPTIONS
+from difftool.training.run.plan import plan
 from difftool.training.step.muon import QUINTIC, is_hidden_matrix, orthogonal
 from difftool.training.step.optim import OPTIMIZERS
 
 
-def test_the_recipes_know_every_optimizer():
-    assert set(get_args(get_type_hints(OptimConfig)["optimizer"])) == set(OPTIMIZERS)
+def test_an_optimizer_of_ones_own_is_a_name_like_the_others():
+    given = [Layer("test", {"train": {"optimizer": "mine"}})]
+    with pytest.raises(UsageError, match='no optimizer "mine"'):
+        plan(ShapesDataset(), "cpu", "pixel-small", given)
+    OPTIMIZERS.add("mine", OPTIMIZERS["adamw"])
+    try:
+        assert plan(ShapesDataset(), "cpu", "pixel-small", given)[0].train.optimizer == "mine"
+        assert by_name(OPTIONS)["optimizer"].value("mine") == "mine"
+        assert "mine" in values_of("train_vae.optimizer")
+    finally:
+        OPTIMIZERS.remove("mine")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"time": "gaussian"}, "no time distribution"),
+        ({"weight": "min_sbr"}, "min_snr"),
+        ({"loss": "l3"}, 'no loss "l3"'),
+    ],
+)
+def test_names_of_a_recipe_are_checked_where_it_is_planned(values, says):
+    with pytest.raises(UsageError) as caught:
+        plan(ShapesDataset(), "cpu", "pixel-small", [Layer("test", {"train": values})])
+    assert says in str(caught.value)
+    values = to_values(load_preset("pixel-small")) | {"train": values}
+    assert build_preset(values)  # of a model that is sampled, and was trained with a plugin
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 7, 7)])

@@ -135,7 +135,7 @@ def test_a_run_stopped_where_it_would_have_shown_shows_it_when_it_goes_on(tmp_pa
         for step in stopped.steps():
             if step.step == 6:
                 signal.raise_signal(signal.SIGTERM)
-    stopped.close()
+    stopped.folder.close()
     assert not Metrics.read(stopped.folder.metrics).validation
     resumed = start(tmp_path / "stopped", pictures, values, resume=True)
     assert finish(resumed) == model

@@ -135,6 +135,8 @@ REFUSED = {
 2 photos --set unet.chanels=3
 2 photos --set data=3
 2 photos --set train.optimizer=sdg
+2 photos --set train.time=gaussian
+2 photos --set train.loss=l3
 """,
 }
 REFUSE = """

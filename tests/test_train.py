@@ -53,7 +53,7 @@ def test_what_is_prepared_has_written_nothing_and_told_the_data(tmp_path, values
 
 
 def test_parts_can_be_left_before_their_end(tmp_path, values):
-    for run in prepare(values(out=tmp_path / "run")).start().parts():
+    for run in prepare(values(out=tmp_path / "run")).parts():
         assert next(run.steps()).step == 1
         break
     with pytest.raises(UsageError, match="not empty"):

@@ -95,7 +95,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     for step in stopped.steps():
         if step.step == stop_at:
             break  # as if killed: what came after the last checkpoint is lost
-    stopped.close()
+    stopped.folder.close()
     resumed = start(tmp_path / "stopped", source, values, preset, resume=True)
     assert resumed.trainer.step == from_step
     for _ in resumed.steps():
@@ -170,7 +170,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, pictures):
     first = start(tmp_path / "run", pictures, {})
     with pytest.raises(UsageError, match="another run"):
         start(tmp_path / "run", pictures, {})
-    first.close()
+    first.folder.close()
 
 
 def test_of_two_runs_that_begin_at_once_the_later_leaves_no_trace(tmp_path, pictures):
@@ -179,7 +179,7 @@ def test_of_two_runs_that_begin_at_once_the_later_leaves_no_trace(tmp_path, pict
     assert "config.yaml" in before
     with pytest.raises(UsageError, match="another run is at work"):
         RunFolder(tmp_path / "run", fresh=True)
-    first.close()  # the other was found to be empty, but is not by now
+    first.folder.close()  # the other was found to be empty, but is not by now
     with pytest.raises(UsageError, match="another run has begun"):
         RunFolder(tmp_path / "run", fresh=True)
     RunFolder(tmp_path / "run").close()
@@ -190,7 +190,7 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {})
     for _ in run.steps():
         pass
-    run.close()
+    run.folder.close()
     with pytest.raises(UsageError, match="another batch_size"):
         start(tmp_path / "run", pictures, {"train": {"batch_size": 6}}, resume=True)
 

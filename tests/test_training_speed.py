@@ -30,6 +30,7 @@ from difftool.networks.unet import UNet
 from difftool.pipeline.model import Model
 from difftool.training.step import loop
 from difftool.training.step.loop import Trainer
+from difftool.training.step.state import restore_state, save_state
 
 TINY = {
     "unet": {"channels": [8, 8], "blocks": 1, "groups": 4, "head_dim": 4},
@@ -69,7 +70,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 def saved(trainer: Trainer, at: int, folder: Path) -> Path:
     """The checkpoint of a run that is stopped after step `at`."""
     next(step for step in trainer.run() if step.step == at)
-    return trainer.save(folder, keep=1)
+    return save_state(trainer, folder, keep=1)
 
 
 def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
@@ -89,7 +90,7 @@ def test_threads_change_nothing(pictures, tmp_path, workers):
 
     stopped = trainer(pictures, workers=workers)
     resumed = trainer(pictures, workers=2)
-    resumed.restore(saved(stopped, 3, tmp_path))
+    restore_state(resumed, saved(stopped, 3, tmp_path))
     assert [step.step for step in resumed.run()] == [4, 5, 6]
     assert differences(state(plain), state(resumed)) == []
 
@@ -109,7 +110,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(pictures, tmp_path, train, 
     for _ in whole.run():
         pass
     resumed = trainer(pictures, train)
-    resumed.restore(saved(stopped, 4, tmp_path))
+    restore_state(resumed, saved(stopped, 4, tmp_path))
     for _ in resumed.run():
         pass
     assert differences(state(whole), state(resumed)) == []

@@ -85,6 +85,7 @@ def _settings() -> Iterator[Entry]:
 def _keys() -> Iterator[Entry]:
     from difftool.config.keys import keys
 
+    import_module("difftool.training.options")  # knows which values are its registries' names
     for key in keys():
         more: dict[str, Any] = {"type": key.type, "values": list(key.values)}
         if key.default:  # else a preset must say it

@@ -14,20 +14,21 @@ from difftool.training.options import OPTIONS
 
 if TYPE_CHECKING:
     from difftool.training.run.run import Run
-    from difftool.training.run.start import Prepared
+    from difftool.training.run.start import Training
 
 ABOUT = """
-Train a diffusion model on a folder of pictures.
+Train a diffusion model on a folder of pictures. Prints the path of the model.
 
-Captions (metadata.jsonl, .txt beside each picture) make a text-to-image model, class folders a class-conditional one, neither an unconditional one. What is not given is chosen from the data and the device, and said. Prints the path of the model.
+Captions (metadata.jsonl, .txt beside each picture) make a text-to-image model,
+class folders a class-conditional one, neither an unconditional one. What is not
+given is chosen from the data and the device, and said.
 
 Examples
-
   difftool train shapes --steps 300
   difftool train ./photos --out runs/photos --steps 20000 --batch-size 64
   difftool train ./photos --from sd15.safetensors --lora --rank 16
   difftool train ./photos --out runs/photos --resume
-"""  # noqa: E501
+"""
 DRY_RUN = Option(
     name="dry_run", type=bool, panel=RUN, help="Stop after the audit, the plan and the estimates"
 )
@@ -42,36 +43,29 @@ def run(values: dict[str, Any]) -> None:
     from difftool.training.report.page import usage
     from difftool.training.run.start import prepare
 
-    prepared = prepare(
+    training = prepare(
         values, console.progress, lambda audit: console.table(_columns(audit.lines()))
     )
-    for note in prepared.notes:
-        console.warn(note)
+    _tell(training)
     if values["print_config"]:
-        console.print_config(iter(prepared.origins))
+        console.print_config(iter(training.origins))
         return
-    console.table([*_choices(prepared), *prepared.estimate.rows()])
-    for line in prepared.buckets():
+    console.table([*_choices(training), *training.estimate.rows()])
+    for line in training.buckets():
         console.say(line)
     if values["dry_run"]:
         return
-    training = prepared.start(console.progress, _stopping)
-    console.say(f"run folder {training.folder}")
-    for note in training.notes:
-        console.warn(note)
+    folder = training.begin(console.progress, _stopping)
+    console.say(f"run folder {folder}")
+    _tell(training)
     for part in training.parts():
         _show(part)
-    hints = [("model", str(training.path)), ("report", str(training.report))]
-    if training.facts is not None:
-        commands = usage(training.preset, training.facts, training.folder)
-        hints += [("next", command) for command in commands[:1]]
-    console.table(hints)
-    result = {
-        "schema": console.SCHEMA,
-        "model": str(training.path),
-        "steps": prepared.preset.train.steps,
-    }
-    console.emit(result if values["json"] else str(training.path))
+    path, steps = str(training.path), training.preset.train.steps
+    commands = usage(training.preset, training.facts, folder)
+    hints = [("model", path), ("report", str(training.report))]
+    console.table([*hints, *(("next", command) for command in commands[:1])])
+    result = {"schema": console.SCHEMA, "model": path, "steps": steps}
+    console.emit(result if values["json"] else path)
 
 
 def _show(run: Run) -> None:
@@ -92,10 +86,10 @@ def _show(run: Run) -> None:
     _tell(run)
 
 
-def _tell(run: Run) -> None:
-    """What the run has noted since it was last asked."""
-    while run.notes:
-        console.warn(run.notes.pop(0))
+def _tell(noting: Training | Run) -> None:
+    """What it has noted since it was last asked."""
+    while noting.notes:
+        console.warn(noting.notes.pop(0))
 
 
 def _stopping() -> None:
@@ -105,11 +99,11 @@ def _stopping() -> None:
         os.write(sys.stderr.fileno(), f"{start}{STOPPING}{end}".encode())
 
 
-def _choices(prepared: Prepared) -> list[tuple[str, str, str]]:
+def _choices(training: Training) -> list[tuple[str, str, str]]:
     """(key, value, reason) of what was chosen."""
     return [
         ("preset" if name == "name" else name, _short(value), origin.rpartition("chosen: ")[2])
-        for name, value, origin in prepared.origins
+        for name, value, origin in training.origins
         if origin.startswith(("chosen", "data")) or (", chosen" in origin and name == "name")
     ]
 

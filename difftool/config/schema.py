@@ -77,8 +77,9 @@ class OptimConfig:
     """Pictures a batch, on each device."""
     accumulate: int = 1
     """Batches whose gradients make one step of the optimiser."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the hidden matrices, and AdamW for the rest; with the same learning rate."""
+    optimizer: str = "adamw"
+    """A name from training's OPTIMIZERS: adamw, or muon for the hidden matrices and AdamW for the
+    rest, with the same learning rate."""
     lr: float = 1e-3
     """The highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)

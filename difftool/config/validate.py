@@ -100,17 +100,16 @@ def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:
 
 def check_names(preset: Preset) -> None:
     """UsageError for a name or an option that its registry does not have: of paths, targets,
-    samplers, grids, losses, time distributions and weightings. For whoever replaces one of them in
-    a preset that was checked."""
+    samplers and grids. For whoever replaces one of them in a preset that was checked.
+
+    Names of how it is trained are checked where it is trained: a model that a plugin's loss was
+    trained by is sampled without the plugin.
+    """
     from difftool.diffusion import GRIDS, SAMPLERS, TARGETS
-    from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
     from difftool.diffusion.path import build_path
 
     TARGETS.resolve(preset.target)
     GRIDS.resolve(preset.sample.schedule)
-    LOSSES.resolve(preset.train.loss)
-    TIMES.resolve(preset.train.time)
-    WEIGHTS.resolve(preset.train.weight)
     SAMPLERS[preset.sample.sampler](build_path(preset.path), **preset.sample.sampler_options)
 
 

@@ -21,24 +21,25 @@ NAMED.update({f"{recipe}.optimizer": lambda: OPTIMIZERS for recipe in RECIPES.va
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is computed, kept and shown; none of it changes what is learned."""
+    """How a run is computed, kept and shown, as the options have it; none of it changes what is
+    learned."""
 
     device: str = "cpu"
     workers: int | None = None
     """Threads that prepare batches ahead; None = as many as the device can use."""
-    compiled: bool = False
+    compile: bool = False
     """Run the U-Net through torch's compiler."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that are kept."""
-    shard_size: int = parse_size(MAX_SHARD_SIZE)
+    max_shard_size: int = parse_size(MAX_SHARD_SIZE)
     """Bytes beyond which the finished model is split into shards."""
     sample_every: int = 500
     """Steps between sample sheets."""
-    prompts: Sequence[str] = ()
+    sample_prompt: Sequence[str] = ()
     """Of the samples, in place of captions of the data."""
-    argument: str = ""
+    data: str = ""
     """For the report: what the user calls the data."""
     choices: Sequence[tuple[str, Any, str]] = ()
     """For the report: (key, value, origin) of the configuration that is not the preset's."""

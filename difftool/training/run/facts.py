@@ -27,7 +27,7 @@ def facts_of(
         "schema": 1,
         "part": trainer.part,
         "data": audit.source,
-        "argument": options.argument or audit.source,
+        "argument": options.data or audit.source,
         "example": next((item.prompt for item in previews.items() if item.prompt), ""),
         "kind": "text" if preset.text else "class" if preset.classes else "none",
         "audit": audit.lines(),

@@ -42,6 +42,12 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def write_config(self, preset: Preset) -> None:
         """Write what the run is made by."""
         if self.writes:

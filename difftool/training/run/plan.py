@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import Dataset
+from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer
 from difftool.training.step.frames import step_of
+from difftool.training.step.optim import OPTIMIZERS
 
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
@@ -175,8 +177,12 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         raise UsageError(f"the preset {preset.name} has no autoencoder to train", why, hint)
     if "clip" in preset.parts and not preset.text:
         raise UsageError(f"the preset {preset.name} has no text encoder to train")
+    TIMES.resolve(preset.train.time)
+    WEIGHTS.resolve(preset.train.weight)
+    LOSSES.resolve(preset.train.loss)
     for name in preset.parts:
         recipe = preset.recipe(name)
+        OPTIMIZERS.resolve(recipe.optimizer)
         for key in ("size", "steps", "batch_size", "accumulate"):
             value = getattr(recipe, key)
             if value is not None and value < 1:

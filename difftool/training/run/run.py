@@ -30,6 +30,7 @@ from difftool.training.step import parallel
 from difftool.training.step.cache import Latents
 from difftool.training.step.frames import buckets_of
 from difftool.training.step.loop import Trainer, TrainStep
+from difftool.training.step.state import restore_state, save_state
 
 ENCODED = 4096
 """Pictures by which the latents' mean and deviation are measured."""
@@ -52,8 +53,7 @@ class Run:
         adopt: Mapping[str, Path] | None = None,
         resume: Path | None = None,
     ):
-        """Build the model and trainer, from nothing or (resume) from a checkpoint folder; the run
-        folder is closed if that fails.
+        """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
 
         adopt: the models that parts ("vae", "text", "unet") take their first weights from.
         """
@@ -67,34 +67,28 @@ class Run:
         self._drawn = -math.inf
         recipe = preset.recipe(part)
         assert recipe.size
-        try:
-            self.dataset, self.held = hold_out(dataset, recipe.validation)
-            model = _model(preset, recipe.seed, tokenizer_json, options.device, adopt or {})
-            if resume is None:
-                folder.write_config(preset)
-            frame = buckets_of(preset, recipe.size) or recipe.size
-            with options.progress("reading pictures", len(dataset)) as shown:
-                dataset.prepare(frame, lambda done, _: shown.update(done))
-            if self.held:
-                self.held.prepare(frame)
-            self.trainer = Trainer(
-                model, self.dataset, part, workers=options.workers, compiled=options.compiled
-            )
-            self.previews = Previews(self.trainer, self.held, options.prompts)
-            if resume is not None:
-                self.notes += self.trainer.restore(resume)
-            self.trainer.objective.precompute(
-                self.dataset, folder.path / runs.CACHE, options.progress
-            )
-            folder.forget_after(self.trainer.step)
-            self.facts = facts_of(self.previews, dataset.audit, self.held, options)
-            if self.trainer.step and (before := folder.facts()):
-                self.facts |= {key: before[key] for key in ("choices", "sessions")}
-            self._began, self._session = time.monotonic(), {"from": self.trainer.step}
-            self.facts["sessions"].append(self._session)
-        except BaseException:
-            self.close()
-            raise
+        self.dataset, self.held = hold_out(dataset, recipe.validation)
+        model = _model(preset, recipe.seed, tokenizer_json, options.device, adopt or {})
+        if resume is None:
+            folder.write_config(preset)
+        frame = buckets_of(preset, recipe.size) or recipe.size
+        with options.progress("reading pictures", len(dataset)) as shown:
+            dataset.prepare(frame, lambda done, _: shown.update(done))
+        if self.held:
+            self.held.prepare(frame)
+        self.trainer = Trainer(
+            model, self.dataset, part, workers=options.workers, compiled=options.compile
+        )
+        self.previews = Previews(self.trainer, self.held, options.sample_prompt)
+        if resume is not None:
+            self.notes += restore_state(self.trainer, resume)
+        self.trainer.objective.precompute(self.dataset, folder.path / runs.CACHE, options.progress)
+        folder.forget_after(self.trainer.step)
+        self.facts = facts_of(self.previews, dataset.audit, self.held, options)
+        if self.trainer.step and (before := folder.facts()):
+            self.facts |= {key: before[key] for key in ("choices", "sessions")}
+        self._began, self._session = time.monotonic(), {"from": self.trainer.step}
+        self.facts["sessions"].append(self._session)
 
     @property
     def model(self) -> Model:
@@ -126,7 +120,7 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint."""
-        return self.trainer.save(self.folder.path, keep=self.options.keep)
+        return save_state(self.trainer, self.folder.path, keep=self.options.keep)
 
     def show(self) -> None:
         """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
@@ -155,14 +149,9 @@ class Run:
             self._write_model(path)
             self._write_facts(finished=True)
             self.folder.write_report()
-            self.close()
         parallel.wait()
         self.path = written_at(path) or path
         return self.path
-
-    def close(self) -> None:
-        """Let other runs have the folder."""
-        self.folder.close()
 
     def _write_model(self, path: Path) -> None:
         ema = self.trainer.ema
@@ -173,7 +162,7 @@ class Run:
             self.model.adapters.save(path, self.preset, weights)
             return
         note = {"difftool.weights": "ema" if ema else "live"}
-        parts, limit = self.trainer.kept_parts(), self.options.shard_size
+        parts, limit = self.trainer.kept_parts(), self.options.max_shard_size
         self.model.save(
             path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=limit
         )

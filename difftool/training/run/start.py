@@ -6,7 +6,7 @@ Torch-free until the data is read and all that can be refused without torch is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from difftool.config.layers import (
 )
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import BUILTIN, Audit, Dataset, open_dataset
+from difftool.diffusion.path import build_path
 from difftool.errors import UsageError, clash
 from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
@@ -31,11 +32,13 @@ from difftool.training.progress import Progress, silent
 from difftool.training.run import stages as staged
 from difftool.training.run.plan import complete, outline
 from difftool.training.run.stages import Stage
+from difftool.training.step.frames import buckets_of
 
 if TYPE_CHECKING:
     import torch
 
     from difftool.training.run.estimate import Estimate
+    from difftool.training.run.folder import RunFolder
     from difftool.training.run.run import Run
 
 LORA_RANK = 16
@@ -81,7 +84,7 @@ def prepare(
     values: Mapping[str, Any],
     progress: Progress = silent,
     audited: Callable[[Audit], None] = lambda audit: None,
-) -> Prepared:
+) -> Training:
     """Check the options of `train`, as `read_options` gives them, read the data, choose the rest.
 
     audited: called with what the data is found to be, before anything is made of it. Raises
@@ -125,11 +128,14 @@ def prepare(
 
     from difftool.pipeline.load import pick_device
     from difftool.training.step import parallel
+    from difftool.training.step.objectives import times_and_weight
 
+    asked = outlined.preset
+    times_and_weight(asked.train, build_path(asked.path), asked.target)
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
     preset, tokenizer, layers = complete(outlined, dataset, device.type, tokenizer)
-    return Prepared(
+    return Training(
         values=values,
         dataset=dataset,
         device=device,
@@ -148,14 +154,15 @@ def _ema_layer(wanted: bool, preset: str | None, recipe: str) -> Layer:
     return Layer("--ema/--no-ema", {recipe: {"ema": (decay or 0.999) if wanted else 0.0}})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run that can begin: everything is decided, nothing is written."""
+@dataclass(kw_only=True)
+class Training:
+    """A run of which everything is decided; nothing is written before it begins."""
 
     values: Mapping[str, Any]
     dataset: Dataset
     device: torch.device
     preset: Preset
+    """Of the part that is trained last, with what those before it have measured."""
     tokenizer_json: str | None
     """The learned vocabulary."""
     origins: list[tuple[str, Any, str]]
@@ -164,6 +171,15 @@ class Prepared:
     adopt: dict[str, Path]
     """The models that parts start from."""
     notes: list[str]
+    """What the user should be told."""
+    folder: Path | None = None
+    """Of the run, once it has begun."""
+    path: Path | None = None
+    """Of the model, once it is written."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the report tells of the part that was trained last."""
+    _files: RunFolder | None = None
+    _options: RunOptions = field(default_factory=RunOptions)
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -176,80 +192,43 @@ class Prepared:
 
     def buckets(self) -> list[str]:
         """Which frames how many pictures are trained in, a line each; none for squares."""
-        from difftool.training.step.frames import buckets_of
-
         frames = buckets_of(self.preset, self.preset.train.size or 0)
-        if frames is None:
-            return []
         sizes = map(self.dataset.picture_size, range(len(self.dataset)))
-        return frames.lines(size for size in sizes if size)
+        return frames.lines(size for size in sizes if size) if frames else []
 
-    def start(self, progress: Progress = silent, stopping: Callable[[], None] = lambda: None
-              ) -> Training:  # fmt: skip
-        """Begin in the run folder. stopping: see RunOptions. ResourceError if the disk has no room,
-        UsageError if another run has the folder."""
+    def begin(
+        self, progress: Progress = silent, stopping: Callable[[], None] = lambda: None
+    ) -> Path:
+        """Create and lock the run folder; its path. progress, stopping: see RunOptions.
+
+        ResourceError if the disk has no room, UsageError if another run has the folder.
+        """
         from difftool.training.run.estimate import check_disk
+        from difftool.training.run.folder import RunFolder
         from difftool.training.step import parallel
         from difftool.training.step.loop import compiler_problem
 
-        values, out = self.values, self.values["out"]
+        data, out = self.values["data"], self.values["out"]
+        names = {field.name for field in fields(RunOptions)}
+        given = {k: v for k, v in self.values.items() if k in names and v is not None}
+        choices = [row for row in self.origins if not row[2].startswith(("default", "preset"))]
+        given |= {"device": str(self.device), "choices": choices}
+        if given.get("compile") and (problem := compiler_problem(self.device)):
+            self.notes.append(f"going on without --compile: {problem}")
+            given["compile"] = False
+        self._options = RunOptions(**given, progress=progress, stopping=stopping)
         check_disk(out or Path("runs"), self.estimate.disk)
-        folder = parallel.from_first(lambda: out or staged.new_folder(values["data"]))
-        notes, compiled = [], bool(values["compile"])
-        if compiled and (problem := compiler_problem(self.device)):
-            notes.append(f"going on without --compile: {problem}")
-            compiled = False
-        asked = {
-            "workers": values["workers"],
-            "save_every": values["save_every"],
-            "keep": values["keep"],
-            "shard_size": values["max_shard_size"],
-            "sample_every": values["sample_every"],
-            "prompts": values["sample_prompt"],
-        }
-        options = RunOptions(
-            **{name: value for name, value in asked.items() if value is not None},
-            device=str(self.device),
-            compiled=compiled,
-            argument=values["data"],
-            choices=[row for row in self.origins if not row[2].startswith(("default", "preset"))],
-            progress=progress,
-            stopping=stopping,
-        )
-        stages = [
+        self.folder = folder = parallel.from_first(lambda: out or staged.new_folder(data))
+        fresh = not any(stage.checkpoint or stage.done for stage in self.stages)
+        self.stages = [
             stage._replace(folder=folder / stage.folder.relative_to(out or Path()))
             for stage in self.stages
         ]
-        return Training(self, folder, stages, options, notes)
-
-
-class Training:
-    """A run under way: its parts one after the other, in its folder."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        folder: Path,
-        stages: list[Stage],
-        options: RunOptions,
-        notes: list[str],
-    ):
-        from difftool.training.run.folder import RunFolder
-        from difftool.training.step import parallel
-
-        self.folder, self.notes = folder, notes
-        self.preset = prepared.preset
-        """Of the last part."""
-        self.path = folder
-        """Of the model, once it is written."""
-        self.facts: dict[str, Any] | None = None
-        """What is known of the last part (run.json)."""
-        self._prepared, self._stages, self._options = prepared, stages, options
-        resumes = prepared.values["resume"] or prepared.values["resume_from"]
-        self._files = RunFolder(folder, fresh=not resumes)
-        if not resumes and stages[0].folder != folder:  # to resume by before there is more
-            self._files.write_config(prepared.preset)
+        self._files = files = RunFolder(folder, fresh=fresh)
+        if fresh and len(self.stages) > 1:  # to resume by, before the last part writes its own
+            files.write_config(self.preset)
         parallel.wait()  # nobody writes into the folder before it is found to be empty
+        return folder
 
     def parts(self) -> Iterator[Run]:
         """The run of each part that is not done, to be taken to its end before the next is asked
@@ -257,31 +236,31 @@ class Training:
         from difftool.training.run.folder import RunFolder
         from difftool.training.run.run import Run
 
-        adopt, folder = dict(self._prepared.adopt), self.folder
-        try:
-            for stage in self._stages:
+        if self._files is None:
+            self.begin()
+        assert self._files
+        adopt = dict(self.adopt)
+        with self._files as files:
+            for stage in self.stages:
                 if stage.done is None:
-                    run = Run(
-                        self._files if stage.folder == folder else RunFolder(stage.folder),
-                        self.preset,
-                        self._prepared.dataset,
-                        self._options,
-                        part=stage.part,
-                        tokenizer_json=self._prepared.tokenizer_json,
-                        adopt={} if stage.checkpoint and not self.preset.train.lora_rank else adopt,
-                        resume=stage.checkpoint,
-                    )
-                    try:
+                    whole = stage.checkpoint and not self.preset.train.lora_rank
+                    with files if stage.folder == files.path else RunFolder(stage.folder) as own:
+                        run = Run(
+                            own,
+                            self.preset,
+                            self.dataset,
+                            self._options,
+                            part=stage.part,
+                            tokenizer_json=self.tokenizer_json,
+                            adopt={} if whole else adopt,
+                            resume=stage.checkpoint,
+                        )
                         yield run
-                    finally:
-                        run.close()
-                    self.path, self.facts = run.path or folder, run.facts
+                    self.path, self.facts = run.path, run.facts
                 model = stage.folder / runs.MODEL
                 adopt["text" if stage.part == "clip" else stage.part] = model
                 if stage.part == "vae":
                     self.preset = staged.with_codec_of(self.preset, model)
-        finally:
-            self._files.close()
 
     def run(self) -> Training:
         """Train all parts to their ends; itself. Stopped after a first SIGINT or SIGTERM, once the
@@ -294,21 +273,23 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the last part."""
-        return self.preset.recipe(self._stages[-1].part).steps or 0
+        """Optimiser steps of the part that is trained last."""
+        return self.preset.recipe(self.stages[-1].part).steps or 0
 
     @property
     def metrics(self) -> Metrics:
-        """What the last part has measured."""
+        """What the part that was trained last has measured."""
+        assert self.folder
         return Metrics.read(self.folder / runs.METRICS)
 
     @property
     def report(self) -> Path:
         """The page that shows the run."""
+        assert self.folder
         return self.folder / runs.REPORT
 
 
 def train(values: Mapping[str, Any]) -> Training:
     """Train to the end by the options of `train`, as `read_options` gives them; see `prepare` and
     `Training.run` for what is raised."""
-    return prepare(values).start().run()
+    return prepare(values).run()

@@ -1,34 +1,43 @@
 """The training loop: a generator of TrainStep, so that progress, previews and stops live outside.
 
-One optimiser step: pictures, times and noise drawn by coordinates (rng.py); x_t = alpha x0 +
-sigma eps; the network's error against its target; the optimiser; the moving average. A run that is
-stopped and resumed continues bit for bit. Nothing in a step waits for the device. Several processes
-(parallel.py) share each batch, and a run comes out the same but for rounding.
+A step of the U-Net, of which everything below is detail:
+
+    for part in range(accumulate):
+        slots = the next batch_size of the run's samples     # numbers, which seed all chance
+        pictures, captions = dataset[order(epoch)[slots]]    # batches.py; threads draw them ahead
+        x0 = encode(pictures)                                # or its latent, cached
+        t, eps = times(uniform(slots)), normal(slots)        # rng.py
+        alpha, sigma = path(t)
+        x_t = alpha x0 + sigma eps
+        F = unet(x_t, t, captions)                           # in bf16 where the device has it
+        loss = weight(t) |F - (p x0 + q eps)|^2              # objectives.py; p, q: the target's
+        (mean(loss) / accumulate).backward()                 # gradients add up
+    g = clip(gradients, clip_norm)
+    weights = weights - lr(step) optimizer(g)                # lr: a warm-up, then a decay
+    average = average + (1 - decay) (weights - average)      # ema.py: by which samples are made
+    every 10 steps: fetch the sums of what was measured      # the only wait for the device
+
+A run that is stopped and resumed continues bit for bit (state.py). Several processes (parallel.py)
+share each batch, and a run comes out the same but for rounding.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from difftool.config.schema import OptimConfig, Part, TrainConfig
-from difftool.config.validate import to_values
+from difftool.config.schema import Part, TrainConfig
 from difftool.data import Dataset
 from difftool.engine.cpu import keep_memory
-from difftool.errors import ResourceError, UsageError
+from difftool.errors import ResourceError
 from difftool.pipeline.model import Model
-from difftool.storage import runs
-from difftool.storage.commit import write_whole
-from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step import parallel
 from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher
 from difftool.training.step.ema import Ema
@@ -86,13 +95,15 @@ class Trainer:
             batch_size=config.batch_size,
             device=model.device,
         )
-        trained, self.helpers = objective.trained(), objective.helpers()
+        trained, helpers = objective.trained(), objective.helpers()
         for name, network in model.parts().items():
             network.requires_grad_(name in trained).train(name in trained)
         self.parameters = _parameters(trained)
         """What the model keeps, by its names in a model file."""
-        self.learning = self.parameters | _parameters(self.helpers)
-        for network in (*model.parts().values(), *self.helpers.values()):
+        self.helper_parameters = _parameters(helpers)
+        """What is left behind."""
+        self.learning = self.parameters | self.helper_parameters
+        for network in (*model.parts().values(), *helpers.values()):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = OPTIMIZERS[config.optimizer](self.learning, config)
         self.ema = Ema.of(config, self.parameters)
@@ -147,18 +158,19 @@ class Trainer:
             enabled = self.autocast is not None
             with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
                 output = objective.losses(batch, self.step)
-            if part == config.accumulate - 1:
+            if part == config.accumulate - 1:  # before it, gradients add up in each process
                 self.gradients.start()
+            # backward() adds to the gradients, and processes' are added: a mean is made here.
             loss = output.loss.mean() / (config.accumulate * parallel.size())
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()  # fp16 loses small gradients; else it does nothing
             self.record.add(output)
         self.gradients.finish()
-        self.scaler.unscale_(self.optimizer)
-        bound = config.clip_norm or math.inf
+        self.scaler.unscale_(self.optimizer)  # the norm is of the gradients as they are
+        bound = config.clip_norm or math.inf  # without clipping the norm is measured all the same
         norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), bound)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # skipped in fp16 where a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
@@ -177,7 +189,7 @@ class Trainer:
                 self.advance()
                 images += config.batch_size * config.accumulate
                 step = TrainStep(self.step, lr, None, None, 0.0, {}, [])
-                if self.step % LOG_EVERY == 0 or self.step == config.steps:
+                if self.step % LOG_EVERY == 0 or self.step == config.steps:  # which waits
                     step = step._replace(**self._report())
                 yield step._replace(images_per_second=images / (time.monotonic() - began))
         finally:
@@ -204,110 +216,11 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             yield
 
-    # --- state -------------------------------------------------------------------------------
-
     def kept_parts(self) -> list[str]:
         """The parts that the run's files hold: the whole model if the U-Net is trained, else what
         is trained, for another model to adopt."""
         trained = self.objective.trained()
         return list(self.model.parts() if "unet" in trained else trained)
-
-    def save(self, run: Path, *, keep: int) -> Path:
-        """Write a checkpoint of everything that the next step depends on, and averages to choose
-        from, into a run folder. Of several processes all call it and the first writes."""
-        self.record.reduce()
-        if not parallel.is_main():
-            parallel.wait()
-            return run / runs.CHECKPOINTS / runs.step_name(self.step)
-
-        def write(where: Path) -> None:
-            parts = self.kept_parts()
-            self.model.save(where / runs.MODEL, parts=parts)
-            if self.ema:
-                note, path = {"difftool.weights": "ema"}, where / runs.AVERAGED
-                self.model.save(path, parts=parts, weights=self.ema.average, metadata=note)
-                for rule, track in list(self.ema.tracks.items())[:-1]:
-                    save_tensors(where / f"ema-{rule}.safetensors", track)
-            optimizer = {
-                f"{name}.{key}": value
-                for name, p in self.learning.items()
-                for key, value in self.optimizer.state.get(p, {}).items()
-            }
-            save_tensors(where / runs.OPTIMIZER, optimizer)
-            if self.helpers:
-                save_tensors(where / runs.HELPERS, _parameters(self.helpers))
-            state = {
-                "schema": 1,
-                "step": self.step,
-                "record": self.record.state(),
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "scaler": self.scaler.state_dict(),
-                "train": to_values(self.config),
-                "dataset": self.dataset.fingerprint,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            }
-            write_whole(where / runs.STATE, json.dumps(state, indent=1))
-
-        path = runs.save_checkpoint(run, self.step, write, keep)
-        if self.ema and self.config.ema_profile == "power":
-            self.ema.snapshot(run / runs.AVERAGES)
-        parallel.wait()
-        return path
-
-    def restore(self, checkpoint: Path) -> list[str]:
-        """Continue from a checkpoint; returns notes on what differs from when it was made.
-
-        UsageError if the run's seed, batches or networks are not the checkpoint's.
-        """
-        state = json.loads((checkpoint / runs.STATE).read_text(encoding="utf-8"))
-        self._check_state(state, checkpoint)
-        kept = tuple(f"{part}." for part in self.kept_parts())
-        mine = {n: t for n, t in self.model.tensors().items() if n.startswith(kept)}
-        _copy(mine, load_tensors(checkpoint / runs.MODEL), checkpoint)
-        if self.helpers:
-            _copy(_parameters(self.helpers), load_tensors(checkpoint / runs.HELPERS), checkpoint)
-        if self.ema:
-            for rule, track in self.ema.tracks.items():
-                name = "ema" if track is self.ema.average else f"ema-{rule}"
-                _copy(track, load_tensors(checkpoint / f"{name}.safetensors"), checkpoint)
-            self.ema.updates = state["ema_updates"]
-        saved = load_tensors(checkpoint / runs.OPTIMIZER)
-        for name, p in self.learning.items():
-            prefix = f"{name}."
-            entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
-            entry = {key: t for key, t in entry.items() if "." not in key}
-            # In the parameter's own memory layout: the fused optimiser walks raw memory.
-            laid_out = {
-                key: torch.empty_like(t if key == "step" else p).copy_(t)
-                for key, t in entry.items()
-            }
-            if laid_out:
-                self.optimizer.state[p] = laid_out
-        self.scaler.load_state_dict(state["scaler"])
-        self.record.restore(state["record"])
-        self.step = state["step"]
-        notes = []
-        if state["dataset"] != self.dataset.fingerprint:
-            notes.append("the dataset has changed since the checkpoint")
-        if state["threads"] != torch.get_num_threads():
-            notes.append(
-                f"the checkpoint was made with {state['threads']} threads: sums may differ"
-            )
-        return notes
-
-    def _check_state(self, state: dict[str, Any], checkpoint: Path) -> None:
-        now, then = to_values(self.config), state["train"]
-        fixed = ("seed", "batch_size", "accumulate", "size", "ema")
-        for key in (*fixed, "optimizer", "ema_profile", "ema_lengths"):
-            before = then.get(key, OptimConfig.__dataclass_fields__[key].default)
-            before = list(before) if isinstance(before, tuple) else before
-            if now[key] != before:
-                raise UsageError(
-                    f"cannot resume {checkpoint} with another {key}",
-                    f"it was {before}, now {now[key]}",
-                    "give the same value, or start a new run",
-                )
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -331,12 +244,3 @@ def _has_bf16(device: torch.device) -> bool:
 def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     named = ((prefix, network.named_parameters()) for prefix, network in networks.items())
     return {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
-
-
-@torch.no_grad()
-def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor], checkpoint: Path) -> None:
-    for name, target in targets.items():
-        if name not in sources or sources[name].shape != target.shape:
-            why = f"{name} is missing or has another shape"
-            raise UsageError(f"{checkpoint} does not fit this model", why)
-        target.copy_(sources[name])

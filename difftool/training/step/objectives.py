@@ -7,9 +7,9 @@ which picture.
 
 from __future__ import annotations
 
+import pathlib
 from abc import ABC, abstractmethod
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
 from difftool.data import Dataset
-from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, training_loss
+from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
+from difftool.diffusion.path import Path
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
 from difftool.registry import Registry, call
@@ -71,7 +72,7 @@ class Objective(ABC):
         """Whether a batch must bring its pictures."""
         return True
 
-    def precompute(self, dataset: Dataset, folder: Path, progress: Progress) -> None:
+    def precompute(self, dataset: Dataset, folder: pathlib.Path, progress: Progress) -> None:
         """Make what frozen networks say of the data once, in files below `folder`, or read it
         there."""
         return
@@ -89,6 +90,20 @@ class Objective(ABC):
 OBJECTIVES: Registry[type[Objective]] = Registry("part")
 
 
+# --- the U-Net -------------------------------------------------------------------------------
+
+
+def times_and_weight(config: TrainConfig, path: Path, target: str) -> tuple[Time, Weight]:
+    """When a recipe's loss looks, u [B] -> t [B], and how much it counts, (alpha, sigma, target) ->
+    weight; UsageError for options that they do not have."""
+    times = partial(TIMES[config.time], path, **config.time_options)
+    weight = partial(WEIGHTS[config.weight], **config.weight_options)
+    one = torch.ones(1, 1, 1, 1)
+    call(f'time distribution "{config.time}"', times, torch.full((1,), 0.5))
+    call(f'loss weighting "{config.weight}"', weight, one, one, target)
+    return times, weight
+
+
 @OBJECTIVES.register("unet")
 class DenoisingObjective(Objective):
     """The diffusion objective."""
@@ -102,11 +117,9 @@ class DenoisingObjective(Objective):
 
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
-        self.times = partial(TIMES[config.time], model.denoiser.path, **config.time_options)
-        self.weight = partial(WEIGHTS[config.weight], **config.weight_options)
-        call(f'time distribution "{config.time}"', self.times, torch.full((1,), 0.5))
-        one, target = torch.ones(1, 1, 1, 1), model.denoiser.target
-        call(f'loss weighting "{config.weight}"', self.weight, one, one, target)
+        denoiser = model.denoiser
+        self.times, self.weight = times_and_weight(config, denoiser.path, denoiser.target)
+        self.loss = LOSSES[config.loss]
 
     @staticmethod
     def learned_parts(preset: Preset) -> list[str]:
@@ -115,7 +128,7 @@ class DenoisingObjective(Objective):
         texts = enumerate(preset.text)
         return ["unet", *(f"text.{i}" for i, t in texts if t.tokenizer == "learned")]
 
-    def precompute(self, dataset: Dataset, folder: Path, progress: Progress) -> None:
+    def precompute(self, dataset: Dataset, folder: pathlib.Path, progress: Progress) -> None:
         model, config = self.model, self.config
         preset = model.preset
         if preset.text and not any(name.startswith("text.") for name in self.learned_parts(preset)):
@@ -136,9 +149,8 @@ class DenoisingObjective(Objective):
         return self.latents is None
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
-        return self._errors(
-            batch, rng.uniform(self.seed, Stream.TIME, 0, batch.slots), Stream.NOISE
-        )
+        u = rng.uniform(self.seed, Stream.TIME, 0, batch.slots)
+        return self._errors(batch, u, Stream.NOISE)
 
     def held_out(self, batch: Batch) -> LossOutput:
         # Times of a golden ratio sequence: any run of slots covers the levels evenly.
@@ -147,22 +159,15 @@ class DenoisingObjective(Objective):
 
     def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> LossOutput:
         """The losses at those quantiles [B] of the training times, with noise of that stream."""
-        model, config, slots = self.model, self.config, batch.slots
+        model, slots = self.model, batch.slots
         x0 = self._x0(batch)
         times = self.times(u)
         eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
         encode = self.embeddings or partial(encode_prompts, model)
-        texts = encode(batch.captions)
-        cond = build_cond(model, texts, batch.labels, size)
+        cond = build_cond(model, encode(batch.captions), batch.labels, size)
         losses, level = training_loss(
-            model.denoiser,
-            x0,
-            cond,
-            times=times,
-            weight=self.weight,
-            eps=eps,
-            loss=LOSSES[config.loss],
+            model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, loss=self.loss
         )
         ratio = cast(Tensor, level.alpha / level.sigma)
         return LossOutput(losses, {}, 2 * ratio.log().flatten())
@@ -183,6 +188,9 @@ class DenoisingObjective(Objective):
             if model.codec.learned:
                 noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape)
             return model.codec.encode(images, noise)
+
+
+# --- the autoencoder -------------------------------------------------------------------------
 
 
 @OBJECTIVES.register("vae")
@@ -229,6 +237,9 @@ class VaeObjective(Objective):
             weights |= {"fooling": config.adversarial}
         loss = torch.stack([weights.get(n, 1.0) * t for n, t in terms.items()]).sum(0)
         return LossOutput(loss, {name: term.detach().mean() for name, term in terms.items()})
+
+
+# --- the text encoders -----------------------------------------------------------------------
 
 
 @OBJECTIVES.register("clip")

@@ -1,0 +1,125 @@
+"""Checkpoints: all that the next step depends on, written and read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftool.config.schema import OptimConfig
+from difftool.config.validate import to_values
+from difftool.errors import UsageError
+from difftool.storage import runs
+from difftool.storage.commit import write_whole
+from difftool.storage.safetensors import load_tensors, save_tensors
+from difftool.training.step import parallel
+from difftool.training.step.loop import Trainer
+
+
+def save_state(trainer: Trainer, run: Path, *, keep: int) -> Path:
+    """Write a checkpoint of everything that the next step depends on, and averages to choose
+    from, into a run folder. Of several processes all call it and the first writes."""
+    trainer.record.reduce()
+    if not parallel.is_main():
+        parallel.wait()
+        return run / runs.CHECKPOINTS / runs.step_name(trainer.step)
+
+    def write(where: Path) -> None:
+        parts = trainer.kept_parts()
+        trainer.model.save(where / runs.MODEL, parts=parts)
+        if trainer.ema:
+            note, path = {"difftool.weights": "ema"}, where / runs.AVERAGED
+            trainer.model.save(path, parts=parts, weights=trainer.ema.average, metadata=note)
+            for rule, track in list(trainer.ema.tracks.items())[:-1]:
+                save_tensors(where / f"ema-{rule}.safetensors", track)
+        optimizer = {
+            f"{name}.{key}": value
+            for name, p in trainer.learning.items()
+            for key, value in trainer.optimizer.state.get(p, {}).items()
+        }
+        save_tensors(where / runs.OPTIMIZER, optimizer)
+        if trainer.helper_parameters:
+            save_tensors(where / runs.HELPERS, trainer.helper_parameters)
+        state = {
+            "schema": 1,
+            "step": trainer.step,
+            "record": trainer.record.state(),
+            "ema_updates": trainer.ema.updates if trainer.ema else 0,
+            "scaler": trainer.scaler.state_dict(),
+            "train": to_values(trainer.config),
+            "dataset": trainer.dataset.fingerprint,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        write_whole(where / runs.STATE, json.dumps(state, indent=1))
+
+    path = runs.save_checkpoint(run, trainer.step, write, keep)
+    if trainer.ema and trainer.config.ema_profile == "power":
+        trainer.ema.snapshot(run / runs.AVERAGES)
+    parallel.wait()
+    return path
+
+
+def restore_state(trainer: Trainer, checkpoint: Path) -> list[str]:
+    """Continue from a checkpoint; returns notes on what differs from when it was made.
+
+    UsageError if the run's seed, batches or networks are not the checkpoint's.
+    """
+    state = json.loads((checkpoint / runs.STATE).read_text(encoding="utf-8"))
+    _check_state(trainer, state, checkpoint)
+    kept = tuple(f"{part}." for part in trainer.kept_parts())
+    mine = {n: t for n, t in trainer.model.tensors().items() if n.startswith(kept)}
+    _copy(mine, load_tensors(checkpoint / runs.MODEL), checkpoint)
+    if trainer.helper_parameters:
+        _copy(trainer.helper_parameters, load_tensors(checkpoint / runs.HELPERS), checkpoint)
+    if trainer.ema:
+        for rule, track in trainer.ema.tracks.items():
+            name = "ema" if track is trainer.ema.average else f"ema-{rule}"
+            _copy(track, load_tensors(checkpoint / f"{name}.safetensors"), checkpoint)
+        trainer.ema.updates = state["ema_updates"]
+    saved = load_tensors(checkpoint / runs.OPTIMIZER)
+    for name, p in trainer.learning.items():
+        prefix = f"{name}."
+        entry = {k.removeprefix(prefix): t for k, t in saved.items() if k.startswith(prefix)}
+        entry = {key: t for key, t in entry.items() if "." not in key}
+        # In the parameter's own memory layout: the fused optimiser walks raw memory.
+        laid_out = {
+            key: torch.empty_like(t if key == "step" else p).copy_(t) for key, t in entry.items()
+        }
+        if laid_out:
+            trainer.optimizer.state[p] = laid_out
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.record.restore(state["record"])
+    trainer.step = state["step"]
+    notes = []
+    if state["dataset"] != trainer.dataset.fingerprint:
+        notes.append("the dataset has changed since the checkpoint")
+    if state["threads"] != torch.get_num_threads():
+        notes.append(f"the checkpoint was made with {state['threads']} threads: sums may differ")
+    return notes
+
+
+def _check_state(trainer: Trainer, state: dict[str, Any], checkpoint: Path) -> None:
+    now, then = to_values(trainer.config), state["train"]
+    fixed = ("seed", "batch_size", "accumulate", "size", "ema")
+    for key in (*fixed, "optimizer", "ema_profile", "ema_lengths"):
+        before = then.get(key, OptimConfig.__dataclass_fields__[key].default)
+        before = list(before) if isinstance(before, tuple) else before
+        if now[key] != before:
+            raise UsageError(
+                f"cannot resume {checkpoint} with another {key}",
+                f"it was {before}, now {now[key]}",
+                "give the same value, or start a new run",
+            )
+
+
+@torch.no_grad()
+def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor], checkpoint: Path) -> None:
+    for name, target in targets.items():
+        if name not in sources or sources[name].shape != target.shape:
+            why = f"{name} is missing or has another shape"
+            raise UsageError(f"{checkpoint} does not fit this model", why)
+        target.copy_(sources[name])
