@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftool.config.layers import Layer, preset_layers, resolve
+from difftool.config.networks import UNetConfig
 from difftool.config.schema import Preset
 from difftool.data import open_dataset
 from difftool.data.dataset import Dataset
@@ -112,7 +113,8 @@ def preset_of(task: Task) -> Preset:
 def of_difftool(task: Task, pictures: Tensor) -> Contender:
     preset = preset_of(task)
     model = Model.fresh(preset, seed=0)
-    network, unet = model.denoiser.network, preset.unet
+    network, unet = model.network, preset.unet
+    assert isinstance(unet, UNetConfig)
     side = SIZE // preset.codec.factor
     trainer = Trainer(model, Held(pictures))
     return Contender(network, trainer.advance, (unet.in_channels, side, side))
@@ -126,6 +128,7 @@ def of_diffusers(task: Task, pictures: Tensor) -> Contender:
 
     preset, bf16 = preset_of(task), task.precision == "bf16"
     config, block = preset.unet, preset.codec.factor
+    assert isinstance(config, UNetConfig)
     side = SIZE // block
     kinds = ["Attn" if depth else "" for depth in config.depth]  # type: ignore[union-attr]
     network = UNet2DModel(
@@ -174,6 +177,7 @@ def of_denoising_diffusion(task: Task, pictures: Tensor) -> Contender:
 
     preset, bf16 = preset_of(task), task.precision == "bf16"
     config, block = preset.unet, preset.codec.factor
+    assert isinstance(config, UNetConfig)
     side, first = SIZE // block, config.channels[0]
     shape = (config.in_channels, side, side)
 
@@ -186,7 +190,7 @@ def of_denoising_diffusion(task: Task, pictures: Tensor) -> Contender:
             flash_attn=True,
         )
 
-    wanted = multiply_adds(Model.fresh(preset, seed=0).denoiser.network, shape)
+    wanted = multiply_adds(Model.fresh(preset, seed=0).network, shape)
     widths = range(first, first * 3 // 2, 4)
     network = build(min(widths, key=lambda w: abs(multiply_adds(build(w), shape) - wanted)))
     diffusion = GaussianDiffusion(network, image_size=side, auto_normalize=False)

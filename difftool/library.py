@@ -200,7 +200,7 @@ class Pipeline:
 
         image = _image(picture)
         if size is None:
-            factor = self.model.codec.factor
+            factor = self.model.preset.side_multiple
             width, height = (max(factor, side - side % factor) for side in image.size)
             size = width, height
         size = resolve_settings(self.model, {"size": size}).size

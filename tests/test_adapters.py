@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from difftool.adapters.lora.train import Adapters
 from difftool.config.layers import load_preset, merge
+from difftool.config.networks import UNetConfig
 from difftool.config.validate import build_preset, to_values
 from difftool.data import shapes
 from difftool.errors import UsageError
+from difftool.networks.unet import UNet
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_model
@@ -60,7 +62,7 @@ def place(tmp_path, monkeypatch) -> Path:
     values = to_values(preset())
     values["text"][0]["vocab_size"] = words.vocab_size
     model = Model.fresh(build_preset(values), seed=3, tokenizer_json=words.to_json())
-    network = model.denoiser.network
+    network = model.network
     for parameter in network.parameters():  # it starts at zero, where there is nothing to see
         parameter.data += 0.1 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
@@ -104,7 +106,7 @@ def test_what_is_learned_is_what_is_applied(place, difftool):
 
     # As in training, with the averaged weights beside the model's.
     model = load_model("base.safetensors", device="cpu")
-    model.adapters = adapters = Adapters(model.denoiser.network, 3, None)
+    model.adapters = adapters = Adapters(model.network, 3, None)
     checkpoint = next(Path("run/checkpoints").glob("step-000012")) / "ema.safetensors"
     adapters.load_state_dict(
         {name.removeprefix("lora."): t for name, t in load_file(checkpoint).items()}
@@ -157,5 +159,6 @@ def test_misuse_is_told(place, difftool, arguments, says):
 
 
 def test_a_network_without_attention_has_no_lora():
+    plain = UNet(UNetConfig(in_channels=3, out_channels=3, channels=(32,), mid_depth=0))
     with pytest.raises(UsageError, match="no LoRA"):
-        Adapters(torch.nn.Sequential(torch.nn.Linear(3, 3)), 4, None)
+        Adapters(plain, 4, None)

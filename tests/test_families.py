@@ -8,7 +8,7 @@ import pytest
 
 from difftool.config.families import CONCAT, FAMILIES, OWN, PUBLISHED, concat_of, family, family_of
 from difftool.config.layers import load_preset, preset_names
-from difftool.config.networks import IdentityConfig, UNetConfig, VaeConfig
+from difftool.config.networks import IdentityConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.formats.diffusers.pipelines import PIPELINES, pipeline_class
 
 LATENT = [name for name, row in FAMILIES.items() if row.latent and row.fits]
@@ -28,7 +28,8 @@ def test_a_row_agrees_with_its_preset(name):
         assert (codec.scale, codec.force_upcast) == (row.scale, row.force_upcast)
         assert unet.heads == row.heads and unet.head_dim == (None if row.heads else 64)
         assert row.encoders is not None
-        kinds = ["openclip" if text.activation == "gelu" else "clip" for text in preset.text]
+        openclip = [isinstance(t, TextConfig) and t.activation == "gelu" for t in preset.text]
+        kinds = ["openclip" if gelu else "clip" for gelu in openclip]
         assert kinds == list(row.encoders)
 
 

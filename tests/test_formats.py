@@ -509,11 +509,13 @@ def test_what_a_folder_says_is_what_is_decided(folders):
     assert p.sample.schedule_options == {"offset": 1, "end": "first"}
     assert p.sample.size == (64, 64)
     assert p.sample.guidance == 7.5
-    assert p.text[0].final_norm and p.text[0].hidden == -1
+    (text,) = p.text
+    assert isinstance(text, TextConfig) and text.final_norm and text.hidden == -1
     assert any("PNDMScheduler" in line for line in sd.evidence)
     xl = build_preset(open_model(folders["xl"]).values)
     assert xl.size_numbers == 6
-    assert [(e.hidden, e.final_norm, e.pooled) for e in xl.text] == [
+    texts = [text for text in xl.text if isinstance(text, TextConfig)]
+    assert [(e.hidden, e.final_norm, e.pooled) for e in texts] == [
         (-2, False, False),
         (-2, False, True),
     ]

@@ -29,12 +29,11 @@ from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
 from difftool.formats.diffusers import networks
 from difftool.formats.ldm.names import (
-    clip_rules,
     ema_name,
     ema_rules,
+    encoder_rules,
     model_rules,
     network_rules,
-    openclip_rules,
     text_places,
     unet_rules,
     vae_rules,
@@ -144,7 +143,7 @@ def test_the_tables_have_the_published_sizes():
         for (_, openclip), config, count in zip(
             text_places(preset.unet, preset.text), preset.text, text, strict=True
         ):
-            assert len([*(openclip_rules if openclip else clip_rules)(config)]) == count
+            assert len([*encoder_rules(config, openclip)]) == count
     sd1 = model_rules(load_preset("sd15"))
     assert len(sd1) == 1130
     assert len([*ema_rules(sd1)]) == 686

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from difftool.config.layers import load_preset, preset_names
-from difftool.config.networks import UNetConfig, VaeConfig
+from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, TARGETS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.formats.diffusers.scheduler_switch import switched
-from difftool.networks.clip import ClipText
-from difftool.networks.kinds import build_codec, build_network
+from difftool.networks.kinds import build_codec, build_encoder, build_network
 from difftool.networks.unet import UNet
 from difftool.networks.vae import Vae
 
@@ -73,7 +72,7 @@ def parts(preset: Preset) -> dict[str, nn.Module]:
         networks: dict[str, nn.Module] = {"unet": build_network(preset.unet)}
         if isinstance(preset.codec, VaeConfig):
             networks["vae"] = Vae(preset.codec)
-        return networks | {f"text.{i}": ClipText(text) for i, text in enumerate(preset.text)}
+        return networks | {f"text.{i}": build_encoder(text) for i, text in enumerate(preset.text)}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -223,10 +222,12 @@ def test_what_makes_each_family_itself():
         "sd-turbo", "sdxl-turbo", "ddpm-cifar10",
     }  # fmt: skip
     assert [text.pad_id for text in presets["sdxl"].text] == [None, 0]
-    assert [text.hidden for text in presets["sdxl"].text] == [-2, -2]
+    hidden = {n: [getattr(t, "hidden", None) for t in p.text] for n, p in presets.items()}
+    assert hidden["sdxl"] == [-2, -2]
     assert [text.pooled for text in presets["sdxl"].text] == [False, True]
-    assert (presets["sd21"].text[0].hidden, presets["sd21"].text[0].layers) == (-1, 23)
-    assert presets["sd15"].text[0].activation == "quick_gelu"
+    assert hidden["sd21"] == [-1] and presets["sd21"].text[0].layers == 23
+    (clip,) = presets["sd15"].text
+    assert isinstance(clip, TextConfig) and clip.activation == "quick_gelu"
 
 
 def test_a_child_that_names_another_schedule_drops_its_parents_options():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from difftool.config.networks import CodecConfig, NetworkConfig, TextConfig
+from difftool.config.networks import CodecConfig, EncoderConfig, NetworkConfig
 
 OWN = "difftool"
 """The family of models that no row describes: whatever difftool trains from nothing."""
@@ -243,7 +243,7 @@ def family(id: str) -> Family:
     return FAMILIES.get(id) or Family(id=id)
 
 
-def family_of(network: NetworkConfig, codec: CodecConfig, text: Sequence[TextConfig]) -> str:
+def family_of(network: NetworkConfig, codec: CodecConfig, text: Sequence[EncoderConfig]) -> str:
     """The family id of a model by the structure of its networks, whatever their widths."""
 
     def is_of(row: Family) -> bool:

@@ -92,8 +92,13 @@ class NetworkConfig(Protocol):
         ...
 
     @property
+    def patch(self) -> int:
+        """What the sides of x0 must be multiples of."""
+        ...
+
+    @property
     def multiple(self) -> int:
-        """What the sides of x0 are multiples of where nothing is rounded within the network."""
+        """What they are best multiples of, so that nothing is rounded within the network."""
         ...
 
 
@@ -186,6 +191,11 @@ class UNetConfig:
     def kind(self) -> str:
         """No field, and so no key of presets: the first kind is meant where none is named."""
         return "unet"
+
+    @property
+    def patch(self) -> int:
+        """It takes sides that are odd too."""
+        return 1
 
     @property
     def multiple(self) -> int:
@@ -379,6 +389,57 @@ class VaeConfig:
 CODEC_KINDS = Kinds(identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig)
 
 
+class EncoderConfig(Protocol):
+    """What is asked of every kind of text encoder, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def kind(self) -> str:
+        """By which presets, and networks.ENCODERS, name the kind."""
+        ...
+
+    @property
+    def tokenizer(self) -> str:
+        """Whose vocabulary it reads: "clip", or one "learned" from the captions."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, start and end marks included."""
+        ...
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token that fills short prompts; None = the end mark."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Of which each has a hidden state that can be the context."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of the context."""
+        ...
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its pooled text joins the conditioning vector."""
+        ...
+
+    @property
+    def projection(self) -> int | None:
+        """Width of the pooled text; None = that of the context."""
+        ...
+
+
 LEARNED_MARKS = ("<pad>", "<start>", "<end>")
 """The first tokens of every learned vocabulary."""
 
@@ -422,13 +483,16 @@ class TextConfig:
 
     @property
     def kind(self) -> str:
-        """By which networks.ENCODERS names the kind."""
+        """No field, as a U-Net's."""
         return "clip"
 
     @property
     def end_id(self) -> int:
         """The token whose state is pooled: the vocabulary's end mark."""
         return 49407 if self.tokenizer == "clip" else LEARNED_MARKS.index("<end>")
+
+
+ENCODER_KINDS = Kinds(clip=TextConfig)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 from difftool.config.families import OWN
 from difftool.config.networks import (
     CODEC_KINDS,
+    ENCODER_KINDS,
     NETWORK_KINDS,
     CodecConfig,
+    EncoderConfig,
     IdentityConfig,
     NetworkConfig,
-    TextConfig,
 )
 
 Options = dict[str, Any]
@@ -216,7 +217,7 @@ class Preset:
     """Between pictures and x0."""
     unet: Annotated[NetworkConfig, NETWORK_KINDS]
     """The denoising network, of whichever kind."""
-    text: tuple[TextConfig, ...] = ()
+    text: tuple[Annotated[EncoderConfig, ENCODER_KINDS], ...] = ()
     """Text encoders; their contexts are concatenated along the width."""
     size_numbers: int = 0
     """Size numbers that join the conditioning vector, 256 sinusoids each (SDXL 6, refiner 5)."""
@@ -242,6 +243,11 @@ class Preset:
     def recipe(self, part: Part) -> OptimConfig:
         """How that part is trained."""
         return getattr(self, RECIPES[part])
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of its pictures must be multiples of."""
+        return self.codec.factor * self.unet.patch
 
 
 RECIPES: dict[Part, str] = {"vae": "train_vae", "clip": "train_clip", "unet": "train"}

@@ -29,7 +29,7 @@ from difftool.config.networks import NetworkConfig
 from difftool.conversion.ledger import Entry, Ledger
 from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError
-from difftool.formats.ldm.names import clip_rules, network_rules
+from difftool.formats.ldm.names import encoder_rules, network_rules
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.shards import atomic_set
@@ -76,7 +76,7 @@ def _layers(family: str) -> tuple[dict[str, Shape], NetworkConfig]:
     """The shapes of all layers' weights of a family's networks, and its denoising network."""
     preset = load_preset(PUBLISHED[family].preset)
     tables = {"unet": network_rules(preset.unet)}
-    tables |= {f"text.{i}": clip_rules(config) for i, config in enumerate(preset.text)}
+    tables |= {f"text.{i}": encoder_rules(config) for i, config in enumerate(preset.text)}
     return {
         f"{part}.{name.removesuffix('.weight')}": rule.shape
         for part, rules in tables.items()

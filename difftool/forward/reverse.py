@@ -73,7 +73,7 @@ def frame_size(model: Model, picture: tuple[int, int], side: int | None = None) 
     if side is None:
         width, height = model.preset.sample.size
         return width, height
-    factor = model.codec.factor
+    factor = model.preset.side_multiple
     width, height = (
         max(1, round(length * side / max(picture) / factor)) * factor for length in picture
     )

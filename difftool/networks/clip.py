@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.config.networks import TextConfig, VisionConfig
+from difftool.networks.base import TextEncoder
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -17,8 +18,8 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class ClipText(nn.Module):
-    """Token ids [B,L] to the context [B,L,width] and, if configured, the pooled text [B,P].
+class ClipText(TextEncoder):
+    """A text encoder of CLIP's kind.
 
     The context is the hidden state that `config.hidden` chooses. The pooled text is the last
     layer's normed state at the first end mark, projected.
@@ -32,7 +33,6 @@ class ClipText(nn.Module):
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor, hidden: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """hidden: another hidden state than `config.hidden`."""
         config = self.config
         context, last = self._states(ids, whole=config.pooled, hidden=hidden)
         if config.final_norm:
@@ -40,8 +40,10 @@ class ClipText(nn.Module):
         return context, self._pool(ids, last) if config.pooled else None
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """The pooled text [B,P] of token ids [B,L], whether or not it conditions the U-Net."""
         return self._pool(ids, self._states(ids, whole=True)[1])
+
+    def add_words(self, vectors: Tensor) -> None:
+        self.text_model.embeddings.learned = vectors
 
     def _states(self, ids: Tensor, whole: bool, hidden: int | None = None) -> tuple[Tensor, Tensor]:
         """The chosen hidden state and, of the `whole` network, the last one."""

@@ -8,21 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from difftool.config.networks import CodecConfig, NetworkConfig, TextConfig
+from difftool.config.networks import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.networks.base import Network, TextEncoder
 from difftool.networks.clip import ClipText
 from difftool.networks.codecs import Codec, SpaceToDepth, VaeCodec
 from difftool.networks.unet import UNet
 from difftool.registry import Registry
 
-NETWORKS: Registry[Callable[[Any], nn.Module]] = Registry("network")
-"""Denoising networks: called with x, t and whatever of context, vector, label and guidance their
-configuration has; init_weights(generator) and checkpoint(on) as UNet has them."""
+NETWORKS: Registry[Callable[[Any], Network]] = Registry("network")
 NETWORKS.add("unet", UNet)
 
-ENCODERS: Registry[Callable[[Any], nn.Module]] = Registry("text encoder")
-"""Text encoders: token ids [B,L] to context [B,L,D] and pooled text [B,P] or None."""
+ENCODERS: Registry[Callable[[Any], TextEncoder]] = Registry("text encoder")
 ENCODERS.add("clip", ClipText)
 
 CODECS: Registry[Callable[[Any], Codec]] = Registry("codec")
@@ -31,12 +27,12 @@ CODECS.add("space_to_depth", SpaceToDepth)
 CODECS.add("vae", VaeCodec)
 
 
-def build_network(config: NetworkConfig) -> nn.Module:
+def build_network(config: NetworkConfig) -> Network:
     """The denoising network of a configuration."""
     return NETWORKS[config.kind](config)
 
 
-def build_encoder(config: TextConfig) -> nn.Module:
+def build_encoder(config: EncoderConfig) -> TextEncoder:
     """The text encoder of a configuration."""
     return ENCODERS[config.kind](config)
 

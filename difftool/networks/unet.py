@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from difftool.config.networks import UNetConfig
+from difftool.networks.base import Network
 from difftool.networks.layers import (
     Downsample,
     PlainAttention,
@@ -91,8 +92,8 @@ class Up(UNetLevel):
         return x
 
 
-class UNet(nn.Module):
-    """The network F(x, t, conditioning) of any of the families; it knows no noise schedule."""
+class UNet(Network):
+    """The network F(x, t, conditioning) of any of the families."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -200,8 +201,6 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def checkpoint(self, on: bool = True) -> None:
-        """Whether what is inside the blocks is computed again for the gradient instead of kept: the
-        same numbers with less memory, in more time. No part of the architecture."""
         for module in self.modules():
             if isinstance(module, UNetLevel):
                 module.checkpointing = on

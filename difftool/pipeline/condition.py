@@ -97,7 +97,7 @@ def pooled_texts(model: Model, prompts: Sequence[str]) -> list[Tensor]:
     found = []
     for encoder, tokenizer, config in pairs:
         ids = torch.tensor(tokenizer.encode(list(prompts), config.length), device=model.device)
-        found.append(encoder.pooled(ids))  # type: ignore[operator]
+        found.append(encoder.pooled(ids))
     return found
 
 

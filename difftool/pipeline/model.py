@@ -72,11 +72,11 @@ class Model:
         self.vision_path: Any = None
         with unwritten():
             self.codec: Codec = build_codec(preset.codec)
-            network = build_network(preset.unet)
-            self.text = nn.ModuleList(build_encoder(config) for config in preset.text)
-        for part in (network, self.codec, self.text):
+            self.network = build_network(preset.unet)
+            self.text = [build_encoder(config) for config in preset.text]
+        for part in (self.network, self.codec, *self.text):
             adapt(part)
-        self.denoiser = Denoiser(network, build_path(preset.path), preset.target)
+        self.denoiser = Denoiser(self.network, build_path(preset.path), preset.target)
         self.tokenizers = [self._tokenizer(config) for config in preset.text]
         self.loaders: dict[str, Callable[[], None]] = {}
         """What gives each of `all_parts` its weights."""
@@ -92,7 +92,7 @@ class Model:
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks that have weights, by the prefix of their tensors in a model file."""
-        parts: dict[str, nn.Module] = {"unet": self.denoiser.network, **self.codec.parts()}
+        parts: dict[str, nn.Module] = {"unet": self.network, **self.codec.parts()}
         parts |= {f"text.{i}": encoder for i, encoder in enumerate(self.text)}
         return parts if self.adapters is None else parts | {"lora": self.adapters}
 

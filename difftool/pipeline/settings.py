@@ -85,7 +85,7 @@ def follows_scheduler(model: Model) -> bool:
 
 def _check(model: Model, settings: SampleConfig) -> None:
     """UsageError for settings that the model cannot be sampled with."""
-    factor = model.codec.factor
+    factor = model.preset.side_multiple
     check_sampling(settings)
     if any(side < factor or side % factor for side in settings.size):
         size = "x".join(map(str, settings.size))

@@ -43,7 +43,7 @@ def add_embeddings(model: Model, paths: Iterable[Path]) -> None:
         total += count
     for encoder, tokenizer, table in zip(model.text, model.tokenizers, rows, strict=True):
         if table:
-            encoder.text_model.embeddings.learned = torch.cat(table).to(model.device)  # type: ignore[union-attr]
+            encoder.add_words(torch.cat(table).to(model.device))
             tokenizer.learned = ids
 
 

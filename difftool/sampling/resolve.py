@@ -87,7 +87,7 @@ class Resolver:
         make it."""
         model, asked = self.model, dict(request.settings)
         if request.init and not {"size", "width", "height"} & asked.keys():
-            factor = model.codec.factor
+            factor = model.preset.side_multiple
             asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
         plan = self.plan(asked, from_picture=request.init is not None)
         given = self._input(request, plan.settings)

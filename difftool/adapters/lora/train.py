@@ -16,6 +16,7 @@ from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.errors import UsageError
 from difftool.formats.native import modelspec
+from difftool.networks.base import Network
 from difftool.storage.safetensors import save_tensors
 
 
@@ -37,21 +38,17 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """An adapter for every linear layer in a U-Net's attention blocks, at work from now on."""
+    """An adapter for every linear layer in a network's attention blocks, at work from now on."""
 
-    def __init__(self, network: nn.Module, rank: int, alpha: float | None):
+    def __init__(self, network: Network, rank: int, alpha: float | None):
         """UsageError for a network that has no such layer, or a rank that is none."""
         super().__init__()
         if rank < 1:
             raise UsageError(f"rank {rank} of a LoRA is too small", hint="4 to 128 are usual")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        found = {
-            name: layer
-            for name, layer in network.named_modules()
-            if isinstance(layer, nn.Linear) and "attentions." in name
-        }
+        found = network.attention_layers()
         if not found:
-            why = "its U-Net has no attention to put it beside"
+            why = "its network has no attention to put it beside"
             raise UsageError("no LoRA can be trained of this model", why, "leave --lora out")
         self.names = [f"unet.{name}" for name in found]
         """Of the layers, as in a model file."""

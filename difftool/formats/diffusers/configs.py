@@ -144,7 +144,7 @@ def write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     sides = [height // factor, width // factor]
     configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
     for name, config in zip(encoders, preset.text, strict=False):
-        configs[f"{name}/config.json"] = networks.write_text(config)
+        configs[f"{name}/config.json"] = networks.write_encoder(config)
     configs[SCHEDULER] = write_scheduler(
         build_path(preset.path), preset.target, preset.sample, preset.scheduler
     )

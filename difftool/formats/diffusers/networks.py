@@ -12,6 +12,7 @@ from typing import Any
 
 from difftool.config.networks import (
     CodecConfig,
+    EncoderConfig,
     NetworkConfig,
     TextConfig,
     UNetConfig,
@@ -442,20 +443,26 @@ def write_text(config: TextConfig) -> dict[str, Any]:
 NETWORK_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {"unet": write_unet}
 """The kinds of networks that diffusers has a class for."""
 CODEC_WRITERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {"vae": write_vae}
+ENCODER_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {"clip": write_text}
 
 
 def write_network(config: NetworkConfig) -> dict[str, Any]:
     """The config.json of a denoising network; CheckError if diffusers has no class for it."""
-    if config.kind not in NETWORK_WRITERS:
-        why = f"its network is of kind {config.kind}"
-        raise CheckError("the model has no counterpart in diffusers", why, "use --to difftool")
-    return NETWORK_WRITERS[config.kind](config)
+    return _writer(NETWORK_WRITERS, "network", config.kind)(config)
 
 
 def write_codec(config: CodecConfig, sample_size: int) -> dict[str, Any]:
-    """The config.json of a learned codec for pictures of a size in pixels; CheckError if diffusers
-    has no class for it."""
-    if config.kind not in CODEC_WRITERS:
-        why = f"its codec is {config.kind}"
+    """The same of a learned codec, for pictures of a size in pixels."""
+    return _writer(CODEC_WRITERS, "codec", config.kind)(config, sample_size)
+
+
+def write_encoder(config: EncoderConfig) -> dict[str, Any]:
+    """The same of a text encoder."""
+    return _writer(ENCODER_WRITERS, "text encoder", config.kind)(config)
+
+
+def _writer(writers: Mapping[str, Callable], what: str, kind: str) -> Callable[..., dict[str, Any]]:
+    if kind not in writers:
+        why = f"its {what} is of kind {kind}"
         raise CheckError("the model has no counterpart in diffusers", why, "use --to difftool")
-    return CODEC_WRITERS[config.kind](config, sample_size)
+    return writers[kind]

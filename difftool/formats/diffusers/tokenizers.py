@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from difftool.config.networks import TextConfig
+from difftool.config.networks import EncoderConfig
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import json_text
 from difftool.storage.strict_json import read_json
@@ -49,7 +49,7 @@ def pad_id(folder: Path) -> int | None:
     return None
 
 
-def tokenizer_files(config: TextConfig) -> dict[str, str]:
+def tokenizer_files(config: EncoderConfig) -> dict[str, str]:
     """A tokenizer's folder that transformers reads as CLIP's."""
     vocabulary, merges = _clip()
     pad = CLIP_END if config.pad_id is None else next(

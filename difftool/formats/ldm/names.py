@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from difftool.config.networks import (
+    EncoderConfig,
     NetworkConfig,
     TextConfig,
     UNetConfig,
@@ -308,11 +309,19 @@ def network_rules(config: NetworkConfig) -> Iterator[Rule]:
     return NETWORK_RULES[config.kind](config)
 
 
-def text_places(network: NetworkConfig, text: tuple[TextConfig, ...]) -> list[tuple[str, bool]]:
+def encoder_rules(config: EncoderConfig, openclip: bool = False) -> Iterator[Rule]:
+    """The table of a text encoder; CheckError if LDM's layout has no names for it."""
+    if not isinstance(config, TextConfig):
+        what = "LDM's single files cannot hold this model"
+        raise CheckError(what, f"its text encoder is of kind {config.kind}", "use --to difftool")
+    return openclip_rules(config) if openclip else clip_rules(config)
+
+
+def text_places(network: NetworkConfig, text: tuple[EncoderConfig, ...]) -> list[tuple[str, bool]]:
     """The prefix of each text encoder, and whether its names are OpenCLIP's."""
     xl = bool(network.vector_dim) and any(t.pooled for t in text)
     if len(text) == 1 and not xl:
-        openclip = text[0].activation == "gelu"
+        openclip = isinstance(text[0], TextConfig) and text[0].activation == "gelu"
         return [(f"cond_stage_model.{'model' if openclip else 'transformer'}.", openclip)]
     return [
         (f"conditioner.embedders.{i}.{'model' if t.pooled else 'transformer'}.", t.pooled)
@@ -328,8 +337,7 @@ def model_rules(preset: Preset) -> list[Rule]:
     codec = [*placed(CODEC_RULES[preset.codec.kind](preset.codec), VAE, "vae.")]
     rules = [*placed(network_rules(preset.unet), UNET, "unet."), *codec]
     for i, (prefix, openclip) in enumerate(text_places(preset.unet, preset.text)):
-        table = openclip_rules if openclip else clip_rules
-        rules += placed(table(preset.text[i]), prefix, f"text.{i}.")
+        rules += placed(encoder_rules(preset.text[i], openclip), prefix, f"text.{i}.")
     return rules
 
 

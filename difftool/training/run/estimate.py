@@ -52,7 +52,7 @@ def estimate(model: Model, keep: int, device: torch.device) -> Estimate:
     """The estimate for training the preset's parts; the model needs no weights yet."""
     preset = model.preset
     if rank := preset.train.lora_rank:
-        model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
+        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
     parts = model.parts()
     counts = {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items()}
     total = sum(counts.values())
@@ -87,7 +87,7 @@ def activation_bytes(model: Model, part: Part) -> int:
     for name, network in model.parts().items():
         network.requires_grad_(name in OBJECTIVES[part].learned_parts(model.preset))
     if isinstance(recipe, TrainConfig):
-        model.denoiser.network.checkpoint(recipe.checkpointing)  # type: ignore[operator]
+        model.network.checkpoint(recipe.checkpointing)
     with saved_for_backward() as tensors, torch.device("meta"):
         if part == "vae":
             mean, _ = model.codec.posterior(torch.empty(1, 3, side, side))

@@ -187,8 +187,8 @@ def _check(preset: Preset, dataset: Dataset) -> None:
             value = getattr(recipe, key)
             if value is not None and value < 1:
                 raise UsageError(f"{key.replace('_', ' ')} must be at least 1, got {value}")
-        if recipe.size and recipe.size % preset.codec.factor:
-            raise UsageError(f"size {recipe.size} is not a multiple of {preset.codec.factor}")
+        if recipe.size and recipe.size % preset.side_multiple:
+            raise UsageError(f"size {recipe.size} is not a multiple of {preset.side_multiple}")
 
 
 def _vocabulary(

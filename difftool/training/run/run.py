@@ -196,7 +196,7 @@ def _model(
     for name, path in adopt.items():
         load_part_from(model, path, name)
     if rank := preset.train.lora_rank:
-        model.adapters = Adapters(model.denoiser.network, rank, preset.train.lora_alpha)
+        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
         model.adapters.init_weights(torch.Generator().manual_seed(seed))
     return model
 

@@ -116,10 +116,10 @@ class Trainer:
         if model.device.type == "cpu":
             keep_memory()
         if isinstance(config, TrainConfig) and config.checkpointing:
-            model.denoiser.network.checkpoint()  # type: ignore[operator]
+            model.network.checkpoint()
         self.compiled = compiled and part == "unet"
         if self.compiled:
-            model.denoiser.network.compile(dynamic=False)
+            model.network.compile(dynamic=False)
         # What is not a sum over samples every process computes whole.
         self.local = (
             parallel.local_slice(config.batch_size)
