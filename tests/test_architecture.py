@@ -14,29 +14,9 @@ from difftool.config.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
-    *(
-        "version",
-        "errors",
-        "registry",
-        "plugins",
-        "storage",
-        "diffusion",
-        "config",
-        "text",
-        "networks",
-    ),
-    *(
-        "networks",
-        "engine",
-        "images",
-        "formats",
-        "adapters",
-        "hub",
-        "data",
-        "pipeline",
-        "conversion",
-    ),
-    *("sampling", "training", "forward", "library", "cli", "__main__"),
+    *("version", "errors", "registry", "plugins", "storage", "diffusion", "config", "text"),
+    *("networks", "engine", "images", "formats", "adapters", "hub", "data", "pipeline"),
+    *("conversion", "sampling", "training", "forward", "library", "cli", "__main__"),
 )
 """In import order: each imports only itself and those before it."""
 COMMANDS = {"conversion", "sampling", "training", "forward"}
