@@ -40,8 +40,11 @@ def difftool(tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
 @pytest.fixture
 def forget():
     """Plugins of a test are taken back after it."""
-    before, additions = plugins.loaded(), len(ADDITIONS)
+    before = plugins.loaded()
     yield
-    for plugin in plugins.loaded()[len(before) :]:
+    added = plugins.loaded()[len(before) :]
+    for plugin in added:
         plugins.unload(plugin)
-    assert (plugins.loaded(), len(ADDITIONS)) == (before, additions)
+    assert plugins.loaded() == before
+    for registry, name in (each for plugin in added for each in plugin.adds):
+        assert name not in registry and (registry, name) not in ADDITIONS
