@@ -15,7 +15,7 @@ from difftool.version import __version__
 TYPE_CHECKING = False  # typing's own takes longer to import than the rest
 if TYPE_CHECKING:
     from difftool.diffusion.grids import GRIDS
-    from difftool.diffusion.losses import TIMES, WEIGHTS
+    from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
     from difftool.diffusion.path import PATHS
     from difftool.diffusion.prediction import TARGETS
     from difftool.diffusion.samplers import SAMPLERS
@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     )
     from difftool.library import Pipeline, SampleStep, convert, inspect, load, train
     from difftool.plugins import load_plugins
+    from difftool.training.step.optim import OPTIMIZERS
 
 __all__ = [
     "GRIDS",
+    "LOSSES",
+    "OPTIMIZERS",
     "PATHS",
     "SAMPLERS",
     "TARGETS",
@@ -55,13 +58,14 @@ __all__ = [
 
 _HOMES = {
     "diffusion.grids": "GRIDS",
-    "diffusion.losses": "TIMES WEIGHTS",
+    "diffusion.losses": "LOSSES TIMES WEIGHTS",
     "diffusion.path": "PATHS",
     "diffusion.prediction": "TARGETS",
     "diffusion.samplers": "SAMPLERS",
     "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
     "library": "Pipeline SampleStep convert inspect load train",
     "plugins": "load_plugins",
+    "training.step.optim": "OPTIMIZERS",
 }
 """Modules, and the public names that are theirs."""
 
