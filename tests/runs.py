@@ -29,7 +29,7 @@ def start_run(
     checkpoint = checkpoint_to_resume(folder)[0] if resume else None
     vocabulary = open_model(checkpoint / "model.safetensors").tokenizer_json if checkpoint else None
     dataset, given = open_dataset(data), [Layer("test", each) for each in values]
-    resolved, tokenizer_json, _ = plan(dataset, "cpu", preset, given, vocabulary)
+    resolved, tokenizer_json, _ = plan(dataset, preset, given).complete("cpu", vocabulary)
     run = Run(
         RunFolder(folder),
         resolved,

@@ -26,10 +26,10 @@ from difftool.training.step.optim import OPTIMIZERS
 def test_an_optimizer_of_ones_own_is_a_name_like_the_others():
     given = [Layer("test", {"train": {"optimizer": "mine"}})]
     with pytest.raises(UsageError, match='no optimizer "mine"'):
-        plan(ShapesDataset(), "cpu", "pixel-small", given)
+        plan(ShapesDataset(), "pixel-small", given)
     OPTIMIZERS.add("mine", OPTIMIZERS["adamw"])
     try:
-        assert plan(ShapesDataset(), "cpu", "pixel-small", given)[0].train.optimizer == "mine"
+        assert plan(ShapesDataset(), "pixel-small", given).preset.train.optimizer == "mine"
         assert by_name(OPTIONS)["optimizer"].value("mine") == "mine"
         assert "mine" in values_of("train_vae.optimizer")
     finally:
@@ -46,7 +46,7 @@ def test_an_optimizer_of_ones_own_is_a_name_like_the_others():
 )
 def test_names_of_a_recipe_are_checked_where_it_is_planned(values, says):
     with pytest.raises(UsageError) as caught:
-        plan(ShapesDataset(), "cpu", "pixel-small", [Layer("test", {"train": values})])
+        plan(ShapesDataset(), "pixel-small", [Layer("test", {"train": values})])
     assert says in str(caught.value)
     values = to_values(load_preset("pixel-small")) | {"train": values}
     assert build_preset(values)  # of a model that is sampled, and was trained with a plugin

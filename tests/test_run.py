@@ -239,7 +239,7 @@ def test_a_sheet_writes_below_each_picture_what_fits():
 
 def test_activations_are_counted_as_the_backward_pass_keeps_them():
     dataset = ShapesDataset()
-    preset, vocabulary, _ = plan(dataset, "cpu", "text-small", [])
+    preset, vocabulary, _ = plan(dataset, "text-small", []).complete("cpu")
     counted = activation_bytes(Model(preset, vocabulary), "unet")
     model = Model.fresh(preset, seed=0, tokenizer_json=vocabulary)
     cond = build_cond(model, encode_prompts(model, ["a red circle"]), [None], (64, 64))
@@ -255,14 +255,14 @@ def test_recomputing_blocks_takes_less_memory():
     given = [Layer("test", {"train": {"checkpointing": True}})]
     counts = []
     for layers in ([], given):
-        preset, vocabulary, _ = plan(ShapesDataset(), "cpu", "text-small", layers)
+        preset, vocabulary, _ = plan(ShapesDataset(), "text-small", layers).complete("cpu")
         counts.append(activation_bytes(Model(preset, vocabulary), "unet"))
     assert counts[1] < 0.6 * counts[0]
 
 
 def test_the_estimate_counts_weights_gradients_moments_and_average():
-    preset, _, _ = plan(ShapesDataset(), "cpu", "text-small", [])
-    model = Model(preset, plan(ShapesDataset(), "cpu", "text-small", [])[1])
+    preset, vocabulary, _ = plan(ShapesDataset(), "text-small", []).complete("cpu")
+    model = Model(preset, vocabulary)
     costs = estimate(model, 2, torch.device("cpu"))
     total = sum(costs.parameters.values())
     assert costs.weights == 5 * 4 * total

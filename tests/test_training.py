@@ -197,11 +197,11 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path, pictures):
 
 def test_captions_are_needed_for_text(pictures):
     with pytest.raises(UsageError, match="no captions"):
-        plan(open_dataset(pictures), "cpu", "text-small", [])
+        plan(open_dataset(pictures), "text-small", [])
 
 
 def test_what_is_chosen_is_explained(pictures):
-    preset, _, layers = plan(open_dataset(pictures), "cpu", None, [])
+    preset, _, layers = plan(open_dataset(pictures), None, []).complete("cpu")
     assert preset.name == "pixel-small"
     assert preset.classes == ("dark", "light")
     assert preset.unet.num_classes == 3

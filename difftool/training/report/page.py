@@ -24,7 +24,7 @@ from difftool.storage import runs
 from difftool.storage.commit import write_whole
 from difftool.storage.yaml import parse_yaml
 from difftool.training.metrics import METRICS, Metrics
-from difftool.training.report.plots import CHANNELS, colour_figure, loss_figure, png, svg
+from difftool.training.report.plots import CHANNELS, VARIABLES, colour_figure, loss_figure, png, svg
 
 PARTS: dict[Part, str] = {"vae": "autoencoder", "clip": "text encoder", "unet": "U-Net"}
 SHEETS = 24
@@ -60,10 +60,11 @@ def report(folder: Path) -> str:
         *(_earlier(folder / part, part) for part in ("vae", "clip")),
     ]
     source = files("difftool.training.report")
+    colours = f":root {{ {' '.join(f'{name}: {ink};' for ink, name in VARIABLES.items())} }}\n"
     text = (source / "page.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": _text(name),
-        "STYLE": (source / "page.css").read_text(encoding="utf-8"),
+        "STYLE": colours + (source / "page.css").read_text(encoding="utf-8"),
         "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
         "BODY": "\n".join(part for part in body if part),  # last: it may hold anything
     }

@@ -30,7 +30,7 @@ VARIABLES = {
     **{BLUE: "--line", PALE: "--pale", RED: "--red"},
     **{color: f"--time{i}" for i, color in enumerate(TIME)},
 }
-"""The inks that a page sets to its theme."""
+"""A page's names of the inks, which a dark one sets anew (page.css)."""
 POINTS = 800
 """Points of a curve, at most; longer ones are means of neighbours."""
 DPI = 150
@@ -154,15 +154,17 @@ def _by_level(axes: Axes, metrics: Metrics) -> None:
         profile = _gaps(held[-1]["validation"]["levels"])
         axes.plot(centres, profile, color=RED, linewidth=0, marker="o", markersize=3.5,
                   label="held out, now")  # fmt: skip
-    seen = [c for c, v in zip(centres, _mean_levels(x["levels"] for x in lines), strict=True) if v]
+    measured = [
+        c for c, v in zip(centres, _mean_levels(x["levels"] for x in lines), strict=True) if v
+    ]
     axes.set_title("by noise level")
     axes.set_xlabel("log SNR:  noisier  ←        →  cleaner")
     axes.set_yscale("log")
     axes.grid(True, which="major")
     axes.tick_params(length=0, which="both")
     axes.spines[:].set_visible(False)
-    if seen:
-        axes.set_xlim(min(seen) - 1, max(seen) + 1)
+    if measured:
+        axes.set_xlim(min(measured) - 1, max(measured) + 1)
     axes.legend(fontsize=7.5, handlelength=1.4)
     _plain_log(axes)
 

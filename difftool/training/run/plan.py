@@ -36,9 +36,10 @@ HELD_OUT, MOST_HELD_OUT, HELD_OUT_FROM = 0.05, 256, 200
 fewer than the last."""
 
 
-class Outline(NamedTuple):
+class Plan(NamedTuple):
     """What is said of a run, before the rest is chosen."""
 
+    dataset: Dataset
     base: list[Layer]
     """The preset, or the model to fine-tune, and what the data says."""
     given: list[Layer]
@@ -46,19 +47,30 @@ class Outline(NamedTuple):
     preset: Preset
     """What they make together, checked against the data."""
 
+    def complete(
+        self, device: str, tokenizer_json: str | None = None
+    ) -> tuple[Preset, str | None, list[Layer]]:
+        """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind
+        it.
 
-def outline(
+        What nobody said is chosen for the dataset and the device. A run that is resumed brings its
+        vocabulary; else it is learned from the captions.
+        """
+        layers = [*self.base, *_recipes(self.preset, self.dataset, device), *self.given]
+        return *_vocabulary(resolve(layers), self.dataset, tokenizer_json), layers
+
+
+def plan(
     dataset: Dataset,
     preset: str | None,
     given: Sequence[Layer],
     part: Part | None = None,
     start: Sequence[Layer] = (),
-) -> Outline:
+) -> Plan:
     """What the user, the preset and the data say. `part` trains that part alone; None = those of
     the preset. `start` describes the model to fine-tune and takes the preset's place.
 
-    UsageError where the preset and the data do not go together, or a name or option of how it is
-    trained does not exist.
+    UsageError where the preset and the data do not go together, or a name in a recipe is none.
     """
     base = [*(preset_layers(preset or FRESH_PRESET[dataset.kind]) if not start else start)]
     if preset is None and not start:
@@ -72,31 +84,7 @@ def outline(
         given = [*given, Layer("--part", {"parts": [part]})]
     made = resolve([*base, *given])
     _check(made, dataset)
-    return Outline(base, list(given), made)
-
-
-def complete(
-    outlined: Outline, dataset: Dataset, device: str, tokenizer_json: str | None = None
-) -> tuple[Preset, str | None, list[Layer]]:
-    """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind it.
-
-    What nobody said is chosen for the dataset and the device. A run that is resumed brings its
-    vocabulary; else it is learned from the captions.
-    """
-    chosen = _recipes(outlined.preset, dataset, device)
-    layers = [*outlined.base, *chosen, *outlined.given]
-    return *_vocabulary(resolve(layers), dataset, tokenizer_json), layers
-
-
-def plan(
-    dataset: Dataset,
-    device: str,
-    preset: str | None,
-    given: Sequence[Layer],
-    tokenizer_json: str | None = None,
-) -> tuple[Preset, str | None, list[Layer]]:
-    """`outline`, completed."""
-    return complete(outline(dataset, preset, given), dataset, device, tokenizer_json)
+    return Plan(dataset, base, list(given), made)
 
 
 def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:

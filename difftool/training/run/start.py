@@ -30,7 +30,7 @@ from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.progress import Progress, silent
 from difftool.training.run import stages as staged
-from difftool.training.run.plan import complete, outline
+from difftool.training.run.plan import plan
 from difftool.training.run.stages import Stage
 from difftool.training.step.frames import buckets_of
 
@@ -116,25 +116,25 @@ def prepare(
         adopt["vae"] = find_model(values["vae"])
         given.append(staged.vae_layer(f"--vae {values['vae']}", adopt["vae"]))
         part = part or "unet"
-    outlined = outline(dataset, sources.preset, [*given, *sources.overrides], part, begin)
+    planned = plan(dataset, sources.preset, [*given, *sources.overrides], part, begin)
     stages, notes = staged.survey(
         out,
-        outlined.preset.parts,
+        planned.preset.parts,
         resume=bool(values["resume"]),
         resume_from=values["resume_from"],
     )
-    if base := outlined.preset.train.lora_base:
+    if base := planned.preset.train.lora_base:
         adopt = dict.fromkeys(PARTS, find_model(base))
 
     from difftool.pipeline.load import pick_device
     from difftool.training.step import parallel
     from difftool.training.step.objectives import times_and_weight
 
-    asked = outlined.preset
+    asked = planned.preset
     times_and_weight(asked.train, build_path(asked.path), asked.target)
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
-    preset, tokenizer, layers = complete(outlined, dataset, device.type, tokenizer)
+    preset, tokenizer, layers = planned.complete(device.type, tokenizer)
     return Training(
         values=values,
         dataset=dataset,

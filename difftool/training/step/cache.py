@@ -32,11 +32,11 @@ class Latents:
 
     def __init__(self, tables: dict[Size, Tensor], sizes: Sequence[Size]):
         self.tables, self.sizes = tables, sizes
-        seen: Counter[Size] = Counter()
+        counts: Counter[Size] = Counter()
         self.rows = []
         for size in sizes:
-            self.rows.append(seen[size])
-            seen[size] += 1
+            self.rows.append(counts[size])
+            counts[size] += 1
 
     def read(
         self, indices: Sequence[int], flips: Sequence[bool], device: torch.device

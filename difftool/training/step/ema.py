@@ -92,9 +92,9 @@ class Ema:
         }
         path = folder / f"{step_name(self.updates)}.safetensors"
         save_tensors(path, tensors, overwrite=True)
-        found = snapshots(folder)
-        for later in [step for step in found if step > self.updates]:
-            found.pop(later).unlink()  # of a future that a resumed run will make anew
-        while len(found) > SNAPSHOTS:  # the one whose neighbours are nearest to one another
-            around = zip(found, list(found)[1:], list(found)[2:], strict=False)
-            found.pop(min((after - before, step) for before, step, after in around)[1]).unlink()
+        kept = snapshots(folder)
+        for later in [step for step in kept if step > self.updates]:
+            kept.pop(later).unlink()  # of a future that a resumed run will make anew
+        while len(kept) > SNAPSHOTS:  # the one whose neighbours are nearest to one another
+            around = zip(kept, list(kept)[1:], list(kept)[2:], strict=False)
+            kept.pop(min((after - before, step) for before, step, after in around)[1]).unlink()

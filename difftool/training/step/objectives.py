@@ -268,7 +268,7 @@ class ClipObjective(Objective):
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
         assert batch.pictures is not None
-        seen = self.encoder(to_signal(batch.pictures, self.model.device))
+        embedded = self.encoder(to_signal(batch.pictures, self.model.device))
         scale = self.encoder.scale()
         total, right = torch.zeros_like(batch.slots, dtype=torch.float32), []
         # The same caption twice in a batch is no mistake: both pictures are its.
@@ -276,7 +276,7 @@ class ClipObjective(Objective):
         ids = torch.tensor([numbers[c] for c in batch.captions], device=self.model.device)
         same = (ids[:, None] == ids[None]).float()
         wanted = same / same.sum(1, keepdim=True)
-        for pictures, texts in zip(seen, pooled_texts(self.model, batch.captions), strict=True):
+        for pictures, texts in zip(embedded, pooled_texts(self.model, batch.captions), strict=True):
             logits = scale * F.normalize(pictures, dim=1) @ F.normalize(texts.float(), dim=1).T
             total = total + F.cross_entropy(logits, wanted, reduction="none") / 2
             total = total + F.cross_entropy(logits.T, wanted, reduction="none") / 2
