@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Stopped,
         UsageError,
     )
-    from difftool.library import Pipeline, SampleStep, convert, inspect, load, train
+    from difftool.library import Pipeline, SampleStep, convert, inspect, load, noise, train
     from difftool.plugins import load_plugins
     from difftool.training.step.optim import OPTIMIZERS
 
@@ -53,6 +53,7 @@ __all__ = [
     "inspect",
     "load",
     "load_plugins",
+    "noise",
     "train",
 ]
 
@@ -63,7 +64,7 @@ _HOMES = {
     "diffusion.prediction": "TARGETS",
     "diffusion.samplers": "SAMPLERS",
     "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
-    "library": "Pipeline SampleStep convert inspect load train",
+    "library": "Pipeline SampleStep convert inspect load noise train",
     "plugins": "load_plugins",
     "training.step.optim": "OPTIMIZERS",
 }

@@ -264,6 +264,27 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
     return convert(read_options(OPTIONS, given))
 
 
+def noise(picture: Image | str | Path, **options: Any) -> list[Image]:
+    """Pictures of x_t = alpha x0 + sigma eps, from the picture to static; each one's `.info` has
+    its level: t, alpha, sigma, log_snr.
+
+        noised = difftool.noise(pictures[0], path="cosine", steps=8)
+
+    options: the flags of `difftool noise` that are about a picture: path, set, schedule, steps,
+    seed, size, and model, by which latent=True adds noise where that works. With markov=True they
+    are those of the chain q(x_t | x_t-1), with reverse=True (prompt, label) the model's x0 at each
+    level. UsageError for wrong values, InputError for a picture or model that cannot be used.
+    """
+    from difftool.config.options import read_options
+    from difftool.forward.command import load, noised, task_of
+    from difftool.forward.options import OPTIONS
+
+    task = load(task_of(read_options(OPTIONS, options)))
+    for warning in task.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return noised(task, _image(picture))
+
+
 def inspect(path: str | Path) -> dict[str, Any]:
     """What is in a model, or in any safetensors file, from its headers: the JSON object of
     `difftool convert --inspect`. Loads no tensor, and not torch.

@@ -30,7 +30,13 @@ TORCH_FREE = (
     *(f"sampling.metadata.{name}" for name in ("a1111", "chunk", "files")),
     *("training.options", "training.run.start", "training.metrics", "cli.train"),
 )
-TABLES = {"conversion.options", "sampling.settings", "sampling.events", "training.options"}
+TABLES = {
+    "conversion.options",
+    "forward.options",
+    "sampling.settings",
+    "sampling.events",
+    "training.options",
+}
 """Torch-free modules of rooms' own that commands may import at once: what they take and show."""
 FAMILY_FILES = {"config.families", "diffusion.grids", "diffusion.path"}
 """Files that name families of models: the table, and schedules that were published by such names.

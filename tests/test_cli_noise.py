@@ -315,8 +315,8 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(noise):
 
 MISUSE = [
     ([], "no picture"),
-    (["missing.png"], "missing.png does not exist"),
-    (["photo.png", "missing.png"], "missing.png does not exist"),
+    (["missing.png"], "no picture missing.png"),
+    (["photo.png", "missing.png"], "no picture missing.png"),
     (["photo.png", "--path", "cosin"], 'did you mean "cosine"?'),
     (["photo.png", "--schedule", "karas"], 'did you mean "karras"?'),
     (["photo.png", "--format", "jif"], 'did you mean "gif"?'),

@@ -184,6 +184,45 @@ def test_what_cannot_be_is_an_error_with_its_parts(model):
         difftool.load("no/such/model")
 
 
+def test_noise_is_what_the_command_shows(command, tmp_path):
+    noised = difftool.noise(disc((160, 90)), path="cosine", set={"steps": 500}, steps=4, seed=3)
+    assert [picture.size for picture in noised] == [(160, 90)] * 4
+    disc((160, 90)).save(tmp_path / "p.png")
+    flags = ("--path", "cosine", "--set", "steps=500", "--steps", 4, "--seed", 3, "--json")
+    ran = command("noise", tmp_path / "p.png", *flags)
+    assert [{"index": i} | p.info for i, p in enumerate(noised)] == ran.object["levels"]
+    with Image.open(ran.object["path"]) as strip:
+        page = strip.tobytes()
+    for picture in noised:
+        assert np.asarray(picture)[45].tobytes() in page
+    (again,) = difftool.noise(tmp_path / "p.png", path="flow", steps=1)
+    assert again.tobytes() == disc((160, 90)).tobytes()
+
+
+def test_noise_where_a_model_works_and_the_way_back():
+    asked: dict[str, Any] = {"model": "emoji", "steps": 3, "device": "cpu"}
+    noised = difftool.noise(disc(), latent=True, **asked)
+    seen = difftool.noise(disc(), reverse=True, prompt="a yellow disc", **asked)
+    assert noised[0].info["sigma"] == 0 and seen[0].tobytes() == noised[0].tobytes()
+    assert seen[1].info["rmse"] > 0 and seen[1].tobytes() != noised[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": "cosin"}, 'did you mean "cosine"'),
+        ({"steps": 2000}, "it has 1000"),
+        ({"prompt": "a fox"}, "--reverse"),
+        ({"model": "emoji", "path": "flow"}, "exclude each other"),
+        ({"curve": True}, 'no option "curve"'),
+    ],
+)
+def test_wrong_keywords_of_noise_are_the_errors_of_wrong_flags(options, says):
+    with pytest.raises(difftool.UsageError) as refused:
+        difftool.noise(disc(), **options)
+    assert says in str(refused.value)
+
+
 def test_a_model_is_described_from_its_headers():
     found = difftool.inspect("emoji")
     assert found["prediction"] == "flow" and set(found["components"]) == {"unet", "vae", "text.0"}

@@ -138,6 +138,30 @@ REFUSED = {
 2 photos --set train.time=gaussian
 2 photos --set train.loss=l3
 """,
+    "noise": """
+2
+2 none.png
+3 text.png
+2 text.png --path cosin
+2 text.png --set shift=3
+2 text.png --set kind=flow
+2 text.png --steps 0
+2 text.png --steps 1001
+2 text.png --schedule karas
+2 text.png --size 4
+2 text.png --format jif
+2 text.png -o strip.xyz
+2 text.png -o text.png
+2 text.png text.png
+2 text.png --compare flow,flow
+2 text.png --compare flow,edm --markov
+2 text.png --prompt fox
+2 text.png -m none.safetensors
+2 text.png --latent --path flow
+2 --curve --markov
+2 --curve -o curve.gif
+2 --curve -o text.png
+""",
 }
 REFUSE = """
 import sys

@@ -72,12 +72,9 @@ def build(words: Sequence[str], *, asked: bool = False) -> typer.Typer:
             app.command(name, help=about)(lambda: None)
             continue
         module = import_module(f"difftool.cli.{name}")
-        if hasattr(module, "ROWS"):
-            kind = type(name, (Command,), {"rows": module.ROWS})
-            made = command(module.ROWS, module.run, name=name, about=module.ABOUT)
-            app.command(name, cls=kind)(made)
-        else:
-            app.command(name)(getattr(module, name))
+        kind = type(name, (Command,), {"rows": module.ROWS})
+        made = command(module.ROWS, module.run, name=name, about=module.ABOUT)
+        app.command(name, cls=kind)(made)
     return app
 
 

@@ -13,14 +13,12 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from difftool.errors import DifftoolError, Stopped, UsageError, suggestion
+from difftool.errors import DifftoolError, Stopped, UsageError
 
 SCHEMA = 1
 
@@ -40,115 +38,8 @@ class Mode:
 mode = Mode()
 
 
-def _set(name: str) -> Callable[[bool], bool]:
-    def callback(value: bool) -> bool:
-        setattr(mode, name, value)
-        return value
-
-    return callback
-
-
-def choices(kind: str, names: Mapping[str, Any] | list[str]) -> str:
-    """Help text that lists the values of a choice option."""
-    return f"{kind}: {', '.join(names)}."
-
-
-def choice(names: list[str]) -> Callable[[str | None], str | None]:
-    """Callback that accepts one of a fixed list of values and suggests the nearest on a typo."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in names:
-            raise UsageError(
-                f'"{plain(value)}" is not a choice here', hint=suggestion(value, names)
-            )
-        return value
-
-    return check
-
-
-PANEL = "Everywhere"
 MIN_COLUMN = 24
 """The narrowest column that text is wrapped in."""
-DTYPES = ["auto", "fp32", "fp16", "bf16"]
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        callback=_set("json"),
-        is_eager=True,
-        help="Results as JSON on stdout.",
-        rich_help_panel=PANEL,
-    ),
-]
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        callback=_set("quiet"),
-        is_eager=True,
-        help="No talk on stderr.",
-        rich_help_panel=PANEL,
-    ),
-]
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug",
-        callback=_set("debug"),
-        is_eager=True,
-        help="Tracebacks with errors.",
-        rich_help_panel=PANEL,
-    ),
-]
-
-
-def _offline(value: bool) -> bool:
-    if value:  # what the hub's own package goes by, in processes started from here too
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    return value
-
-
-Offline = Annotated[
-    bool,
-    typer.Option(
-        "--offline",
-        callback=_offline,
-        help="Never use the network: models of the hub from its cache only.",
-        rich_help_panel=PANEL,
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=PANEL),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        callback=choice(DTYPES),
-        help=choices("Arithmetic of the networks", DTYPES),
-        rich_help_panel=PANEL,
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        help="Change a value of the preset; repeatable.",
-        rich_help_panel=PANEL,
-    ),
-]
-PrintConfig = Annotated[
-    bool,
-    typer.Option(
-        "--print-config",
-        help="Print the resolved configuration, each value with its origin, and stop.",
-        rich_help_panel=PANEL,
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 def plain(value: object) -> str:

@@ -3,8 +3,9 @@
     levels    where on a noise path, as numbers        figures    strips of frames: what is shown
     process   x_t from picture to static               drawing    a figure as a picture, or moving
     reverse   a model's space, and its way back        plots      curves, by matplotlib
-    outputs   a figure as a file of any kind           page       a figure as a page to play with
-    show      from what is asked for to a figure       animation  a figure as GIF or WebP
+    outputs   the files of figures                     page       a figure as a page to play with
+    options   what can be asked for, as rows           animation  a figure as GIF or WebP
+    command   from what is asked for to figures
 
 All but `reverse` is torch-free. Noise comes from one generator seeded by the seed alone, so that a
 picture's strip is the same alone and among others.
