@@ -23,7 +23,7 @@ from difftool.diffusion.noise import start_noise
 from difftool.diffusion.samplers import SAMPLERS
 from difftool.pipeline.model import Model
 from difftool.sampling.metadata.a1111 import parse_parameters
-from difftool.sampling.metadata.files import read
+from difftool.sampling.metadata.files import encode, read, texts
 from difftool.storage.runs import MODEL, save_checkpoint
 from difftool.storage.safetensors import load_tensors
 from difftool.text.tokenizer import Tokenizer
@@ -423,6 +423,17 @@ def test_a_picture_is_made_again_from_itself(sample):
     (item,) = ran.objects
     assert (item["prompt"], item["steps"], item["seed"]) == ("a fox", 5, 12)
     assert (item["negative"], item["sampler"], item["width"]) == ("bad", "euler_a", 32)
+
+
+def test_files_that_a_picture_was_made_with_are_missed_before_anything_is_loaded(sample):
+    sample("a fox", "--seed", 1, "-o", "fox.png")
+    with Image.open("fox.png") as image:
+        values = json.loads(image.info["difftool"])
+        values["request"]["loras"] = [["none.safetensors", 0.5]]
+        Path("fox.png").write_bytes(encode(image, "png", texts(None, values)))
+    ran = sample("--from-image", "fox.png", "-o", "again.png")
+    assert ran.code == 2 and "there is no LoRA none.safetensors" in ran.err
+    assert "loading" not in ran.err
 
 
 PLUGIN = """

@@ -123,7 +123,7 @@ class _Show:
         match event:
             case events.Working(images, step, last):
                 self.work += images
-                if step < last:  # what is finished is told with the next steps, or at the end
+                if step < last:  # what is finished shows with the next steps, or at the end
                     display.update(self.work, images=self.finished())
             case events.Result():
                 self.made += 1

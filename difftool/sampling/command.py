@@ -50,7 +50,7 @@ class Task:
     stream: Iterable[Request | DifftoolError | None] | None
     """The lines of --prompts."""
     output: Output | None
-
+    """None where pictures go to no files."""
     total: int | None
     """How many pictures are asked for; None where lines are yet to be read."""
 
@@ -73,7 +73,11 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> Task:
     base = request_of({**values, "prompt": None, "label": None})
     base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
     if values["from_image"]:
-        base = base.over(_read_picture(values["from_image"]))
+        from difftool.sampling.metadata.files import read
+
+        base = base.over(read(values["from_image"]))
+        if not loaded:
+            _check_files(values, base)
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [
@@ -101,14 +105,15 @@ def _layers(values: Mapping[str, Any]) -> list[Layer]:
     return layers
 
 
-def _read_picture(path: Path) -> Request:
-    """The request of a picture's metadata, the files that it went by found to be there."""
-    from difftool.sampling.metadata.files import read
-
-    request, rows = read(path), by_name(SETTINGS)
-    rows["lora"].check_files(request.loras)
-    rows["embedding"].check_files(request.embeddings)
-    return request
+def _check_files(values: Mapping[str, Any], request: Request) -> None:
+    """UsageError for a file that a picture's metadata name, that no option replaces and that is not
+    there."""
+    rows = by_name(SETTINGS)
+    named = {"lora": request.loras, "embedding": request.embeddings}
+    named |= {"init": request.init, "mask": request.mask, "image_prompt": request.image_prompt}
+    for name, value in named.items():
+        if value and not values[name]:
+            rows[name].check_files(value)
 
 
 def _check_plugins(request: Request) -> None:
@@ -220,7 +225,8 @@ def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
     """(key path, value, origin) of every value of the preset that pictures are made by."""
     from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-    model, _ = load_models(task)
+    values = {**task.values, "low_memory": True}  # weights are not read before they are needed
+    model, _ = load_models(replace(task, values=values))
     settings = resolve_settings(model, task.base.settings, task.values["match"])
     plan_sampling(model, settings)
     below = [Layer(f"model {model.name}", to_values(model.preset))]

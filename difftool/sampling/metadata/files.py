@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from difftool.errors import InputError, UsageError
 from difftool.images import write
@@ -15,6 +13,9 @@ from difftool.images.read import read_notes
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.requests import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEXT, CHUNK = "parameters", "difftool"
 """Keywords of a picture's text chunks."""
@@ -26,7 +27,7 @@ def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:
     return chunks | ({CHUNK: json.dumps(values)} if values else {})
 
 
-def encode(image: Image.Image, format: str, chunks: Mapping[str, str] | None = None) -> bytes:
+def encode(image: Image, format: str, chunks: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a picture's file with these text chunks; a format that has none has A1111's
     text."""
     chunks = chunks or {}
