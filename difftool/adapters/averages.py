@@ -73,9 +73,9 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], float]:
     return total, misfit
 
 
-def write_model(run: Path, length: float, path: Path) -> float:
+def write_model(run: Path, length: float, path: Path) -> tuple[float, tuple[str, ...]]:
     """The model of a run folder with its weights averaged over `length`, as a difftool file; the
-    share of that average that could not be made."""
+    share of that average that could not be made, and what is odd about the run's files."""
     made, misfit = reconstruct(run / runs.AVERAGES, length)
     source = open_model(run)
     tensors = source.load()
@@ -87,7 +87,7 @@ def write_model(run: Path, length: float, path: Path) -> float:
         path, source.values, tensors | made, tokenizer_json=source.tokenizer_json,
         extra_metadata=note,
     )  # fmt: skip
-    return misfit
+    return misfit, source.warnings
 
 
 def combine(

@@ -115,6 +115,6 @@ def _averaged(path: Path, length: float | None) -> Iterator[tuple[Path, list[Evi
 
     with TemporaryDirectory(prefix="difftool-") as folder:
         averaged = Path(folder) / "model.safetensors"
-        misfit = write_model(path, length, averaged)
-        says = f"averaged over {length:g} of the run, to {misfit:.1%}"
-        yield averaged, [Evidence("--ema-length", says)]
+        misfit, odd = write_model(path, length, averaged)
+        says = (f"averaged over {length:g} of the run, to {misfit:.1%}", *odd)
+        yield averaged, [Evidence("--ema-length", each) for each in says]

@@ -171,7 +171,7 @@ def cached(name: HubName) -> Path | None:
     """
     folder = cache_folder() / f"models--{name.repo.replace('/', '--')}"
     try:
-        commit = (folder / "refs" / name.revision).read_text().strip()
+        commit = (folder / "refs" / name.revision).read_text(encoding="utf-8").strip()
     except OSError:
         commit = name.revision
     snapshot = folder / "snapshots" / commit
