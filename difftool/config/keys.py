@@ -110,7 +110,7 @@ def _merged(found: Iterable[Key]) -> Iterator[Key]:
 def _members(hint: Any) -> list[Any]:
     """The types that a union, a list or a table of kinds is of."""
     if isinstance(hint, Kinds):
-        return [*hint.classes.values()]
+        return [*hint.values()]
     if get_origin(hint) in (Union, UnionType, tuple, Annotated):
         return [each for part in get_args(hint) for each in _members(part)]
     return [hint]

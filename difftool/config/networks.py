@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from difftool.registry import Registry
+
 Depth = int | tuple[int, ...]
 """Transformer depth of a level: one number for all its blocks, or one a block; 0 = no attention."""
 
@@ -14,41 +16,43 @@ Depths = tuple[tuple[int, ...], ...]
 T = TypeVar("T")
 
 
-class Kinds:
+class Kinds(Registry[type]):
     """Configuration classes by the `kind` that presets name them by; where a mapping has no kind,
     the first is meant. In an annotation it says of which classes a value may be."""
 
-    added: ClassVar[int] = 0
-    """How many classes all tables together have."""
+    tables: ClassVar[list[Kinds]] = []
 
-    def __init__(self, **classes: type):
-        self.classes: dict[str, type] = {}
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __init__(self, what: str, **classes: type):
+        super().__init__(what)
         for kind, cls in classes.items():
             self.add(kind, cls)
+        self.tables.append(self)
 
-    def add(self, kind: str, cls: type) -> None:
-        """One more kind; ValueError if there is one of that name."""
-        if kind in self.classes:
-            raise ValueError(f"the kind {kind!r} is registered twice")
-        self.classes[kind] = cls
-        Kinds.added += 1
+    @classmethod
+    def all(cls) -> tuple[type, ...]:
+        """The classes of all tables."""
+        return tuple(kind for table in cls.tables for kind in table.values())
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        first = next(iter(self.classes))
+        classes = dict(self)
+        first = next(iter(classes))
 
         def tag(values: Any) -> str:
             """The name of the class, as it stands in the location of an error."""
             kind = values.get("kind", first) if isinstance(values, dict) else first
-            return self.classes[kind].__name__ if kind in self.classes else ""
+            return classes[kind].__name__ if kind in classes else ""
 
         return core_schema.tagged_union_schema(
-            {cls.__name__: handler.generate_schema(cls) for cls in self.classes.values()},
+            {cls.__name__: handler.generate_schema(cls) for cls in classes.values()},
             tag,
             custom_error_type="unknown_kind",
             custom_error_message="there is no such kind",
-            custom_error_context={"kinds": " ".join(self.classes)},
+            custom_error_context={"kinds": " ".join(classes)},
         )
 
 
@@ -240,7 +244,7 @@ class UNetConfig:
         return given
 
 
-NETWORK_KINDS = Kinds(unet=UNetConfig)
+NETWORK_KINDS = Kinds("network", unet=UNetConfig)
 
 
 class CodecConfig(Protocol):
@@ -386,7 +390,9 @@ class VaeConfig:
             raise ValueError("a scale or deviation is zero")
 
 
-CODEC_KINDS = Kinds(identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig)
+CODEC_KINDS = Kinds(
+    "codec", identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig
+)
 
 
 class EncoderConfig(Protocol):
@@ -492,7 +498,7 @@ class TextConfig:
         return 49407 if self.tokenizer == "clip" else LEARNED_MARKS.index("<end>")
 
 
-ENCODER_KINDS = Kinds(clip=TextConfig)
+ENCODER_KINDS = Kinds("text encoder", clip=TextConfig)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

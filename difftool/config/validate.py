@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 
 @cache
-def _adapter(cls: type, kinds: int) -> Any:
-    """What checks the values of a class while so many kinds are registered."""
+def _adapter(cls: type, kinds: tuple[type, ...]) -> Any:
+    """What checks the values of a class while those kinds are registered."""
     from pydantic import ConfigDict, TypeAdapter
 
     for part in _dataclasses(cls):
@@ -33,7 +33,7 @@ def _adapter(cls: type, kinds: int) -> Any:
 def _dataclasses(annotation: Any) -> set[Any]:
     """The dataclasses that a type is made of."""
     if isinstance(annotation, Kinds):
-        return set().union(*map(_dataclasses, annotation.classes.values()))
+        return set().union(*map(_dataclasses, annotation.values()))
     if not dataclasses.is_dataclass(annotation):
         return set().union(*map(_dataclasses, get_args(annotation)))
     return {annotation}.union(*map(_dataclasses, type_hints(annotation).values()))
@@ -63,7 +63,7 @@ def validate(cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
     try:
         # Through JSON, where strict typing still reads a list as a tuple.
-        return _adapter(cls, Kinds.added).validate_json(json.dumps(values), strict=True)
+        return _adapter(cls, Kinds.all()).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UsageError(*_explain(cls, error.errors()[0], source)) from None
     except (TypeError, ValueError) as error:
