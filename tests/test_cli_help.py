@@ -82,3 +82,9 @@ def test_nothing_of_a_command_s_help_is_cut(difftool, monkeypatch, command):
     panels = [panel for panel, _ in groupby(row.panel for row in rows)]
     assert len(panels) == len(set(panels)), "a panel's rows are together, in one order"
     assert panels[-1:] in ([RUN], [])
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(difftool):
+    ran = difftool("smaple", "a fox")
+    assert ran.code == 2
+    assert 'did you mean "sample"' in ran.err

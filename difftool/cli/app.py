@@ -17,7 +17,7 @@ import typer
 from difftool.cli import completion, console, habits, lists
 from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
-from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory
+from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory, suggestion
 from difftool.version import __version__
 
 ABOUT = """
@@ -119,6 +119,9 @@ def _run() -> int | None:
         _load_plugins(plugins, quiet=asked is not None)
     if kinds and asked is None:
         return lists.show(kinds[0])
+    named = next((word for word in words if not word.startswith("-")), None)
+    if named not in (None, *COMMANDS) and asked is None:
+        raise UsageError(f'there is no command "{named}"', hint=suggestion(str(named), COMMANDS))
     app = build(words, asked=asked is not None)
     return app(words, prog_name="difftool", standalone_mode=False)
 

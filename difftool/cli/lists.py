@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -39,7 +40,10 @@ def _registry(module: str, name: str) -> Callable[[], Iterator[Entry]]:
             also = [alias for alias in registry.aliases(key) if not alias.startswith("k_")]
             plugin = origins.get(key)
             note = f"from {plugin}" if plugin else ", ".join(also)
-            yield Entry(key, registry.about(key), also, {"plugin": plugin} if plugin else {}, note)
+            more: dict[str, Any] = {"plugin": plugin} if plugin else {}
+            if options := getattr(registry[key], "defaults", None):
+                more["options"] = {n: "inf" if v == math.inf else v for n, v in options.items()}
+            yield Entry(key, registry.about(key), also, more, note)
 
     return entries
 

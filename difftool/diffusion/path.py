@@ -381,7 +381,7 @@ PATHS.add(
 )
 PATHS.add(
     *("sd21-zsnr", partial(Discrete, "scaled_linear", zero_snr=True)),
-    about="the same, rescaled to no signal at all at its end (2305.08891)",
+    about="scaled_linear, rescaled to no signal at all at its end (2305.08891)",
 )
 PATHS.add(
     *("cosine", partial(Discrete, "cosine"), "squaredcos_cap_v2"),

@@ -262,7 +262,7 @@ _row("dpmpp_2m_sde", Multistep, "DPM-Solver++(2M) of the reverse SDE",
      BROWNIAN | SOLVER_TYPE | FINAL | {"order": one_of(1, 2)},
      order=2, solver_type="midpoint", kappa=reverse_sde, brownian=True, lower_order_final="short",
      a1111="DPM++ 2M SDE")
-_row("dpmpp_2m_sde_heun", Multistep, "the same with the exact first moment",
+_row("dpmpp_2m_sde_heun", Multistep, "dpmpp_2m_sde with the exact first moment",
      "dpmpp_2m_sde_heun_gpu", BROWNIAN | FINAL,
      order=2, kappa=reverse_sde, brownian=True, lower_order_final="short",
      a1111="DPM++ 2M SDE Heun")
