@@ -57,8 +57,8 @@ def load(
     from difftool.sampling.command import load_models, prepare
     from difftool.sampling.settings import OPTIONS
 
-    given = {"device": device, "dtype": dtype, "lora": lora, "embedding": embedding, **options}
-    given |= {"model": model and str(model), "vae": vae and str(vae)}
+    given = {"model": model, "device": device, "dtype": dtype, "vae": vae, "lora": lora}
+    given |= {"embedding": embedding, **options}
     for name in given.keys() - _about_models():
         if any(row.name == name for row in OPTIONS):
             raise UsageError(f'"{name}" is about pictures', hint="give it to sample")
@@ -243,7 +243,7 @@ def train(data: str | Path, *, out: str | Path | None = None, **options: Any) ->
     from difftool.training.options import OPTIONS
     from difftool.training.run.start import train as run
 
-    return run(read_options(OPTIONS, {"data": str(data), "out": out, **options}))
+    return run(read_options(OPTIONS, {"data": data, "out": out, **options}))
 
 
 def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
@@ -260,8 +260,7 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
     from difftool.conversion.convert import convert
     from difftool.conversion.options import OPTIONS
 
-    given = {"source": str(source), "target": Path(target)} | options
-    return convert(read_options(OPTIONS, given))
+    return convert(read_options(OPTIONS, {"source": source, "target": target, **options}))
 
 
 def noise(picture: Image | str | Path, **options: Any) -> list[Image]:

@@ -114,6 +114,43 @@ def test_pictures_can_be_written_too_and_made_again(model, tmp_path, monkeypatch
     assert third.tobytes() == made[1].tobytes()
 
 
+OWN = """
+from dataclasses import dataclass
+from itertools import pairwise
+
+from difftool.diffusion.samplers import SAMPLERS, Method
+from difftool.diffusion.solvers import Sampler, Step, transition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Sampler):
+    def __call__(self, denoise, x, levels, noise):
+        for i, (here, there) in enumerate(pairwise(levels)):
+            x0, eps = denoise(x, here)
+            x = transition(x0, eps, there)
+            yield Step(i, there, x, x0)
+
+
+SAMPLERS.add("plain", Method("plain", "DDIM, written out", Plain, {}, {}))
+"""
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_sampler_of_one_s_own_makes_pictures_that_are_made_again(model, tmp_path):
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    with pytest.raises(difftool.UsageError, match='no sampler "plain"'):
+        model.sample("a fox", sampler="plain")
+    difftool.load_plugins([tmp_path / "own.py"])
+    assert "plain" in difftool.SAMPLERS
+    asked: dict[str, Any] = {"seed": 5, "steps": 3}
+    (made,) = model.sample("a fox", sampler="plain", output=tmp_path / "fox.png", **asked)
+    assert "own.py" in made.info["difftool"]
+    (again,) = model.sample(from_image=tmp_path / "fox.png")
+    assert again.tobytes() == made.tobytes()
+    (same,) = model.sample("a fox", sampler="ddim", **asked)
+    assert same.tobytes() == made.tobytes()
+
+
 def test_what_is_not_done_to_the_letter_is_a_warning(model):
     asked: dict[str, Any] = {"negative": "a dog", "guidance": 1.0, "seed": 1, "steps": 1}
     for made in (model.sample, model.steps):

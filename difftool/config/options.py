@@ -100,8 +100,8 @@ class Option:
             self._check_number(given, called)
         elif self.type is bool and not isinstance(given, bool):
             raise UsageError(f"{called} {given!r} is neither true nor false")
-        elif self.type is Path and isinstance(given, str):
-            given = Path(given)
+        elif self.type in (str, Path) and isinstance(given, str | Path):
+            given = self.type(given)
         if self.read is not None:
             return self.read(given)
         if self.type in (str, Path) and not isinstance(given, self.type):
