@@ -97,11 +97,11 @@ class Held(Dataset):
     def fingerprint(self) -> str:
         return "held"
 
-    def images(self, indices, size, flips=None, keys=None) -> Tensor:
+    def draw(self, indices, size, keys) -> Tensor:
         return self.pictures[list(indices)]
 
-    def captions(self, indices, keys=None) -> list[str]:
-        return [""] * len(indices)
+    def caption(self, index, key) -> str:
+        return ""
 
 
 def preset_of(task: Task) -> Preset:

@@ -8,7 +8,8 @@ import pytest
 from folders import audit, captions_of, lay, pictures
 
 from difftool.data import open_dataset
-from difftool.data.captions import Dice, Syntax
+from difftool.data.captions import Syntax
+from difftool.data.dice import Dice
 from difftool.errors import InputError
 
 

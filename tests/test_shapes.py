@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from difftool.data import open_dataset, shapes
+from difftool.data.dice import coarse_uniforms
 from difftool.data.shapes import Place
 from difftool.errors import UsageError
 
@@ -89,7 +90,7 @@ def test_other_captions_are_refused_with_a_hint(caption, hint):
 def test_things_lie_inside_apart_and_as_related(caption):
     scene = shapes.parse(caption)
     for key in range(5):
-        places = shapes.layout(scene, shapes._uniforms(caption, key)[3:])
+        places = shapes.layout(scene, coarse_uniforms(caption, key)[3:])
         for place in places:
             low, high = place.radius + shapes.MARGIN, 1 - place.radius - shapes.MARGIN
             assert low - 1e-9 <= place.x <= high + 1e-9 and low - 1e-9 <= place.y <= high + 1e-9

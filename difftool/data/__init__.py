@@ -8,7 +8,7 @@ from pathlib import Path
 
 from difftool.config.schema import DataConfig
 from difftool.data.buckets import Buckets, Schedule, Size
-from difftool.data.dataset import Audit, Dataset, Kind, Skipped, Subset
+from difftool.data.dataset import Audit, DataKind, Dataset, OnProgress, SkippedFile, Subset
 from difftool.data.folder import open_folder
 from difftool.data.shapes import ShapesDataset
 from difftool.errors import UsageError, suggestion
@@ -18,11 +18,11 @@ __all__ = [
     "BUILTIN",
     "Audit",
     "Buckets",
+    "DataKind",
     "Dataset",
-    "Kind",
     "Schedule",
     "Size",
-    "Skipped",
+    "SkippedFile",
     "Subset",
     "open_dataset",
 ]
@@ -36,7 +36,7 @@ def open_dataset(
     config: DataConfig | None = None,
     *,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Dataset:
     """The dataset in a folder, .zip, .tar or kohya .toml, or the built-in one of that name; a path
     goes first.

@@ -7,10 +7,10 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
-from difftool.data.dataset import Skipped
+from difftool.data.dataset import SkippedFile
 from difftool.errors import InputError, UsageError
 
 MAX_MEMBERS = 2_000_000
@@ -25,7 +25,7 @@ class Files(Protocol):
 
     sizes: dict[str, int]
     """Sizes in bytes of what can be read, sorted by path; hidden files are left out."""
-    skipped: list[Skipped]
+    skipped: list[SkippedFile]
     """What cannot be followed safely."""
 
     def read(self, name: str, limit: int) -> bytes:
@@ -63,7 +63,7 @@ class _Members:
     """Names of an archive's members, made sound: relative, within the root, once each."""
 
     def __init__(self) -> None:
-        self.skipped: list[Skipped] = []
+        self.skipped: list[SkippedFile] = []
         self._seen: set[str] = set()
 
     def accept(self, raw: str) -> str | None:
@@ -73,11 +73,11 @@ class _Members:
         name = "/".join(parts)
         drive = name[1:2] == ":"
         if ".." in parts or path.startswith("/") or drive or not name or not name.isprintable():
-            self.skipped.append(Skipped(raw[:MAX_NAME], "an unsafe path"))
+            self.skipped.append(SkippedFile(raw[:MAX_NAME], "an unsafe path"))
         elif len(name) > MAX_NAME or len(parts) > 64:
-            self.skipped.append(Skipped(f"{name[:80]}...", "a name that is too long"))
+            self.skipped.append(SkippedFile(f"{name[:80]}...", "a name that is too long"))
         elif name in self._seen:
-            self.skipped.append(Skipped(name, "a second file of this name"))
+            self.skipped.append(SkippedFile(name, "a second file of this name"))
         elif not _hidden(name):
             self._seen.add(name)
             if len(self._seen) > MAX_MEMBERS:
@@ -105,15 +105,15 @@ class Folder:
                 if _hidden(name) or (name in folders and not path.is_symlink()):
                     continue
                 if path.is_symlink() and not path.resolve().is_relative_to(real_root):
-                    self.skipped.append(Skipped(shown, "a link that leads out of the folder"))
+                    self.skipped.append(SkippedFile(shown, "a link that leads out of the folder"))
                 elif path.is_dir():
-                    self.skipped.append(Skipped(shown, "a link to a folder"))
+                    self.skipped.append(SkippedFile(shown, "a link to a folder"))
                 elif not path.exists():
-                    self.skipped.append(Skipped(shown, "a link to nothing"))
+                    self.skipped.append(SkippedFile(shown, "a link to nothing"))
                 elif stat.S_ISREG((status := path.stat()).st_mode):
                     yield shown, status.st_size
                 else:
-                    self.skipped.append(Skipped(shown, "not a regular file"))
+                    self.skipped.append(SkippedFile(shown, "not a regular file"))
 
     def read(self, name: str, limit: int) -> bytes:
         """See Files."""
@@ -132,9 +132,9 @@ class Zip:
             if info.filename.endswith("/") or (name := names.accept(info.filename)) is None:
                 continue
             if info.flag_bits & 1:
-                names.skipped.append(Skipped(name, "encrypted"))
+                names.skipped.append(SkippedFile(name, "encrypted"))
             elif stat.S_ISLNK(info.external_attr >> 16):
-                names.skipped.append(Skipped(name, "a link"))
+                names.skipped.append(SkippedFile(name, "a link"))
             else:
                 members[name] = info
         if packed > path.stat().st_size:
@@ -164,7 +164,7 @@ class Tar:
                 if info.isreg() and not info.issparse():
                     members[name] = (info.offset_data, info.size)
                 else:
-                    names.skipped.append(Skipped(name, "a link or special file"))
+                    names.skipped.append(SkippedFile(name, "a link or special file"))
         self._path, self._members, self.skipped = path, members, names.skipped
         self.sizes = {name: members[name][1] for name in sorted(members)}
 
@@ -187,7 +187,7 @@ class Folders:
             for file, size in folder.sizes.items()
         }
         self.skipped = [
-            Skipped(f"{name}/{file}", reason)
+            SkippedFile(f"{name}/{file}", reason)
             for name, folder in self._roots.items()
             for file, reason in folder.skipped
         ]
@@ -196,9 +196,3 @@ class Folders:
         """See Files."""
         root, _, file = name.partition("/")
         return self._roots[root].read(file, limit)
-
-
-def parents(name: str) -> list[str]:
-    """The folders that a file lies in, "" for the root first: "a/b/c" has "", "a/", "a/b/"."""
-    parts = PurePosixPath(name).parts[:-1]
-    return ["", *("/".join(parts[: i + 1]) + "/" for i in range(len(parts)))]

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difftool.data.dataset import uniforms
+from difftool.data.dice import Dice
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
@@ -21,25 +21,6 @@ class Caption(NamedTuple):
 
     texts: tuple[str, ...]
     source: str
-
-
-class Dice:
-    """Uniform numbers in [0, 1), one after the other, that depend on the coordinates alone."""
-
-    def __init__(self, *coordinates: object):
-        self._coordinates, self._block = coordinates, 0
-        self._ready: list[float] = []
-
-    def roll(self) -> float:
-        """The next number."""
-        if not self._ready:
-            self._ready = uniforms(*self._coordinates, self._block)
-            self._block += 1
-        return self._ready.pop()
-
-    def pick(self, n: int) -> int:
-        """One of n; nothing is drawn where there is no choice."""
-        return int(self.roll() * n) if n > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difftool.data.buckets import Buckets, Size
+from difftool.data.dice import uniforms
+from difftool.data.phrases import count
 from difftool.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["none", "class", "text"]
+DataKind = Literal["none", "class", "text"]
 """What the pictures are conditioned on."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with how many are done, and of how many."""
 
 MEMORY_CAP = 2 << 30
 """Decoded sets up to this many bytes are held in memory."""
@@ -24,7 +29,7 @@ LISTED = 10
 """How many skipped files the audit names."""
 
 
-class Skipped(NamedTuple):
+class SkippedFile(NamedTuple):
     """A file that is left out of training, and why."""
 
     name: str
@@ -41,7 +46,7 @@ class Audit:
     """Images by where their caption comes from; "" counts those without one."""
     sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
     """Smallest, median and largest picture by area, each (width, height)."""
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -63,23 +68,6 @@ class Audit:
         return lines + [f"note: {note}" for note in self.notes]
 
 
-def count(n: int, noun: str) -> str:
-    """ "1 image", "2 images"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def named(names: Sequence[str], most: int = 3) -> str:
-    """ "a.png, b.png, c.png, ..." """
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def uniforms(*coordinates: object) -> list[float]:
-    """Eight numbers in [0, 1) that depend on the coordinates alone, on any machine."""
-    text = "/".join(map(str, coordinates)).encode("utf-8", "surrogateescape")
-    digest = hashlib.blake2b(text).digest()
-    return [(int.from_bytes(digest[i : i + 8]) >> 11) / (1 << 53) for i in range(0, 64, 8)]
-
-
 class Dataset(ABC):
     """Pictures by index, with captions or labels.
 
@@ -87,7 +75,7 @@ class Dataset(ABC):
     derives the key from (seed, epoch, index), so nothing depends on order, batches or workers.
     """
 
-    kind: Kind
+    kind: DataKind
     classes: tuple[str, ...] = ()
     """Names of the classes by label, where kind is "class"."""
     native_size: int | None = None
@@ -110,6 +98,17 @@ class Dataset(ABC):
         """Hash of what the set consists of: equal for equal data, wherever it lies."""
 
     @abstractmethod
+    def draw(self, indices: Sequence[int], size: int | Size, keys: Sequence[int]) -> Tensor:
+        """The pictures of these samples, by `images`, which mirrors them; a new tensor."""
+
+    @abstractmethod
+    def caption(self, index: int, key: int) -> str:
+        """The caption of a sample; "" for a picture that has none."""
+
+    def label(self, index: int) -> int:
+        """The class label of a sample, an index into `classes`."""
+        raise TypeError(f"a dataset of kind {self.kind!r} has no labels")
+
     def images(
         self,
         indices: Sequence[int],
@@ -119,18 +118,21 @@ class Dataset(ABC):
     ) -> Tensor:
         """Pictures that fill a square or a (width, height), uint8 [B,3,height,width]; those with a
         true flip are mirrored."""
+        batch = self.draw(indices, size, _keys(indices, keys))
+        if flips is not None:
+            chosen = [row for row, flip in enumerate(flips) if flip]
+            batch[chosen] = batch[chosen].flip(-1)
+        return batch
 
-    @abstractmethod
     def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
-        """The captions; "" for a picture that has none."""
+        """The captions of the pictures that `images` gives for these keys."""
+        return [self.caption(*each) for each in zip(indices, _keys(indices, keys), strict=True)]
 
     def labels(self, indices: Sequence[int]) -> list[int]:
         """The class labels, indices into `classes`."""
-        raise TypeError(f"a dataset of kind {self.kind!r} has no labels")
+        return [self.label(index) for index in indices]
 
-    def prepare(
-        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def prepare(self, size: int | Buckets, progress: OnProgress | None = None) -> None:
         """Get ready for `images` at this size or in these buckets; `progress` is told (done,
         total)."""
         return
@@ -196,27 +198,19 @@ class Subset(Dataset):
         """Hash of the whole set's and of which samples these are."""
         return hashlib.sha256(f"{self.whole.fingerprint}/{self.indices}".encode()).hexdigest()
 
-    def images(
-        self,
-        indices: Sequence[int],
-        size: int | Size,
-        flips: Sequence[bool] | None = None,
-        keys: Sequence[int] | None = None,
-    ) -> Tensor:
+    def draw(self, indices: Sequence[int], size: int | Size, keys: Sequence[int]) -> Tensor:
         """As the whole set's."""
-        return self.whole.images(self._of_whole(indices), size, flips, keys)
+        return self.whole.draw([self.indices[index] for index in indices], size, keys)
 
-    def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
+    def caption(self, index: int, key: int) -> str:
         """As the whole set's."""
-        return self.whole.captions(self._of_whole(indices), keys)
+        return self.whole.caption(self.indices[index], key)
 
-    def labels(self, indices: Sequence[int]) -> list[int]:
+    def label(self, index: int) -> int:
         """As the whole set's."""
-        return self.whole.labels(self._of_whole(indices))
+        return self.whole.label(self.indices[index])
 
-    def prepare(
-        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def prepare(self, size: int | Buckets, progress: OnProgress | None = None) -> None:
         """Prepares the whole set, which other parts of it share."""
         self.whole.prepare(size, progress)
 
@@ -232,5 +226,6 @@ class Subset(Dataset):
         """As the whole set's."""
         return self.whole.content(self.indices[index])
 
-    def _of_whole(self, indices: Sequence[int]) -> list[int]:
-        return [self.indices[index] for index in indices]
+
+def _keys(indices: Sequence[int], keys: Sequence[int] | None) -> list[int]:
+    return [0] * len(indices) if keys is None else [int(key) for key in keys]

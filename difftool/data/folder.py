@@ -9,17 +9,20 @@ labels in dataset.json (EDM), one folder a class, and nothing, for unconditional
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from difftool.config.schema import DataConfig
-from difftool.data import kohya, labels, tables
+from difftool.data import labels, tables
 from difftool.data.archive import Files, Folders, open_files
 from difftool.data.captions import Caption, Syntax
-from difftool.data.dataset import Audit, Kind, Skipped, count, named
+from difftool.data.dataset import Audit, DataKind, OnProgress, SkippedFile
+from difftool.data.kohya import metadata, repeats
+from difftool.data.kohya.toml import TomlFolder, read_toml
 from difftool.data.listing import Listing, describe_syntax, orphans, sidecars
-from difftool.data.pictures import Checked, FolderDataset, Pool, Row, check
+from difftool.data.phrases import count, named
+from difftool.data.pictures import Checked, FolderDataset, PictureRow, Pool, check
 from difftool.errors import InputError, UsageError
 from difftool.images.read import SUFFIXES, colour
 
@@ -35,15 +38,13 @@ SHARE, FEW = 0.1, 3
 """Training stops if more than this share, and more than this few, of the pictures are unusable, or
 have no caption while others do."""
 
-Progress = Callable[[int, int], None] | None
-
 
 def open_folder(
     where: Path,
     config: DataConfig | None = None,
     *,
     workers: int | None = None,
-    progress: Progress = None,
+    progress: OnProgress | None = None,
 ) -> FolderDataset:
     """The dataset in a folder, .zip, .tar or kohya .toml, every picture read once to know that it
     can be. `workers`: threads that read pictures; None = as many as there are cores.
@@ -70,12 +71,12 @@ def open_folder(
     listing = Listing(files, kept, _root(kept), audit, config)
     syntax = Syntax(config.wildcards, config.shuffle_captions, config.keep_tokens)
     captions, tally = _captions(listing, syntax)
-    kohya.balance(tally, listing)
+    repeats.balance(tally, listing)
     classes = {} if captions else labels.classes(listing)
     if not captions and config.labels == "text":
         raise InputError(f"{where} has no captions", hint="put a .txt beside each picture")
     tables.check_misnamed(listing, bool(captions))
-    kind: Kind = "text" if captions else "class" if classes else "none"
+    kind: DataKind = "text" if captions else "class" if classes else "none"
     order = sorted(set(classes.values()), key=labels.natural)
     if kind == "text":
         orphans(listing, every)
@@ -97,9 +98,9 @@ def _rows(
     classes: Mapping[str, int],
     repeats: Mapping[str, int],
     syntax: Syntax,
-) -> list[Row]:
+) -> list[PictureRow]:
     return [
-        Row(
+        PictureRow(
             name,
             checked[name].content,
             checked[name].size,
@@ -123,7 +124,7 @@ def _pictures(files: Files, audit: Audit) -> list[str]:
     if masks:
         audit.notes.append(f"{count(len(masks), 'mask')} (-masklabel, -condlabel) ignored")
     foreign = (name for name, path in paths.items() if path.suffix.lower() in FOREIGN)
-    audit.skipped += [Skipped(name, "unsupported format") for name in foreign]
+    audit.skipped += [SkippedFile(name, "unsupported format") for name in foreign]
     return sorted(set(names) - masks)
 
 
@@ -152,7 +153,7 @@ def _root(names: Sequence[str]) -> str:
         rest = [name.removeprefix(root).split("/") for name in names]
         top = rest[0][0]
         alone = all(len(parts) > 1 and parts[0] == top for parts in rest)
-        if not alone or kohya.REPEATS.fullmatch(top):
+        if not alone or repeats.REPEATS.fullmatch(top):
             break
         if top not in SPLITS and not all(len(parts) > 2 for parts in rest):
             break
@@ -205,14 +206,14 @@ def _held_out(
 # --- captions --------------------------------------------------------------------------------
 
 
-def _captions(listing: Listing, syntax: Syntax) -> tuple[dict[str, Caption], kohya.Tally]:
+def _captions(listing: Listing, syntax: Syntax) -> tuple[dict[str, Caption], repeats.Tally]:
     """Captions from metadata, else from files beside the pictures, else from kohya's folders; and
     what those say of repeats."""
     if listing.config.labels not in ("auto", "text"):
-        return {}, kohya.Tally({}, [])
+        return {}, repeats.Tally({}, [])
     found = tables.captions(listing)
     found |= sidecars(listing, syntax, found)
-    return found, kohya.folders(listing, found)
+    return found, repeats.folders(listing, found)
 
 
 def _check_uncaptioned(audit: Audit, config: DataConfig) -> None:
@@ -227,7 +228,9 @@ def _check_uncaptioned(audit: Audit, config: DataConfig) -> None:
         )
 
 
-def _describe(audit: Audit, rows: Sequence[Row], kind: Kind, classes: Sequence[str]) -> None:
+def _describe(
+    audit: Audit, rows: Sequence[PictureRow], kind: DataKind, classes: Sequence[str]
+) -> None:
     audit.images = len(rows)
     by_area = sorted((row.size for row in rows), key=lambda size: (size[0] * size[1], size))
     audit.sizes = (by_area[0], by_area[(len(rows) - 1) // 2], by_area[-1])
@@ -245,9 +248,11 @@ def _describe(audit: Audit, rows: Sequence[Row], kind: Kind, classes: Sequence[s
 # --- TOML ------------------------------------------------------------------------------------
 
 
-def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -> FolderDataset:
+def _open_toml(
+    path: Path, config: DataConfig, pool: Pool, progress: OnProgress | None
+) -> FolderDataset:
     """The dataset that a kohya TOML file describes: its folders, each with its own rules."""
-    plan = kohya.read_toml(path, config)
+    plan = read_toml(path, config)
     if plan.random_crop:
         config = replace(config, crop="random")
     roots = {}
@@ -265,9 +270,9 @@ def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -
         audit.notes.append(f"{count(deep, 'image')} in deeper folders not used, as kohya does")
     checked = check(files, flat, audit, config.background, pool, progress)
     _check_bad(audit, len(checked), len(checked), config)
-    rows: list[Row] = []
+    rows: list[PictureRow] = []
     captions: dict[str, Caption] = {}
-    tally = kohya.Tally({}, [])
+    tally = repeats.Tally({}, [])
     for root, folder in roots.items():
         kept = [name for name in checked if name.startswith(f"{root}/")]
         listing = Listing(files, kept, f"{root}/", audit, config)
@@ -281,11 +286,11 @@ def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -
         audit.notes.append(f'"{root}" x{folder.repeats}: {count(len(kept), "image")}')
         describe_syntax(listing, found, folder.syntax)
     whole = Listing(files, list(checked), "", audit, config)
-    kohya.balance(tally, whole)
+    repeats.balance(tally, whole)
     rows = [replace(row, repeats=tally.repeats[row.name]) for row in rows]
     if not any(row.repeats for row in rows):
         raise InputError(f"{path} repeats every picture 0 times")
-    kind: Kind = "text" if captions else "none"
+    kind: DataKind = "text" if captions else "none"
     if captions:
         orphans(whole, every)
     _describe(audit, rows, kind, ())
@@ -297,7 +302,7 @@ def _open_toml(path: Path, config: DataConfig, pool: Pool, progress: Progress) -
     return dataset
 
 
-def _captions_of(listing: Listing, folder: kohya.Folder, path: Path) -> dict[str, Caption]:
+def _captions_of(listing: Listing, folder: TomlFolder, path: Path) -> dict[str, Caption]:
     """Captions of one subset: its metadata file, files beside the pictures, its class tokens."""
     if listing.config.labels not in ("auto", "text"):
         return {}
@@ -305,7 +310,7 @@ def _captions_of(listing: Listing, folder: kohya.Folder, path: Path) -> dict[str
     if (name := folder.values.get("metadata_file")) is not None:
         where = path.parent / name
         where = where if where.is_file() else Path(name)
-        found = tables.kohya_file(listing, where)
+        found = metadata.read_file(listing, where)
     found |= sidecars(listing, folder.syntax, found, folder.suffixes)
     used = {caption.source for caption in found.values()} - {folder.suffixes[0]}
     if other := used & set(folder.suffixes):

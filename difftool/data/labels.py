@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from difftool.data.dataset import count
-from difftool.data.listing import MAX_METADATA, Listing
-from difftool.data.tables import read_json
+from difftool.data.listing import MAX_METADATA, Listing, read_json
+from difftool.data.phrases import count
 from difftool.errors import InputError
 
 EDM = "dataset.json"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import Any
 
 from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.captions import Caption, Syntax
-from difftool.data.dataset import Audit, count, named
+from difftool.data.dataset import Audit
+from difftool.data.phrases import count, named
 from difftool.errors import InputError
+from difftool.storage.strict_json import is_unicode
 
 SIDECARS = (".txt", ".caption")
 """Files beside a picture that hold its caption; the first there is goes."""
@@ -77,6 +81,27 @@ def sound_text(data: bytes, name: str) -> str:
     if "\0" in text:
         raise InputError(f"{name} is not text", "it has a NUL character")
     return text
+
+
+def read_json(text: str, where: str) -> Any:
+    """A JSON value; InputError if it is not sound."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON", str(error)) from None
+
+
+def read_texts(value: Any, where: str) -> tuple[str, ...]:
+    """One caption, or a list of them."""
+    texts = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} is not text", json.dumps(value, default=str)[:60])
+    size = max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
+    if size > MAX_CAPTION or any("\0" in text for text in texts):
+        raise InputError(f"{where} is too long or has a NUL character")
+    if not all(map(is_unicode, texts)):
+        raise InputError(f"{where} is not sound Unicode")
+    return tuple(text.strip() for text in texts if text.strip())
 
 
 def stem(name: str) -> str:

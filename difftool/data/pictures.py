@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.buckets import Buckets, Size
-from difftool.data.captions import Caption, Dice, Syntax
-from difftool.data.dataset import MEMORY_CAP, Audit, Dataset, Kind, Skipped, count, named, uniforms
+from difftool.data.captions import Caption, Syntax
+from difftool.data.dataset import MEMORY_CAP, Audit, DataKind, Dataset, OnProgress, SkippedFile
+from difftool.data.dice import Dice, uniforms
+from difftool.data.phrases import count, named
 from difftool.errors import InputError
 from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
 from difftool.images.read import MAX_BYTES, probe, read_picture
@@ -46,7 +48,7 @@ class _Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """One picture of the set."""
 
     name: str
@@ -65,8 +67,8 @@ class FolderDataset(Dataset):
     def __init__(
         self,
         files: Files,
-        rows: Sequence[Row],
-        kind: Kind,
+        rows: Sequence[PictureRow],
+        kind: DataKind,
         classes: tuple[str, ...],
         audit: Audit,
         config: DataConfig,
@@ -102,9 +104,7 @@ class FolderDataset(Dataset):
 
     # --- pictures ----------------------------------------------------------------------------
 
-    def prepare(
-        self, size: int | Buckets, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def prepare(self, size: int | Buckets, progress: OnProgress | None = None) -> None:
         """Hold all pictures at this size in memory if they fit; an epoch then decodes nothing."""
         import torch
 
@@ -128,13 +128,7 @@ class FolderDataset(Dataset):
                 progress(len(pictures), len(sizes))
         self._held = _Held(size, frames, pictures, table)
 
-    def images(
-        self,
-        indices: Sequence[int],
-        size: int | Size,
-        flips: Sequence[bool] | None = None,
-        keys: Sequence[int] | None = None,
-    ) -> Tensor:
+    def draw(self, indices: Sequence[int], size: int | Size, keys: Sequence[int]) -> Tensor:
         """Pictures scaled to cover the frame and cut to it, uint8 [B,3,height,width]."""
         import torch
 
@@ -146,19 +140,12 @@ class FolderDataset(Dataset):
         if held is not None and any(held.frames[number] != frame for number in numbers):
             held = None
         if held is not None and held.table is not None and self.fixed:
-            batch = held.table[torch.tensor(numbers)]
-        else:
-            keys = [0] * len(indices) if keys is None else keys
-            at = [self._at(index, int(key)) for index, key in zip(indices, keys, strict=True)]
-            jobs = list(zip(numbers, at, strict=True))
-            if held is None:
-                batch = torch.stack(list(self.pool.map(lambda job: self._cut(*job, frame), jobs)))
-            else:
-                batch = torch.stack([self._cut(*job, frame, held.pictures[job[0]]) for job in jobs])
-        if flips is not None:
-            chosen = torch.tensor(list(flips), dtype=torch.bool)
-            batch[chosen] = batch[chosen].flip(-1)
-        return batch
+            return held.table[torch.tensor(numbers)]
+        at = [self._at(index, key) for index, key in zip(indices, keys, strict=True)]
+        jobs = list(zip(numbers, at, strict=True))
+        if held is None:
+            return torch.stack(list(self.pool.map(lambda job: self._cut(*job, frame), jobs)))
+        return torch.stack([self._cut(*job, frame, held.pictures[job[0]]) for job in jobs])
 
     def fit(self, index: int, size: int | Size, key: int = 0) -> Fit:
         """How a sample's picture fills the frame: what SDXL's size conditioning needs, too."""
@@ -207,21 +194,16 @@ class FolderDataset(Dataset):
 
     # --- what belongs to a picture -----------------------------------------------------------
 
-    def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
-        """Captions; the key decides whatever is drawn about them."""
-        keys = [0] * len(indices) if keys is None else keys
-        texts = []
-        for index, key in zip(indices, keys, strict=True):
-            row = self.rows[self._samples[index]]
-            dice = Dice("caption", index, int(key))
-            texts.append(row.syntax.draw(row.caption.texts, dice) if row.caption else "")
-        return texts
+    def caption(self, index: int, key: int) -> str:
+        """The caption of a sample; the key decides whatever is drawn about it."""
+        row = self.rows[self._samples[index]]
+        dice = Dice("caption", index, key)
+        return row.syntax.draw(row.caption.texts, dice) if row.caption else ""
 
-    def labels(self, indices: Sequence[int]) -> list[int]:
-        """The class labels, indices into `classes`."""
-        if self.kind != "class":
-            return super().labels(indices)
-        return [label for i in indices if (label := self.rows[self._samples[i]].label) is not None]
+    def label(self, index: int) -> int:
+        """The class label of a sample, an index into `classes`."""
+        label = self.rows[self._samples[index]].label
+        return super().label(index) if label is None else label
 
     def name(self, index: int) -> str:
         """The picture's path below the root."""
@@ -280,7 +262,7 @@ def check(
     audit: Audit,
     background: str,
     pool: Pool,
-    progress: Callable[[int, int], None] | None,
+    progress: OnProgress | None,
 ) -> dict[str, Checked]:
     """Those of the pictures that can be decoded; the others are added to the audit, and so is what
     is done to pictures that are not plain."""
@@ -297,7 +279,7 @@ def check(
     changed: dict[str, list[str]] = {}
     for number, (name, result) in enumerate(zip(names, pool.map(one, names), strict=True)):
         if isinstance(result, str):
-            audit.skipped.append(Skipped(name, result))
+            audit.skipped.append(SkippedFile(name, result))
         else:
             sound[name] = result[0]
             for note in result[1]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from difftool.data.buckets import Size
 from difftool.data.dataset import Audit, Dataset
+from difftool.data.dice import coarse_uniforms
 from difftool.errors import UsageError, suggestion
 
 if TYPE_CHECKING:
@@ -183,12 +184,6 @@ def held_out(caption: str) -> bool:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def _uniforms(*coordinates: object) -> list[float]:
-    """Sixteen numbers in [0, 1) that depend on the coordinates alone, on any machine."""
-    digest = hashlib.blake2b("/".join(map(str, coordinates)).encode()).digest()
-    return [int.from_bytes(digest[i : i + 4]) / 2**32 for i in range(0, 64, 4)]
-
-
 class Place(NamedTuple):
     """Where a thing lies: centre and half extent as shares of the picture's side."""
 
@@ -249,7 +244,7 @@ def coverage(shape: str, place: Place, size: int) -> tuple[slice, slice, Array]:
 def draw(caption: str, size: int, key: int) -> Array:
     """The picture of a caption, uint8 [size,size,3]; another key gives another picture of it."""
     scene = parse(caption)
-    u = _uniforms(caption, key)
+    u = coarse_uniforms(caption, key)
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = [255 * (1 - TINT * v) for v in u[:3]]
     for thing, place in zip(scene.things, layout(scene, u[3:]), strict=True):
@@ -257,6 +252,22 @@ def draw(caption: str, size: int, key: int) -> Array:
         part = canvas[rows, columns]
         part += cover[..., None] * (np.array(COLOURS[thing.colour], np.float32) - part)
     return (canvas + 0.5).astype(np.uint8)
+
+
+@lru_cache(1 << 12)
+def caption_of(index: int, key: int) -> str:
+    """The caption of a sample; none that is held out."""
+    names = list(RELATIONS)
+    for attempt in count():
+        pair, first, relation, second, *_ = coarse_uniforms("caption", index, key, attempt)
+        thing = things()[int(first * len(things()))]
+        if pair < SINGLES:
+            return str(thing)
+        other = things()[int(second * len(things()))]
+        caption = str(Scene(thing, names[int(relation * len(names))], other))
+        if not held_out(caption):
+            return caption
+    raise AssertionError("unreachable")
 
 
 class ShapesDataset(Dataset):
@@ -279,46 +290,22 @@ class ShapesDataset(Dataset):
         """Hash of a few pictures, which changes when the drawing does."""
         digest = hashlib.sha256()
         for index in range(32):
-            caption = self._caption(index, 0)
+            caption = self.caption(index, 0)
             digest.update(caption.encode() + draw(caption, 16, 0).tobytes())
         return digest.hexdigest()
 
-    def images(
-        self,
-        indices: Sequence[int],
-        size: int | Size,
-        flips: Sequence[bool] | None = None,
-        keys: Sequence[int] | None = None,
-    ) -> Tensor:
+    def draw(self, indices: Sequence[int], size: int | Size, keys: Sequence[int]) -> Tensor:
         """Square pictures drawn for (index, key), uint8 [B,3,size,size]."""
         import torch
 
         if not isinstance(size, int):
             assert size[0] == size[1], "the one bucket of a set that fits any size is a square"
             size = size[0]
-        keys = [0] * len(indices) if keys is None else [int(key) for key in keys]
         batch = np.empty((len(indices), size, size, 3), np.uint8)
         for row, (index, key) in enumerate(zip(indices, keys, strict=True)):
-            picture = draw(self._caption(index, key), size, key)
-            batch[row] = picture[:, ::-1] if flips is not None and flips[row] else picture
+            batch[row] = draw(self.caption(index, key), size, key)
         return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
-    def captions(self, indices: Sequence[int], keys: Sequence[int] | None = None) -> list[str]:
-        """The captions of the pictures that `images` draws."""
-        keys = [0] * len(indices) if keys is None else [int(key) for key in keys]
-        return [self._caption(i, key) for i, key in zip(indices, keys, strict=True)]
-
-    @staticmethod
-    @lru_cache(1 << 12)
-    def _caption(index: int, key: int) -> str:
-        names = list(RELATIONS)
-        for attempt in count():
-            pair, first, relation, second, *_ = _uniforms("caption", index, key, attempt)
-            thing = things()[int(first * len(things()))]
-            if pair < SINGLES:
-                return str(thing)
-            other = things()[int(second * len(things()))]
-            caption = str(Scene(thing, names[int(relation * len(names))], other))
-            if not held_out(caption):
-                return caption
-        raise AssertionError("unreachable")
+    def caption(self, index: int, key: int) -> str:
+        """The caption of the picture that `draw` draws."""
+        return caption_of(index, key)

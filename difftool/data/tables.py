@@ -1,4 +1,4 @@
-"""Captions in tables: Hugging Face's metadata.jsonl, .csv and .parquet, and kohya's JSON.
+"""Captions in tables: Hugging Face's metadata.jsonl, .csv and .parquet; kohya's JSON among them.
 
 File names in a metadata file are relative to the file itself; it may lie beside the pictures or
 above them, and the nearest one goes.
@@ -9,27 +9,23 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from difftool.data.captions import Caption
-from difftool.data.dataset import count, named
-from difftool.data.listing import MAX_CAPTION, MAX_METADATA, Listing, sound_text, stem
-from difftool.errors import InputError, UsageError, suggestion
-from difftool.images.read import SUFFIXES
-from difftool.storage.strict_json import is_unicode
+from difftool.data.kohya import metadata
+from difftool.data.listing import MAX_METADATA, Listing, read_json, read_texts, sound_text
+from difftool.data.phrases import count, named
+from difftool.errors import InputError, suggestion
 
 COLUMNS = ("text", "caption", "prompt", "additional_feature")
 """Columns of the metadata that captions are looked for in, in this order."""
 METADATA = ("metadata.parquet", "metadata.csv", "metadata.jsonl")
 """Of several in one folder the last goes."""
 MISNAMED = re.compile(r"metadata\.(json|json1|jsonlines|ndjson|jsonl\.txt|csv\.txt)", re.I)
-KOHYA = re.compile(r"meta(data)?([_-]\w+)*\.json", re.I)
-"""meta_cap.json, meta_clean.json, metadata.json, ..., if that is what they hold."""
 UNDESERVED = 5
 """How many unused columns are named."""
 
@@ -47,8 +43,10 @@ def captions(listing: Listing) -> dict[str, Caption]:
         used = [n for n in tables if str(PurePosixPath(n).parent) == folder][-1]
         listing.note(f"several metadata files in one folder: {used} goes before the others")
     for name in listing.around:
-        if KOHYA.fullmatch(base[name]) and (entries := _kohya_entries(listing, name)):
-            found |= kohya(listing, entries, name)
+        if metadata.NAMES.fullmatch(base[name]) and (
+            entries := metadata.read_entries(listing, name)
+        ):
+            found |= metadata.captions(listing, entries, name)
     return found
 
 
@@ -57,7 +55,7 @@ def check_misnamed(listing: Listing, captioned: bool) -> None:
     and captions are looked for."""
     for name in listing.around:
         base = PurePosixPath(name).name
-        if not MISNAMED.fullmatch(base) or _kohya_entries(listing, name):
+        if not MISNAMED.fullmatch(base) or metadata.read_entries(listing, name):
             continue
         if captioned or listing.config.labels not in ("auto", "text"):
             listing.note(f"{name} is ignored")
@@ -87,7 +85,7 @@ def _metadata(listing: Listing, name: str) -> dict[str, Caption]:
             )
         used = next((c for c in wanted if entry.get(c) is not None), None)
         captioned += used is not None
-        texts = _texts(entry[used], f"{name} line {line}: {used}") if used else ()
+        texts = read_texts(entry[used], f"{name} line {line}: {used}") if used else ()
         file = entry["file_name"].replace("\\", "/").removeprefix("./")
         picture = (folder / file).as_posix()
         if picture in pictures:
@@ -119,19 +117,6 @@ def _absent(listing: Listing, name: str, absent: Sequence[str], anything: bool) 
     listing.note(
         f'{name} names {count(len(absent), "picture")} that are not there: "{absent[0]}", ...'
     )
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    """One caption, or a list of them."""
-    texts = tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where} is not text", json.dumps(value, default=str)[:60])
-    size = max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
-    if size > MAX_CAPTION or any("\0" in text for text in texts):
-        raise InputError(f"{where} is too long or has a NUL character")
-    if not all(map(is_unicode, texts)):
-        raise InputError(f"{where} is not sound Unicode")
-    return tuple(text.strip() for text in texts if text.strip())
 
 
 def _jsonl(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -170,97 +155,3 @@ def _parquet(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise
     except Exception as error:  # pyarrow raises many kinds on malformed data
         raise InputError(f"{name} is not Parquet", str(error).splitlines()[0]) from None
-
-
-def read_json(text: str, where: str) -> Any:
-    """A JSON value; InputError if it is not sound."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON", str(error)) from None
-
-
-# --- kohya -----------------------------------------------------------------------------------
-
-
-def _kohya_entries(listing: Listing, name: str) -> dict[str, Mapping[str, Any]]:
-    """The entries of kohya's JSON metadata, {path: {"caption": ..., "tags": ...}}; empty where a
-    file holds anything else."""
-    try:
-        return _of_paths(read_json(listing.text(name, MAX_METADATA), name))
-    except InputError:
-        return {}
-
-
-def _of_paths(content: Any) -> dict[str, Mapping[str, Any]]:
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        return {}
-    return content if any({"caption", "tags"} & set(v) for v in content.values()) else {}
-
-
-def kohya_file(listing: Listing, path: Path) -> dict[str, Caption]:
-    """Captions from a JSON file that was named by its path; InputError if it holds none."""
-    try:
-        text = sound_text(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
-    entries = _of_paths(read_json(text, str(path)))
-    if not entries:
-        why = 'it is not of the form {"a.png": {"caption": ..., "tags": ...}}'
-        raise InputError(f"{path} has no captions", why)
-    return kohya(listing, entries, path.name)
-
-
-def kohya(
-    listing: Listing, entries: Mapping[str, Mapping[str, Any]], name: str
-) -> dict[str, Caption]:
-    """Captions from kohya's JSON metadata; its keys are paths from wherever it was made, with or
-    without a suffix, and are matched by as much of their end as can be found."""
-    places: dict[str, list[str]] = {}
-    for picture in listing.files.sizes:
-        if PurePosixPath(picture).suffix.lower() not in SUFFIXES:
-            continue
-        for key in (picture, stem(picture)):
-            parts = key.split("/")
-            for first in range(len(parts)):
-                places.setdefault("/".join(parts[first:]), []).append(picture)
-    found: dict[str, Caption] = {}
-    pictures, absent = set(listing.pictures), []
-    for key, entry in entries.items():
-        texts = _kohya_texts(entry, f'{name} "{key[:60]}"')
-        picture = _match(key, places)
-        if picture is None:
-            absent.append(key)
-        elif picture in pictures and texts:
-            found[picture] = Caption(texts, PurePosixPath(name).name)
-    if absent:
-        if len(absent) == len(entries):
-            why = f'"{absent[0]}", the first of {len(absent)}'
-            raise InputError(f"{name} names no picture that is there", why)
-        listing.note(f"{name} names {count(len(absent), 'picture')} that are not there")
-    return found
-
-
-def _match(key: str, places: Mapping[str, Sequence[str]]) -> str | None:
-    """The one picture whose path ends as the key does; None if none or several do."""
-    parts = [part for part in key.replace("\\", "/").split("/") if part not in ("", ".")]
-    for first in range(len(parts)):
-        if found := places.get("/".join(parts[first:])):
-            return found[0] if len(found) == 1 else None
-    return None
-
-
-def _kohya_texts(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The caption's lines, each with the tags behind it; the tags alone where there is none."""
-    caption, tags = entry.get("caption"), entry.get("tags")
-    lines = [line for text in _texts(caption or "", where) for line in _lines(text)]
-    behind = ", ".join(t for text in _texts(tags or "", where) for t in _lines(text))
-    if not behind:
-        return tuple(lines)
-    return tuple(f"{line}, {behind}" for line in lines) or (behind,)
-
-
-def _lines(text: str) -> Iterable[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())

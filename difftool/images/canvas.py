@@ -20,10 +20,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 SUBSCRIPTS = {"₀": "0", "₁": "1", "₋": "−", "ₜ": "𝑡"}
-Run = tuple[str, ImageFont.FreeTypeFont, float]
+TextRun = tuple[str, ImageFont.FreeTypeFont, float]
 
 
-def _runs(text: str, size: float) -> list[Run]:
+def _runs(text: str, size: float) -> list[TextRun]:
     """Text, font and lowering of its parts.
 
     STIX lacks the subscript characters, so they are set as small lowered ones.

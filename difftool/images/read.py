@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", module=r"PIL\b")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-class Picture(NamedTuple):
+class DecodedPicture(NamedTuple):
     """A picture in 8-bit sRGB, and what was done to get there ("alpha over white", ...)."""
 
     image: Image.Image
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | bytes, background: str = "white") -> Picture:
+def read_picture(source: str | Path | bytes, background: str = "white") -> DecodedPicture:
     """The picture in a file (or in a file's bytes), upright, in RGB, above the background colour.
 
     Raises UsageError if the file is missing, InputError (its `why` is the reason alone) otherwise.
@@ -141,7 +141,7 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, background: str) -> Picture:
+def _to_rgb(image: Image.Image, background: str) -> DecodedPicture:
     notes = []
     if getattr(image, "is_animated", False):
         notes.append("first frame of several")
@@ -175,7 +175,7 @@ def _to_rgb(image: Image.Image, background: str) -> Picture:
         image = Image.composite(image, below, alpha)
         notes.append(f"alpha composited over {background}")
     image.info = {}  # a profile that was applied must not be written out again
-    return Picture(image, tuple(notes))
+    return DecodedPicture(image, tuple(notes))
 
 
 def colour(text: str) -> tuple[int, int, int]:

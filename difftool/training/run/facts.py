@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from difftool.data import Audit, Dataset
-from difftool.data.dataset import count
 from difftool.training.options import RunOptions
 from difftool.training.run.previews import Previews
 from difftool.version import __version__
@@ -20,7 +19,8 @@ def facts_of(
     trainer, model = previews.trainer, previews.model
     recipe, preset = trainer.config, model.preset
     assert recipe.batch_size
-    device = f"{model.device}, {count(torch.get_num_threads(), 'thread')}"
+    threads = torch.get_num_threads()
+    device = f"{model.device}, {threads} thread{'s' * (threads != 1)}"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
     return {

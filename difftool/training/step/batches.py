@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from difftool.data import Dataset, Kind
+from difftool.data import DataKind, Dataset
 from difftool.data.buckets import Buckets, Schedule, Size
 from difftool.pipeline.model import Model
 from difftool.training.step import rng
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 class Conditioning(NamedTuple):
     """What a model is conditioned on, and how much of it is left out for guidance's sake."""
 
-    kind: Kind
+    kind: DataKind
     null_label: int | None = None
     """The label that means "none"; None = there is no such label."""
     drop: float = 0.0
@@ -50,7 +50,7 @@ class Conditioning(NamedTuple):
     @classmethod
     def of(cls, model: Model, drop: float) -> Conditioning:
         """A model's own."""
-        kind: Kind = "class" if model.preset.unet.num_classes else "none"
+        kind: DataKind = "class" if model.preset.unet.num_classes else "none"
         guidable = bool(model.text) or model.null_label is not None
         return cls("text" if model.text else kind, model.null_label, drop if guidable else 0.0)
 

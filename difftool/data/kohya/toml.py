@@ -1,9 +1,7 @@
-"""kohya's conventions: folders named REPEATS_WORDS, regularisation pictures, TOML dataset files.
-Torch-free."""
+"""TOML dataset files. Torch-free."""
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,100 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from difftool.config.schema import DataConfig
-from difftool.data.captions import Caption, Syntax
-from difftool.data.dataset import count, named
-from difftool.data.listing import MAX_METADATA, SIDECARS, Listing, sound_text
+from difftool.data.captions import Syntax
+from difftool.data.listing import MAX_METADATA, SIDECARS, sound_text
 from difftool.errors import InputError, UsageError
-
-REPEATS = re.compile(r"([0-9]{1,6})_(.+)")
-REGULAR = re.compile(r"reg(ulari[sz]ation)?([ _-](images?|data|dir|imgs?))?", re.I)
-"""Names of folders of regularisation pictures."""
-MANY = 1000
-"""As many repeats are rather a year, or a number of something else."""
-MOST = 10_000_000
-"""Samples in an epoch."""
-
-
-@dataclass
-class Tally:
-    """How often pictures are repeated, and which are there for regularisation."""
-
-    repeats: dict[str, int]
-    regular: list[str]
-
-
-def folders(listing: Listing, found: dict[str, Caption]) -> Tally:
-    """Repeats from folders named 10_red fox; the words caption what has no caption."""
-    places = {picture: _place(listing, picture) for picture in listing.pictures}
-    if not any(places.values()):
-        return Tally({}, [])
-    repeats: dict[str, int] = {}
-    regular: list[str] = []
-    plain: set[str] = set()
-    used: dict[str, int] = {}
-    for picture, name in places.items():
-        above = listing.folders(picture)
-        match = REPEATS.fullmatch(name) if name else None
-        if match:
-            repeats[picture] = used[match[0]] = int(match[1])
-            if picture not in found and int(match[1]):
-                found[picture] = Caption((match[2].strip(),), "folder names")
-        else:
-            repeats[picture] = 1
-            plain.add(f'"{above[0]}"' if above else "the top folder")
-        if any(map(REGULAR.fullmatch, above)):
-            regular.append(picture)
-    shown = sorted(f'"{name}" x{n}' for name, n in used.items())
-    listing.note(f"repeats by folder, as kohya's: {named(shown, 20)} (--labels folders: classes)")
-    if plain:
-        listing.note(f"no repeats in the name of {', '.join(sorted(plain))}: 1 is taken")
-    if zero := [picture for picture, n in repeats.items() if n == 0]:
-        listing.note(f"0 repeats: {count(len(zero), 'image')} not used")
-    if high := [name for name, n in used.items() if n >= MANY]:
-        listing.note(f'"{high[0]}" is read as {used[high[0]]} repeats: rename it if that is not so')
-    return Tally(repeats, regular)
-
-
-def _place(listing: Listing, picture: str) -> str | None:
-    """The innermost folder of a picture whose name says how often it is repeated."""
-    return next(filter(REPEATS.fullmatch, reversed(listing.folders(picture))), None)
-
-
-def balance(tally: Tally, listing: Listing) -> None:
-    """Repeat regularisation pictures until there are as many samples of them as of the others.
-
-    As kohya does with a prior loss weight of 1, at which they are samples like any others.
-    """
-    if (total := sum(tally.repeats.values())) > MOST:
-        why = f"{total:,} samples in an epoch, the limit is {MOST:,}"
-        raise InputError(f"{listing.audit.source} repeats its pictures too often", why)
-    chosen = set(tally.regular)
-    wanted = sum(n for picture, n in tally.repeats.items() if picture not in chosen)
-    if not chosen:
-        return
-    if not wanted:
-        raise InputError(f"{listing.audit.source} has regularisation images alone")
-    given = {picture: max(tally.repeats[picture], 1) for picture in sorted(chosen)}
-    samples, first = 0, True
-    used = dict.fromkeys(given, 0)
-    while samples < wanted:
-        for picture, n in given.items():
-            more = min(n if first else 1, wanted - samples)
-            used[picture] += more
-            samples += more
-        first = False
-    tally.repeats |= used
-    left = sum(n == 0 for n in used.values())
-    listing.note(
-        f"{count(len(chosen), 'regularisation image')} trained on like the others, repeated to "
-        f"{count(wanted, 'sample')}, as many as there are of those"
-        + (f"; {left} not used, as there are too many" if left else "")
-    )
-
-
-# --- TOML ------------------------------------------------------------------------------------
-
-Value = bool | int | float | str | list
 
 USED: dict[str, tuple[type, ...]] = {
     "image_dir": (str,),
@@ -155,7 +62,7 @@ HARMLESS = {"cache_info", "cache_latents", "cache_latents_to_disk", "validation_
 
 
 @dataclass(frozen=True)
-class Folder:
+class TomlFolder:
     """One [[datasets.subsets]], with what it inherits."""
 
     path: Path
@@ -170,18 +77,18 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TomlDataset:
     """A TOML dataset file."""
 
-    folders: Sequence[Folder]
+    folders: Sequence[TomlFolder]
     asked: Mapping[str, Any]
     """What it asks of the training."""
     random_crop: bool
     notes: Sequence[str]
 
 
-def read_toml(path: Path, config: DataConfig) -> Plan:
-    """The plan in a TOML dataset file; InputError if it is malformed or asks for what is not
+def read_toml(path: Path, config: DataConfig) -> TomlDataset:
+    """What is in a TOML dataset file; InputError if it is malformed or asks for what is not
     built."""
     try:
         with path.open("rb") as file:
@@ -193,7 +100,7 @@ def read_toml(path: Path, config: DataConfig) -> Plan:
         raise InputError(f"{path} is not TOML", str(error)) from None
     unknown: dict[str, None] = {}
     general = _table(content.get("general", {}), "[general]", path, unknown)
-    found: list[Folder] = []
+    found: list[TomlFolder] = []
     every: list[dict[str, Any]] = []
     for dataset in _tables(content, "datasets", path):
         outer = general | _table(dataset, "[[datasets]]", path, unknown)
@@ -219,7 +126,7 @@ def read_toml(path: Path, config: DataConfig) -> Plan:
         notes.append(f"{path.name}: {', '.join(bucketed)} are set for the training, not here")
     if any(values.get("caption_dropout_rate") for values in every):
         notes.append(f"{path.name}: caption_dropout_rate is applied on top of train.drop")
-    return Plan(found, asked, bool(_common("random_crop", every, path)), notes)
+    return TomlDataset(found, asked, bool(_common("random_crop", every, path)), notes)
 
 
 def _tables(content: Mapping[str, Any], key: str, path: Path) -> list[Mapping[str, Any]]:
@@ -254,7 +161,7 @@ def _table(content: Any, where: str, path: Path, unknown: dict[str, None]) -> di
     return values
 
 
-def _folder(values: Mapping[str, Any], path: Path, config: DataConfig) -> Folder:
+def _folder(values: Mapping[str, Any], path: Path, config: DataConfig) -> TomlFolder:
     if "image_dir" not in values:
         hint = "a metadata_file needs one, too: its paths are looked for there"
         raise InputError(f"{path}: a subset has no image_dir", hint=hint)
@@ -278,7 +185,7 @@ def _folder(values: Mapping[str, Any], path: Path, config: DataConfig) -> Folder
         dropout=values.get("caption_dropout_rate", 0.0),
         tag_dropout=values.get("caption_tag_dropout_rate", 0.0),
     )
-    return Folder(where, values, (suffix, *(s for s in SIDECARS if s != suffix)), syntax)
+    return TomlFolder(where, values, (suffix, *(s for s in SIDECARS if s != suffix)), syntax)
 
 
 def _common(key: str, every: Sequence[Mapping[str, Any]], path: Path) -> Any:
