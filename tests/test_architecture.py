@@ -14,15 +14,15 @@ from difftool.config.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
-    *("version", "errors", "registry", "plugins", "storage", "diffusion", "config", "text"),
-    *("networks", "engine", "images", "formats", "adapters", "hub", "data", "pipeline"),
+    *("version", "errors", "progress", "registry", "plugins", "storage", "diffusion", "config"),
+    *("text", "networks", "engine", "images", "formats", "adapters", "hub", "data", "pipeline"),
     *("conversion", "sampling", "training", "forward", "library", "cli", "__main__"),
 )
 """In import order: each imports only itself and those before it."""
 COMMANDS = {"conversion", "sampling", "training", "forward"}
 """The rooms of the four commands, none of which imports another."""
 TORCH_FREE = (
-    *("errors", "registry", "config.layers", "config.options", "diffusion"),
+    *("errors", "progress", "registry", "config.layers", "config.options", "diffusion"),
     *sorted(f"storage.{f.stem}" for f in PACKAGE.glob("storage/[a-z]*.py")),
     *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
     *("formats", "images.read", "cli.app"),

@@ -11,7 +11,7 @@ from difftool.errors import DifftoolError
 from difftool.forward.options import FIGURES, OPTIONS, PANELS
 
 if TYPE_CHECKING:
-    from difftool.forward.command import Task
+    from difftool.forward.command import NoiseTask
 
 ABOUT = """
 Show how noise takes a picture apart: x_t from the picture to static, with t and SNR.
@@ -47,7 +47,7 @@ def run(values: dict[str, Any]) -> int:
     return _curve(task) if values["curve"] else _pictures(task)
 
 
-def _pictures(task: Task) -> int:
+def _pictures(task: NoiseTask) -> int:
     from difftool.forward.command import noise
 
     failed, count = 0, len(task.targets)
@@ -69,7 +69,7 @@ def _pictures(task: Task) -> int:
     return 1 if failed else 0
 
 
-def _curve(task: Task) -> int:
+def _curve(task: NoiseTask) -> int:
     """The numbers: all levels as JSON or in a file, a readable choice of them on the terminal."""
     from difftool.forward.command import TABLE_LINES, curve_rows, curves, save_curves
     from difftool.forward.levels import table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,17 +16,16 @@ from difftool.conversion.options import DIALECTS, FORMATS, OF_MODELS
 from difftool.errors import CheckError, UsageError
 from difftool.formats.model_source import Evidence, ModelSource, Told, choose_weights, open_model
 from difftool.hub.find import find_model
+from difftool.progress import Progress, silent
 from difftool.storage.commit import refuse_existing
 
 SLOW = 256 << 20
 """Bytes from which on a conversion shows its progress."""
-Progress = Callable[[str, int | None], AbstractContextManager[Any]]
-"""(name of the work, how much it is) -> a context whose `update(done)` is called."""
 
 
 def convert(
     values: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: Progress = silent,
     opened: Callable[[ModelSource], None] = lambda source: None,
 ) -> Ledger:
     """Convert a model, or a LoRA, and say what became of every tensor.
@@ -82,7 +81,7 @@ def _convert(
     source: ModelSource,
     kind: str | None,
     options: WriteOptions,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Ledger:
     from difftool.adapters.lora.algebra import open_loras
     from difftool.config.validate import build_preset
@@ -96,11 +95,10 @@ def _convert(
     )  # fmt: skip
     size = sum(place.info.end - place.info.start for place in source.tensors.values())
     slow = size > SLOW and not options.dry_run
-    shown = progress("converting", len(source.tensors)) if progress and slow else nullcontext()
-    with shown as bar:
+    with (progress if slow else silent)("converting", len(source.tensors)) as bar:
         return convert_model(
             source, values["target"], kind or source.kind, options, expected=shapes, loras=loras,
-            progress=bar.update if bar else lambda tensors: None,
+            progress=bar.update,
         )  # fmt: skip
 
 

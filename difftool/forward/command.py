@@ -8,8 +8,7 @@ Without a model torch-free; numpy is not imported before a figure is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from difftool.forward.levels import LevelRow, even_levels, finite
 from difftool.forward.options import DEFAULT_PATH
 from difftool.forward.outputs import CURVES, OUTPUTS, curve_target, format_of, save, targets_of
 from difftool.hub.find import find_model, model_name, place_of_model
+from difftool.progress import Progress, silent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
 SAMPLER_STEPS, TABLE_LINES = 20, 21
 """Steps of a sampler and lines of a table, where it is not said."""
-Progress = Callable[[str, int], AbstractContextManager[Any]]
-"""(name of the work, how much it is) -> a context whose `update(done)` is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class NoiseTask:
     """What the options ask for, checked as far as it can be without a model."""
 
     values: Mapping[str, Any]
@@ -81,7 +79,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture that is shown in a file."""
 
     image: Path
@@ -92,7 +90,7 @@ class Shown:
     notes: tuple[str, ...]
     """How the picture was read."""
 
-    def report(self, task: Task) -> dict[str, Any]:
+    def report(self, task: NoiseTask) -> dict[str, Any]:
         """All that is known of it, as JSON."""
         width, height = self.figure.size
         result: dict[str, Any] = {"path": str(self.target), "image": str(self.image)}
@@ -108,7 +106,7 @@ class Shown:
 # --- what is asked for -----------------------------------------------------------------------
 
 
-def prepare(values: Mapping[str, Any]) -> Task:
+def prepare(values: Mapping[str, Any]) -> NoiseTask:
     """What the command's options ask for; UsageError for all that can be refused without a model,
     files that are there already among it."""
     output, format, overwrite = values["output"], values["format"], bool(values["overwrite"])
@@ -122,10 +120,12 @@ def prepare(values: Mapping[str, Any]) -> Task:
     return task_of(values, kind, targets_of(values["images"], output, kind, overwrite))
 
 
-def task_of(values: Mapping[str, Any], kind: str = "png", targets: tuple[Path, ...] = ()) -> Task:
+def task_of(
+    values: Mapping[str, Any], kind: str = "png", targets: tuple[Path, ...] = ()
+) -> NoiseTask:
     """What the options ask for, without `FIGURES` as well; UsageError for models that are not
     there, options that the path does not have, and levels that are not on it."""
-    task = Task(values=values, kind=kind, targets=targets)
+    task = NoiseTask(values=values, kind=kind, targets=targets)
     if task.source is not None:
         place_of_model(values["model"])
         return task
@@ -141,7 +141,7 @@ def task_of(values: Mapping[str, Any], kind: str = "png", targets: tuple[Path, .
     return task
 
 
-def load(task: Task) -> Task:
+def load(task: NoiseTask) -> NoiseTask:
     """The same with the model's path, read from its header, or with the model where it has to work.
 
     UsageError for what the model cannot be told, InputError for a malformed or unsupported one.
@@ -173,7 +173,7 @@ def load(task: Task) -> Task:
     )
 
 
-def _with_path(task: Task) -> Task:
+def _with_path(task: NoiseTask) -> NoiseTask:
     """With the path of the model by the model's name; its weights are not loaded."""
     from difftool.config.validate import build_preset
     from difftool.formats import open_model
@@ -185,7 +185,7 @@ def _with_path(task: Task) -> Task:
     return replace(task, paths={preset.name: build_path(preset.path)}, notes=notes)
 
 
-def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
+def configuration(task: NoiseTask) -> Iterator[tuple[str, Any, str]]:
     """Every value of what is shown, with its origin."""
     given = {text.partition("=")[0].strip(): f"--set {text}" for text in task.values["set"] or []}
     for name, path in task.paths.items():
@@ -201,7 +201,7 @@ def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
 # --- what is shown ---------------------------------------------------------------------------
 
 
-def noise(task: Task, progress: Progress | None = None) -> Iterator[Shown | DifftoolError]:
+def noise(task: NoiseTask, progress: Progress = silent) -> Iterator[ShownPicture | DifftoolError]:
     """Show each picture in its file, one after the other; the error of one that cannot be."""
     from difftool.images.read import read_picture
 
@@ -213,11 +213,11 @@ def noise(task: Task, progress: Progress | None = None) -> Iterator[Shown | Diff
         except DifftoolError as error:
             yield error
         else:
-            yield Shown(image, target, figure, facts, picture.notes)
+            yield ShownPicture(image, target, figure, facts, picture.notes)
 
 
 def figure_of(
-    task: Task, image: Image.Image, progress: Progress | None = None
+    task: NoiseTask, image: Image.Image, progress: Progress = silent
 ) -> tuple[Figure, dict[str, Any]]:
     """What is drawn of a picture, and what else is known of it."""
     from difftool.forward import figures
@@ -235,9 +235,8 @@ def figure_of(
             prompt, label = values["prompt"], values["label"]
             cond = condition(task.model, space.size, prompt, label)
             given = f'"{prompt}"' if prompt else label or ""
-            with progress("predicting", len(levels)) if progress else nullcontext() as bar:
-                update = bar.update if bar else lambda done: None
-                figure = figures.reverse_figure(space, levels, seed, cond, given, update)
+            with progress("predicting", len(levels)) as bar:
+                figure = figures.reverse_figure(space, levels, seed, cond, given, bar.update)
             return figure, facts | {"prompt": prompt, "label": label}
     else:
         space = PixelSpace(image, values["size"])
@@ -253,7 +252,7 @@ def figure_of(
     return figures.marginal_figure(space, name, path, levels, seed), facts
 
 
-def noised(task: Task, image: Image.Image) -> list[Image.Image]:
+def noised(task: NoiseTask, image: Image.Image) -> list[Image.Image]:
     """The frames of a picture's last strip, each with its level in `.info`."""
     from PIL import Image as Images
 
@@ -264,7 +263,7 @@ def noised(task: Task, image: Image.Image) -> list[Image.Image]:
     return pictures
 
 
-def curves(task: Task, usual: int | None) -> Figure:
+def curves(task: NoiseTask, usual: int | None) -> Figure:
     """The paths without a picture, and on them what a sampler visits, or even levels: `usual` ones
     (None: all; 0: none)."""
     from difftool.forward.figures import curve_figure
@@ -283,7 +282,7 @@ def curves(task: Task, usual: int | None) -> Figure:
     return figure._replace(caption=caption)
 
 
-def save_curves(task: Task) -> None:
+def save_curves(task: NoiseTask) -> None:
     """The curves in their file, if there is to be one: all levels in a table; in a picture and a
     page the curve, and what is asked for as dots on it."""
     for target in task.targets:
@@ -291,6 +290,6 @@ def save_curves(task: Task) -> None:
         save(target, CURVES[task.kind](figure), bool(task.values["overwrite"]))
 
 
-def curve_rows(task: Task) -> dict[str, list[LevelRow]]:
+def curve_rows(task: NoiseTask) -> dict[str, list[LevelRow]]:
     """All levels of each path, for JSON."""
     return {strip.title: finite(strip.rows()) for strip in curves(task, None).strips}

@@ -12,8 +12,8 @@ from difftool.config.keys import NAMED, values_of
 from difftool.config.layers import Layer, preset_names
 from difftool.config.options import DEVICE, OFFLINE, SET, Option
 from difftool.config.schema import RECIPES, Part
+from difftool.progress import Progress, silent
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size
-from difftool.training.progress import Progress, silent
 from difftool.training.step.optim import OPTIMIZERS
 
 NAMED.update({f"{recipe}.optimizer": lambda: OPTIMIZERS for recipe in RECIPES.values()})

@@ -25,10 +25,10 @@ from difftool.diffusion.path import build_path
 from difftool.errors import UsageError, clash
 from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
+from difftool.progress import Progress, silent
 from difftool.storage import runs
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
-from difftool.training.progress import Progress, silent
 from difftool.training.run import stages as staged
 from difftool.training.run.plan import plan
 from difftool.training.run.stages import Stage

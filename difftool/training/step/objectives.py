@@ -22,8 +22,8 @@ from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, trai
 from difftool.diffusion.path import Path
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
 from difftool.pipeline.model import Model
+from difftool.progress import Progress
 from difftool.registry import Registry, call
-from difftool.training.progress import Progress
 from difftool.training.step import parallel, rng
 from difftool.training.step.batches import Batch, to_signal
 from difftool.training.step.cache import Embeddings, Latents
