@@ -86,9 +86,9 @@ def state(
     """The tensors of a single file, all that such files have beside the networks included."""
     generator = torch.Generator().manual_seed(seed)
     table = rules(name)
-    shapes = {rule.there: rule.shape_there for rule in table}
+    shapes = {rule.theirs: rule.their_shape for rule in table}
     if ema:
-        shapes |= {rule.there: rule.shape_there for rule in ema_rules(table)}
+        shapes |= {rule.theirs: rule.their_shape for rule in ema_rules(table)}
     if name in COMPLETE:
         layer = OPENCLIP.layers - 1
         prefix, _ = text_places(small(name).unet, small(name).text)[0]

@@ -38,11 +38,11 @@ from difftool.formats.diffusers.components import EXTRA_JSON, EXTRA_TENSORS, LEG
 from difftool.formats.diffusers.read import open_diffusers
 from difftool.formats.diffusers.tokenizers import pad_id, tokenizer_files
 from difftool.formats.model_source import ModelSource
-from difftool.formats.native import read_native, write_native
+from difftool.formats.native import open_native, write_native
 from difftool.formats.rules import Rule
 from difftool.networks.unet import UNet
 from difftool.pipeline.model import Model
-from difftool.storage import shards
+from difftool.storage import shards, tensor_file
 from difftool.storage.runs import save_checkpoint
 from difftool.storage.safetensors import read_header
 from difftool.text.tokenizer import Tokenizer
@@ -263,7 +263,7 @@ def test_what_is_no_model_is_refused_by_kind(tmp_path):
         open_model(tmp_path / "a.txt")
     with pytest.raises(InputError, match="not a difftool model"):
         save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-        read_native(tmp_path / "a.safetensors")
+        open_native(tensor_file.open_source(tmp_path / "a.safetensors"))
 
 
 def test_a_run_folder_stands_for_its_newest_model(tmp_path):
@@ -894,10 +894,10 @@ def test_a_cast_is_measured(tmp_path):
 
 def spoil(path: Path, **changed: torch.Tensor) -> ModelSource:
     """The same file with some tensors changed, added or (None) taken away."""
-    values, tokenizer, _ = read_native(path)
+    source = open_model(path)
     tensors = load_file(path) | changed
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    write_native(path, values, kept, tokenizer_json=tokenizer, overwrite=True)
+    write_native(path, source.preset, kept, tokenizer_json=source.tokenizer_json, overwrite=True)
     return open_model(path)
 
 
@@ -939,7 +939,7 @@ def test_a_plan_that_forgets_or_doubles_a_tensor_is_stopped(tmp_path, monkeypatc
         return rules[1:]
 
     def double(rules: list[Rule]) -> list[Rule]:
-        return [*rules, rules[0]._replace(there="again")]
+        return [*rules, rules[0]._replace(theirs="again")]
 
     for fault in (forget, double):
 
@@ -969,7 +969,7 @@ def test_a_swapped_tensor_is_found_when_reading_back(tmp_path, monkeypatch):
         def plan(opened: ModelSource, keep: bool, swap: Any = swap) -> Any:
             made = good.plan(opened, keep)
             files = {
-                file: [r._replace(here=tuple(swap.get(n, n) for n in r.here)) for r in rules]
+                file: [r._replace(ours=tuple(swap.get(n, n) for n in r.ours)) for r in rules]
                 for file, rules in made.files.items()
             }
             return replace(made, files=files)
@@ -1286,6 +1286,38 @@ def test_a_clip_that_is_not_said_is_the_classes(folder):
         config = {"_class_name": "DDIMScheduler"} | ({} if clip is None else {"clip_sample": clip})
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
         assert open_model(folder).values["sample"]["clip"] == expected
+
+
+# --- work done once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["difftool", "ldm", "diffusers"])
+def test_loading_reads_a_header_and_checks_a_preset_once(tmp_path, folders, monkeypatch, kind):
+    from difftool.config import validate
+    from difftool.pipeline.load import load_model
+
+    source, path = open_model(folders["sd"]), tmp_path / "m.safetensors"
+    if kind == "diffusers":
+        path = folders["sd"]
+    else:
+        run(source, path, kind)
+    headers, checked = [], []
+    read, check = tensor_file.read_header, validate.validate
+
+    def reads(file: Path) -> Any:
+        headers.append(file)
+        return read(file)
+
+    def checks(cls: type, values: Any, where: str) -> Any:
+        checked.append(where)
+        return check(cls, values, where)
+
+    monkeypatch.setattr(tensor_file, "read_header", reads)
+    monkeypatch.setattr(validate, "validate", checks)
+    load_model(str(path), device="cpu")
+    assert len(headers) == len(set(headers)) > 0
+    assert [where for where in checked if str(path) in where] == [f"the preset in {path}"]
+    assert len(checked) == 1 + (kind == "ldm"), "and that of the family, where a file has none"
 
 
 # --- inspection ------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from difftool.formats.ldm.names import (
     vae_rules,
 )
 from difftool.formats.ldm.prediction_type import BIAS
-from difftool.formats.model_source import ModelSource, Told, choose_weights
+from difftool.formats.model_source import ModelSource, Overrides, choose_weights
 from difftool.formats.rules import Rule
 from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
@@ -147,7 +147,7 @@ def test_the_tables_have_the_published_sizes():
     sd1 = model_rules(load_preset("sd15"))
     assert len(sd1) == 1130
     assert len([*ema_rules(sd1)]) == 686
-    xl = {rule.there: rule.shape_there for rule in model_rules(load_preset("sdxl"))}
+    xl = {rule.theirs: rule.their_shape for rule in model_rules(load_preset("sdxl"))}
     assert xl["model.diffusion_model.label_emb.0.0.weight"] == (1280, 2816)
     assert xl["conditioner.embedders.1.model.text_projection"] == (1280, 1280)
     assert xl["model.diffusion_model.output_blocks.5.2.conv.weight"] == (640, 640, 3, 3)
@@ -161,8 +161,8 @@ def test_the_tables_hold_at_full_size(name):
     with torch.device("meta"):
         network = published.build(config)
     wanted = {n: tuple(t.shape) for n, t in network.state_dict().items()}
-    assert {n: rule.shape for rule in rules for n in rule.here} == wanted
-    assert len({rule.there for rule in rules}) == len(rules)
+    assert {n: rule.shape for rule in rules for n in rule.ours} == wanted
+    assert len({rule.theirs for rule in rules}) == len(rules)
 
 
 # --- there and back --------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_contradictions_name_the_flag_that_settles_them(tmp_path):
         prediction(tmp_path, "sdxl", {"modelspec.prediction_type": "epsilon"}, v_pred=torch.ones(0))
     assert "--prediction eps or --prediction v" in str(refused.value)
     for told in ("eps", "v"):
-        source = open_model(tmp_path / "m.safetensors", Told(told))
+        source = open_model(tmp_path / "m.safetensors", Overrides(told))
         assert source.values["target"] == told
         run(source, tmp_path / "out.safetensors", "ldm", overwrite=True)
         again = open_model(tmp_path / "out.safetensors")
@@ -401,7 +401,7 @@ def test_contradictions_name_the_flag_that_settles_them(tmp_path):
         spec = {"eps": "epsilon", "v": "v"}[told]
         assert read_header(again.path).metadata["modelspec.prediction_type"] == spec
     with pytest.raises(UsageError, match="exclude"):
-        open_model(tmp_path / "m.safetensors", Told("eps", True))
+        open_model(tmp_path / "m.safetensors", Overrides("eps", True))
 
 
 def test_eps_with_zero_snr_is_refused(tmp_path):
@@ -426,14 +426,14 @@ def test_sd2s_prediction_is_guessed_from_a_bias(deviation, target, tmp_path):
     """A network of four levels, where the tensor lies that ComfyUI looks at."""
     unet = replace(UNETS["sd2"], channels=(32, 64, 64, 96), depth=(1, 1, 1, 0))
     preset = replace(small("sd2"), unet=unet)
-    tensors = {r.there: torch.randn(r.shape_there) for r in model_rules(preset)}
+    tensors = {r.theirs: torch.randn(r.their_shape) for r in model_rules(preset)}
     tensors[BIAS] = torch.randn(32) / torch.randn(32).std()
     tensors[BIAS] = (tensors[BIAS] / tensors[BIAS].std(unbiased=False) * deviation).half()
     save_file(tensors, tmp_path / "m.safetensors")
     source = open_model(tmp_path / "m.safetensors")
     assert source.values["target"] == target
     assert any("guess" in warning for warning in source.warnings)
-    told = open_model(tmp_path / "m.safetensors", Told("v"))
+    told = open_model(tmp_path / "m.safetensors", Overrides("v"))
     assert told.values["target"] == "v"
     assert not any("guess" in warning for warning in told.warnings)
 
@@ -595,7 +595,7 @@ def mutants(rules: list[Rule], count: int, seed: int) -> list[list[Rule]]:
     found = []
     by_shape: dict[Any, list[int]] = {}
     for i, rule in enumerate(rules):
-        by_shape.setdefault((rule.shape_there, rule.op), []).append(i)
+        by_shape.setdefault((rule.their_shape, rule.op), []).append(i)
     groups = [group for group in by_shape.values() if len(group) > 1]
     special = [i for i, rule in enumerate(rules) if rule.op in ("transpose", "stack")]
     while len(found) < count:
@@ -603,12 +603,12 @@ def mutants(rules: list[Rule], count: int, seed: int) -> list[list[Rule]]:
         if special and rng.random() < 0.25:
             i = rng.choice(special)
             if rules[i].op == "stack":
-                mutant[i] = rules[i]._replace(here=rules[i].here[::-1])
+                mutant[i] = rules[i]._replace(ours=rules[i].ours[::-1])
             else:
-                mutant[i] = rules[i]._replace(op="copy", shape=rules[i].shape_there)
+                mutant[i] = rules[i]._replace(op="copy", shape=rules[i].their_shape)
         else:
             i, j = rng.sample(rng.choice(groups), 2)
-            side = rng.choice(("there", "here"))
+            side = rng.choice(("theirs", "ours"))
             one, other = getattr(rules[i], side), getattr(rules[j], side)
             mutant[i] = rules[i]._replace(**{side: other})
             mutant[j] = rules[j]._replace(**{side: one})
@@ -619,16 +619,16 @@ def mutants(rules: list[Rule], count: int, seed: int) -> list[list[Rule]]:
 def holds(rules: list[Rule], tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     """Whether a table maps a single file's tensors to the wanted ones, and back."""
     for rule in rules:
-        there = tensors[rule.there]
+        there = tensors[rule.theirs]
         if rule.op == "stack":
-            parts = list(there.chunk(len(rule.here)))
+            parts = list(there.chunk(len(rule.ours)))
         elif rule.op == "transpose":
             parts = [there.T]
         elif there.numel() == torch.Size(rule.shape).numel():
             parts = [there.reshape(rule.shape)]
         else:
             return False
-        for name, part in zip(rule.here, parts, strict=True):
+        for name, part in zip(rule.ours, parts, strict=True):
             if name not in wanted or not wanted[name].equal(part):
                 return False
         pieces = [piece_of_tensor(part) for part in parts]
@@ -645,7 +645,7 @@ def killed(count: int) -> int:
     for name in FAMILIES:
         tensors = ldms.state(name)
         wanted = theirs(name, tensors)
-        rules = [r for r in ldms.rules(name) if "cond_proj" not in r.there]
+        rules = [r for r in ldms.rules(name) if "cond_proj" not in r.theirs]
         assert holds(rules, tensors, wanted), "the control: the table itself holds"
         for mutant in mutants(rules, each, seed=len(name)):
             assert not holds(mutant, tensors, wanted)

@@ -136,7 +136,7 @@ def test_of_openais_encoder_the_statistics_are_missed(tmp_path):
     path = written(tmp_path / "m.safetensors", Tower())
     tensors = {n: t for n, t in load_file(path).items() if "visual" not in n}
     for rule in vision_rules(config):
-        tensors[f"embedder.model.visual.{rule.there}"] = torch.zeros(rule.shape_there)
+        tensors[f"embedder.model.visual.{rule.theirs}"] = torch.zeros(rule.their_shape)
     save_file(tensors, path)
     source = open_model(path)
     assert any("ViT-L-14_stats.th" in warning for warning in source.warnings)

@@ -84,7 +84,7 @@ def write_model(run: Path, length: float, path: Path) -> tuple[float, tuple[str,
         raise InputError(f"the averages in {run / runs.AVERAGES} are another model's", why)
     note = {"difftool.weights": "ema", "ema_length": f"{length:g}"}
     write_native(
-        path, source.values, tensors | made, tokenizer_json=source.tokenizer_json,
+        path, source.preset, tensors | made, tokenizer_json=source.tokenizer_json,
         extra_metadata=note,
     )  # fmt: skip
     return misfit, source.warnings

@@ -14,7 +14,13 @@ from difftool.conversion.lora import convert_lora
 from difftool.conversion.model import WriteOptions, convert_model
 from difftool.conversion.options import DIALECTS, FORMATS, OF_MODELS
 from difftool.errors import CheckError, UsageError
-from difftool.formats.model_source import Evidence, ModelSource, Told, choose_weights, open_model
+from difftool.formats.model_source import (
+    Evidence,
+    ModelSource,
+    Overrides,
+    choose_weights,
+    open_model,
+)
 from difftool.hub.find import find_model
 from difftool.progress import Progress, silent
 from difftool.storage.commit import refuse_existing
@@ -50,8 +56,8 @@ def convert(
         return convert_lora(Path(values["source"]), target, kind, options, allow_unused)
     path = find_model(values["source"])
     with _averaged(path, values["ema_length"]) as (read, findings):
-        told = Told(values["prediction"], values["zero_snr"])
-        source = choose_weights(open_model(read, told), values["weights"])
+        overrides = Overrides(values["prediction"], values["zero_snr"])
+        source = choose_weights(open_model(read, overrides), values["weights"])
         source = replace(source, findings=(*findings, *source.findings))
         opened(source)
         ledger = _convert(values, source, kind, options, progress)
@@ -84,10 +90,9 @@ def _convert(
     progress: Progress,
 ) -> Ledger:
     from difftool.adapters.lora.algebra import open_loras
-    from difftool.config.validate import build_preset
     from difftool.pipeline.model import Model
 
-    networks = Model(build_preset(source.values, str(source.path)), source.tokenizer_json)
+    networks = Model(source.preset, source.tokenizer_json)
     shapes = {name: tuple(tensor.shape) for name, tensor in networks.tensors().items()}
     loras = open_loras(
         values["lora"] or (), shapes, networks.preset.unet, str(source.path),

@@ -8,21 +8,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from difftool.config.families import OWN
 from difftool.conversion.ledger import component
 from difftool.conversion.lora import describe
 from difftool.diffusion.path import build_path
 from difftool.formats.kinds import kind_of
 from difftool.formats.ldm.prediction_type import WORDS
 from difftool.formats.model_source import (
-    FORMATS,
-    Told,
+    ModelSource,
+    Overrides,
     free_metadata,
-    locate,
-    open_model,
+    model_at,
+    open_place,
 )
 from difftool.hub.find import find_model
-from difftool.storage.tensor_file import is_source, open_source
+from difftool.storage.tensor_file import TensorSource
 from difftool.storage.tensors import Info
 
 SCHEMA = 1
@@ -40,20 +39,19 @@ def inspect(
     its files say. UsageError if there is no such model, InputError if it is malformed or not
     supported.
     """
-    (path, notes), told = locate(find_model(str(source))), Told(prediction, zero_snr)
-    known = any(format.recognises(path) for format in FORMATS.values())
-    found = _model(path, told) if known or not is_source(path) else _file(path)
-    return found | {"warnings": [*notes, *found["warnings"]]}
+    opened = open_place(find_model(str(source)))
+    if opened.format is None and isinstance(opened.place, TensorSource):
+        return _file(opened.place)
+    return _model(model_at(opened, Overrides(prediction, zero_snr)))
 
 
-def _model(path: Path, told: Told) -> dict[str, Any]:
-    source = open_model(path, told)
+def _model(source: ModelSource) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "format": source.kind,
-        "family": source.values.get("family", OWN),
-        "prediction": source.values["target"],
-        "zero_snr": bool(getattr(build_path(source.values["path"]), "zero_snr", False)),
+        "family": source.preset.family,
+        "prediction": source.preset.target,
+        "zero_snr": bool(getattr(build_path(source.preset.path), "zero_snr", False)),
         "evidence": [finding._asdict() for finding in source.findings],
         "weights": list(source.weights),
         "components": _components((name, place.info) for name, place in source.tensors.items()),
@@ -64,8 +62,7 @@ def _model(path: Path, told: Told) -> dict[str, Any]:
     }
 
 
-def _file(path: Path) -> dict[str, Any]:
-    header = open_source(path)
+def _file(header: TensorSource) -> dict[str, Any]:
     names = list(header.tensors)
     family, says = kind_of(names)
     evidence = [{"source": "tensor names", "says": says}]
@@ -77,7 +74,7 @@ def _file(path: Path) -> dict[str, Any]:
     parts: dict[str, str] = {}
     warnings = [*header.warnings]
     if family == "lora":
-        lines, parts, odd = describe(path)
+        lines, parts, odd = describe(header.path)
         evidence += [{"source": "layers", "says": says} for says in lines]
         warnings += odd[:ODD] + [f"and {len(odd) - ODD} more tensors"] * (len(odd) > ODD)
     else:

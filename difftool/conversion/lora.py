@@ -81,7 +81,7 @@ def _layers(family: str) -> tuple[dict[str, Shape], NetworkConfig]:
         f"{part}.{name.removesuffix('.weight')}": rule.shape
         for part, rules in tables.items()
         for rule in rules
-        for name in rule.here
+        for name in rule.ours
         if name.endswith(".weight")
     }, preset.unet
 
@@ -257,8 +257,8 @@ def _peft(
 ) -> tuple[dict[str, Piece], dict[str, Located], dict[str, str]]:
     """Tensors, what they were before, and the header of the file that diffusers and PEFT read."""
     lora, came = known.lora, "adapter" in notes  # from PEFT's
-    told = notes.get("names", {}) if came else {}
-    layers = {n: str(told.get(n, peft_name(n, lora.encoders))) for n in lora.changes}
+    unusual = notes.get("names", {}) if came else {}
+    layers = {n: str(unusual.get(n, peft_name(n, lora.encoders))) for n in lora.changes}
     pieces, origins = _pieces(lora, "peft", layers)
     metadata, kept = _free(lora), notes.get("adapter")
     if not came:
@@ -275,9 +275,9 @@ def _kohya(
 ) -> tuple[dict[str, Piece], dict[str, Located], dict[str, str]]:
     """The same of the file that kohya's scripts and the interfaces read."""
     lora, came = known.lora, bool(notes) and "adapter" not in notes  # from kohya's
-    told = notes.get("names", {}) if came else {}
+    noted = notes.get("names", {}) if came else {}
     dtypes = notes.get("alphas", "F32") if came else "F32"
-    layers = {n: str(told.get(n, usual)) for n, usual in _kohya_names(known).items()}
+    layers = {n: str(noted.get(n, usual)) for n, usual in _kohya_names(known).items()}
     pieces, origins = _pieces(lora, "kohya", layers)
     for layer, change in lora.changes.items():
         dtype, alpha = dtypes.get(layer) if isinstance(dtypes, dict) else dtypes, _alpha(change)

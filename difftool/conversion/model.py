@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difftool.config.validate import build_preset
 from difftool.conversion.ledger import Ledger
 from difftool.conversion.write import Conversion, bytes_of
 from difftool.errors import CheckError, UsageError
@@ -79,7 +78,7 @@ def convert_model(
         evidence=[finding._asdict() for finding in source.findings],
         loras=[str(applied) for applied in loras],
         warnings=[*source.warnings, *plan.warnings],
-        family=source.values["family"],
+        family=source.preset.family,
     )
     _check_complete(source, plan)
     if expected is not None:
@@ -122,7 +121,7 @@ def _check_complete(source: ModelSource, plan: Plan) -> None:
     """CheckError unless the plan gives every tensor of the source exactly one place."""
     places = dict.fromkeys(plan.dropped, 1)
     for rules in plan.files.values():
-        for name in (name for rule in rules for name in rule.here):
+        for name in (name for rule in rules for name in rule.ours):
             places[name] = places.get(name, 0) + 1
     for name in source.tensors:
         if places.pop(name, 0) != 1:
@@ -130,7 +129,7 @@ def _check_complete(source: ModelSource, plan: Plan) -> None:
             raise CheckError(f"converting {source.path} would lose a tensor", why)
     assert not places, "a plan names only tensors that there are"
     for rules in plan.files.values():
-        names = Counter(rule.there for rule in rules)
+        names = Counter(rule.theirs for rule in rules)
         if twice := [name for name, count in names.items() if count > 1]:
             why = f"two of its tensors would be called {twice[0]}"
             raise CheckError(f"converting {source.path} would lose a tensor", why)
@@ -178,8 +177,8 @@ def _verify(work: Conversion, written: Path, kind: str) -> None:
         if digest_of(bytes_of(place)) != work.after[name]:
             raise CheckError(what, f"the bytes of {name} are others")
     # a single file's model is called as the file is, where nothing names it
-    values = again.values | ({"name": source.values["name"]} if kind == "ldm" else {})
-    if build_preset(values) != build_preset(source.values):
+    name = source.preset.name if kind == "ldm" else again.preset.name
+    if replace(again.preset, name=name) != source.preset:
         raise CheckError(what, "the preset does not come back as it was")
     if again.tokenizer_json != source.tokenizer_json:
         raise CheckError(what, "the vocabulary does not come back as it was")

@@ -76,12 +76,12 @@ class Conversion:
         """A line on every tensor; hashes of those that were written."""
         for file, rules in self.plan.files.items():
             for rule in rules:
-                if not rule.here:
+                if not rule.ours:
                     yield Entry(
-                        target=rule.there, target_file=file, op="synthesise", shape=rule.shape,
+                        target=rule.theirs, target_file=file, op="synthesise", shape=rule.shape,
                         target_shape=rule.shape, target_dtype="F32",
                     )  # fmt: skip
-                for name in rule.here:
+                for name in rule.ours:
                     yield self._entry(file, rule, name)
         planned = [(self.source.tensors[name], why) for name, why in self.plan.dropped.items()]
         for place, why in (*self.source.dropped, *planned):
@@ -90,13 +90,13 @@ class Conversion:
 
     def _entry(self, file: str, rule: Rule, name: str) -> Entry:
         place, dtype = self.source.tensors[name], self.target_dtype(name)
-        kept = file in self.plan.sidecars or rule.there.startswith((EXTRA, f"difftool.{EXTRA}"))
+        kept = file in self.plan.sidecars or rule.theirs.startswith((EXTRA, f"difftool.{EXTRA}"))
         return Entry(
             **self._origin(place),
-            target=rule.there,
+            target=rule.theirs,
             target_file=file,
             op="keep" if kept else _op(place, rule, dtype, self.merges(name)),
-            target_shape=rule.shape_there,
+            target_shape=rule.their_shape,
             target_dtype=dtype,
             source_sha256=self.before.get(name),
             target_sha256=self.after.get(name),
@@ -109,7 +109,7 @@ class Conversion:
             "source": place.name,
             "source_file": str(place.file.relative_to(root)),
             "shape": place.info.shape,
-            "source_shape": whole.shape_there,
+            "source_shape": whole.their_shape,
             "source_dtype": place.info.dtype,
         }
 
@@ -138,15 +138,15 @@ class Conversion:
                 path.parent.mkdir(exist_ok=True)
             pieces: dict[str, Piece] = {}
             for rule in rules:
-                parts = [counted(self._piece(ours)) for ours in rule.here]
+                parts = [counted(self._piece(ours)) for ours in rule.ours]
                 if rule.op in ("stack", "transpose"):
-                    parts = [self._hashed(*pair) for pair in zip(rule.here, parts, strict=True)]
-                pieces[rule.there] = assembled(rule, parts)
+                    parts = [self._hashed(*pair) for pair in zip(rule.ours, parts, strict=True)]
+                pieces[rule.theirs] = assembled(rule, parts)
             largest = None if name in self.plan.sidecars else limit
             hashes = write_set(path, pieces, self.plan.metadata, largest)
             for rule in rules:
-                if rule.here and rule.op in ("copy", "reshape"):
-                    self.after[rule.here[0]] = hashes[rule.there]
+                if rule.ours and rule.op in ("copy", "reshape"):
+                    self.after[rule.ours[0]] = hashes[rule.theirs]
         self.before = self.after | self.before
 
     def _piece(self, name: str) -> Piece:
@@ -228,7 +228,7 @@ def assembled(rule: Rule, parts: Sequence[Piece]) -> Piece:
     dtypes = {part.dtype for part in parts}
     if len(dtypes) > 1 or any(part.shape != rule.shape for part in parts):
         why = f"its parts are of {', '.join(sorted(dtypes))}, or of several shapes"
-        raise CheckError(f"{rule.there} cannot be made as it should be", why)
+        raise CheckError(f"{rule.theirs} cannot be made as it should be", why)
     if rule.op == "transpose":
         return transposed(parts[0])
 
@@ -236,7 +236,7 @@ def assembled(rule: Rule, parts: Sequence[Piece]) -> Piece:
         for part in parts:
             yield from part.chunks()
 
-    return Piece(parts[0].dtype, rule.shape_there, chunks)
+    return Piece(parts[0].dtype, rule.their_shape, chunks)
 
 
 # --- casts -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from difftool.config.networks import CodecConfig, VaeConfig
-from difftool.config.validate import build_preset, to_values
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import WEIGHTS, component_tensors, our_name
 from difftool.formats.diffusers.networks import read_vae
@@ -20,9 +19,9 @@ from difftool.formats.kinds import kind_of
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import VAE, usual_names, vae_rules
 from difftool.formats.ldm.read import mapped
-from difftool.formats.model_source import FORMATS, Evidence, ModelSource, locate, open_model
+from difftool.formats.model_source import model_at, open_place
 from difftool.storage.strict_json import read_json
-from difftool.storage.tensor_file import is_source, open_source
+from difftool.storage.tensor_file import TensorSource
 
 PREFIXES = ("first_stage_model.", "vae.", "")
 BESIDE = re.compile(r"(loss|model_ema)\..+|(decay|num_updates|global_step)")
@@ -34,27 +33,24 @@ LDM_NAMES = (
 """From diffusers' names to LDM's, as far as they tell an autoencoder's structure."""
 
 
-def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelSource]:
+def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, TensorSource]:
     """The autoencoder of a model of any format, or in a file or a folder of its own; its tensors
     are the source's vae.*.
 
     like: whose latents a file's are taken to be. UsageError if there is nothing at the path,
     InputError if there is no sound autoencoder.
     """
-    given = path
-    path, _ = locate(given)
+    opened = open_place(path)
+    path, place = opened.path, opened.place
     config = path / "config.json"
-    whole = any(format.recognises(path) for format in FORMATS.values())
-    if whole or not (config.is_file() or is_source(path)):  # or what is neither, which is told
-        source = open_model(given)
-        return build_preset(source.values, str(path)).codec, source
-    if config.is_file():
+    if isinstance(place, TensorSource) and opened.format is None:
+        codec, source = None, place
+    elif opened.format is None and config.is_file():
         codec = read_vae(read_json(config), str(config))
         source = component_tensors(path, WEIGHTS["vae"])
-        says = "its configuration"
-    else:
-        codec, source = None, open_source(path)
-        says = "names and shapes of its tensors"
+    else:  # or what is no model either, which it says
+        model = model_at(opened)
+        return model.preset.codec, model
     prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in source.tensors)), "")
     places = {n.removeprefix(prefix): p for n, p in source.tensors.items() if n.startswith(prefix)}
     places = {name: place for name, place in places.items() if not BESIDE.fullmatch(name)}
@@ -72,20 +68,13 @@ def open_autoencoder(path: Path, like: CodecConfig) -> tuple[CodecConfig, ModelS
             what, hint = f"{path} is not an autoencoder", "difftool convert FILE --inspect"
             raise InputError(what, kind_of(source.tensors)[1], hint) from None
     if not theirs:
-        known = {rule.there for rule in vae_rules(codec)}
+        known = {rule.theirs for rule in vae_rules(codec)}
         if strange := [name for name in places if name not in known]:
             why = f"its tensor {places[strange[0]].name} is not known"
             raise InputError(f"{path} is not an autoencoder", why)
         places, _ = mapped(vae_rules(codec), places, str(path))
-    return codec, ModelSource(
-        kind="vae",
-        path=path,
-        file=path,
-        values={"codec": to_values(codec)},
-        tensors={f"vae.{name}": place for name, place in places.items()},
-        findings=(Evidence(says, "an autoencoder"),),
-        warnings=source.warnings,
-    )
+    tensors = {f"vae.{name}": place for name, place in places.items()}
+    return codec, replace(source, tensors=tensors)
 
 
 def _ldm_name(name: str) -> str:
@@ -98,5 +87,5 @@ def _like(codec: VaeConfig, model: CodecConfig) -> VaeConfig:
     """An autoencoder with a model's scale of latents, where it has as many channels."""
     if model.kind != codec.kind or model.latent_channels != codec.latent_channels:
         return codec
-    told = ("scale", "shift", "force_upcast", "latents_mean", "latents_std")
-    return replace(codec, **{name: getattr(model, name) for name in told})
+    scaling = ("scale", "shift", "force_upcast", "latents_mean", "latents_std")
+    return replace(codec, **{name: getattr(model, name) for name in scaling})

@@ -2,32 +2,28 @@
 
 A format is one file here and one registration: how it is recognised, read, and (if it can be)
 written. Everything in between speaks difftool's own tensor names: unet.*, vae.*, text.0.*, text.1.*
-and preset values.
+and presets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from difftool.config.validate import build_preset, to_values
+from difftool.config.schema import Preset
+from difftool.config.validate import check_names, to_values
 from difftool.errors import InputError, UsageError, missing
 from difftool.formats.kinds import kind_of
 from difftool.formats.rules import Rule
 from difftool.registry import Registry
 from difftool.storage.runs import model_of
 from difftool.storage.shards import written_at
-from difftool.storage.tensor_file import is_source, open_source
-from difftool.storage.tensors import Located, load_located
+from difftool.storage.tensor_file import TensorSource, is_source, open_source
+from difftool.storage.tensors import Located
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch import dtype as Dtype
-
-COMPONENTS = ("unet", "vae", "text")
-"""First parts of the names of a model's tensors."""
 EMA, EXTRA, UNKNOWN = "ema.", "extra.", "unknown."
 """Before the names of tensors beside the model: averaged weights (ema.unet.*), what no network of
 difftool's has but other tools want back (extra.ldm.*, extra.diffusers.*), and what nobody knows."""
@@ -41,7 +37,7 @@ class Evidence(NamedTuple):
     says: str
 
 
-class Told(NamedTuple):
+class Overrides(NamedTuple):
     """What the user says of a model, over whatever its files say."""
 
     prediction: str | None = None
@@ -49,7 +45,7 @@ class Told(NamedTuple):
     zero_snr: bool | None = None
 
 
-NOTHING_TOLD = Told()
+NO_OVERRIDES = Overrides()
 
 
 class Drop(NamedTuple):
@@ -61,49 +57,34 @@ class Drop(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """An opened model: everything but the tensors' bytes."""
+class ModelSource(TensorSource):
+    """An opened model: everything but the tensors' bytes. Its kind is its format, by the name in
+    FORMATS; its tensors are by difftool's names; its metadata is free notes, such as modelspec.*.
+    """
 
-    kind: str
-    """The format, by its name in FORMATS."""
-    path: Path
     file: Path
     """The file that holds the U-Net, whose hash is the model's."""
-    values: dict[str, Any]
-    """The preset, as plain values."""
-    tensors: dict[str, Located]
-    """By difftool's name."""
+    preset: Preset
     findings: tuple[Evidence, ...] = ()
     weights: tuple[str, ...] = ("live",)
     """Which weights are there: live, ema."""
     tokenizer_json: str | None = None
     """A learned vocabulary; None for CLIP's."""
-    metadata: dict[str, str] = field(default_factory=dict)
-    """Free notes of the header, such as modelspec.*."""
     configs: dict[str, Any] = field(default_factory=dict)
     """Configuration files of a diffusers folder that the model is from, by their place in it; and
     under LAYOUT, in what its single file differed from those that difftool writes."""
     dropped: tuple[Drop, ...] = ()
     """Tensors of the source that are no part of the model."""
-    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The preset, as plain values."""
+        return to_values(self.preset)
 
     @property
     def evidence(self) -> list[str]:
         """The findings as lines for people."""
         return [f"{says} ({source})" for source, says in self.findings]
-
-    def load(
-        self,
-        prefix: str = "",
-        device: str = "cpu",
-        dtype: Dtype | None = None,
-        as_is: Collection[str] = (),
-    ) -> dict[str, Tensor]:
-        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped, or
-        cast, but those whose whole names are in as_is."""
-        places = {n[len(prefix) :]: p for n, p in self.tensors.items() if n.startswith(prefix)}
-        exact = {name.removeprefix(prefix) for name in as_is}
-        return load_located(places, device, dtype, exact)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +105,18 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
+Place = Path | TensorSource
+"""A folder, or a file of tensors that is open; a file of another kind is no model."""
+
+
 @dataclass(frozen=True)
 class Format:
     """How one kind of model is recognised, opened and written."""
 
-    recognises: Callable[[Path], bool]
-    """Whether a file or folder is of this kind, by a first look; says nothing of its soundness."""
-    open: Callable[[Path, Told], ModelSource]
-    """InputError if it is malformed or not supported."""
+    recognises: Callable[[Place], bool]
+    """Whether a place is of this kind, by a first look; says nothing of its soundness."""
+    open: Callable[[Any, Overrides], ModelSource]
+    """The model at a place that it recognises; InputError if it is malformed or not supported."""
     plan: Callable[[ModelSource, bool], Plan]
     """What a model (and, if asked, its free metadata) becomes; CheckError if it cannot be held."""
 
@@ -139,44 +124,86 @@ class Format:
 FORMATS: Registry[Format] = Registry("model format")
 
 
-def open_model(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
+class Opened(NamedTuple):
+    """What lies at a path, its headers read once."""
+
+    place: Place
+    format: Format | None
+    """None: it is no whole model of a format that this version knows."""
+    notes: list[str]
+    """On checkpoints of a run that were passed over."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file, or the folder."""
+        return self.place if isinstance(self.place, Path) else self.place.path
+
+
+def open_place(path: Path) -> Opened:
+    """Open what a path stands for: a run folder stands for its model, or its newest sound
+    checkpoint's; a file that was split, or one of its shards, for their index.
+
+    UsageError if there is nothing at the path, InputError for a malformed file of tensors.
+    """
+    found = written_at(path)
+    if found is None:
+        raise missing(path)
+    notes: list[str] = []
+    if found.is_dir() and not (found / "model_index.json").is_file():
+        model, notes = model_of(found)
+        found = model or found
+    place = open_source(found) if is_source(found) else found
+    format = next((each for each in FORMATS.values() if each.recognises(place)), None)
+    return Opened(place, format, notes)
+
+
+def open_model(path: Path, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
     """The model in a file or folder of any format; no tensor is loaded.
 
     UsageError if there is nothing at the path, InputError if it is not a sound model.
     """
-    path, notes = locate(path)
-    for format in FORMATS.values():
-        if format.recognises(path):
-            source = _as_told(format.open(path, told), told)
-            return replace(source, warnings=(*notes, *source.warnings))
-    known = ", ".join(FORMATS)
-    if path.is_dir():
-        why = "; ".join(notes) or "it has no model_index.json and no run's model"
-        raise InputError(f"{path} is not a model", why)
-    if is_source(path):
-        kind, says = kind_of(open_source(path).tensors)
+    return model_at(open_place(path), overrides)
+
+
+def model_at(opened: Opened, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
+    """The model that was opened; InputError if it is not a sound one."""
+    path, place = opened.path, opened.place
+    if opened.format is not None:
+        source = _overridden(opened.format.open(place, overrides), overrides)
+        return replace(source, warnings=(*opened.notes, *source.warnings))
+    if isinstance(place, TensorSource):
+        kind, says = kind_of(place.tensors)
         why = f"it is a {kind}, no whole model: {says}" if kind else "no family that is known to it"
         hint = "difftool convert FILE --inspect lists what is in it"
         raise InputError(f"{path} is a file of tensors unknown to this version", why, hint)
-    raise InputError(f"{path} is not a model", f"formats of this version: {known}")
+    why = f"formats of this version: {', '.join(FORMATS)}"
+    if path.is_dir():
+        why = "; ".join(opened.notes) or "it has no model_index.json and no run's model"
+    raise InputError(f"{path} is not a model", why)
 
 
-def _as_told(source: ModelSource, told: Told) -> ModelSource:
+def _overridden(source: ModelSource, overrides: Overrides) -> ModelSource:
     """The same model with the target and the zero SNR that the user says; UsageError for a
     pair that cannot be."""
-    values, findings = dict(source.values), list(source.findings)
-    path = dict(values["path"])
-    if told.zero_snr is not None and told.zero_snr != bool(path.get("zero_snr")):
-        path["zero_snr"] = told.zero_snr
-        findings.append(Evidence("--zero-snr", f"zero terminal SNR {told.zero_snr}"))
-    if told.prediction is not None and told.prediction != values["target"]:
-        values["target"] = told.prediction
-        findings.append(Evidence("--prediction", f"target {told.prediction}"))
-    if told != NOTHING_TOLD and values["target"] == "eps" and path.get("zero_snr"):
+    preset, findings = source.preset, list(source.findings)
+    path, target = dict(preset.path), overrides.prediction or preset.target
+    zero_snr = overrides.zero_snr
+    if zero_snr is not None and zero_snr != bool(path.get("zero_snr")):
+        path["zero_snr"] = zero_snr
+        findings.append(Evidence("--zero-snr", f"zero terminal SNR {zero_snr}"))
+    if target != preset.target:
+        findings.append(Evidence("--prediction", f"target {target}"))
+    if overrides != NO_OVERRIDES and target == "eps" and path.get("zero_snr"):
         why = "at zero SNR the picture holds no signal, and eps says nothing"
         raise UsageError("target eps and zero terminal SNR exclude each other", why)
-    values = checked_values(values | {"path": path}, str(source.path))
-    return replace(source, values=values, findings=tuple(findings))
+    if len(findings) == len(source.findings):
+        return source
+    preset = replace(preset, path=path, target=target)
+    try:
+        check_names(preset)
+    except UsageError as error:
+        raise InputError(error.what, error.why, error.hint) from None
+    return replace(source, preset=preset, findings=tuple(findings))
 
 
 def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
@@ -198,27 +225,6 @@ def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
             tensors[ours], place = place, tensors[ours]
         dropped.append(Drop(place, f"--weights {which}"))
     return replace(source, tensors=tensors, dropped=tuple(dropped), weights=(which,))
-
-
-def locate(path: Path) -> tuple[Path, list[str]]:
-    """The model behind a path: a run folder stands for its model, or its newest sound checkpoint's;
-    a file that was split, or one of its shards, for their index. And notes on checkpoints that were
-    passed over."""
-    found = written_at(path)
-    if found is None:
-        raise missing(path)
-    if not found.is_dir() or (found / "model_index.json").is_file():
-        return found, []
-    model, notes = model_of(found)
-    return model or found, notes
-
-
-def checked_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Preset values from a file, complete; InputError if they make no preset."""
-    try:
-        return to_values(build_preset(values, f"the preset in {where}"))
-    except UsageError as error:
-        raise InputError(error.what, error.why, error.hint) from None
 
 
 def free_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

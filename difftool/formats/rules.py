@@ -1,11 +1,11 @@
-"""What one tensor of another layout is here. Torch-free.
+"""What one tensor of another layout is in difftool. Torch-free.
 
-Each rule gives one tensor there and the one, or the three stacked in it, that it is here:
+Each rule gives one tensor of theirs and the one of ours, or the three stacked in it, that it is:
 
     copy        the same tensor
-    reshape     a 1x1 convolution there, a linear layer here: the same bytes
-    stack       three tensors here are thirds of the rows of the one there (OpenCLIP's q, k, v)
-    transpose   rows there are columns here (OpenCLIP's text projection)
+    reshape     a 1x1 convolution of theirs, a linear layer of ours: the same bytes
+    stack       three tensors of ours are thirds of the rows of theirs (OpenCLIP's q, k, v)
+    transpose   their rows are our columns (OpenCLIP's text projection)
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ Shape = tuple[int, ...]
 
 
 class Rule(NamedTuple):
-    """One tensor of a single file, and what it is in difftool."""
+    """One tensor of another layout, and what it is in difftool."""
 
-    there: str
-    here: tuple[str, ...]
+    theirs: str
+    """Its name in the other layout."""
+    ours: tuple[str, ...]
     shape: Shape
-    """Of each tensor here."""
+    """Of each tensor of ours."""
     op: Op = "copy"
 
     @property
-    def shape_there(self) -> Shape:
-        """Of the tensor there."""
+    def their_shape(self) -> Shape:
+        """Of their tensor."""
         match self.op:
             case "reshape":
                 return (*self.shape, 1, 1)
             case "stack":
-                return (len(self.here) * self.shape[0], *self.shape[1:])
+                return (len(self.ours) * self.shape[0], *self.shape[1:])
             case "transpose":
                 return self.shape[::-1]
         return self.shape
 
 
-def placed(rules: Iterable[Rule], there: str, here: str) -> Iterator[Rule]:
+def placed(rules: Iterable[Rule], theirs: str, ours: str) -> Iterator[Rule]:
     """The same rules with a prefix before the names of each side."""
     for rule in rules:
-        names = tuple(here + name for name in rule.here)
-        yield rule._replace(there=there + rule.there, here=names)
+        names = tuple(ours + name for name in rule.ours)
+        yield rule._replace(theirs=theirs + rule.theirs, ours=names)

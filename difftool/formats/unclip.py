@@ -46,9 +46,9 @@ def read_vision(configs: Mapping[str, Any]) -> Vision | None:
     """
     if ENCODER not in configs or NOISING not in configs:
         return None
-    told = DEFAULTS | configs[ENCODER]
-    values = {ours: told[theirs] for theirs, ours in FIELDS.items()}
-    activation = told.get("hidden_act", "quick_gelu")
+    given = DEFAULTS | configs[ENCODER]
+    values = {ours: given[theirs] for theirs, ours in FIELDS.items()}
+    activation = given.get("hidden_act", "quick_gelu")
     if not all(type(v) is int for v in values.values()) or activation not in ("quick_gelu", "gelu"):
         raise InputError(f"{ENCODER} is not a picture encoder of CLIP's kind")
     try:
@@ -59,12 +59,15 @@ def read_vision(configs: Mapping[str, Any]) -> Vision | None:
 
 
 VISUAL, AUGMENTOR = "embedder.model.visual.", "noise_augmentor.data_"
-SEES, NORMS = f"{EXTRA}diffusers.image_encoder.", f"{EXTRA}diffusers.image_normalizer."
+ENCODER_PREFIX, NORMALIZER_PREFIX = (
+    f"{EXTRA}diffusers.image_encoder.",
+    f"{EXTRA}diffusers.image_normalizer.",
+)
 NORMALIZER = "image_normalizer/config.json"
 PROCESSOR = "feature_extractor/preprocessor_config.json"
 
 
-class Seen(NamedTuple):
+class FileVision(NamedTuple):
     """The picture encoder of a file."""
 
     rules: list[Rule]
@@ -73,30 +76,30 @@ class Seen(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-NOTHING = Seen([], {})
+NO_VISION = FileVision([], {})
 
 
-def seen_in(shapes: Mapping[str, Shape]) -> Seen:
+def vision_of_file(shapes: Mapping[str, Shape]) -> FileVision:
     """The picture encoder among the tensors of a single file; nothing if it is not whole."""
     part = {n.removeprefix(VISUAL): s for n, s in shapes.items() if n.startswith(VISUAL)}
     try:
         config = detect.vision_config(part)
     except (KeyError, IndexError, ValueError, StopIteration):
-        return NOTHING
-    rules = [*placed(vision_rules(config), VISUAL, SEES)]
-    if any(shapes.get(rule.there) != rule.shape_there for rule in rules):
-        return NOTHING
+        return NO_VISION
+    rules = [*placed(vision_rules(config), VISUAL, ENCODER_PREFIX)]
+    if any(shapes.get(rule.theirs) != rule.their_shape for rule in rules):
+        return NO_VISION
     statistics = _statistics(config.projection)
-    if all(shapes.get(rule.there) == rule.shape for rule in statistics):
-        return Seen([*rules, *statistics], _configs(config, statistics=True))
+    if all(shapes.get(rule.theirs) == rule.shape for rule in statistics):
+        return FileVision([*rules, *statistics], _configs(config, statistics=True))
     if config.activation == "gelu":  # OpenCLIP's embeddings are not normed
-        return Seen(rules, _configs(config, statistics=False))
+        return FileVision(rules, _configs(config, statistics=False))
     configs = {name: c for name, c in _configs(config, False).items() if name != NOISING}
     lacks = "the statistics of its pictures' embeddings (ViT-L-14_stats.th) are not in the file"
-    return Seen(rules, configs, (lacks,))
+    return FileVision(rules, configs, (lacks,))
 
 
-def rules_back(shapes: Mapping[str, Shape], configs: Mapping[str, Any]) -> list[Rule]:
+def vision_rules_of(shapes: Mapping[str, Shape], configs: Mapping[str, Any]) -> list[Rule]:
     """The table of a picture encoder that a model has, for a single file; empty if it has none, or
     one of another kind."""
     try:
@@ -105,16 +108,18 @@ def rules_back(shapes: Mapping[str, Shape], configs: Mapping[str, Any]) -> list[
         return []
     if found is None:
         return []
-    rules = [*placed(vision_rules(found.config), VISUAL, SEES)]
+    rules = [*placed(vision_rules(found.config), VISUAL, ENCODER_PREFIX)]
     statistics = _statistics(found.config.projection)
-    if any(shapes.get(rule.here[0]) != rule.shape for rule in rules):
+    if any(shapes.get(rule.ours[0]) != rule.shape for rule in rules):
         return []
-    there = all(shapes.get(rule.here[0]) == rule.shape for rule in statistics)
+    there = all(shapes.get(rule.ours[0]) == rule.shape for rule in statistics)
     return rules + statistics * there
 
 
 def _statistics(width: int) -> list[Rule]:
-    return [Rule(f"{AUGMENTOR}{n}", (f"{NORMS}{n}",), (1, width)) for n in ("mean", "std")]
+    return [
+        Rule(f"{AUGMENTOR}{n}", (f"{NORMALIZER_PREFIX}{n}",), (1, width)) for n in ("mean", "std")
+    ]
 
 
 def _configs(config: VisionConfig, statistics: bool) -> dict[str, Any]:

@@ -175,12 +175,11 @@ def load(task: NoiseTask) -> NoiseTask:
 
 def _with_path(task: NoiseTask) -> NoiseTask:
     """With the path of the model by the model's name; its weights are not loaded."""
-    from difftool.config.validate import build_preset
     from difftool.formats import open_model
 
     file = find_model(task.values["model"])
     source = open_model(file)
-    preset = build_preset(source.values, str(file))
+    preset = source.preset
     notes = (f"model {preset.name} ({file})", *source.evidence)
     return replace(task, paths={preset.name: build_path(preset.path)}, notes=notes)
 

@@ -15,7 +15,6 @@ from difftool.config.families import family
 from difftool.config.layers import load_preset
 from difftool.config.networks import CodecConfig
 from difftool.config.schema import Preset
-from difftool.config.validate import build_preset
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
@@ -24,6 +23,7 @@ from difftool.formats.unclip import read_vision
 from difftool.hub.find import find_model
 from difftool.networks.vision import ClipVision, Normalizer
 from difftool.pipeline.model import DTYPES, Model, unwritten
+from difftool.storage.tensor_file import TensorSource
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -65,7 +65,7 @@ def load_model(
     half = dtype != "fp32"
     path = find_model(where, half=half)
     source = open_model(path)
-    preset, vae_source = build_preset(source.values, str(path)), source
+    preset, vae_source = source.preset, source
     _check_whole(source, preset, path)
     if vae is not None:
         codec, vae_source = open_autoencoder(find_model(vae, half=half), preset.codec)
@@ -135,7 +135,7 @@ def _build_vision(model: Model, source: ModelSource) -> None:
     model.vision_path = found.path
 
 
-def _load_weights(model: Model, prefix: str, source: ModelSource, dtype: torch.dtype) -> None:
+def _load_weights(model: Model, prefix: str, source: TensorSource, dtype: torch.dtype) -> None:
     """Give the part of that prefix its weights, LoRAs applied."""
     part = model.all_parts()[prefix]
     theirs = prefix.replace("vision.", f"{EXTRA}diffusers.") + "."

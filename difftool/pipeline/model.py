@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from difftool.adapters.lora.algebra import Applied
 from difftool.config.families import concat_of
 from difftool.config.schema import Preset
-from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
 from difftool.engine.cpu import adapt
@@ -201,7 +200,7 @@ class Model:
             tensors = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
         write_native(
             path,
-            to_values(self.preset),
+            self.preset,
             {name: t.detach().contiguous().cpu() for name, t in tensors.items()},
             tokenizer_json=self.tokenizer_json,
             extra_metadata=dict(metadata or {}),

@@ -5,6 +5,7 @@ Torch-free until tensors are loaded; nothing in a file is ever run.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from difftool.storage.torch_archive import looks_like_checkpoint, read_checkpoin
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class TensorSource:
 
     path: Path
     kind: str
-    """safetensors or pickle."""
+    """Of the file: safetensors or pickle."""
     tensors: dict[str, Located]
     """By name."""
     beside: dict[str, Located] = field(default_factory=dict)
@@ -34,10 +36,18 @@ class TensorSource:
     """A header's notes, or a checkpoint's numbers and texts, such as global_step."""
     warnings: tuple[str, ...] = ()
 
-    def load(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
-        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped."""
+    def load(
+        self,
+        prefix: str = "",
+        device: str = "cpu",
+        dtype: Dtype | None = None,
+        as_is: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, by the rest of the name; memory-mapped, or
+        cast, but those whose whole names are in as_is."""
         places = {n[len(prefix) :]: p for n, p in self.tensors.items() if n.startswith(prefix)}
-        return load_located(places, device)
+        exact = {name.removeprefix(prefix) for name in as_is}
+        return load_located(places, device, dtype, exact)
 
 
 def is_source(path: Path) -> bool:

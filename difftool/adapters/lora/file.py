@@ -192,9 +192,9 @@ def ldm_names(unet: NetworkConfig) -> dict[str, str]:
     except CheckError:
         return {}
     return {
-        rule.there.removesuffix(".weight"): f"unet.{rule.here[0].removesuffix('.weight')}"
+        rule.theirs.removesuffix(".weight"): f"unet.{rule.ours[0].removesuffix('.weight')}"
         for rule in rules
-        if rule.there.endswith(".weight")
+        if rule.theirs.endswith(".weight")
     }
 
 
@@ -339,10 +339,10 @@ def scale_of(config: Mapping[str, Any], name: str) -> tuple[float | None, bool]:
     prefix = next((c for c in components if c and name.startswith(f"{c}.")), "")
     inner = name.removeprefix(f"{prefix}.") if prefix else name
 
-    def told(key: str) -> Any:
+    def value(key: str) -> Any:
         return config.get(f"{prefix}.{key}")
 
-    alpha, patterns = told("lora_alpha"), told("alpha_pattern") or {}
+    alpha, patterns = value("lora_alpha"), value("alpha_pattern") or {}
     if isinstance(patterns, dict):
         inner = inner.removeprefix("base_model.model.")
         fitting = (k for k in patterns if _fits(k, inner))
@@ -350,7 +350,7 @@ def scale_of(config: Mapping[str, Any], name: str) -> tuple[float | None, bool]:
             alpha = patterns[key]
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise InputError("PEFT's configuration is malformed", f"lora_alpha is {alpha!r}")
-    return None if alpha is None else float(alpha), bool(told("use_rslora"))
+    return None if alpha is None else float(alpha), bool(value("use_rslora"))
 
 
 def _fits(pattern: str, name: str) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from difftool.adapters.lora.file import kohya_names
 from difftool.config.families import family
 from difftool.config.schema import Preset
-from difftool.config.validate import to_values
 from difftool.errors import UsageError
 from difftool.formats.native import modelspec
 from difftool.networks.base import Network
@@ -83,7 +82,7 @@ class Adapters(nn.Module):
                 tensor = mine[f"lora.layers.{index}.{role}"].detach().float().cpu()
                 tensors[f"{name}.lora_{role}.weight"] = tensor.contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(self.alpha)
-        notes = modelspec(to_values(preset))
+        notes = modelspec(preset)
         architecture = "modelspec.architecture"
         if architecture in notes:
             notes[architecture] += "/lora"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
 from difftool.formats.diffusers.components import (
@@ -37,11 +38,11 @@ from difftool.formats.model_source import (
     EMA,
     EXTRA,
     LAYOUT,
-    NOTHING_TOLD,
+    NO_OVERRIDES,
     Drop,
     ModelSource,
-    Told,
-    checked_values,
+    Overrides,
+    Place,
 )
 from difftool.formats.roundtrip import checked_extra, with_extra
 from difftool.formats.values import counts_up
@@ -50,11 +51,12 @@ from difftool.storage.tensor_file import open_source
 from difftool.storage.tensors import Located
 
 
-def recognises_diffusers(path: Path) -> bool:
-    return (path / INDEX).is_file()
+def recognises_diffusers(place: Place) -> bool:
+    """Whether it is a folder with an index of components."""
+    return isinstance(place, Path) and (place / INDEX).is_file()
 
 
-def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
+def open_diffusers(folder: Path, _overrides: Overrides = NO_OVERRIDES) -> ModelSource:
     """A folder of diffusers as a source; InputError if it is malformed or not supported."""
     index = read_json(folder / INDEX)
     components = _components(index, folder)
@@ -109,7 +111,7 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
     shapes = {name: place.info.shape for name, place in tensors.items()}
     meaning = derive_preset(configs, pads, shapes, _name(folder))
     values, notes = with_extra(to_values(meaning.preset), extra, EXTRA_JSON)
-    values = checked_values(values, str(folder))
+    preset = build_preset(values, f"the preset in {folder}", InputError)
     for config, name in zip(meaning.preset.text, TOKENIZERS, strict=False):
         if name in pads and config.vocab_size != 49408:
             why = f"{config.vocab_size} embeddings, CLIP's vocabulary has 49408"
@@ -118,7 +120,7 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         kind="diffusers",
         path=folder,
         file=tensors["unet.conv_in.weight"].file if "unet.conv_in.weight" in tensors else folder,
-        values=values,
+        preset=preset,
         tensors=tensors,
         findings=(*meaning.findings, *notes),
         weights=(
@@ -127,15 +129,14 @@ def open_diffusers(folder: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         ),
         tokenizer_json=extra.get("tokenizer"),
         metadata=extra.get("metadata", {}),
-        configs=_foreign(configs, values) | {k: extra[k] for k in (LAYOUT,) if k in extra},
+        configs=_foreign(configs, preset) | {k: extra[k] for k in (LAYOUT,) if k in extra},
         dropped=tuple(dropped),
         warnings=(*warnings, *meaning.warnings),
     )
 
 
-def _foreign(configs: Configs, values: Mapping[str, Any]) -> dict[str, Any]:
+def _foreign(configs: Configs, preset: Preset) -> dict[str, Any]:
     """Those of a folder's configuration files that difftool would write otherwise."""
-    preset = build_preset(values)
     try:
         ours = write_configs(preset, encoder_names(preset))
     except CheckError:

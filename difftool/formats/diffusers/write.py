@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 from difftool.config.schema import Preset
-from difftool.config.validate import build_preset, to_values
+from difftool.config.validate import to_values
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import DifftoolError
@@ -46,8 +45,7 @@ from difftool.formats.rules import Rule
 
 def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     """Any model as a folder of diffusers; CheckError if its U-Net has no class there."""
-    preset = build_preset(source.values, str(source.path))
-    source = replace(source, values=to_values(preset))
+    preset = source.preset
     names = encoder_names(preset)
     files: dict[str, list[Rule]] = {}
     for name, component, theirs in _placed(source, names):

@@ -38,7 +38,7 @@ def _published(family: str) -> dict[str, Shape]:
     from difftool.config.layers import load_preset
 
     config = load_preset(PUBLISHED[family].preset).unet
-    return {rule.there: rule.shape_there for rule in network_rules(config)}
+    return {rule.theirs: rule.their_shape for rule in network_rules(config)}
 
 
 def nearest(shapes: Shapes) -> tuple[str, list[str]]:
@@ -200,12 +200,12 @@ def groups_of(widths: Iterable[int]) -> int:
     return gcd(32, *widths)
 
 
-def with_heads(config: UNetConfig, family: Family, told: Mapping[str, Any]) -> UNetConfig:
+def with_heads(config: UNetConfig, family: Family, params: Mapping[str, Any]) -> UNetConfig:
     """The same network with as many heads as its family has, which no tensor shows.
 
-    told: num_heads or num_head_channels of a configuration file.
+    params: num_heads or num_head_channels of a configuration file.
     """
-    heads, dim = told.get("num_heads"), told.get("num_head_channels")
+    heads, dim = params.get("num_heads"), params.get("num_head_channels")
     config = replace(config, groups=groups_of(config.channels))
     if isinstance(dim, int) and dim > 0:
         return replace(config, heads=None, head_dim=dim)

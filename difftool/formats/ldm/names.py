@@ -31,40 +31,40 @@ OLD_TEXT = re.compile(
     r"((?:cond_stage_model|conditioner\.embedders\.\d)\.transformer\.)"
     r"(?:embeddings|encoder|final_layer_norm)\."
 )
-"""Names of text encoders from before, and after, transformers put text_model. there."""
+"""Names of text encoders from before, and after, transformers put text_model. in them."""
 
 
 # --- layers ----------------------------------------------------------------------------------
 
 
-def _layer(there: str, here: str, shape: Shape, bias: bool = True, op: Op = "copy"):
-    yield Rule(f"{there}.weight", (f"{here}.weight",), shape, op)
+def _layer(theirs: str, ours: str, shape: Shape, bias: bool = True, op: Op = "copy"):
+    yield Rule(f"{theirs}.weight", (f"{ours}.weight",), shape, op)
     if bias:
-        yield Rule(f"{there}.bias", (f"{here}.bias",), shape[:1])
+        yield Rule(f"{theirs}.bias", (f"{ours}.bias",), shape[:1])
 
 
-def _conv(there: str, here: str, inner: int, width: int, size: int = 3) -> Iterator[Rule]:
-    return _layer(there, here, (width, inner, size, size))
+def _conv(theirs: str, ours: str, inner: int, width: int, size: int = 3) -> Iterator[Rule]:
+    return _layer(theirs, ours, (width, inner, size, size))
 
 
-def _resnet(there: str, here: str, inner: int, width: int, emb: int) -> Iterator[Rule]:
-    yield from _layer(f"{there}.in_layers.0", f"{here}.norm1", (inner,))
-    yield from _conv(f"{there}.in_layers.2", f"{here}.conv1", inner, width)
-    yield from _layer(f"{there}.emb_layers.1", f"{here}.time_emb_proj", (width, emb))
-    yield from _layer(f"{there}.out_layers.0", f"{here}.norm2", (width,))
-    yield from _conv(f"{there}.out_layers.3", f"{here}.conv2", width, width)
+def _resnet(theirs: str, ours: str, inner: int, width: int, emb: int) -> Iterator[Rule]:
+    yield from _layer(f"{theirs}.in_layers.0", f"{ours}.norm1", (inner,))
+    yield from _conv(f"{theirs}.in_layers.2", f"{ours}.conv1", inner, width)
+    yield from _layer(f"{theirs}.emb_layers.1", f"{ours}.time_emb_proj", (width, emb))
+    yield from _layer(f"{theirs}.out_layers.0", f"{ours}.norm2", (width,))
+    yield from _conv(f"{theirs}.out_layers.3", f"{ours}.conv2", width, width)
     if inner != width:
-        yield from _conv(f"{there}.skip_connection", f"{here}.conv_shortcut", inner, width, 1)
+        yield from _conv(f"{theirs}.skip_connection", f"{ours}.conv_shortcut", inner, width, 1)
 
 
 def _transformer(
-    there: str, here: str, width: int, depth: int, config: UNetConfig, cross: bool
+    theirs: str, ours: str, width: int, depth: int, config: UNetConfig, cross: bool
 ) -> Iterator[Rule]:
     """Names are the same on both sides. cross: the self-attention looks at the context too."""
     context = config.context_dim or width
     project: Shape = (width, width) if config.linear_projection else (width, width, 1, 1)
-    yield from _layer(f"{there}.norm", f"{here}.norm", (width,))
-    yield from _layer(f"{there}.proj_in", f"{here}.proj_in", project)
+    yield from _layer(f"{theirs}.norm", f"{ours}.norm", (width,))
+    yield from _layer(f"{theirs}.proj_in", f"{ours}.proj_in", project)
     for i in range(depth):
         shapes: dict[str, Shape] = {"ff.net.0.proj": (8 * width, width)}
         shapes["ff.net.2"] = (width, 4 * width)
@@ -76,8 +76,8 @@ def _transformer(
         for name, shape in shapes.items():
             path = f"transformer_blocks.{i}.{name}"
             bias = not name.endswith(("to_q", "to_k", "to_v"))
-            yield from _layer(f"{there}.{path}", f"{here}.{path}", shape, bias)
-    yield from _layer(f"{there}.proj_out", f"{here}.proj_out", project)
+            yield from _layer(f"{theirs}.{path}", f"{ours}.{path}", shape, bias)
+    yield from _layer(f"{theirs}.proj_out", f"{ours}.proj_out", project)
 
 
 # --- the U-Net -------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ def unet_rules(c: UNetConfig) -> Iterator[Rule]:
         raise CheckError(what, "it is not of Stable Diffusion's kind", "use --to diffusers")
     channels, emb, last = c.channels, 4 * c.channels[0], len(c.channels) - 1
 
-    def attention(there: str, here: str, i: int, depth: int, middle: bool = False):
+    def attention(theirs: str, ours: str, i: int, depth: int, middle: bool = False):
         cross = i in c.only_cross and not middle
-        return _transformer(there, here, channels[i], depth, c, cross) if depth else iter(())
+        return _transformer(theirs, ours, channels[i], depth, c, cross) if depth else iter(())
 
     yield from _conv("input_blocks.0.0", "conv_in", c.in_channels, channels[0])
-    for there, here in (("time_embed.0", "linear_1"), ("time_embed.2", "linear_2")):
-        inner = channels[0] if here == "linear_1" else emb
-        yield from _layer(there, f"time_embedding.{here}", (emb, inner))
+    for theirs, ours in (("time_embed.0", "linear_1"), ("time_embed.2", "linear_2")):
+        inner = channels[0] if ours == "linear_1" else emb
+        yield from _layer(theirs, f"time_embedding.{ours}", (emb, inner))
     if c.guidance_dim:  # no other tool has a name for it in this layout
         name, shape = "time_embedding.cond_proj.weight", (channels[0], c.guidance_dim)
         yield Rule(name, (name,), shape)
@@ -112,36 +112,36 @@ def unet_rules(c: UNetConfig) -> Iterator[Rule]:
     before, skips, block = channels[0], [channels[0]], count(1)
     for i, (width, depths) in enumerate(zip(channels, c.down_depths, strict=True)):
         for j, depth in enumerate(depths):
-            there, here = f"input_blocks.{next(block)}", f"down_blocks.{i}"
-            yield from _resnet(f"{there}.0", f"{here}.resnets.{j}", before, width, emb)
-            yield from attention(f"{there}.1", f"{here}.attentions.{j}", i, depth)
+            theirs, ours = f"input_blocks.{next(block)}", f"down_blocks.{i}"
+            yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{j}", before, width, emb)
+            yield from attention(f"{theirs}.1", f"{ours}.attentions.{j}", i, depth)
             before = width
             skips.append(width)
         if i < last:
-            there = f"input_blocks.{next(block)}.0.op"
-            yield from _conv(there, f"down_blocks.{i}.downsamplers.0.conv", width, width)
+            theirs = f"input_blocks.{next(block)}.0.op"
+            yield from _conv(theirs, f"down_blocks.{i}.downsamplers.0.conv", width, width)
             skips.append(width)
 
     middle = count(0)
     for j in range(c.mid_blocks):
-        there, here = f"middle_block.{next(middle)}", f"mid_block.resnets.{j}"
-        yield from _resnet(there, here, before, before, emb)
+        theirs, ours = f"middle_block.{next(middle)}", f"mid_block.resnets.{j}"
+        yield from _resnet(theirs, ours, before, before, emb)
         if c.mid_depth and j + 1 < c.mid_blocks:
-            there, here = f"middle_block.{next(middle)}", f"mid_block.attentions.{j}"
-            yield from attention(there, here, last, c.mid_depth, middle=True)
+            theirs, ours = f"middle_block.{next(middle)}", f"mid_block.attentions.{j}"
+            yield from attention(theirs, ours, last, c.mid_depth, middle=True)
 
     block = count(0)
     for i in range(last, -1, -1):
         width, depths = channels[i], c.up_depths[i]
         for j, depth in enumerate(depths):
-            there, here = f"output_blocks.{next(block)}", f"up_blocks.{last - i}"
+            theirs, ours = f"output_blocks.{next(block)}", f"up_blocks.{last - i}"
             inner = before + skips.pop()
-            yield from _resnet(f"{there}.0", f"{here}.resnets.{j}", inner, width, emb)
-            yield from attention(f"{there}.1", f"{here}.attentions.{j}", i, depth)
+            yield from _resnet(f"{theirs}.0", f"{ours}.resnets.{j}", inner, width, emb)
+            yield from attention(f"{theirs}.1", f"{ours}.attentions.{j}", i, depth)
             before = width
             if i and j + 1 == len(depths):
-                there = f"{there}.{2 if depth else 1}.conv"
-                yield from _conv(there, f"{here}.upsamplers.0.conv", width, width)
+                theirs = f"{theirs}.{2 if depth else 1}.conv"
+                yield from _conv(theirs, f"{ours}.upsamplers.0.conv", width, width)
     yield from _layer("out.0", "conv_norm_out", (channels[0],))
     yield from _conv("out.2", "conv_out", channels[0], c.out_channels)
 
@@ -149,31 +149,31 @@ def unet_rules(c: UNetConfig) -> Iterator[Rule]:
 # --- the autoencoder -------------------------------------------------------------------------
 
 
-def _vae_resnet(there: str, here: str, inner: int, width: int) -> Iterator[Rule]:
-    yield from _layer(f"{there}.norm1", f"{here}.norm1", (inner,))
-    yield from _conv(f"{there}.conv1", f"{here}.conv1", inner, width)
-    yield from _layer(f"{there}.norm2", f"{here}.norm2", (width,))
-    yield from _conv(f"{there}.conv2", f"{here}.conv2", width, width)
+def _vae_resnet(theirs: str, ours: str, inner: int, width: int) -> Iterator[Rule]:
+    yield from _layer(f"{theirs}.norm1", f"{ours}.norm1", (inner,))
+    yield from _conv(f"{theirs}.conv1", f"{ours}.conv1", inner, width)
+    yield from _layer(f"{theirs}.norm2", f"{ours}.norm2", (width,))
+    yield from _conv(f"{theirs}.conv2", f"{ours}.conv2", width, width)
     if inner != width:
-        yield from _conv(f"{there}.nin_shortcut", f"{here}.conv_shortcut", inner, width, 1)
+        yield from _conv(f"{theirs}.nin_shortcut", f"{ours}.conv_shortcut", inner, width, 1)
 
 
 def _vae_middle(side: str, width: int, attends: bool) -> Iterator[Rule]:
-    there, here = f"{side}.mid", f"{side}.mid_block"
+    theirs, ours = f"{side}.mid", f"{side}.mid_block"
     for j in (0, 1):
-        yield from _vae_resnet(f"{there}.block_{j + 1}", f"{here}.resnets.{j}", width, width)
+        yield from _vae_resnet(f"{theirs}.block_{j + 1}", f"{ours}.resnets.{j}", width, width)
     if attends:
-        there, here = f"{there}.attn_1", f"{here}.attentions.0"
-        yield from _layer(f"{there}.norm", f"{here}.group_norm", (width,))
+        theirs, ours = f"{theirs}.attn_1", f"{ours}.attentions.0"
+        yield from _layer(f"{theirs}.norm", f"{ours}.group_norm", (width,))
         layers = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-        for theirs, ours in layers.items():
+        for layer, renamed in layers.items():
             shape = (width, width)
-            yield from _layer(f"{there}.{theirs}", f"{here}.{ours}", shape, op="reshape")
+            yield from _layer(f"{theirs}.{layer}", f"{ours}.{renamed}", shape, op="reshape")
 
 
 def vae_rules(c: VaeConfig) -> Iterator[Rule]:
     """An autoencoder's table; CheckError if LDM's code cannot build it. Levels on the way up count
-    from the deepest here, and from full resolution there."""
+    from the deepest in ours, and from full resolution in theirs."""
     if c.patch > 1:
         what = "LDM's single files cannot hold this model"
         raise CheckError(what, "its autoencoder folds pixels into channels")
@@ -191,13 +191,13 @@ def vae_rules(c: VaeConfig) -> Iterator[Rule]:
             yield from _vae_middle(side, before, c.mid_attention)
         way = "down" if encodes else "up"
         for i, level in enumerate(order):
-            there, here = f"{side}.{way}.{level}", f"{side}.{way}_blocks.{i}"
+            theirs, ours = f"{side}.{way}.{level}", f"{side}.{way}_blocks.{i}"
             for j in range(c.blocks + (not encodes)):
-                names = (f"{there}.block.{j}", f"{here}.resnets.{j}")
+                names = (f"{theirs}.block.{j}", f"{ours}.resnets.{j}")
                 yield from _vae_resnet(*names, before, widths[level])
                 before = widths[level]
             if i < last:
-                names = (f"{there}.{way}sample.conv", f"{here}.{way}samplers.0.conv")
+                names = (f"{theirs}.{way}sample.conv", f"{ours}.{way}samplers.0.conv")
                 yield from _conv(*names, before, before)
         if encodes:
             yield from _vae_middle(side, before, c.mid_attention)
@@ -214,16 +214,16 @@ def vae_rules(c: VaeConfig) -> Iterator[Rule]:
 def clip_rules(c: TextConfig) -> Iterator[Rule]:
     """The table of a text encoder under transformers' names, which are difftool's too."""
     for rule in openclip_rules(c):
-        for name in rule.here:
+        for name in rule.ours:
             yield Rule(name, (name,), rule.shape)
 
 
 def openclip_rules(c: TextConfig) -> Iterator[Rule]:
     """The table of a text encoder under OpenCLIP's names."""
-    width, here = c.width, "text_model.embeddings"
+    width, ours = c.width, "text_model.embeddings"
     shape = (c.vocab_size, width)
-    yield Rule("token_embedding.weight", (f"{here}.token_embedding.weight",), shape)
-    name = f"{here}.position_embedding.weight"
+    yield Rule("token_embedding.weight", (f"{ours}.token_embedding.weight",), shape)
+    name = f"{ours}.position_embedding.weight"
     yield Rule("positional_embedding", (name,), (c.length, width))
     yield from _blocks("text_model", c.layers, width, c.mlp)
     yield from _layer("ln_final", "text_model.final_layer_norm", (width,))
@@ -232,35 +232,35 @@ def openclip_rules(c: TextConfig) -> Iterator[Rule]:
         yield Rule("text_projection", name, (c.projection, width), "transpose")
 
 
-def _blocks(here: str, layers: int, width: int, mlp: int) -> Iterator[Rule]:
+def _blocks(ours: str, layers: int, width: int, mlp: int) -> Iterator[Rule]:
     """The transformer of one of OpenCLIP's towers."""
     for i in range(layers):
-        there, ours = f"transformer.resblocks.{i}", f"{here}.encoder.layers.{i}"
+        theirs, place = f"transformer.resblocks.{i}", f"{ours}.encoder.layers.{i}"
         for kind, shape in (("weight", (width, width)), ("bias", (width,))):
-            names = tuple(f"{ours}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            yield Rule(f"{there}.attn.in_proj_{kind}", names, shape, "stack")
-        for theirs, name, shape in (
+            names = tuple(f"{place}.self_attn.{part}_proj.{kind}" for part in "qkv")
+            yield Rule(f"{theirs}.attn.in_proj_{kind}", names, shape, "stack")
+        for layer, renamed, shape in (
             ("attn.out_proj", "self_attn.out_proj", (width, width)),
             ("ln_1", "layer_norm1", (width,)),
             ("ln_2", "layer_norm2", (width,)),
             ("mlp.c_fc", "mlp.fc1", (mlp, width)),
             ("mlp.c_proj", "mlp.fc2", (width, mlp)),
         ):
-            yield from _layer(f"{there}.{theirs}", f"{ours}.{name}", shape)
+            yield from _layer(f"{theirs}.{layer}", f"{place}.{renamed}", shape)
 
 
 def vision_rules(c: VisionConfig) -> Iterator[Rule]:
     """The table of a picture encoder under OpenCLIP's names, which are OpenAI's too."""
-    width, here = c.width, "vision_model"
-    name = f"{here}.embeddings.patch_embedding.weight"
-    yield Rule("class_embedding", (f"{here}.embeddings.class_embedding",), (width,))
+    width, ours = c.width, "vision_model"
+    name = f"{ours}.embeddings.patch_embedding.weight"
+    yield Rule("class_embedding", (f"{ours}.embeddings.class_embedding",), (width,))
     yield Rule("conv1.weight", (name,), (width, 3, c.patch, c.patch))
     places = (c.size // c.patch) ** 2 + 1
-    name = f"{here}.embeddings.position_embedding.weight"
+    name = f"{ours}.embeddings.position_embedding.weight"
     yield Rule("positional_embedding", (name,), (places, width))
-    yield from _layer("ln_pre", f"{here}.pre_layrnorm", (width,))
-    yield from _blocks(here, c.layers, width, c.mlp)
-    yield from _layer("ln_post", f"{here}.post_layernorm", (width,))
+    yield from _layer("ln_pre", f"{ours}.pre_layrnorm", (width,))
+    yield from _blocks(ours, c.layers, width, c.mlp)
+    yield from _layer("ln_post", f"{ours}.post_layernorm", (width,))
     yield Rule("proj", ("visual_projection.weight",), (c.projection, width), "transpose")
 
 
@@ -344,6 +344,6 @@ def model_rules(preset: Preset) -> list[Rule]:
 def ema_rules(rules: Iterable[Rule]) -> Iterator[Rule]:
     """The table of the U-Net's averaged weights."""
     for rule in rules:
-        if rule.there.startswith(UNET):
-            names = tuple(f"{EMA}{name}" for name in rule.here)
-            yield rule._replace(there=ema_name(rule.there), here=names)
+        if rule.theirs.startswith(UNET):
+            names = tuple(f"{EMA}{name}" for name in rule.ours)
+            yield rule._replace(theirs=ema_name(rule.theirs), ours=names)

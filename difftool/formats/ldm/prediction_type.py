@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from difftool.config.families import Family
 from difftool.errors import InputError, UsageError
-from difftool.formats.model_source import Evidence, Told
+from difftool.formats.model_source import Evidence, Overrides
 from difftool.formats.values import MAX_NUMBERS, numbers
 from difftool.storage.tensors import Located
 
@@ -73,16 +73,16 @@ def decide(
     metadata: Mapping[str, str],
     params: Mapping[str, Any],
     find: Find,
-    told: Told,
+    overrides: Overrides,
 ) -> Noise:
     """Target and noise path of a single file; InputError if its evidence contradicts itself."""
     path, findings, warnings = {}, [], []
     words = [*_words(metadata, params, find)]
     edm = _edm(find)
-    target = told.prediction or (edm[0] if edm else None)
-    if edm and told.prediction is None:
+    target = overrides.prediction or (edm[0] if edm else None)
+    if edm and overrides.prediction is None:
         path, findings = edm[1], [Evidence(edm[2], f"target {edm[0]}, path edm")]
-    if told.prediction:
+    if overrides.prediction:
         findings.append(Evidence("--prediction", f"target {target}"))
     spoken = {word.target: word.source for word in words if word.target}
     if target is None and len(spoken) > 1:
@@ -100,19 +100,19 @@ def decide(
 
     zero = [word for word in words if word.zero_snr is not None]
     said = {word.zero_snr for word in zero}
-    if told.zero_snr is None and len(said) > 1:
+    if overrides.zero_snr is None and len(said) > 1:
         why = ", ".join(f"{w.source}: {'zero' if w.zero_snr else 'not zero'}" for w in zero)
         hint = "settle it with --zero-snr or --no-zero-snr"
         raise InputError(f"{where} contradicts itself about its terminal SNR", why, hint)
     findings += [
         Evidence(w.source, f"terminal SNR {'zero' if w.zero_snr else 'not zero'}") for w in zero
     ]
-    if not edm and (told.zero_snr if told.zero_snr is not None else True in said):
+    if not edm and (overrides.zero_snr if overrides.zero_snr is not None else True in said):
         path["zero_snr"] = True
         if target == "eps":
             why = "zero terminal SNR, at which eps says nothing, with target eps"
             hint = "--prediction v or --no-zero-snr settles it"
-            if told.prediction or told.zero_snr:
+            if overrides.prediction or overrides.zero_snr:
                 raise UsageError("target eps and zero terminal SNR exclude each other", hint=hint)
             raise InputError(f"{where} contradicts itself", why, hint)
     elif not edm and not family.path and (betas := _custom_betas(find)):

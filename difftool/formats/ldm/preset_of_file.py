@@ -15,13 +15,12 @@ from difftool.config import families
 from difftool.config.families import Family
 from difftool.config.layers import load_preset
 from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
-from difftool.config.schema import Preset
-from difftool.config.validate import build_preset, to_values
+from difftool.config.validate import to_values
 from difftool.errors import InputError
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import UNET, VAE
 from difftool.formats.ldm.prediction_type import Find, decide, network_of
-from difftool.formats.model_source import NOTHING_TOLD, Evidence, Told, checked_values
+from difftool.formats.model_source import NO_OVERRIDES, Evidence, Overrides
 from difftool.formats.rules import Shape
 from difftool.formats.values import numbers
 
@@ -30,7 +29,8 @@ from difftool.formats.values import numbers
 class Meaning:
     """A preset derived from a file's tensors and metadata."""
 
-    preset: Preset
+    values: dict[str, Any]
+    """The preset's, complete but not checked."""
     findings: tuple[Evidence, ...]
     warnings: tuple[str, ...]
 
@@ -42,7 +42,7 @@ def derive(
     find: Find,
     *,
     name: str,
-    told: Told = NOTHING_TOLD,
+    overrides: Overrides = NO_OVERRIDES,
     params: Mapping[str, Any] | None = None,
 ) -> Meaning:
     """The preset that tensors under their usual names mean; InputError if difftool has no such.
@@ -64,7 +64,7 @@ def derive(
         unet = detect.with_heads(unet, family, network_of(params))
     except (KeyError, IndexError, ValueError, StopIteration) as error:
         raise unknown_family(where, part(UNET), str(error)) from None
-    noise = decide(where, family, metadata, params, find, told)
+    noise = decide(where, family, metadata, params, find, overrides)
     base = load_preset(_base(family, unet, noise.target, metadata))
     codec = _codec(codec, family, params, find)
     path = noise.path if "kind" in noise.path else base.path | noise.path
@@ -107,9 +107,8 @@ def derive(
     warnings = noise.warnings
     if any(width % 64 for width in unet.channels) and not network_of(params):
         warnings = [*warnings, "how many heads attend is not in the tensors of networks this small"]
-    preset = build_preset(checked_values(values, where))
     return Meaning(
-        preset=preset,
+        values=values,
         findings=(Evidence("tensor names and shapes", says), *noise.findings),
         warnings=tuple(warnings),
     )

@@ -25,20 +25,20 @@ from difftool.formats.ldm.preset_of_file import derive, unknown_family
 from difftool.formats.model_source import (
     EXTRA,
     LAYOUT,
-    NOTHING_TOLD,
+    NO_OVERRIDES,
     UNKNOWN,
     Drop,
     ModelSource,
-    Told,
-    checked_values,
+    Overrides,
+    Place,
     free_metadata,
 )
 from difftool.formats.roundtrip import checked_extra, with_extra
 from difftool.formats.rules import Rule
-from difftool.formats.unclip import NOTHING, seen_in
+from difftool.formats.unclip import NO_VISION, vision_of_file
 from difftool.formats.values import counts_up
 from difftool.storage.strict_json import parse_json
-from difftool.storage.tensor_file import TensorSource, is_source, open_source
+from difftool.storage.tensor_file import TensorSource
 from difftool.storage.tensors import Info, Located, rows_strides
 
 KEPT = f"{EXTRA}ldm."
@@ -57,22 +57,20 @@ KNOWN = re.compile(
 """Names of tensors that belong to no network of difftool's, and that other tools know."""
 
 
-def recognises_ldm(path: Path) -> bool:
-    if not path.is_file() or not is_source(path):
+def recognises_ldm(place: Place) -> bool:
+    """Whether a file has a U-Net, an autoencoder and a text encoder by such names."""
+    if isinstance(place, Path) or "difftool" in place.metadata:
         return False
-    source = open_source(path)
-    if "difftool" in source.metadata:
-        return False
-    there = {name.split(".")[0] for name in source.tensors}
-    text = {"cond_stage_model", "conditioner"} & there
-    vae = {"first_stage_model", "vae"} & there
-    unet = any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in source.tensors)
+    parts = {name.split(".")[0] for name in place.tensors}
+    text = {"cond_stage_model", "conditioner"} & parts
+    vae = {"first_stage_model", "vae"} & parts
+    unet = any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in place.tensors)
     return bool(text and vae) and unet
 
 
-def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
+def open_ldm(header: TensorSource, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
     """A single file as a source; InputError if it is malformed or of no known family."""
-    header = open_source(path)
+    path = header.path
     usual = usual_names(header.tensors)
     places = {usual[name]: place for name, place in header.tensors.items()}
     if len(places) != len(usual):
@@ -89,32 +87,32 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         header.metadata,
         places.get,
         name=path.stem,
-        told=settled(header.metadata, told),
+        overrides=settled(header.metadata, overrides),
         params=yaml_beside(path),
     )
-    values, notes = with_extra(to_values(meaning.preset), extra, f"metadata {OURS}")
-    preset = build_preset(checked_values(values, str(path)))
+    values, notes = with_extra(meaning.values, extra, f"metadata {OURS}")
+    preset = build_preset(values, f"the preset in {path}", InputError)
     try:
         rules = model_rules(preset)
     except CheckError as error:
         raise InputError(f"{path} is malformed", error.what) from None
     tensors, flat = mapped(rules, places, str(path))
     averaged = [*ema_rules(rules)]
-    has_ema = averaged[0].there in places
+    has_ema = averaged[0].theirs in places
     if has_ema:
         more, flatter = mapped(averaged, places, str(path))
         tensors, flat = tensors | more, [*flat, *flatter]
-    seen = seen_in(shapes) if family(preset.family).vision else NOTHING
-    more, _ = mapped(seen.rules, places, str(path))
+    vision = vision_of_file(shapes) if family(preset.family).vision else NO_VISION
+    more, _ = mapped(vision.rules, places, str(path))
     tensors |= more
     dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
-    warnings = [*header.warnings, *seen.warnings]
-    taken = (*rules, *(averaged if has_ema else ()), *seen.rules)
-    used = {id(places[rule.there]) for rule in taken}
+    warnings = [*header.warnings, *vision.warnings]
+    taken = (*rules, *(averaged if has_ema else ()), *vision.rules)
+    used = {id(places[rule.theirs]) for rule in taken}
     for name, place in places.items():
         if id(place) in used:
             continue
-        if rule := _drop_rule(name, place, preset, told, added):
+        if rule := _drop_rule(name, place, preset, overrides, added):
             dropped.append(Drop(place, rule))
             if name.endswith(POSITIONS):
                 warnings.append(f"{place.name} is spoilt; positions are counted instead")
@@ -126,13 +124,13 @@ def open_ldm(path: Path, told: Told = NOTHING_TOLD) -> ModelSource:
         kind="ldm",
         path=path,
         file=path,
-        values=to_values(preset),
+        preset=preset,
         tensors=tensors,
         findings=(*meaning.findings, *notes),
         weights=(*extra.get("weights", ("live",))[:1], *(("ema",) if has_ema else ())),
         tokenizer_json=extra.get("tokenizer"),
         metadata=free_metadata(header.metadata),
-        configs=seen.configs
+        configs=vision.configs
         | extra.get("configs", {})
         | {LAYOUT: _record(usual, flat, header, preset)},
         dropped=tuple(dropped),
@@ -150,12 +148,12 @@ def _read_extra(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return checked_extra(extra, where)
 
 
-def settled(metadata: Mapping[str, str], told: Told) -> Told:
+def settled(metadata: Mapping[str, str], overrides: Overrides) -> Overrides:
     """What the user says now, or has said when the file was written."""
-    if told != NOTHING_TOLD or SETTLED not in metadata:
-        return told
+    if overrides != NO_OVERRIDES or SETTLED not in metadata:
+        return overrides
     target, _, zero_snr = metadata[SETTLED].partition(" ")
-    return Told(target, zero_snr == "zero-snr")
+    return Overrides(target, zero_snr == "zero-snr")
 
 
 def mapped(
@@ -166,22 +164,22 @@ def mapped(
     flat: list[str] = []
     shapes = {name: place.info.shape for name, place in places.items()}
     for rule in rules:
-        place = places.get(rule.there)
+        place = places.get(rule.theirs)
         given = None if place is None else place.info.shape
-        turned = place is not None and _is_turned(rule.there, place)
+        turned = place is not None and _is_turned(rule.theirs, place)
         if (rule.op == "reshape" or turned) and given == rule.shape:
-            flat.append(rule.there)
+            flat.append(rule.theirs)
             rule = rule._replace(op="copy")
-        if place is None or given != rule.shape_there:
+        if place is None or given != rule.their_shape:
             unet = {n.removeprefix(UNET): s for n, s in shapes.items() if n.startswith(UNET)}
-            first = next(detect.differences({rule.there: given} if given else {},
-                                            {rule.there: rule.shape_there}))  # fmt: skip
+            first = next(detect.differences({rule.theirs: given} if given else {},
+                                            {rule.theirs: rule.their_shape}))  # fmt: skip
             raise (
                 unknown_family(where, unet, first)
-                if rule.there.startswith(UNET)
+                if rule.theirs.startswith(UNET)
                 else InputError(f"{where} is not a whole model", first)
             )
-        tensors |= zip(rule.here, parts_of(rule, place), strict=True)
+        tensors |= zip(rule.ours, parts_of(rule, place), strict=True)
     return tensors, flat
 
 
@@ -201,9 +199,9 @@ def parts_of(rule: Rule, place: Located) -> list[Located]:
         kept = None if strides is None else strides[: len(rule.shape)]
         return [place._replace(info=Info(dtype, rule.shape, start, end, kept), op=rule.op)]
     parts = []
-    for i in range(len(rule.here)):
+    for i in range(len(rule.ours)):
         if strides is None:
-            step = (end - start) // len(rule.here)
+            step = (end - start) // len(rule.ours)
             info = Info(dtype, rule.shape, start + i * step, start + (i + 1) * step)
         else:
             step = i * rule.shape[0] * strides[0] * place.info.size
@@ -224,14 +222,14 @@ def _is_spare(name: str, preset: Preset) -> bool:
 
 
 def _drop_rule(
-    name: str, place: Located, preset: Preset, told: Told, added: list[str]
+    name: str, place: Located, preset: Preset, overrides: Overrides, added: list[str]
 ) -> str | None:
     """Why a tensor is left out."""
     if name in added:
         return "a marker that difftool adds"
-    if name == "v_pred" and told.prediction and preset.target != "v":
-        return f"--prediction {told.prediction}"
-    if name == "ztsnr" and told.zero_snr is False:
+    if name == "v_pred" and overrides.prediction and preset.target != "v":
+        return f"--prediction {overrides.prediction}"
+    if name == "ztsnr" and overrides.zero_snr is False:
         return "--no-zero-snr"
     if name.endswith(POSITIONS) and not (place.info.dtype == "I64" and counts_up(place)):
         return "position_ids that are not 0, 1, 2, ..."

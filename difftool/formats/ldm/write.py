@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from difftool.config.families import family
 from difftool.config.schema import Preset
-from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats.ldm.names import (
     ema_rules,
@@ -21,21 +19,20 @@ from difftool.formats.ldm.read import ADDED, IMPLEMENTATION, KEPT, OURS, SETTLED
 from difftool.formats.model_source import (
     EXTRA,
     LAYOUT,
-    NOTHING_TOLD,
+    NO_OVERRIDES,
     ModelSource,
     Plan,
 )
 from difftool.formats.native import modelspec
 from difftool.formats.roundtrip import make_extra
 from difftool.formats.rules import Rule
-from difftool.formats.unclip import rules_back, seen_in
+from difftool.formats.unclip import vision_of_file, vision_rules_of
 from difftool.storage.tensors import Info, Located
 
 
 def plan_ldm(source: ModelSource, keep_metadata: bool) -> Plan:
     """Any model as a single file; CheckError if LDM's layout cannot hold it."""
-    preset = build_preset(source.values, str(source.path))
-    source = replace(source, values=to_values(preset))
+    preset = source.preset
     record = _checked_record(source.configs.get(LAYOUT))
     same = all(record.get(key) == source.values[key] for key in ("target", "path"))
     rules = model_rules(preset)
@@ -45,19 +42,20 @@ def plan_ldm(source: ModelSource, keep_metadata: bool) -> Plan:
     names, flat = record.get("names", {}), set(record.get("flat", ()))
     written = [
         rule._replace(
-            there=names.get(rule.there, rule.there), op="copy" if rule.there in flat else rule.op
+            theirs=names.get(rule.theirs, rule.theirs),
+            op="copy" if rule.theirs in flat else rule.op,
         )
         for rule in rules
     ]
-    there = {rule.there for rule in kept}
+    there = {rule.theirs for rule in kept}
     added = record["metadata"].get(ADDED, "").split() if same else _markers(source)
     markers = [Rule(name, (), (0,)) for name in added if name not in there]
     metadata = _metadata(source, record if same and keep_metadata else {}, keep_metadata)
     if markers:
-        metadata[ADDED] = " ".join(marker.there for marker in markers)
+        metadata[ADDED] = " ".join(marker.theirs for marker in markers)
     warnings = [*_complete(source, metadata, rules, kept, markers, keep_metadata)]
-    if any(rule.there.endswith(".resblocks.22.ln_1.weight") for rule in rules) and not any(
-        ".resblocks.23." in rule.there for rule in (*rules, *kept)
+    if any(rule.theirs.endswith(".resblocks.22.ln_1.weight") for rule in rules) and not any(
+        ".resblocks.23." in rule.theirs for rule in (*rules, *kept)
     ):
         warnings.append("the text encoder has its 23 layers; strict loaders want an unused 24th")
     if preset.unet.guidance_dim:
@@ -87,8 +85,8 @@ def _kept_rules(
 ) -> tuple[list[Rule], dict[str, str]]:
     """Places of the tensors beside the model, and those that would now say something wrong."""
     shapes = {name: place.info.shape for name, place in source.tensors.items()}
-    rules, dropped = rules_back(shapes, source.configs), {}
-    placed_already = {name for rule in rules for name in rule.here}
+    rules, dropped = vision_rules_of(shapes, source.configs), {}
+    placed_already = {name for rule in rules for name in rule.ours}
     wrong = set()
     if not same:
         wrong = {"v_pred"} if preset.target != "v" else set()
@@ -107,10 +105,10 @@ def _kept_rules(
 
 def _markers(source: ModelSource) -> Iterator[str]:
     """Names of the empty tensors by which other tools know SDXL's v-models."""
-    if family(source.values["family"]).v_markers:
-        if source.values["target"] == "v":
+    if family(source.preset.family).v_markers:
+        if source.preset.target == "v":
             yield "v_pred"
-        if source.values["path"].get("zero_snr"):
+        if source.preset.path.get("zero_snr"):
             yield "ztsnr"
 
 
@@ -122,7 +120,7 @@ def _metadata(
     if record:
         notes = {k: v for k, v in free.items() if not k.startswith("modelspec.")}
         return notes | record["metadata"]
-    spec = modelspec(source.values, IMPLEMENTATION)
+    spec = modelspec(source.preset, IMPLEMENTATION)
     title = {k: v for k, v in free.items() if k == "modelspec.title"}
     return {"format": "pt"} | free | spec | title
 
@@ -136,8 +134,8 @@ def _complete(
     keep_metadata: bool,
 ) -> Iterator[str]:
     """Add to the metadata what reading the file would not give back; say what others will miss."""
-    shapes = {rule.there: rule.shape_there for rule in (*rules, *kept, *markers)}
-    by_name = {rule.there: rule.here for rule in (*rules, *kept, *markers)}
+    shapes = {rule.theirs: rule.their_shape for rule in (*rules, *kept, *markers)}
+    by_name = {rule.theirs: rule.ours for rule in (*rules, *kept, *markers)}
 
     def find(name: str) -> Located | None:
         here = by_name.get(name)
@@ -146,19 +144,17 @@ def _complete(
         return source.tensors[here[0]] if here else Located(Path(), name, Info("F32", (0,), 0, 0))
 
     def derived() -> dict[str, Any]:
-        told = settled(metadata, NOTHING_TOLD)
-        name = source.values["name"]
-        return to_values(derive("it", shapes, metadata, find, name=name, told=told).preset)
+        overrides, name = settled(metadata, NO_OVERRIDES), source.preset.name
+        return derive("it", shapes, metadata, find, name=name, overrides=overrides).values
 
-    zero = bool(source.values["path"].get("zero_snr"))
-    target = source.values["target"]
+    zero, target = bool(source.preset.path.get("zero_snr")), source.preset.target
     try:
         found = derived()
     except InputError:
         found = {}
     decided = (found.get("target"), bool(found.get("path", {}).get("zero_snr")))
     if decided != (target, zero):
-        spec = modelspec(source.values, IMPLEMENTATION)
+        spec = modelspec(source.preset, IMPLEMENTATION)
         keys = ("modelspec.prediction_type", "modelspec.architecture")
         metadata |= {key: spec[key] for key in keys if key in spec and key in metadata}
         metadata[SETTLED] = f"{target}{' zero-snr' * zero}"
@@ -169,11 +165,11 @@ def _complete(
             raise CheckError(what, error.why or error.what) from None
     extra = make_extra(source, found, keep_metadata=False)
     same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items())
-    told = seen_in(shapes).configs if family(source.values["family"]).vision else {}
-    configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != told.get(k)}
+    usual = vision_of_file(shapes).configs if family(source.preset.family).vision else {}
+    configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != usual.get(k)}
     configs = configs if keep_metadata else {}
     if same and not configs and source.tokenizer_json is None and source.weights[0] == "live":
         return
     metadata[OURS] = json.dumps(extra | {"configs": configs}, ensure_ascii=False)
-    if found["target"] != target or found["path"]["kind"] != source.values["path"]["kind"]:
+    if found["target"] != target or found["path"]["kind"] != source.preset.path["kind"]:
         yield f"other tools take it for target {found['target']}: a single file has no other word"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from difftool.config.families import OWN, family
+from difftool.config.families import family
 from difftool.config.layers import Layer
 from difftool.config.schema import Part, Preset
-from difftool.config.validate import build_preset
+from difftool.config.validate import to_values
 from difftool.errors import UsageError, missing
 from difftool.formats import open_model
 from difftool.storage.runs import (
@@ -113,27 +113,28 @@ def vocabulary(stages: Sequence[Stage]) -> str | None:
 
 def with_codec_of(preset: Preset, model: Path) -> Preset:
     """The preset with the autoencoder of another model, as it describes itself."""
-    return replace(preset, codec=build_preset(open_model(model).values, str(model)).codec)
+    return replace(preset, codec=open_model(model).preset.codec)
 
 
 def vae_layer(flag: str, model: Path) -> Layer:
     """What --vae MODEL says: its autoencoder, and a U-Net with as many channels."""
-    preset = build_preset(open_model(model).values, str(model))
+    preset = open_model(model).preset
     if not preset.codec.learned:
         raise UsageError(f"{model} has no autoencoder", f"its codec is {preset.codec.kind}")
-    values: dict[str, Any] = open_model(model).values["codec"]
     channels = preset.codec.latent_channels
-    return Layer(flag, {"codec": values, "unet": dict.fromkeys(CHANNELS, channels)})
+    values = {"codec": to_values(preset.codec), "unet": dict.fromkeys(CHANNELS, channels)}
+    return Layer(flag, values)
 
 
 def start_layers(model: Path) -> list[Layer]:
     """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
     learning rate; how long and on what it was trained is its past."""
-    values = dict(open_model(model).values)
+    source = open_model(model)
+    values = dict(source.values)
     past = {"steps", "batch_size", "flip", "size"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
     values |= {"train": train, "parts": ["unet"], "data": {}}
-    row = family(str(values.get("family", OWN)))
+    row = family(source.preset.family)
     lr = row.fine_tune_lr
     if row.fine_tune_share is not None:
         lr = row.fine_tune_share * float(train.get("lr", 1e-3))
@@ -143,7 +144,7 @@ def start_layers(model: Path) -> list[Layer]:
 
 def lora_layers(model: Path, rank: int) -> list[Layer]:
     """What --lora says: small matrices are trained by AdamW, and the model stays as it is."""
-    lr = family(str(open_model(model).values.get("family", OWN))).lora_lr
+    lr = family(open_model(model).preset.family).lora_lr
     values = {"lora_rank": rank, "lora_base": str(model)}
     gentle = {"optimizer": "adamw", "lr": lr}
     return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]
