@@ -24,10 +24,7 @@ class Command(TyperCommand):
     rows: ClassVar[Sequence[Option]] = ()
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        if self.rows:
-            help.show(ctx.command_path, self.help or "", [*self.rows, HELP])
-        else:
-            super().format_help(ctx, formatter)
+        help.show(ctx.command_path, self.help or "", [*self.rows, HELP])
 
 
 class Group(TyperGroup):
