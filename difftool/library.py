@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from difftool.conversion.ledger import Ledger
     from difftool.pipeline.model import Model
-    from difftool.sampling.command import Task
+    from difftool.sampling.command import SampleTask
     from difftool.training.run.start import Training
 
 PICTURES = ("init", "mask", "image_prompt")
@@ -135,7 +135,7 @@ class Pipeline:
         """
         from difftool.pipeline.generate import generate
         from difftool.sampling.command import run_of
-        from difftool.sampling.picture import Picture
+        from difftool.sampling.sample import Sample
 
         task = self._task(prompt, options)
         if task.total != 1 or task.values["from_latents"]:
@@ -144,7 +144,7 @@ class Pipeline:
         pictures = []
         for entry in entries:
             _tell(entry)
-            if isinstance(entry, Picture):
+            if isinstance(entry, Sample):
                 pictures.append(entry)
         (picture,) = pictures
         total = picture.plan.steps
@@ -153,7 +153,7 @@ class Pipeline:
             for step in generate(picture.plan, [picture.input])
         )
 
-    def _task(self, prompt: str | Sequence[str] | None, options: Mapping[str, Any]) -> Task:
+    def _task(self, prompt: str | Sequence[str] | None, options: Mapping[str, Any]) -> SampleTask:
         """What is asked for, read by the command's rows."""
         from difftool.config.options import read_options
         from difftool.sampling.command import prepare

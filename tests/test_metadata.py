@@ -20,8 +20,8 @@ from difftool.pipeline.inputs import SampleInput
 from difftool.sampling.metadata.a1111 import from_parameters, parameters, parse_parameters
 from difftool.sampling.metadata.chunk import chunk, from_chunk
 from difftool.sampling.metadata.files import encode, read, texts
-from difftool.sampling.picture import Picture
 from difftool.sampling.requests import Request
+from difftool.sampling.sample import Sample
 
 PRESET = build_preset(
     {
@@ -42,12 +42,12 @@ def picture(
     seed: int = 1,
     settings: SampleConfig = SETTINGS,
     model: str = "tiny",
-) -> Picture:
+) -> Sample:
     """A picture of a model of that name."""
     made_by = SimpleNamespace(name=model, hash="0123456789", preset=PRESET, loras=(), concat="none")
     plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None)
     request = Request(prompt=prompt, negative=negative, label=label)
-    return Picture(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)
+    return Sample(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)
 
 
 def text_of(*args: Any, **more: Any) -> str:

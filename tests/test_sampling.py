@@ -24,17 +24,17 @@ from difftool.sampling import run as running
 from difftool.sampling.batches import default_batch
 from difftool.sampling.events import (
     Event,
+    Existing,
     Failure,
-    Grid,
     Note,
     Result,
-    Skipped,
+    Sheet,
     Working,
 )
 from difftool.sampling.metadata.files import read
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Request
-from difftool.sampling.run import Run
+from difftool.sampling.run import SampleRun
 from difftool.storage.safetensors import load_tensors, save_tensors
 
 PRESET = build_preset(
@@ -111,7 +111,7 @@ def make(
 ) -> tuple[list[Event], Any]:
     model: Any = FakeModel(memory)
     output = Output.parse(where, many=True, skip_existing=options.pop("skip_existing", False))
-    events = list(Run(model=model, output=output, **options).events(requests))
+    events = list(SampleRun(model=model, output=output, **options).events(requests))
     return [event for event in events if not isinstance(event, Working)], model
 
 
@@ -120,7 +120,7 @@ def ask(prompt: str, *seeds: int, **settings: Any) -> Request:
 
 
 def seeds_of(events: Sequence[Event]) -> list[int | None]:
-    return [event.picture.seed for event in events if isinstance(event, Result)]
+    return [event.sample.seed for event in events if isinstance(event, Result)]
 
 
 def failures_of(events: Sequence[Event]) -> list[str]:
@@ -133,7 +133,7 @@ def test_like_settings_share_batches_and_order_is_kept():
     assert model.batches == [[1, 2], [3], [4], [5, 6]]
     assert seeds_of(events) == [1, 2, 3, 4, 5, 6]
     assert [e.index for e in events if isinstance(e, Result)] == [0, 1, 2, 3, 4, 5]
-    assert [e.picture.request.prompt for e in events if isinstance(e, Result)] == list("abbcde")
+    assert [e.sample.request.prompt for e in events if isinstance(e, Result)] == list("abbcde")
 
 
 def test_a_stream_is_worked_on_before_it_goes_on():
@@ -148,7 +148,7 @@ def test_a_stream_is_worked_on_before_it_goes_on():
         yield ask("c", 3)
 
     model: Any = FakeModel()
-    run = Run(model=model, output=Output.parse("out/"), batch_size=16)
+    run = SampleRun(model=model, output=Output.parse("out/"), batch_size=16)
     for event in run.events(requests()):
         seen.append(event)
     assert model.batches == [[1, 2], [3]] and seeds_of(seen) == [1, 2, 3]
@@ -198,7 +198,7 @@ def test_pictures_that_are_there_are_skipped_and_keep_their_index():
     make([ask("a", 1)], "out/[index].png")
     old = Path("out/0.png").read_bytes()
     events, model = make([ask("b", 2), ask("c", 3)], "out/[index].png", skip_existing=True)
-    assert events[0] == Skipped(0, Path("out/0.png")) and model.batches == [[3]]
+    assert events[0] == Existing(0, Path("out/0.png")) and model.batches == [[3]]
     assert Path("out/0.png").read_bytes() == old and Path("out/1.png").exists()
 
 
@@ -241,7 +241,7 @@ def test_what_is_not_done_to_the_letter_is_said(request_, text):
 def test_one_name_is_not_given_to_two_pictures():
     model: Any = FakeModel()
     output = Output.parse("out/[prompt].png", overwrite=True)
-    events = list(Run(model=model, output=output).events([ask("a", 1, 2)]))
+    events = list(SampleRun(model=model, output=output).events([ask("a", 1, 2)]))
     assert seeds_of(events) == [1] and "the name of two pictures" in failures_of(events)[0]
 
 
@@ -262,7 +262,7 @@ def test_latents_are_saved_and_decode_to_the_same_picture():
     latents = load_tensors(result.latents)["latents"]
     assert latents.dtype == torch.float32 and latents.shape == (3, 4, 4)
     assert latents.unique().tolist() == [pytest.approx(0.1)]
-    run = Run(model=model, output=Output.parse("again/[seed].png"))
+    run = SampleRun(model=model, output=Output.parse("again/[seed].png"))
     (decoded,) = list(run.decode([result.latents]))
     assert isinstance(decoded, Result) and decoded.path == Path("again/10.png")
     assert Path("again/10.png").read_bytes() == Path("out/10.png").read_bytes()
@@ -298,7 +298,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path):
     files[2].write_bytes(b"junk")
     save_tensors(files[3], {"latents": torch.full((3, 4, 4), torch.inf)}, {})
     model: Any = FakeModel()
-    events = list(Run(model=model, output=Output.parse("out/")).decode(files))
+    events = list(SampleRun(model=model, output=Output.parse("out/")).decode(files))
     codes = [event.error.code for event in events if isinstance(event, Failure)]
     assert codes == [3, 3, 3, 3, 2] and not Path("out").exists()
 
@@ -307,7 +307,7 @@ def test_latents_without_a_word_still_decode(tmp_path):
     file = tmp_path / "x.safetensors"
     save_tensors(file, {"latents": torch.zeros(3, 2, 8)}, {})
     model: Any = FakeModel()
-    (result,) = list(Run(model=model, output=Output.parse("out/")).decode([file]))
+    (result,) = list(SampleRun(model=model, output=Output.parse("out/")).decode([file]))
     assert isinstance(result, Result) and result.path == Path("out/00000-latents.png")
     with Image.open("out/00000-latents.png") as image:
         assert image.size == (16, 4)
@@ -315,7 +315,7 @@ def test_latents_without_a_word_still_decode(tmp_path):
 
 def test_a_sheet_of_all():
     events, _ = make([ask("a", 1, 2, 3), ask("b", 4, size=(16, 8))], "out/x.png", grid=True)
-    assert events[-1] == Grid(Path("out/x-grid.png"), 4)
+    assert events[-1] == Sheet(Path("out/x-grid.png"), 4)
     with Image.open("out/x-grid.png") as sheet:
         assert sheet.size == (32, 16) and sheet.getpixel((20, 12)) == (round(1.04 * 127.5),) * 3
     with pytest.raises(UsageError, match="exists"):
@@ -336,7 +336,7 @@ def test_a_prompt_is_a_row_of_the_sheet_where_each_has_as_many():
 def test_a_sheet_has_an_end(monkeypatch):
     monkeypatch.setattr("difftool.sampling.run.MAX_SHEET_PIXELS", 200)
     events, _ = make([ask("a", 1, 2, 3, 4)], "out/", grid=True)
-    assert events[-1] == Grid(Path("out/00004-grid.png"), 3)
+    assert events[-1] == Sheet(Path("out/00004-grid.png"), 3)
     assert "3 images, 1 are not on it" in next(e.text for e in events if isinstance(e, Note))
 
 

@@ -15,7 +15,7 @@ from difftool.sampling import events
 from difftool.sampling.settings import OPTIONS
 
 if TYPE_CHECKING:
-    from difftool.sampling.command import Task
+    from difftool.sampling.command import SampleTask
 
 ABOUT = """
 Make pictures. Prints the path of each as soon as it is written.
@@ -75,7 +75,7 @@ def _terminable() -> Iterator[None]:
 class _Show:
     """What happens, as results on stdout and talk on stderr."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: SampleTask):
         self.total = task.total
         self.steps = 0
         """Of one picture."""
@@ -129,13 +129,13 @@ class _Show:
                 self.made += 1
                 self.drawn += 1
                 emit(event.path, event.report())
-            case events.Grid(path, images):
+            case events.Sheet(path, images):
                 self.drawn = max(self.drawn, images)
                 emit(path, {"path": str(path), "grid": images})
             case events.Failure(_, error):
                 self.errors.append(error)
                 console.fail(error)
-            case events.Skipped():
+            case events.Existing():
                 self.skipped += 1
             case events.Note(text, warning=True):
                 console.warn(text)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from difftool.config.schema import SampleConfig
-from difftool.sampling.events import Failure, Note, Skipped
-from difftool.sampling.picture import Picture
+from difftool.sampling.events import Existing, Failure, Note
+from difftool.sampling.sample import Sample
 
 MAX_BATCH = 16
 BATCH_PIXELS = 1 << 20
 
-Entry = Picture | Failure | Skipped | Note
+Planned = Sample | Failure | Existing | Note
 
 
 def default_batch(settings: SampleConfig) -> int:
@@ -21,15 +21,15 @@ def default_batch(settings: SampleConfig) -> int:
 
 
 def batches(
-    entries: Iterable[Entry | None], room: Callable[[SampleConfig], int]
-) -> Iterator[list[Entry]]:
+    entries: Iterable[Planned | None], room: Callable[[SampleConfig], int]
+) -> Iterator[list[Planned]]:
     """Entries in order, cut so that the pictures of each batch are made alike and are no more than
     `room` says. None says that the next entry has to be waited for, so what there is goes on."""
-    batch: list[Entry] = []
+    batch: list[Planned] = []
     like: tuple[object, ...] = ()
     count = limit = 0
     for entry in entries:
-        if isinstance(entry, Picture):
+        if isinstance(entry, Sample):
             if count and _alike(entry) != like:
                 yield batch
                 batch, count = [], 0
@@ -44,7 +44,7 @@ def batches(
         yield batch
 
 
-def _alike(picture: Picture) -> tuple[object, ...]:
+def _alike(sample: Sample) -> tuple[object, ...]:
     """What the pictures of a batch have in common."""
-    given = (picture.input.init, picture.input.mask, picture.input.image)
-    return (picture.plan.settings, *(image is not None for image in given))
+    given = (sample.input.init, sample.input.mask, sample.input.image)
+    return (sample.plan.settings, *(image is not None for image in given))

@@ -9,7 +9,7 @@ The command and the library both work so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,22 +21,22 @@ from difftool.config.schema import SampleConfig
 from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.errors import DifftoolError, UsageError, clash
+from difftool.errors import UsageError, clash
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Note, Started
 from difftool.sampling.output import Output
-from difftool.sampling.requests import Request, read_requests, request_of
+from difftool.sampling.requests import Lines, Request, read_requests, request_of
 from difftool.sampling.settings import SETTINGS, spelled
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
-    from difftool.sampling.run import Run
+    from difftool.sampling.run import SampleRun
 
 REFINER_START = 0.8
 
 
 @dataclass(frozen=True)
-class Task:
+class SampleTask:
     """What the options ask for, checked as far as it can be without a model."""
 
     values: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Task:
     """What every picture is asked for, the prompts and labels apart."""
     asked: list[Request]
     """What is asked for; with --prompts, what each of its lines completes."""
-    stream: Iterable[Request | DifftoolError | None] | None
+    stream: Lines | None
     """The lines of --prompts."""
     output: Output | None
     """None where pictures go to no files."""
@@ -60,7 +60,7 @@ class Task:
         return model_name(self.values["model"])
 
 
-def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> Task:
+def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     """What the options ask for; UsageError for all that can be refused without a model, InputError
     for a picture that does not say how it was made. loaded: the model is there already, and
     pictures go to files only where `output` says so."""
@@ -91,7 +91,7 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> Task:
         for place in (values["model"], *filter(None, (values["vae"], values["refiner"]))):
             place_of_model(place)
     stream = read_requests(values["prompts"], asked[0]) if values["prompts"] else None
-    return Task(values, layers, base, asked, stream, output, total)
+    return SampleTask(values, layers, base, asked, stream, output, total)
 
 
 def _layers(values: Mapping[str, Any]) -> list[Layer]:
@@ -156,7 +156,9 @@ def _output(values: Mapping[str, Any], total: int | None) -> Output:
     return output
 
 
-def sample(task: Task, model: Model | None = None, refiner: Model | None = None) -> Iterator[Event]:
+def sample(
+    task: SampleTask, model: Model | None = None, refiner: Model | None = None
+) -> Iterator[Event]:
     """Load the models, unless they are given, and make the pictures: what happens, as it does.
 
     A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
@@ -178,12 +180,12 @@ def sample(task: Task, model: Model | None = None, refiner: Model | None = None)
         yield from run.events(task.asked if task.stream is None else task.stream)
 
 
-def run_of(task: Task, model: Model, refiner: Model | None = None) -> Run:
+def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> SampleRun:
     """The run that makes the pictures of a task."""
-    from difftool.sampling.run import Run
+    from difftool.sampling.run import SampleRun
 
     values, start = task.values, task.values["refiner_start"]
-    return Run(
+    return SampleRun(
         model=model,
         output=task.output,
         batch_size=1 if values["exact"] else values["batch_size"],
@@ -197,7 +199,7 @@ def run_of(task: Task, model: Model, refiner: Model | None = None) -> Run:
     )
 
 
-def load_models(task: Task) -> tuple[Model, Model | None]:
+def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     """The model, and the refiner if there is one, with their words."""
     from difftool.pipeline.load import load_model
     from difftool.pipeline.words import add_embeddings
@@ -221,7 +223,7 @@ def load_models(task: Task) -> tuple[Model, Model | None]:
     return model, refiner
 
 
-def configuration(task: Task) -> Iterator[tuple[str, Any, str]]:
+def configuration(task: SampleTask) -> Iterator[tuple[str, Any, str]]:
     """(key path, value, origin) of every value of the preset that pictures are made by."""
     from difftool.pipeline.settings import plan_sampling, resolve_settings
 

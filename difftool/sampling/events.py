@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from difftool.config.schema import SampleConfig
-    from difftool.sampling.picture import Picture
+    from difftool.sampling.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Working:
 class Result:
     """A picture that was made; `path` is None where it went to no file."""
 
-    picture: Picture
+    sample: Sample
     image: Image
     """Its `info` has the text chunks of its file."""
     path: Path | None
@@ -50,17 +50,17 @@ class Result:
     @property
     def index(self) -> int:
         """Its number in the run."""
-        return self.picture.index
+        return self.sample.index
 
     def report(self) -> dict[str, Any]:
         """The picture as a JSON object, which as a line of --prompts asks for it again."""
         latents = {} if self.latents is None else {"latents": str(self.latents)}
-        said = self.picture.report(seconds=round(self.seconds, 3))
+        said = self.sample.report(seconds=round(self.seconds, 3))
         return {"path": str(self.path), "index": self.index} | said | latents
 
 
 @dataclass(frozen=True)
-class Grid:
+class Sheet:
     """The sheet of all the run's pictures."""
 
     path: Path | None
@@ -76,7 +76,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class Existing:
     """A picture that is there already."""
 
     index: int
@@ -91,4 +91,4 @@ class Note:
     warning: bool = True
 
 
-Event = Started | Working | Result | Grid | Failure | Skipped | Note
+Event = Started | Working | Result | Sheet | Failure | Existing | Note

@@ -6,13 +6,12 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
 from difftool.images.formats import OUTPUT_FORMATS, format_of
-from difftool.sampling.settings import ALWAYS, SETTINGS
+from difftool.sampling.settings import ALWAYS, SETTINGS, Values
 from difftool.storage.commit import Lock, write_whole
 
 FIELDS = (*(row.name for row in ALWAYS), "index", "model", "model_hash", "date")
@@ -20,8 +19,6 @@ FIELDS = (*(row.name for row in ALWAYS), "index", "model", "model_hash", "date")
 NUMBERS = ("seed", "index", *(row.name for row in ALWAYS if row.type is int))
 """Those that can be padded with zeros."""
 ALIASES = {word: row.name for row in SETTINGS for word in row.words}
-Fields = Mapping[str, str | int | float | None]
-"""The values of FIELDS for one picture."""
 
 _FIELD = re.compile(r"\[([A-Za-z_]+)(?::([0-9]{1,2}))?\]")
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(1, 10)}
@@ -33,12 +30,12 @@ def slug(value: object, empty: str = "none") -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain)[:100].strip(".-_") or empty
 
 
-def expand(template: str, fields: Fields) -> str:
+def expand(template: str, values: Values) -> str:
     """The template with each [field] and [field:05] replaced by its value's slug."""
 
     def value(match: re.Match[str]) -> str:
         name = ALIASES.get(match[1].lower(), match[1].lower())
-        value = fields[name]
+        value = values[name]
         if isinstance(value, int):
             return f"{value:0{int(match[2] or 1)}d}"
         return slug(f"{value:g}" if isinstance(value, float) else value or "", name)
@@ -125,8 +122,8 @@ class Output:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write to the folder {folder}", "permission denied")
 
-    def path(self, fields: Fields, out: str | None = None) -> Path | None:
-        """Where a picture of these fields goes; None if its number is given when it is written.
+    def path(self, values: Values, out: str | None = None) -> Path | None:
+        """Where a picture of these values goes; None if its number is given when it is written.
 
         `out` is a name below the folder, asked for with the picture. UsageError for a name that
         would leave the folder or that some system would misread, and for one that is taken.
@@ -138,7 +135,7 @@ class Output:
                 hint = f"name them, such as -o {self.root}/[index:05].png"
                 raise UsageError("--skip-existing has no meaning for numbered pictures", hint=hint)
             return None
-        name = expand(_checked_name(out, self.format) if out else self.template, fields)
+        name = expand(_checked_name(out, self.format) if out else self.template, values)
         for part in PurePath(name).parts:
             if part.split(".")[0].lower() in _RESERVED or len(os.fsencode(part)) > 200:
                 raise UsageError(f"{name} is not usable as the name of a picture")

@@ -175,7 +175,12 @@ def from_json(values: Mapping[str, Any]) -> Request:
     return request_of(read, model_hash=made_by)
 
 
-def read_requests(where: str, base: Request) -> Iterator[Request | DifftoolError | None]:
+Lines = Iterable[Request | DifftoolError | None]
+"""Requests as they come: an error where one cannot be read, None where the next has to be waited
+for."""
+
+
+def read_requests(where: str, base: Request) -> Lines:
     """The requests of a file, or of stdin for "-", one a line, each completed by `base`.
 
     A line that cannot be read is its error. None means that nothing more is there yet, so that
@@ -195,9 +200,7 @@ def read_requests(where: str, base: Request) -> Iterator[Request | DifftoolError
     return _parsed(lines, "stdin" if where == "-" else Path(where).name, base)
 
 
-def _parsed(
-    lines: Iterable[bytes | None], source: str, base: Request
-) -> Iterator[Request | DifftoolError | None]:
+def _parsed(lines: Iterable[bytes | None], source: str, base: Request) -> Lines:
     number = 0
     for line in lines:
         if line is None:

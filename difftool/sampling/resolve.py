@@ -3,7 +3,7 @@ followed to the letter is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from difftool.pipeline.model import Model, Word
 from difftool.pipeline.settings import Refiner, SamplePlan, plan_sampling, resolve_settings
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
-from difftool.sampling.batches import Entry
-from difftool.sampling.events import Failure, Note, Skipped
+from difftool.sampling.batches import Planned
+from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.output import Output
-from difftool.sampling.picture import Picture
-from difftool.sampling.requests import Request, located
+from difftool.sampling.requests import Lines, Request, located
+from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
 
 SHARED = ("sampler", "schedule", "steps", "guidance", "size")
@@ -35,7 +35,7 @@ SHARED = ("sampler", "schedule", "steps", "guidance", "size")
 
 
 class Resolver:
-    """Resolves the requests of a run. match, strict and the refiner: see `Run`."""
+    """Resolves the requests of a run. match, strict and the refiner: see `SampleRun`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Resolver:
         self._words: set[Word] = set()
         self._last: tuple[Mapping[str, Any], bool, SamplePlan] | None = None
 
-    def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
+    def entries(self, requests: Lines) -> Iterator[Planned | None]:
         """The pictures of requests, in order; a Failure for what cannot be made, a note for what is
         not done to the letter; None is passed on."""
         index = 0
@@ -66,9 +66,9 @@ class Resolver:
                 index += 1
                 continue
             try:
-                picture = self._resolved(request)
+                sample = self._resolved(request)
                 seeds = request.images()
-                yield from self._notes(picture)
+                yield from self._notes(sample)
                 if not request.seeds:
                     yield Note(f"seed {seeds[0]}", warning=False)
             except DifftoolError as error:
@@ -76,13 +76,13 @@ class Resolver:
                 index += 1
                 continue
             for seed in seeds:
-                yield self._placed(picture, index, seed)
+                yield self._placed(sample, index, seed)
                 index += 1
         for word in self.model.words:
             if word not in self._words:
                 yield Note(f"no prompt has the word {word}: {word.path} was not used")
 
-    def _resolved(self, request: Request) -> Picture:
+    def _resolved(self, request: Request) -> Sample:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot
         make it."""
         model, asked = self.model, dict(request.settings)
@@ -95,7 +95,7 @@ class Resolver:
         words = used_words(model, (given.prompt, given.negative))
         self._words |= words
         paths = dict.fromkeys(str(word.path) for word in model.words if word in words)
-        return Picture(index=0, request=request, plan=plan, input=given, embeddings=tuple(paths))
+        return Sample(index=0, request=request, plan=plan, input=given, embeddings=tuple(paths))
 
     def plan(self, asked: Mapping[str, Any], *, from_picture: bool = False) -> SamplePlan:
         """What settings that are asked for come to; the same one for the same settings in turn."""
@@ -141,29 +141,29 @@ class Resolver:
         asked = {name: getattr(settings, name) for name in SHARED}
         return Refiner(model, resolve_settings(model, asked, self.match), start)
 
-    def _placed(self, picture: Picture, index: int, seed: int) -> Picture | Failure | Skipped:
+    def _placed(self, sample: Sample, index: int, seed: int) -> Sample | Failure | Existing:
         """The picture of a seed, with the name that it gets."""
-        given = picture.input._replace(seed=seed)
-        picture = replace(picture, index=index, input=given, seed=seed)
+        given = sample.input._replace(seed=seed)
+        sample = replace(sample, index=index, input=given, seed=seed)
         if self.output is None:
-            return picture
+            return sample
         try:
-            path = self.output.path(picture.values(), picture.request.out)
+            path = self.output.path(sample.values(), sample.request.out)
             if path in self._paths:
                 what = f"{path} would be the name of two pictures"
                 raise UsageError(what, hint="put [seed] or [index] into the name")
         except DifftoolError as error:
-            return Failure(index, located(error, picture.request.source))
+            return Failure(index, located(error, sample.request.source))
         if path is not None:
             self._paths.add(path)
             if self.output.skip_existing and path.exists():
-                return Skipped(index, path)
-        return replace(picture, path=path)
+                return Existing(index, path)
+        return replace(sample, path=path)
 
-    def _notes(self, picture: Picture) -> Iterator[Note]:
+    def _notes(self, sample: Sample) -> Iterator[Note]:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
-        request, plan = picture.request, picture.plan
-        settings, texts = plan.settings, [*self._idle(picture)]
+        request, plan = sample.request, sample.plan
+        settings, texts = plan.settings, [*self._idle(sample)]
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
         partial = request.init is not None or self.refiner is not None
@@ -191,9 +191,9 @@ class Resolver:
         yield from (Note(text) for text in texts if text not in self._noted)
         self._noted.update(texts)
 
-    def _idle(self, picture: Picture) -> Iterator[str]:
+    def _idle(self, sample: Sample) -> Iterator[str]:
         """The settings that were asked for and change nothing."""
-        values, own = picture.values(), self.model.preset.sample
+        values, own = sample.values(), self.model.preset.sample
         for row in SETTINGS:
             value = values.get(row.name)
             if row.effect is None or row.effect(values) or not value:

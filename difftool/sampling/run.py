@@ -19,16 +19,16 @@ from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
-from difftool.sampling.batches import Entry, batches, default_batch
-from difftool.sampling.events import Event, Failure, Grid, Note, Result, Skipped, Working
+from difftool.sampling.batches import Planned, batches, default_batch
+from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
 from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.output import Output
-from difftool.sampling.picture import Picture
-from difftool.sampling.requests import Request
+from difftool.sampling.requests import Lines
 from difftool.sampling.resolve import Resolver
+from difftool.sampling.sample import Sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +38,7 @@ MAX_SHEET_PIXELS = 1 << 28
 
 
 @dataclass(kw_only=True)
-class Run:
+class SampleRun:
     """Makes the pictures of requests; iterate over `events`.
 
     A request that cannot be done is a Failure and the others are still made. In the stream of
@@ -72,18 +72,18 @@ class Run:
             self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
         )
 
-    def events(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Event]:
+    def events(self, requests: Lines) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
         sheet = _Sheet()
         if self.grid and self.output:
             self.output.sheet_path()  # fails now if it is taken, not after all the work
         for batch in batches(self.entries(requests), self._room):
-            pictures = [entry for entry in batch if isinstance(entry, Picture)]
+            samples = [entry for entry in batch if isinstance(entry, Sample)]
             started = time.perf_counter()
-            made = iter((yield from self._make(pictures)))
-            seconds = (time.perf_counter() - started) / max(1, len(pictures))
+            made = iter((yield from self._make(samples)))
+            seconds = (time.perf_counter() - started) / max(1, len(samples))
             for entry in batch:
-                if not isinstance(entry, Picture):
+                if not isinstance(entry, Sample):
                     yield entry
                     continue
                 x0, image = next(made)
@@ -102,7 +102,7 @@ class Run:
         if sheet.images and self.output:
             yield self._write_sheet(sheet, self.output)
 
-    def entries(self, requests: Iterable[Request | DifftoolError | None]) -> Iterator[Entry | None]:
+    def entries(self, requests: Lines) -> Iterator[Planned | None]:
         """The pictures to make, resolved and not made; see `Resolver.entries`."""
         return self.resolver.entries(requests)
 
@@ -112,14 +112,12 @@ class Run:
 
     # --- making ------------------------------------------------------------------------------
 
-    def _make(
-        self, pictures: list[Picture]
-    ) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
+    def _make(self, samples: list[Sample]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
         """x0 [C,h,w] and image [3,H,W] of each; batches too large for memory are halved."""
-        size = min(len(pictures), self.limit)
+        size = min(len(samples), self.limit)
         made: list[tuple[Tensor, Tensor]] = []
-        while len(made) < len(pictures):
-            part = pictures[len(made) : len(made) + size]
+        while len(made) < len(samples):
+            part = samples[len(made) : len(made) + size]
             try:
                 made += yield from self._generate(part)
             except RuntimeError as error:
@@ -134,17 +132,17 @@ class Run:
         return made
 
     def _generate(
-        self, pictures: list[Picture]
+        self, samples: list[Sample]
     ) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
-        plan, inputs = pictures[0].plan, [picture.input for picture in pictures]
+        plan, inputs = samples[0].plan, [sample.input for sample in samples]
         x0 = torch.empty(0)
         for step in generate(plan, inputs):
             x0 = step.x
-            yield Working(len(pictures), step.index + 1, plan.steps)
+            yield Working(len(samples), step.index + 1, plan.steps)
         try:
             images = decode(self.model, x0)
         except Exception as error:
-            self._keep_latents(pictures, x0, error)
+            self._keep_latents(samples, x0, error)
             raise
         for image, given in zip(images, inputs, strict=True):
             if given.mask is not None and given.init is not None:  # what was not asked for stays
@@ -152,15 +150,15 @@ class Run:
                 image.copy_(mask * image + (1 - mask) * init)
         return list(zip(x0.float().cpu(), images.cpu(), strict=True))
 
-    def _keep_latents(self, pictures: list[Picture], x0: Tensor, error: Exception) -> None:
+    def _keep_latents(self, samples: list[Sample], x0: Tensor, error: Exception) -> None:
         """Latents that could not be decoded, onto the disk: ResourceError that says where."""
-        if isinstance(error, RuntimeError) and out_of_memory(error) and len(pictures) > 1:
+        if isinstance(error, RuntimeError) and out_of_memory(error) and len(samples) > 1:
             return  # a smaller batch may do
         if self.output is None:
             return
         files = []
-        for picture, latent in zip(pictures, x0.float().cpu(), strict=True):
-            stem = picture.path or self.output.root / f"undecoded-{picture.seed}.png"
+        for sample, latent in zip(samples, x0.float().cpu(), strict=True):
+            stem = sample.path or self.output.root / f"undecoded-{sample.seed}.png"
             stem.parent.mkdir(parents=True, exist_ok=True)
             files.append(latents_path(stem))
             write_latents(files[-1], latent, None, overwrite=True)
@@ -171,31 +169,31 @@ class Run:
     # --- writing -----------------------------------------------------------------------------
 
     def _written(
-        self, picture: Picture, x0: Tensor, image: Tensor, seconds: float
+        self, sample: Sample, x0: Tensor, image: Tensor, seconds: float
     ) -> Result | Failure:
-        values = chunk(picture) if self.metadata else None
-        text = parameters(picture.values()) if self.metadata else None
+        values = chunk(sample) if self.metadata else None
+        text = parameters(sample.values()) if self.metadata else None
         pixels, path, latents = to_pil(image), None, None
         pixels.info.update(texts(text, values))
         try:
             if self.output:
                 data = encode(pixels, self.output.format, texts(text, values))
-                tail = "latents" if picture.seed is None else picture.seed
-                path = self.output.write(data, picture.path, tail)
+                tail = "latents" if sample.seed is None else sample.seed
+                path = self.output.write(data, sample.path, tail)
             if self.output and self.latents and path:
                 latents = latents_path(path)
                 write_latents(latents, x0, values, self.output.overwrite)
         except ResourceError:
             raise  # a disk that is full is full for the next picture too
         except DifftoolError as error:
-            return Failure(picture.index, error)
-        return Result(picture=picture, image=pixels, path=path, seconds=seconds, latents=latents)
+            return Failure(sample.index, error)
+        return Result(sample=sample, image=pixels, path=path, seconds=seconds, latents=latents)
 
-    def _write_sheet(self, sheet: _Sheet, output: Output) -> Grid | Failure:
-        text = parameters(sheet.pictures[0].values()) if self.metadata else None
+    def _write_sheet(self, sheet: _Sheet, output: Output) -> Sheet | Failure:
+        text = parameters(sheet.samples[0].values()) if self.metadata else None
         try:
             data = encode(sheet.drawn(), output.format, texts(text, None))
-            return Grid(output.write(data, output.sheet_path(), "grid"), len(sheet.images))
+            return Sheet(output.write(data, output.sheet_path(), "grid"), len(sheet.images))
         except DifftoolError as error:
             return Failure(len(sheet.images), error)
 
@@ -209,40 +207,40 @@ class Run:
                 x0, request = read_latents(file, self.model)
                 plan = plan_sampling(self.model, resolve_settings(self.model, request.settings))
                 seed = request.seeds[0] if request.seeds else None
-                picture = Picture(
+                sample = Sample(
                     index=index, request=request, plan=plan, input=SampleInput(), seed=seed
                 )
-                path = self.output.path(picture.values()) if self.output else None
+                path = self.output.path(sample.values()) if self.output else None
                 image = decode(self.model, x0[None].to(self.model.device))[0].cpu()
             except DifftoolError as error:
                 yield Failure(index, error)
                 continue
             if path and self.output and self.output.skip_existing and path.exists():
-                yield Skipped(index, path)
+                yield Existing(index, path)
                 continue
             seconds = time.perf_counter() - started
-            yield self._written(replace(picture, path=path), x0, image, seconds)
+            yield self._written(replace(sample, path=path), x0, image, seconds)
 
 
 class _Sheet:
     """All pictures of a run, as far as there is room, and what the sheet of them looks like."""
 
     def __init__(self) -> None:
-        self.pictures: list[Picture] = []
+        self.samples: list[Sample] = []
         self.images: list[Image.Image] = []
         self.left_out = 0
 
-    def add(self, picture: Picture, image: Tensor) -> None:
+    def add(self, sample: Sample, image: Tensor) -> None:
         """Put an image [3,H,W] on it."""
         if (len(self.images) + 1) * image[0].numel() > MAX_SHEET_PIXELS:
             self.left_out += 1
             return
-        self.pictures.append(picture)
+        self.samples.append(sample)
         self.images.append(to_pil(image))
 
     def drawn(self) -> Image.Image:
         """The sheet, a row a prompt where each has as many."""
-        asked = [(each.request.prompt, each.request.label) for each in self.pictures]
+        asked = [(each.request.prompt, each.request.label) for each in self.samples]
         groups = [len([*group]) for _, group in groupby(asked)]
         even = len(groups) > 1 and set(groups) == {max(2, groups[0])}
         return tile(self.images, groups[0] if even else None)

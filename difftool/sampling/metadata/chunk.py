@@ -15,7 +15,7 @@ from difftool.sampling.requests import Request, from_json
 from difftool.version import __version__
 
 if TYPE_CHECKING:
-    from difftool.sampling.picture import Picture
+    from difftool.sampling.sample import Sample
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
@@ -25,15 +25,15 @@ IMAGES = ("init", "mask", "image_prompt")
 """Paths of pictures that one goes by."""
 
 
-def chunk(picture: Picture) -> dict[str, Any]:
+def chunk(sample: Sample) -> dict[str, Any]:
     """Plain values for JSON."""
-    model, values = picture.plan.model, picture.values()
+    model, values = sample.plan.model, sample.values()
     request = {name: values[name] for name in ASKED}
     request |= {n: v for n in (*IMAGES, "refiner") if (v := values[n]) is not None}
-    request |= {"embeddings": list(picture.embeddings)} if picture.embeddings else {}
+    request |= {"embeddings": list(sample.embeddings)} if sample.embeddings else {}
     loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
     request |= {"loras": loras} if loras else {}
-    if plugins := used(_components(picture)):
+    if plugins := used(_components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
     return {
         "schema": SCHEMA,
@@ -41,13 +41,13 @@ def chunk(picture: Picture) -> dict[str, Any]:
         "model": model.name,
         "model_hash": model.hash,
         "request": request,
-        "preset": to_values(model.preset) | {"sample": to_values(picture.plan.settings)},
+        "preset": to_values(model.preset) | {"sample": to_values(sample.plan.settings)},
     }
 
 
-def _components(picture: Picture) -> list[tuple[str, str]]:
+def _components(sample: Sample) -> list[tuple[str, str]]:
     """The kinds and names of what it is made by, and plugins may have added."""
-    preset, settings = picture.plan.model.preset, picture.plan.settings
+    preset, settings = sample.plan.model.preset, sample.plan.settings
     return [
         (SAMPLERS.kind, SAMPLERS.resolve(settings.sampler)),
         (GRIDS.kind, GRIDS.resolve(settings.schedule)),

@@ -14,7 +14,7 @@ from difftool.sampling.settings import ALWAYS, SETTINGS, Values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Sample:
     """A picture to make, or made, of what a request asks for."""
 
     index: int
