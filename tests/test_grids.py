@@ -254,7 +254,7 @@ def test_explicit_levels():
 def test_every_grid_on_every_path(grid: str, path: str):
     """n + 1 distinct finite levels from noisy to clean, or a reason why not."""
     for n in (1, 2, 7, 20, 50):
-        options = {"times": [PATHS[path]().at_index(i).t for i in range(n)][::-1]}
+        options: Any = {"times": [PATHS[path]().at_index(i).t for i in range(n)][::-1]}
         options = options if grid == "explicit" else {}
         try:
             found = GRIDS[grid](PATHS[path](), n, **options)
