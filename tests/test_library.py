@@ -292,6 +292,7 @@ def test_every_example_of_the_docstrings_runs(session):
     assert (session["folder"] / "fox.png").is_file()
     assert session["said"].getvalue().count("\n") == 4
     assert session["z"].shape == (1, 8, 8, 8) and session["again"].size == (64, 64)
+    assert len(session["noised"]) == 8 and session["ledger"].verified.startswith("identical")
 
 
 def test_training_is_one_call(session, monkeypatch):
