@@ -122,6 +122,17 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, pictures):
     assert (tmp_path / "run/checkpoints/step-000003/manifest.json").is_file()
 
 
+def test_a_second_signal_interrupts(tmp_path, pictures):
+    run = start(tmp_path / "run", pictures, {})
+    steps = run.steps()
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    steps.close()
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {})
     for _ in run.steps():

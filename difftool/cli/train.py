@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ DRY_RUN = Option(
 ROWS = (*OPTIONS, DRY_RUN, PRINT_CONFIG, *TALK)
 KEY, VALUE = 20, 28
 """Columns of a key and of a value in what is said before a run."""
+STDERR = 2
 STOPPING = "finishing this step, then saving; again: stop now"
 
 
@@ -92,11 +92,14 @@ def _tell(noting: Training | Run) -> None:
         console.warn(noting.notes.pop(0))
 
 
-def _stopping() -> None:
-    """Answer a first signal. Past Python's buffers, whose locks what was interrupted may hold."""
+def _stopping(signum: int, first: bool) -> None:
+    """Answer a first signal, past Python's buffers, whose locks what was interrupted may hold; end
+    the process at a second."""
+    if not first:
+        os._exit(128 + signum)
     if not (console.mode.quiet or console.mode.follower):
         start, end = ("\r", "\x1b[K\n") if console.interactive() else ("", "\n")
-        os.write(sys.stderr.fileno(), f"{start}{STOPPING}{end}".encode())
+        os.write(STDERR, f"{start}{STOPPING}{end}".encode())
 
 
 def _choices(training: Training) -> list[tuple[str, str, str]]:

@@ -1,0 +1,6 @@
+"""Training: `train` from its options to a model.
+
+options   the options as rows              run/      a run from its plan to its folder
+metrics   what metrics.jsonl holds         step/     one optimiser step, and what it depends on
+                                           report/   the page and the plots of a run
+"""

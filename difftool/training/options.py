@@ -14,6 +14,7 @@ from difftool.config.options import DEVICE, OFFLINE, SET, Option
 from difftool.config.schema import RECIPES, Part
 from difftool.progress import Progress, silent
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size
+from difftool.training.run.stop import Stopping, interrupt_again
 from difftool.training.step.optim import OPTIMIZERS
 
 NAMED.update({f"{recipe}.optimizer": lambda: OPTIMIZERS for recipe in RECIPES.values()})
@@ -45,8 +46,8 @@ class RunOptions:
     """For the report: (key, value, origin) of the configuration that is not the preset's."""
     progress: Progress = silent
     """Shows how pictures are read and encoded."""
-    stopping: Callable[[], None] = lambda: None
-    """Called in the handler of a first signal, at once: the step is finished and saved."""
+    stopping: Stopping = interrupt_again
+    """Answers signals, while the step is finished and saved."""
 
 
 def _row(name: str, panel: str, help: str, **more: Any) -> Option:

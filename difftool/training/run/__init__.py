@@ -1,0 +1,8 @@
+"""A run: start.py is the whole of `train` without its talk.
+
+plan, stages, estimate    what is trained, how far it is, and what it takes; before anything is made
+run                       one part, step by step, with checkpoints and what it shows
+folder, facts             its files, under a lock
+previews, validation      samples, and what is measured of them and of held-out pictures
+stop                      signals
+"""

@@ -32,6 +32,7 @@ from difftool.training.options import RunOptions, option_layers
 from difftool.training.run import stages as staged
 from difftool.training.run.plan import plan
 from difftool.training.run.stages import Stage
+from difftool.training.run.stop import Stopping, interrupt_again
 from difftool.training.step.frames import buckets_of
 
 if TYPE_CHECKING:
@@ -196,9 +197,7 @@ class Training:
         sizes = map(self.dataset.picture_size, range(len(self.dataset)))
         return frames.lines(size for size in sizes if size) if frames else []
 
-    def begin(
-        self, progress: Progress = silent, stopping: Callable[[], None] = lambda: None
-    ) -> Path:
+    def begin(self, progress: Progress = silent, stopping: Stopping = interrupt_again) -> Path:
         """Create and lock the run folder; its path. progress, stopping: see RunOptions.
 
         ResourceError if the disk has no room, UsageError if another run has the folder.
@@ -209,7 +208,7 @@ class Training:
         from difftool.training.step.loop import compiler_problem
 
         data, out = self.values["data"], self.values["out"]
-        names = {field.name for field in fields(RunOptions)}
+        names = {each.name for each in fields(RunOptions)}
         given = {k: v for k, v in self.values.items() if k in names and v is not None}
         choices = [row for row in self.origins if not row[2].startswith(("default", "preset"))]
         given |= {"device": str(self.device), "choices": choices}
@@ -263,8 +262,8 @@ class Training:
                     self.preset = staged.with_codec_of(self.preset, model)
 
     def run(self) -> Training:
-        """Train all parts to their ends; itself. Stopped after a first SIGINT or SIGTERM, once the
-        state is saved."""
+        """Train all parts to their ends; itself. Raises Stopped after a first SIGINT or SIGTERM,
+        once the state is saved, and KeyboardInterrupt after a second."""
         for run in self.parts():
             for _ in run.steps():
                 pass

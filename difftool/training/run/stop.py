@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Stopping = Callable[[int, bool], None]
+"""Called within a signal's handler, at once, with its number and whether it is the first."""
+
+
+def interrupt_again(signum: int, first: bool) -> None:
+    """After a first signal the step is finished and saved; a second one interrupts."""
+    if not first:
+        raise KeyboardInterrupt
+
 
 @contextmanager
-def graceful_stop(noticed: Callable[[], None]) -> Iterator[list[int]]:
-    """In the block a first SIGINT or SIGTERM is put into the list, and `noticed` is called at once,
-    within the signal's handler; a second one ends the process. Signals reach the main thread only:
-    in another nothing changes."""
+def graceful_stop(stopping: Stopping) -> Iterator[list[int]]:
+    """In the block SIGINT and SIGTERM are put into the list. They reach the main thread only: in
+    another nothing changes."""
     received: list[int] = []
 
     def note(signum: int, _frame: Any) -> None:
-        if received:
-            os._exit(128 + signum)
         received.append(signum)
-        noticed()
+        stopping(signum, len(received) == 1)
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
