@@ -78,3 +78,23 @@ def test_other_shells_are_told_what_values_mean(complete):
     assert '"heun":"Heun in rho' in shown
     (line,) = complete("difftool draw --set train.decay=c", "fish")
     assert line.startswith("train.decay=cosine\tHow the learning rate falls")
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("sample fox --set sample.clip=", ["none", "static", "dynamic"]),
+        ("sample fox --set train", []),
+        ("noise --set zero", ["zero_snr=true", "zero_snr=false"]),
+        ("train photos --preset pixel-m", ["pixel-medium"]),
+        ("convert a b --to di", ["diffusers", "difftool"]),
+        ("--list sa", ["samplers"]),
+    ],
+)
+def test_each_command_completes_its_own(difftool, monkeypatch, line, values):
+    words = ["difftool", *line.replace("=", " = ").split()]
+    monkeypatch.setenv("_DIFFTOOL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    monkeypatch.setenv("_DIFFTOOL_COMPLETE_KEY", "")
+    assert list(filter(None, difftool().lines)) == values

@@ -201,11 +201,13 @@ def switch(name: str, help: str, *flags: str) -> Option:
     return Option(name=name, type=bool, help=help, panel=RUN, flags=flags)
 
 
-def assignments(prefix: str = "") -> Mapping[str, str]:
-    """What --set is completed to, and what it means; of the keys that begin so."""
+def assignments(below: str = "", prefix: str = "") -> Mapping[str, str]:
+    """What --set is completed to, and what it means: of the keys that begin with both; `below` is
+    left out."""
     from difftool.config.keys import assignments
 
-    return assignments(prefix)
+    found = assignments(below + prefix).items()
+    return {text.removeprefix(below): meaning for text, meaning in found}
 
 
 SET = Option(

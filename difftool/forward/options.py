@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from difftool.config.options import DEVICE, DTYPE, OFFLINE, OVERWRITE, RUN, SET, Option
+from difftool.config.options import DEVICE, DTYPE, OFFLINE, OVERWRITE, RUN, SET, Option, assignments
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS
 from difftool.errors import UsageError
@@ -41,7 +41,7 @@ OPTIONS = (
            help="Longest side of a frame"),
     Option(name="path", panel=LEVELS, read=_path, choices=lambda: PATHS, default=DEFAULT_PATH,
            help="Noise path"),
-    replace(SET, metavar="KEY=VALUE", panel=LEVELS, complete=None,
+    replace(SET, metavar="KEY=VALUE", panel=LEVELS, complete=lambda: assignments("path."),
             help="An option of the path; repeatable"),
     Option(name="steps", type=int, low=1, high=100_000, panel=LEVELS,
            default="8, 40 of a moving picture; 20",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -23,6 +23,7 @@ from difftool.config.options import (
     RUN,
     SET,
     Option,
+    assignments,
     option_layers,
 )
 from difftool.diffusion.grids import GRIDS
@@ -378,7 +379,9 @@ SETTINGS: tuple[Setting, ...] = (
 
 OPTIONS: tuple[Option, ...] = (
     *(row for row in SETTINGS if row.option),
-    *(OVERWRITE, DEVICE, DTYPE, SET, OFFLINE),
+    *(OVERWRITE, DEVICE, DTYPE),
+    replace(SET, complete=lambda: assignments(prefix="sample.")),
+    OFFLINE,
 )
 """What `difftool sample`, and the library, take."""
 ALWAYS = tuple(row for row in SETTINGS if row.always)
