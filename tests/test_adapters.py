@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from difftool.adapters.lora.train import Adapters
-from difftool.config.layers import load_preset, merge
 from difftool.config.networks import UNetConfig
 from difftool.config.validate import build_preset, to_values
 from difftool.data import shapes
@@ -25,25 +25,16 @@ from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 TINY = {
-    "codec": {"kind": "space_to_depth", "block": 2},
-    "unet": {
-        "channels": [16, 32], "blocks": 1, "depth": [0, 1], "groups": 8, "head_dim": 8,
-        "context_dim": 16, "vector_dim": 8,
-    },
-    "text": [
-        {
-            "width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
-            "vocab_size": 300, "length": 16, "tokenizer": "learned", "pooled": True,
-            "projection": 8,
-        }
-    ],
+    "codec": tiny.BLOCKS,
+    "unet": tiny.TEXT_UNET,
+    "text": [tiny.TEXT],
     "sample": {"size": [16, 16], "steps": 3},
-    "train": {"size": 16, "batch_size": 4, "warmup": 0, "steps": 12},
-}  # fmt: skip
+    "train": tiny.TRAIN | {"warmup": 0},
+}
 
 
 def preset():
-    return build_preset(merge(to_values(load_preset("text-small")), TINY))
+    return tiny.small("text-small", TINY)
 
 
 @pytest.fixture

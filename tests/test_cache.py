@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-from difftool.config.validate import build_preset
 from difftool.data import open_dataset
 from difftool.data.buckets import Buckets
 from difftool.networks.codecs import VaeCodec
@@ -16,19 +16,14 @@ from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
 from difftool.training.step.cache import Embeddings, Latents
 
-PRESET = build_preset(
-    {
-        "name": "tiny",
-        "about": "for tests",
-        "codec": {"kind": "vae", "latent_channels": 2, "widths": [8, 8], "blocks": 1, "groups": 4},
-        "unet": {"in_channels": 2, "out_channels": 2, "channels": [8], "blocks": 1, "depth": [1],
-                 "groups": 4, "head_dim": 4, "attention": "transformer", "context_dim": 16},
-        "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 16, "projection": 8,
-                  "pooled": True}],
-        "path": {"kind": "flow"},
-        "target": "flow",
-    }
-)  # fmt: skip
+PRESET = tiny.preset(
+    channels=2,
+    codec=tiny.VAE | {"latent_channels": 2},
+    unet={"depth": [0, 1], "attention": "transformer", "context_dim": 16},
+    text=[{"width": 16, "layers": 1, "heads": 2, "mlp": 16, "projection": 8, "pooled": True}],
+    path={"kind": "flow"},
+    target="flow",
+)
 
 
 @pytest.fixture

@@ -8,32 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import ldm_models
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from difftool.config.layers import load_preset
-from difftool.config.networks import IdentityConfig, UNetConfig
-from difftool.config.schema import SampleConfig
 from difftool.formats import open_model
 from difftool.pipeline.model import Model
 from difftool.storage import safetensors
 
-PRESET = replace(
-    load_preset("ddpm"),
-    name="tiny",
-    codec=IdentityConfig(),
-    unet=UNetConfig(
-        in_channels=3, out_channels=3, channels=(8, 16), blocks=1, depth=(0, 1), head_dim=8,
-        groups=4,
-    ),
-    sample=SampleConfig(size=(16, 16), sampler="ddim", schedule="leading"),
-)  # fmt: skip
+SAMPLE = {"size": [16, 16], "sampler": "ddim", "schedule": "leading"}
+PRESET = tiny.preset(unet={"depth": [0, 1]}, path={"kind": "ddpm"}, sample=SAMPLE)
 
 
 @pytest.fixture

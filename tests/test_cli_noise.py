@@ -9,27 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
 from difftool.pipeline.model import Model
 
 ROW = ["index", "t", "alpha", "sigma", "log_snr"]
-MODEL = {
-    "name": "tiny",
-    "about": "for tests",
-    "codec": {"kind": "space_to_depth", "block": 2},
-    "unet": {
-        "in_channels": 12, "out_channels": 12, "channels": [8], "blocks": 1, "head_dim": 8,
-        "groups": 4, "depth": [0], "num_classes": 3,
-    },
-    "classes": ["fox", "dog"],
-    "path": {"kind": "flow", "shift": 3.0},
-    "target": "flow",
-    "sample": {"size": [16, 16]},
-}  # fmt: skip
+PRESET = tiny.preset(
+    channels=12,
+    codec=tiny.BLOCKS,
+    unet={"num_classes": 3},
+    classes=["fox", "dog"],
+    path={"kind": "flow", "shift": 3.0},
+    target="flow",
+    sample={"size": [16, 16]},
+)
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def noise(difftool):
 @pytest.fixture
 def model(noise):
     """A tiny model of two classes in that folder."""
-    Model.fresh(build_preset(MODEL), seed=0).save(Path("tiny.safetensors"))
+    Model.fresh(PRESET, seed=0).save(Path("tiny.safetensors"))
     return "tiny.safetensors"
 
 

@@ -12,16 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from commands import ENVIRONMENT, Ran
 from PIL import Image
 
 from difftool import plugins
-from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import start_noise
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.pipeline.model import Model
 from difftool.sampling.metadata.a1111 import parse_parameters
 from difftool.sampling.metadata.files import encode, read, texts
 from difftool.storage.runs import MODEL, save_checkpoint
@@ -32,8 +31,6 @@ KEYS = (
     "schema path index prompt negative seed sampler schedule steps guidance width height model"
     " model_hash seconds"
 ).split()
-UNET = {"in_channels": 12, "out_channels": 12, "channels": [32], "blocks": 1, "head_dim": 32}
-CODEC = {"kind": "space_to_depth", "block": 2}
 SAMPLE = {"size": [16, 16], "steps": 2, "sampler": "euler", "schedule": "linspace"}
 
 
@@ -46,26 +43,21 @@ def models(tmp_path_factory) -> dict[str, str]:
     text = {"width": 32, "layers": 1, "heads": 2, "mlp": 64, "length": 8, "tokenizer": "learned"}
     kinds = {
         "text": {
-            "unet": UNET | {"attention": "transformer", "depth": [1], "context_dim": 32},
+            "unet": {"attention": "transformer", "depth": [0, 1], "context_dim": 32},
             "text": [text | {"vocab_size": tokenizer.vocab_size}],
             "sample": SAMPLE | {"guidance": 2.0},
         },
-        "classes": {"unet": UNET | {"depth": [0], "num_classes": 3}, "classes": ["fox", "dog"]},
-        "plain": {"unet": UNET | {"depth": [0]}},
+        "classes": {"unet": {"num_classes": 3}, "classes": ["fox", "dog"]},
+        "plain": {},
     }
     files = {}
     for name, values in kinds.items():
-        common = {"name": name, "about": "for tests", "codec": CODEC, "sample": SAMPLE}
-        path = {"kind": "flow"}
-        preset = build_preset(common | {"path": path, "target": "flow"} | values)
+        common = {"name": name, "codec": tiny.BLOCKS, "sample": SAMPLE}
+        flow = {"path": {"kind": "flow"}, "target": "flow"}
+        preset = tiny.preset(12, **(common | flow | values))
         vocabulary = tokenizer.to_json() if name == "text" else None
         files[name] = str(folder / f"{name}.safetensors")
-        model = Model.fresh(preset, seed=1, tokenizer_json=vocabulary)
-        generator = torch.Generator().manual_seed(0)
-        parameters = (p for part in model.parts().values() for p in part.parameters())
-        for parameter in parameters:  # a fresh network's last layer is zero
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.save(Path(files[name]))
+        tiny.model(preset, seed=1, tokenizer_json=vocabulary).save(Path(files[name]))
     return files
 
 

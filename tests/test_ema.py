@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from scipy.integrate import quad
 
@@ -17,7 +18,6 @@ from difftool.adapters.averages import (
     snapshots,
     write_model,
 )
-from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import TrainConfig
 from difftool.data import open_dataset
 from difftool.errors import UsageError
@@ -117,12 +117,9 @@ def test_nothing_stored_is_an_error_with_the_way_out(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A run folder with a model, its snapshots, and the averages that the run tracked itself."""
-    tiny = {
-        "unet": {"channels": [8, 8], "blocks": 1, "groups": 4, "head_dim": 4},
-        "train": {"size": 16, "batch_size": 2, "steps": 20, "warmup": 0, "flip": False,
-                  "ema_profile": "power"},
-    }  # fmt: skip
-    preset = resolve([*preset_layers("pixel-small"), Layer("tiny", tiny)])
+    train = {"batch_size": 2, "steps": 20, "warmup": 0, "flip": False, "ema_profile": "power"}
+    values = {"unet": tiny.UNET, "train": tiny.TRAIN | train}
+    preset = tiny.small("pixel-small", values)
     trainer = Trainer(Model.fresh(preset, seed=0), open_dataset("shapes"))
     for step in trainer.run():
         if step.step % 5 == 0:

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import ldm_models as ldms
 import pytest
+import tiny
 from conversions import convert
 from test_safetensors import mutated
 
-from difftool.config.layers import load_preset, merge
-from difftool.config.validate import build_preset, to_values
 from difftool.conversion.inspect import inspect
 from difftool.errors import DifftoolError, InputError
 from difftool.formats import open_model
 from difftool.pipeline.model import Model
 
-TINY = {"unet": {"channels": [8, 8], "groups": 4, "head_dim": 4, "blocks": 1}}
 KINDS = ("difftool", "diffusers", "ldm")
 
 
@@ -30,8 +28,7 @@ def good(folder: Path, kind: str) -> bytes:
     if kind == "ldm":
         ldms.write(path, "sd1")
     else:
-        values = merge(to_values(load_preset("pixel-small")), TINY)
-        Model.fresh(build_preset(values), seed=0).save(path)
+        Model.fresh(tiny.small("pixel-small", {"unet": tiny.UNET}), seed=0).save(path)
     data = path.read_bytes()
     path.unlink()
     return data

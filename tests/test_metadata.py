@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 
 from difftool import __version__
@@ -23,15 +24,7 @@ from difftool.sampling.metadata.files import encode, read, texts
 from difftool.sampling.requests import Request
 from difftool.sampling.sample import Sample
 
-PRESET = build_preset(
-    {
-        "name": "tiny",
-        "about": "for tests",
-        "unet": {"in_channels": 3, "out_channels": 3, "channels": [32], "head_dim": 32},
-        "path": {"kind": "sd15"},
-        "target": "eps",
-    }
-)
+PRESET = tiny.preset()
 SETTINGS = SampleConfig(size=(512, 768), guidance=7.0, sampler="dpmpp_2m", schedule="karras")
 
 

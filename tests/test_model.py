@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
@@ -18,7 +19,7 @@ from difftool.pipeline.load import load_model, pick_device
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-SMALL = ["unet.channels=[8,8]", "unet.groups=4", "unet.head_dim=4", "unet.blocks=1"]
+SMALL = tiny.settings(unet=tiny.UNET)
 CLASSES = [*SMALL, "unet.num_classes=4", "classes=[cat, dog, owl]", "sample.size=[16,16]"]
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-from difftool.config.validate import build_preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.prediction import Prediction
 from difftool.errors import ResourceError, UsageError
@@ -23,30 +23,17 @@ from difftool.pipeline.decode import decode
 from difftool.pipeline.model import Model
 
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-UNET = {"channels": [8, 8], "blocks": 1, "head_dim": 4, "groups": 4, "depth": [0, 0]}
 CODECS = {
     "identity": ({"kind": "identity"}, 3),
-    "space_to_depth": ({"kind": "space_to_depth", "block": 2}, 12),
-    "vae": (
-        {"kind": "vae", "widths": [8, 8], "blocks": 1, "groups": 4, "latent_channels": 4},
-        4,
-    ),
+    "space_to_depth": (tiny.BLOCKS, 12),
+    "vae": (tiny.VAE | {"latent_channels": 4}, 4),
 }
 
 
 def make(codec: str = "identity", **values: Any) -> Model:
     config, channels = CODECS[codec]
-    unet = UNET | {"in_channels": channels, "out_channels": channels} | values.pop("unet", {})
-    preset = {
-        "name": codec, "about": "for tests", "codec": config, "unet": unet,
-        "path": {"kind": "sd15"}, "target": "eps", "sample": {"size": [32, 24]},
-    }  # fmt: skip
-    model = Model.fresh(build_preset(preset | values), seed=1)
-    generator = torch.Generator().manual_seed(0)
-    for part in model.parts().values():  # a fresh network's last layer is zero
-        for parameter in part.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
+    values = {"name": codec, "codec": config, "sample": {"size": [32, 24]}} | values
+    return tiny.model(tiny.preset(channels, **values), seed=1, deviation=0.05)
 
 
 @pytest.fixture(scope="module", params=CODECS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from runs import close_runs, start_run
@@ -37,8 +38,8 @@ from difftool.training.run.validation import channel_statistics as statistics
 from difftool.training.run.validation import hold_out
 
 TINY = {
-    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
-    "train": {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2, "flip": False},
+    "unet": tiny.ATTENTION_UNET,
+    "train": tiny.TRAIN | {"flip": False},
     "sample": {"steps": 2},
 }
 

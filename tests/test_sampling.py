@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch import Tensor
 
 from difftool.config.schema import SampleConfig
-from difftool.config.validate import build_preset
 from difftool.diffusion.path import build_path
 from difftool.errors import DifftoolError, ResourceError, UsageError
 from difftool.pipeline.inputs import SampleInput
@@ -37,24 +37,11 @@ from difftool.sampling.requests import Request
 from difftool.sampling.run import SampleRun
 from difftool.storage.safetensors import load_tensors, save_tensors
 
-PRESET = build_preset(
-    {
-        "name": "fake",
-        "about": "for tests",
-        "unet": {
-            "in_channels": 3,
-            "out_channels": 3,
-            "channels": [32],
-            "head_dim": 32,
-            "attention": "transformer",
-            "depth": [1],
-            "context_dim": 8,
-        },
-        "text": [{"width": 8, "layers": 1, "heads": 1, "mlp": 8}],
-        "path": {"kind": "sd15"},
-        "target": "eps",
-        "sample": {"size": [8, 8], "steps": 3, "guidance": 2.0, "sampler": "ddim"},
-    }
+PRESET = tiny.preset(
+    name="fake",
+    unet={"attention": "transformer", "depth": [0, 1], "context_dim": 8},
+    text=[{"width": 8, "layers": 1, "heads": 1, "mlp": 8}],
+    sample={"size": [8, 8], "steps": 3, "guidance": 2.0, "sampler": "ddim"},
 )
 
 

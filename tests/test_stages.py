@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from commands import wait_for
 from PIL import Image
@@ -25,28 +26,27 @@ from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.storage.yaml import dump_yaml
 
-TINY = """
-extends: ldm-small
-about: for tests
-codec: {patch: 1, latent_channels: 4, widths: [8, 16, 16], blocks: 1, groups: 4}
-unet: {in_channels: 4, out_channels: 4, channels: [16, 16], blocks: 1, head_dim: 8, groups: 8,
-       depth: [0, 1], context_dim: 16, vector_dim: 8}
-text:
-  - {width: 16, layers: 1, heads: 2, mlp: 32, activation: gelu, vocab_size: 300, length: 16,
-     tokenizer: learned, pooled: true, projection: 8}
-sample: {size: [16, 16], steps: 2}
-train_vae: {steps: 20, batch_size: 4, warmup: 2, adversarial: 0.1, adversarial_from: 8}
-train_clip: {steps: 20, batch_size: 4, warmup: 2, width: 8}
-train: {size: 16, steps: 20, batch_size: 4, warmup: 2, flip: true}
-"""
+STEPS = {"steps": 20, "batch_size": 4, "warmup": 2}
+TINY = {
+    "extends": "ldm-small",
+    "about": "for tests",
+    "codec": tiny.VAE | {"patch": 1, "latent_channels": 4, "widths": [8, 16, 16]},
+    "unet": tiny.TEXT_UNET | {"in_channels": 4, "out_channels": 4},
+    "text": [tiny.TEXT],
+    "sample": {"size": [16, 16], "steps": 2},
+    "train_vae": STEPS | {"adversarial": 0.1, "adversarial_from": 8},
+    "train_clip": STEPS | {"width": 8},
+    "train": STEPS | {"size": 16, "flip": True},
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A captioned folder, and a preset for it."""
     place = tmp_path_factory.mktemp("stages")
-    (place / "tiny.yaml").write_text(TINY)
+    (place / "tiny.yaml").write_text(dump_yaml(TINY), encoding="utf-8")
     (place / "photos").mkdir()
     captions = [str(c) for c in shapes.captions()][::97][:24]
     with (place / "photos" / "metadata.jsonl").open("w") as file:

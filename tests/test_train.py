@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 from folders import lay, pictures
 
 from difftool.config.options import read_options
@@ -11,10 +12,8 @@ from difftool.pipeline.load import load_model
 from difftool.training.options import OPTIONS
 from difftool.training.run.start import prepare, train
 
-SMALL = {
-    "unet.channels": [8, 8], "unet.groups": 4, "unet.head_dim": 4, "unet.blocks": 1,
-    "sample.steps": 2, "train.lr": 2e-4,
-}  # fmt: skip
+SMALL = {f"unet.{key}": value for key, value in tiny.UNET.items()}
+SMALL |= {"sample.steps": 2, "train.lr": 2e-4}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from runs import close_runs, start_run
@@ -21,18 +22,11 @@ from difftool.training.run.plan import plan
 from difftool.training.run.run import Run
 
 TINY = {
-    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8},
-    "train": {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2, "flip": True},
+    "unet": tiny.ATTENTION_UNET,
+    "train": tiny.TRAIN | {"flip": True},
     "sample": {"steps": 2},
 }
-TINY_TEXT = {
-    "text": [
-        {"width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
-         "vocab_size": 300, "length": 16, "tokenizer": "learned", "pooled": True, "projection": 16}
-    ],
-    "unet": {"channels": [16, 16], "blocks": 1, "depth": [0, 1], "head_dim": 8, "groups": 8,
-             "context_dim": 16, "vector_dim": 16},
-}  # fmt: skip
+TINY_TEXT = {"text": [tiny.TEXT], "unet": tiny.TEXT_UNET}
 
 
 @pytest.fixture(autouse=True)

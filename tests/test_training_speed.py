@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from commands import wait_for
@@ -21,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from difftool.cli.train import STOPPING
-from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.networks import UNetConfig
 from difftool.data import open_dataset
 from difftool.engine import cpu
@@ -32,10 +32,7 @@ from difftool.training.step import loop
 from difftool.training.step.loop import Trainer
 from difftool.training.step.state import restore_state, save_state
 
-TINY = {
-    "unet": {"channels": [8, 8], "blocks": 1, "groups": 4, "head_dim": 4},
-    "train": {"size": 16, "batch_size": 4, "steps": 6, "warmup": 2, "flip": True},
-}
+TINY = {"unet": tiny.UNET, "train": tiny.TRAIN | {"steps": 6, "flip": True}}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +45,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def trainer(pictures: Path, train: dict | None = None, **options) -> Trainer:
-    layers = [
-        *preset_layers("pixel-small"),
-        Layer("tiny", TINY),
-        Layer("test", {"train": train or {}}),
-    ]
-    preset = resolve(layers)
+    preset = tiny.small("pixel-small", TINY, {"train": train or {}})
     return Trainer(Model.fresh(preset, seed=0), open_dataset(str(pictures)), **options)
 
 
@@ -283,9 +275,7 @@ def test_a_step_asks_the_device_for_nothing(pictures, train):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("train", [{}, {"optimizer": "muon", "ema_profile": "power"}])
 def test_a_step_on_a_gpu_waits_for_nothing(pictures, train):
-    preset = resolve(
-        [*preset_layers("pixel-small"), Layer("tiny", TINY), Layer("test", {"train": train})]
-    )
+    preset = tiny.small("pixel-small", TINY, {"train": train})
     model = Model.fresh(preset, seed=0, device="cuda")
     made = Trainer(model, open_dataset(str(pictures)))
     made.advance()  # lazy initialisation may wait
