@@ -429,7 +429,7 @@ def test_another_autoencoder(pairs, sample):
     _, _, folder = pairs("sd1")
     _, _, other = pairs("sdxl")
     common = (*flags("sd1"), "-m", folder)
-    with_other, said = sample(*common, "--vae", other)
+    with_other, said = sample(*common, "--vae", other, "--verbose")
     assert difference(with_other, sample(*common)[0]) > 3 and "autoencoder of" in said
 
 
@@ -489,8 +489,8 @@ def test_what_a_model_lacks_is_said(pairs, sample):
         ("sd1", ("--refiner-start", 0.5), "--refiner"),
         ("sd1", ("--strength", 1.5, "--init", "init.png"), "strength 1.5"),
         ("sd1", ("--init", "none.png"), "none.png"),
-        ("pix2pix", ("--init", "init.png", "--image-guidance", 0.5), "image guidance 0.5"),
-        ("unclip", ("--image-prompt", "init.png", "--noise-level", 1000), "noise level 1000"),
+        ("pix2pix", ("--init", "init.png", "--image-guidance", 0.5), "image-guidance 0.5"),
+        ("unclip", ("--image-prompt", "init.png", "--noise-level", 1000), "noise-level 1000"),
     ):
         picture().save("init.png")
         half_mask().save("mask.png")
