@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftool.adapters.lora.algebra import open_loras
-from difftool.adapters.lora.file import ADAPTER, PATTERN, parse_lora, spellings
+from difftool.adapters.lora.dialects import PATTERN, spellings
+from difftool.adapters.lora.file import ADAPTER, parse_lora
 from difftool.config.families import PUBLISHED
 from difftool.config.layers import load_preset
 from difftool.conversion.lora import convert_lora, open_lora

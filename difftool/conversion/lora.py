@@ -14,12 +14,12 @@ from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from difftool.adapters.lora.dialects import ENDS, kohya_names, peft_name
 from difftool.adapters.lora.file import (
     ADAPTER,
     Change,
     Lora,
     fits,
-    kohya_names,
     read_lora,
     scale_of,
 )
@@ -109,7 +109,7 @@ def convert_lora(
         name, why = next(iter(lora.unused.items()))
         hint = "--allow-unused leaves it out"
         raise CheckError(f"converting {path} would lose {name}", why, hint)
-    pieces, origins, metadata = (_kohya if kind == "kohya" else _peft)(known, _kept(lora))
+    pieces, origins, metadata = WRITERS[kind](known, _kept(lora))
     ledger = Ledger(
         source=str(path),
         target=str(target),
@@ -196,19 +196,6 @@ def _alpha(change: Change) -> float:
     return alpha * rank**0.5 if change.rooted else alpha
 
 
-ENDS = {
-    "peft": {
-        "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias",
-        "magnitude": "lora_magnitude_vector",
-    },
-    "kohya": {
-        "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight",
-        "magnitude": "dora_scale",
-    },
-}  # fmt: skip
-"""Ends of tensors' names in each dialect, by role."""
-
-
 def _pieces(
     lora: Lora, kind: str, layers: Mapping[str, str]
 ) -> tuple[dict[str, Piece], dict[str, Located]]:
@@ -292,6 +279,9 @@ def _kohya(
     return pieces, origins, metadata
 
 
+WRITERS = {"peft": _peft, "kohya": _kohya}
+
+
 def _number(value: float, dtype: str) -> Piece:
     import torch
 
@@ -317,15 +307,6 @@ def _kohya_names(known: Known) -> dict[str, str]:
     """Layers' names as sd-scripts writes them for a family."""
     ldm = known.unet if known.family.ldm_blocks and known.fits else None
     return kohya_names(known.lora.changes, ldm, known.lora.encoders)
-
-
-def peft_name(layer: str, encoders: tuple[str, ...]) -> str:
-    """A layer's name in the files that diffusers writes."""
-    first, _, name = layer.partition(".")
-    if first == "unet":
-        return layer
-    number, _, name = name.partition(".")
-    return f"{encoders[int(number)]}.{name}"
 
 
 def _adapter(lora: Lora) -> dict[str, Any]:

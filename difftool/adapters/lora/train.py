@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.adapters.lora.file import kohya_names
+from difftool.adapters.lora.dialects import kohya_names
 from difftool.config.families import family
 from difftool.config.schema import Preset
 from difftool.errors import UsageError
