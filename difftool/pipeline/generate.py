@@ -118,7 +118,7 @@ class _Pictures:
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
         if kind == "edit" and image is not None:
-            self.concat = model.raw(codec.encode(image))
+            self.concat = codec.raw(codec.encode(image))
         if masks and image is not None:
             drawn = noise.draw()  # of the masked picture's latents, which not every model has
             mask = torch.stack(masks)[:, None]

@@ -239,10 +239,6 @@ class Model:
         """What the network sees beside x_t, a key of CONCAT or "other"."""
         return concat_of(self.preset.unet, self.preset.codec)
 
-    def raw(self, x0: Tensor) -> Tensor:
-        """The latent as the autoencoder has it, of x0 [B,c,h,w]."""
-        return self.codec.raw(x0)
-
     def set_padding(self, tool: str | None) -> None:
         """Read prompts as another tool does where that is not how the model was trained."""
         for tokenizer, config in zip(self.tokenizers, self.preset.text, strict=True):
