@@ -3,9 +3,10 @@ and a row. Nothing else has to be told of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 
 from difftool.config.families import FAMILIES, Family, family_of
 from difftool.config.layers import Layer, preset_layers, resolve
-from difftool.config.networks import NETWORK_KINDS
+from difftool.config.networks import NETWORK_KINDS, IdentityConfig, VaeConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.conversion.model import convert_model
 from difftool.data import open_dataset
 from difftool.errors import CheckError, UsageError
-from difftool.formats import open_model
-from difftool.formats.ldm.names import network_rules
+from difftool.formats import layouts, open_model
+from difftool.formats.diffusers.write import plan_diffusers
+from difftool.formats.layouts import network_rules
+from difftool.formats.ldm.names import UNET, VAE
+from difftool.formats.ldm.preset_of_file import derive
+from difftool.formats.ldm.tables import vae_rules
+from difftool.formats.rules import Rule, placed
 from difftool.networks.base import Network
 from difftool.networks.kinds import NETWORKS
 from difftool.networks.layers import sinusoids
@@ -153,6 +159,39 @@ def test_a_preset_that_names_another_kind_replaces_the_network_and_a_wrong_key_i
     with pytest.raises(UsageError, match='no unet of kind "patch"') as told:
         preset(kind="patch")
     assert "patches" in str(told.value)
+
+
+@pytest.mark.usefixtures("patches")
+def test_other_tools_files_hold_a_new_backbone_once_it_has_a_layout(monkeypatch, tmp_path):
+    def write(config: PatchConfig) -> dict[str, Any]:
+        return {"_class_name": "PatchModel", "sample_size": None, "width": config.width}
+
+    def read(config: Mapping[str, Any], where: str) -> PatchConfig:
+        return PatchConfig(in_channels=3, out_channels=3, width=config["width"])
+
+    def rules(config: PatchConfig) -> Iterator[Rule]:
+        yield Rule("patches.weight", ("conv_in.weight",), (config.width, 3, 2, 2))
+
+    layout = layouts.NetworkLayout(
+        classes=("PatchModel",),
+        read=read,
+        write=write,
+        rules=rules,
+        mark="patches.weight",
+        detect=lambda shapes, pooled: read({"width": shapes["patches.weight"][0]}, ""),
+        settle=lambda config, family, params: (config, ()),
+    )
+    monkeypatch.setitem(layouts.NETWORKS, "patches", layout)
+    chosen = replace(preset(in_channels=3, out_channels=3, width=24), codec=IdentityConfig())
+    assert layouts.read_network(layouts.write_network(chosen.unet), "it") == chosen.unet
+    Model.fresh(chosen, seed=0).save(tmp_path / "toy.safetensors")
+    plan = plan_diffusers(open_model(tmp_path / "toy.safetensors"), keep_metadata=True)
+    assert json.loads(plan.texts["model_index.json"])["unet"] == ["diffusers", "PatchModel"]
+    table = [*placed(layouts.network_rules(chosen.unet), UNET, "unet.")]
+    table += placed(vae_rules(VaeConfig(widths=(32, 64), blocks=1)), VAE, "vae.")
+    shapes = {rule.theirs: rule.their_shape for rule in table}
+    meaning = derive("it", shapes, {}, lambda name: None, name="toy")
+    assert meaning.values["unet"] == to_values(chosen.unet)
 
 
 def test_a_kind_is_known_only_while_it_is_registered(patches):

@@ -28,17 +28,10 @@ from difftool.conversion.write import assembled
 from difftool.errors import CheckError, InputError, UsageError
 from difftool.formats import FORMATS, open_model
 from difftool.formats.diffusers import networks
-from difftool.formats.ldm.names import (
-    ema_name,
-    ema_rules,
-    encoder_rules,
-    model_rules,
-    network_rules,
-    text_places,
-    unet_rules,
-    vae_rules,
-)
+from difftool.formats.layouts import encoder_rules, network_rules
+from difftool.formats.ldm.names import ema_name, ema_rules, model_rules, text_places
 from difftool.formats.ldm.prediction_type import BIAS
+from difftool.formats.ldm.tables import unet_rules, vae_rules
 from difftool.formats.model_source import ModelSource, Overrides, choose_weights
 from difftool.formats.rules import Rule
 from difftool.pipeline.load import load_model

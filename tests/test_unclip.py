@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from difftool.config.networks import VisionConfig
 from difftool.formats import open_model
-from difftool.formats.ldm.names import vision_rules
+from difftool.formats.ldm.tables import vision_rules
 from difftool.pipeline.load import load_model
 
 WIDTH, LAYERS, PATCH, SIZE, PROJECTION = 128, 2, 8, 32, 40

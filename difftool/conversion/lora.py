@@ -29,7 +29,7 @@ from difftool.config.networks import NetworkConfig
 from difftool.conversion.ledger import Entry, Ledger
 from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError
-from difftool.formats.ldm.names import encoder_rules, network_rules
+from difftool.formats.layouts import encoder_rules, network_rules
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.shards import atomic_set

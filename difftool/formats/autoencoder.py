@@ -17,8 +17,9 @@ from difftool.formats.diffusers.components import WEIGHTS, component_tensors, ou
 from difftool.formats.diffusers.networks import read_vae
 from difftool.formats.kinds import kind_of
 from difftool.formats.ldm import detect
-from difftool.formats.ldm.names import VAE, usual_names, vae_rules
+from difftool.formats.ldm.names import VAE, usual_names
 from difftool.formats.ldm.read import mapped
+from difftool.formats.ldm.tables import vae_rules
 from difftool.formats.model_source import model_at, open_place
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensor_file import TensorSource

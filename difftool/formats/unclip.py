@@ -16,7 +16,7 @@ from difftool.errors import InputError
 from difftool.formats.diffusers.fields import VERSION
 from difftool.formats.diffusers.schedulers import CLASSES, read_scheduler
 from difftool.formats.ldm import detect
-from difftool.formats.ldm.names import vision_rules
+from difftool.formats.ldm.tables import vision_rules
 from difftool.formats.model_source import EXTRA
 from difftool.formats.rules import Rule, Shape, placed
 

@@ -73,7 +73,7 @@ def spellings(layers: Collection[str], unet: NetworkConfig) -> dict[str, str | N
 
 def ldm_names(unet: NetworkConfig) -> dict[str, str]:
     """LDM's names of a network's layers; none for one that it has no names for."""
-    from difftool.formats.ldm.names import network_rules
+    from difftool.formats.layouts import network_rules
 
     try:
         rules = [*network_rules(unet)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from difftool.errors import InputError
+from difftool.formats.layouts import NETWORKS
 from difftool.storage.tensor_file import TensorSource, open_source
 
 INDEX = "model_index.json"
@@ -45,7 +46,7 @@ IMAGE_PROCESSORS = {
 LEFT_OUT = {"safety_checker": "the safety checker is no part of a difftool model"}
 """Components whose tensors are dropped, and why."""
 CLASSES = {
-    "unet": ("UNet2DConditionModel", "UNet2DModel"),
+    "unet": tuple(name for row in NETWORKS.values() for name in row.classes),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from difftool.config.families import family as family_row
 from difftool.config.families import family_of
 from difftool.config.networks import CodecConfig, IdentityConfig, TextConfig
 from difftool.config.schema import Preset, SampleConfig, TrainConfig
@@ -29,6 +30,7 @@ from difftool.formats.diffusers.pipelines import (
 )
 from difftool.formats.diffusers.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
 from difftool.formats.diffusers.schedulers import read_scheduler, write_scheduler
+from difftool.formats.layouts import read_network, write_codec, write_encoder, write_network
 from difftool.formats.model_source import Evidence
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -62,16 +64,17 @@ def derive_preset(
     index = configs[INDEX]
     kind = index["_class_name"]
     pipeline = PIPELINES[kind]
-    unet = networks.read_unet(configs["unet/config.json"], "unet/config.json")
+    unet = read_network(configs["unet/config.json"], "unet/config.json")
     codec: CodecConfig = IdentityConfig(channels=unet.in_channels)
     if "vae/config.json" in configs:
         codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
     scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
     family = family_of(unet, codec, text)
+    sees = family_row(family).vision
     numbers = 0
     # No pipeline of pixels reads text: where there is some, EXTRA_JSON says how it is read.
-    if unet.vector_dim and unet.vector_name == "add_embedding" and pipeline.text:
+    if unet.vector_dim and not sees and pipeline.text:
         pooled = sum(encoder.projection or 0 for encoder in text if encoder.pooled)
         numbers, rest = divmod(unet.vector_dim - pooled, 256)
         if rest or not 0 <= numbers <= 6:
@@ -138,13 +141,13 @@ def write_configs(preset: Preset, encoders: list[str]) -> dict[str, Any]:
     """A folder's configuration files for a model."""
     width, height = preset.sample.size
     factor = preset.codec.factor
-    configs: dict[str, Any] = {"unet/config.json": networks.write_network(preset.unet)}
+    configs: dict[str, Any] = {"unet/config.json": write_network(preset.unet)}
     if preset.codec.learned:
-        configs["vae/config.json"] = networks.write_codec(preset.codec, max(width, height))
+        configs["vae/config.json"] = write_codec(preset.codec, max(width, height))
     sides = [height // factor, width // factor]
     configs["unet/config.json"]["sample_size"] = sides[0] if sides[0] == sides[1] else sides
     for name, config in zip(encoders, preset.text, strict=False):
-        configs[f"{name}/config.json"] = networks.write_encoder(config)
+        configs[f"{name}/config.json"] = write_encoder(config)
     configs[SCHEDULER] = write_scheduler(
         build_path(preset.path), preset.target, preset.sample, preset.scheduler
     )

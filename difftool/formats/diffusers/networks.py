@@ -6,14 +6,11 @@ a function that reads it, and the one that writes it below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from difftool.config.networks import (
-    CodecConfig,
-    EncoderConfig,
-    NetworkConfig,
     TextConfig,
     UNetConfig,
     VaeConfig,
@@ -436,33 +433,3 @@ def write_text(config: TextConfig) -> dict[str, Any]:
     return (
         written if config.tokenizer == "clip" else written | {"pad_token_id": 0, "bos_token_id": 1}
     )
-
-
-# --- by kind ---------------------------------------------------------------------------------
-
-NETWORK_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {"unet": write_unet}
-"""The kinds of networks that diffusers has a class for."""
-CODEC_WRITERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {"vae": write_vae}
-ENCODER_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {"clip": write_text}
-
-
-def write_network(config: NetworkConfig) -> dict[str, Any]:
-    """The config.json of a denoising network; CheckError if diffusers has no class for it."""
-    return _writer(NETWORK_WRITERS, "network", config.kind)(config)
-
-
-def write_codec(config: CodecConfig, sample_size: int) -> dict[str, Any]:
-    """The same of a learned codec, for pictures of a size in pixels."""
-    return _writer(CODEC_WRITERS, "codec", config.kind)(config, sample_size)
-
-
-def write_encoder(config: EncoderConfig) -> dict[str, Any]:
-    """The same of a text encoder."""
-    return _writer(ENCODER_WRITERS, "text encoder", config.kind)(config)
-
-
-def _writer(writers: Mapping[str, Callable], what: str, kind: str) -> Callable[..., dict[str, Any]]:
-    if kind not in writers:
-        why = f"its {what} is of kind {kind}"
-        raise CheckError("the model has no counterpart in diffusers", why, "use --to difftool")
-    return writers[kind]

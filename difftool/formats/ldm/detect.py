@@ -1,21 +1,18 @@
 """What a set of tensors is, told by their names and shapes alone. Torch-free.
 
-Networks are read off LDM's names block by block, so any depth and width is understood; what
-disagrees with the tables of `names` in one shape is refused with the nearest family.
+Networks are read off LDM's names block by block, so any depth and width is understood.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from itertools import count
 from math import gcd, isqrt
 from typing import Any
 
-from difftool.config.families import PUBLISHED, Family
+from difftool.config.families import Family
 from difftool.config.networks import Depth, TextConfig, UNetConfig, VaeConfig, VisionConfig
-from difftool.formats.ldm.names import network_rules
 from difftool.formats.rules import Shape
 
 Shapes = Mapping[str, Shape]
@@ -33,30 +30,12 @@ def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
             yield f"{name} is not known"
 
 
-@cache
-def _published(family: str) -> dict[str, Shape]:
-    from difftool.config.layers import load_preset
-
-    config = load_preset(PUBLISHED[family].preset).unet
-    return {rule.theirs: rule.their_shape for rule in network_rules(config)}
-
-
-def nearest(shapes: Shapes) -> tuple[str, list[str]]:
-    """The family whose network has most in common with some tensors, and the first differences."""
-
-    def common(family: str) -> int:
-        return sum(shapes.get(there) == shape for there, shape in _published(family).items())
-
-    best = max(PUBLISHED, key=common)
-    return best, [*differences(shapes, _published(best))][:3]
-
-
 # --- networks --------------------------------------------------------------------------------
 
 
-def unet_config(s: Shapes) -> UNetConfig:
+def unet_config(s: Shapes, pooled: bool = True) -> UNetConfig:
     """The U-Net that tensors under LDM's names make, all of one head; KeyError, ValueError or
-    IndexError if they make none."""
+    IndexError if they make none. pooled: whether a pooled text is what its vector is of."""
     widths, down = _levels(s, "input_blocks", 1, lambda there: f"{there}.0.op.weight" in s)
     ups = {f".{k}.conv.weight" for k in (1, 2)}
     _, up = _levels(s, "output_blocks", 0, lambda there: any(f"{there}{end}" in s for end in ups))
@@ -85,6 +64,7 @@ def unet_config(s: Shapes) -> UNetConfig:
         linear_projection=any(n.endswith("proj_in.weight") and len(s[n]) == 2 for n in s),
         num_classes=s["label_emb.weight"][0] if "label_emb.weight" in s else None,
         vector_dim=vector[1] if vector else None,
+        vector_name="add_embedding" if pooled or not vector else "class_embedding",
         guidance_dim=s.get("time_embedding.cond_proj.weight", (0, None))[1],
     )
 
@@ -200,17 +180,24 @@ def groups_of(widths: Iterable[int]) -> int:
     return gcd(32, *widths)
 
 
-def with_heads(config: UNetConfig, family: Family, params: Mapping[str, Any]) -> UNetConfig:
-    """The same network with as many heads as its family has, which no tensor shows.
+def with_heads(
+    config: UNetConfig, family: Family, params: Mapping[str, Any]
+) -> tuple[UNetConfig, tuple[str, ...]]:
+    """The same network with as many heads as its family has, which no tensor shows; and a warning
+    where that is a guess.
 
     params: num_heads or num_head_channels of a configuration file.
     """
     heads, dim = params.get("num_heads"), params.get("num_head_channels")
     config = replace(config, groups=groups_of(config.channels))
+    small = any(width % 64 for width in config.channels) and not params
+    guess = ("how many heads attend is not in the tensors of networks this small",)
     if isinstance(dim, int) and dim > 0:
-        return replace(config, heads=None, head_dim=dim)
-    if isinstance(heads, int) and heads > 0:
-        return replace(config, heads=heads)
-    if family.heads:
-        return replace(config, heads=gcd(family.heads, *config.channels))
-    return replace(config, heads=None, head_dim=gcd(64, *config.channels))
+        config = replace(config, heads=None, head_dim=dim)
+    elif isinstance(heads, int) and heads > 0:
+        config = replace(config, heads=heads)
+    elif family.heads:
+        config = replace(config, heads=gcd(family.heads, *config.channels))
+    else:
+        config = replace(config, heads=None, head_dim=gcd(64, *config.channels))
+    return config, guess if small else ()

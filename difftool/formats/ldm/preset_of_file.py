@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from difftool.config import families
-from difftool.config.families import Family
+from difftool.config.families import PUBLISHED, Family
 from difftool.config.layers import load_preset
-from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.networks import NetworkConfig, TextConfig, VaeConfig
 from difftool.config.validate import to_values
 from difftool.errors import InputError
+from difftool.formats.layouts import NETWORKS, network_rules
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import UNET, VAE
 from difftool.formats.ldm.prediction_type import Find, decide, network_of
@@ -55,13 +57,12 @@ def derive(
         return {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
 
     try:
-        unet = detect.unet_config(part(UNET))
+        text, tensors = _text(shapes), part(UNET)
+        layout = next((n for n in NETWORKS.values() if n.mark in tensors), NETWORKS["unet"])
+        unet = layout.detect(tensors, any(t.pooled for t in text))
         codec = detect.vae_config(part(VAE))
-        text = _text(shapes, unet)
-        if unet.vector_dim and not any(t.pooled for t in text):
-            unet = replace(unet, vector_name="class_embedding")
         family = families.family(families.family_of(unet, codec, text))
-        unet = detect.with_heads(unet, family, network_of(params))
+        unet, guesses = layout.settle(unet, family, network_of(params))
     except (KeyError, IndexError, ValueError, StopIteration) as error:
         raise unknown_family(where, part(UNET), str(error)) from None
     noise = decide(where, family, metadata, params, find, overrides)
@@ -104,17 +105,14 @@ def derive(
         "sample": sample,
     }
     says = f"family {family.id}, {len(shapes)} tensors"
-    warnings = noise.warnings
-    if any(width % 64 for width in unet.channels) and not network_of(params):
-        warnings = [*warnings, "how many heads attend is not in the tensors of networks this small"]
     return Meaning(
         values=values,
         findings=(Evidence("tensor names and shapes", says), *noise.findings),
-        warnings=tuple(warnings),
+        warnings=(*noise.warnings, *guesses),
     )
 
 
-def _text(shapes: Mapping[str, Shape], unet: UNetConfig) -> tuple[TextConfig, ...]:
+def _text(shapes: Mapping[str, Shape]) -> tuple[TextConfig, ...]:
     """The text encoders, in their order."""
     found = []
     for stage in ("cond_stage_model", *(f"conditioner.embedders.{i}" for i in range(3))):
@@ -141,7 +139,7 @@ def _has_spare_layer(shapes: Mapping[str, Shape]) -> bool:
     return bool(whole) or "transformer.resblocks.23.ln_1.weight" in shapes
 
 
-def _base(family: Family, unet: UNetConfig, target: str, metadata: Mapping[str, str]) -> str:
+def _base(family: Family, unet: NetworkConfig, target: str, metadata: Mapping[str, str]) -> str:
     """The preset whose way of sampling a model has."""
     turbo = "turbo" in metadata.get("modelspec.architecture", "")
     traits = {"turbo": turbo, "guidance": bool(unet.guidance_dim), "v": target == "v"}
@@ -170,6 +168,22 @@ def _size(text: str, codec: VaeConfig) -> tuple[int, int] | None:
 
 def unknown_family(where: str, unet: Mapping[str, Shape], why: str) -> InputError:
     """The refusal of what is no model of a known structure."""
-    family, first = detect.nearest(unet)
+    family, first = nearest(unet)
     why = f"nearest family: {family}, but " + "; ".join(first) if first else why
     return InputError(f"{where} is not of a family known to this version", why)
+
+
+@cache
+def _published(family: str) -> dict[str, Shape]:
+    config = load_preset(PUBLISHED[family].preset).unet
+    return {rule.theirs: rule.their_shape for rule in network_rules(config)}
+
+
+def nearest(shapes: Mapping[str, Shape]) -> tuple[str, list[str]]:
+    """The family whose network has most in common with some tensors, and the first differences."""
+
+    def common(family: str) -> int:
+        return sum(shapes.get(there) == shape for there, shape in _published(family).items())
+
+    best = max(PUBLISHED, key=common)
+    return best, [*detect.differences(shapes, _published(best))][:3]
