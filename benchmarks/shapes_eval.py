@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from difftool.data import shapes
-from difftool.data.shapes import COLOURS, RADII, RELATIONS, SHAPES, Place, Thing
+from difftool.data.shapes import COLOURS, RADII, RELATIONS, SHAPES, ShapePlace, Thing
 
 PARTS = ("number", "colour", "shape", "size", "relation", "all")
 CONTRAST = 0.35
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
     """A thing found in a picture, and how well the outline fits (1 = exactly)."""
 
     thing: Thing
-    place: Place
+    place: ShapePlace
     fit: float
 
 
@@ -117,12 +117,12 @@ def match(share: np.ndarray, colour: str) -> Seen:
     grid = (np.arange(size) + 0.5) / size
     mass = share.sum()
     x, y = (share.sum(0) * grid).sum() / mass, (share.sum(1) * grid).sum() / mass
-    best: tuple[float, str, Place] | None = None
+    best: tuple[float, str, ShapePlace] | None = None
     for shape in SHAPES:
         # Area and centroid give the outline's size and place; then both are refined.
         area, down = _moments(shape)
         radius = math.sqrt(mass / area) / size
-        place = Place(x, y - down * radius, radius)
+        place = ShapePlace(x, y - down * radius, radius)
         error = _error(share, shape, place)
         for step in (0.5 / size, 0.25 / size, 0.12 / size):
             moved = True
@@ -130,7 +130,9 @@ def match(share: np.ndarray, colour: str) -> Seen:
                 moved = False
                 for change in ((step, 0, 0), (0, step, 0), (0, 0, step)):
                     for sign in (1, -1):
-                        other = Place(*(p + sign * c for p, c in zip(place, change, strict=True)))
+                        other = ShapePlace(
+                            *(p + sign * c for p, c in zip(place, change, strict=True))
+                        )
                         worse = _error(share, shape, other)
                         if worse < error - 1e-9:
                             place, error, moved = other, worse, True
@@ -142,7 +144,7 @@ def match(share: np.ndarray, colour: str) -> Seen:
     return Seen(Thing(kind, colour, shape), place, 1 - error / float((share**2).sum()))
 
 
-def _error(share: np.ndarray, shape: str, place: Place) -> float:
+def _error(share: np.ndarray, shape: str, place: ShapePlace) -> float:
     if not 0.02 < place.radius < 0.6:
         return math.inf
     rows, columns, cover = shapes.coverage(shape, place, len(share))
@@ -158,7 +160,7 @@ _MOMENTS: dict[str, tuple[float, float]] = {}
 def _moments(shape: str) -> tuple[float, float]:
     """Area and vertical centroid of an outline of half extent 1, from a fine drawing."""
     if shape not in _MOMENTS:
-        place = Place(0.5, 0.5, 0.25)
+        place = ShapePlace(0.5, 0.5, 0.25)
         rows, _, cover = shapes.coverage(shape, place, 512)
         grid = (np.arange(512)[rows] + 0.5) / 512 - 0.5
         down = float((cover.sum(1) * grid).sum() / cover.sum()) / 0.25

@@ -72,10 +72,11 @@ def module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-IMPORTS = {
-    module(path): list(imports(ast.parse(path.read_text(encoding="utf-8"))))
+TREES = {
+    module(path): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+IMPORTS = {name: list(imports(tree)) for name, tree in TREES.items()}
 
 
 def nodes(name: str) -> Iterator[ast.AST]:
@@ -202,3 +203,46 @@ def test_nobody_asks_which_kind_a_codec_is(name):
             assert "'vae'" not in map(ast.unparse, node.args)
         if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith("codec.kind"):
             assert not any(isinstance(c, ast.Constant) for c in node.comparators)
+
+
+LONG = {("storage.pickles", "step")}
+"""A match over the opcodes of pickles, which reads best in one piece."""
+
+
+def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_functions_fit_a_screen_and_take_what_one_can_remember(name):
+    for function in functions(name):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        assert lines <= 80 or (name, function.name) in LONG, function.name
+        given = function.args
+        parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        assert len([p for p in parameters if p not in ("self", "cls")]) <= 8, function.name
+
+
+def test_a_type_s_name_means_one_thing():
+    homes: dict[str, list[str]] = {}
+    for name, tree in TREES.items():
+        for node in tree.body:
+            match node:
+                case ast.ClassDef(name=bound):
+                    pass
+                case ast.Assign(targets=[ast.Name(id=bound)]):
+                    pass
+                case ast.AnnAssign(target=ast.Name(id=bound)):
+                    pass
+                case _:
+                    continue
+            if len(bound) > 1 and bound[0].isupper() and not bound.isupper():
+                homes.setdefault(bound, []).append(name)
+    assert {bound: found for bound, found in homes.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("name", [name for name in IMPORTS if room(name) == "cli"])
+def test_commands_hold_no_model(name):
+    assert not any(i.name.endswith("pipeline.model.Model") for i in IMPORTS[name])

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from difftool.data import open_dataset, shapes
 from difftool.data.dice import coarse_uniforms
-from difftool.data.shapes import Place
+from difftool.data.shapes import ShapePlace
 from difftool.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,7 +23,7 @@ from benchmarks import shapes_eval
 EVERY = [c for i, c in enumerate(shapes.captions()) if i < 80 or i % 37 == 0]
 
 
-def polygon(shape: str, place: Place, scale: float) -> list[tuple[float, float]]:
+def polygon(shape: str, place: ShapePlace, scale: float) -> list[tuple[float, float]]:
     """Corners of an outline in pixels, from its construction rather than from distances."""
 
     def turn(radius: float, degrees: float) -> tuple[float, float]:
@@ -47,7 +47,7 @@ def polygon(shape: str, place: Place, scale: float) -> list[tuple[float, float]]
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-@pytest.mark.parametrize("place", [Place(0.5, 0.45, 0.3), Place(0.31, 0.62, 0.12)])
+@pytest.mark.parametrize("place", [ShapePlace(0.5, 0.45, 0.3), ShapePlace(0.31, 0.62, 0.12)])
 def test_outlines_cover_what_pillow_fills(shape, place):
     size, fine = 48, 16
     drawn = np.zeros((size, size))

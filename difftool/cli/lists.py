@@ -14,7 +14,7 @@ from difftool.errors import UsageError, suggestion
 from difftool.registry import Registry
 
 
-class Entry(NamedTuple):
+class ListEntry(NamedTuple):
     """A line of a list."""
 
     name: str
@@ -27,10 +27,10 @@ class Entry(NamedTuple):
     """What else people are."""
 
 
-def _registry(module: str, name: str) -> Callable[[], Iterator[Entry]]:
+def _registry(module: str, name: str) -> Callable[[], Iterator[ListEntry]]:
     """The components of a registry; those of plugins say which file they are from."""
 
-    def entries() -> Iterator[Entry]:
+    def entries() -> Iterator[ListEntry]:
         from difftool.plugins import loaded
 
         registry: Registry[Any] = getattr(import_module(f"difftool.{module}"), name)
@@ -43,12 +43,12 @@ def _registry(module: str, name: str) -> Callable[[], Iterator[Entry]]:
             more: dict[str, Any] = {"plugin": plugin} if plugin else {}
             if options := getattr(registry[key], "defaults", None):
                 more["options"] = {n: "inf" if v == math.inf else v for n, v in options.items()}
-            yield Entry(key, registry.about(key), also, more, note)
+            yield ListEntry(key, registry.about(key), also, more, note)
 
     return entries
 
 
-def _presets() -> Iterator[Entry]:
+def _presets() -> Iterator[ListEntry]:
     from difftool.config.layers import load_preset, preset_names
     from difftool.hub.find import bundled_models
 
@@ -56,26 +56,26 @@ def _presets() -> Iterator[Entry]:
     for name in preset_names():
         preset, ships = load_preset(name), name in models
         note = f"family {preset.family}{', a model of it ships' if ships else ''}"
-        yield Entry(name, preset.about, [], {"family": preset.family, "ships": ships}, note)
+        yield ListEntry(name, preset.about, [], {"family": preset.family, "ships": ships}, note)
 
 
-def _models() -> Iterator[Entry]:
+def _models() -> Iterator[ListEntry]:
     from difftool.formats import open_model
     from difftool.hub.find import DEFAULT_MODEL, bundled_models
 
     for name, path in bundled_models().items():
         note = "where no model is named" if name == DEFAULT_MODEL else ""
-        yield Entry(name, str(open_model(path).values["about"]), [], {"path": str(path)}, note)
+        yield ListEntry(name, str(open_model(path).values["about"]), [], {"path": str(path)}, note)
 
 
-def _formats() -> Iterator[Entry]:
+def _formats() -> Iterator[ListEntry]:
     from difftool.conversion.options import DIALECTS, FORMATS
 
     for name, about in (FORMATS | DIALECTS).items():
-        yield Entry(name, about, [], {})
+        yield ListEntry(name, about, [], {})
 
 
-def _settings() -> Iterator[Entry]:
+def _settings() -> Iterator[ListEntry]:
     from difftool.sampling.settings import KEYS
 
     for row in dict.fromkeys(KEYS.values()):
@@ -83,10 +83,10 @@ def _settings() -> Iterator[Entry]:
         word = row.a1111.word if row.a1111 else None
         more = {"flag": row.flag if row.option else None, "a1111": word}
         flag = f"{row.flag}; " if row.option else ""
-        yield Entry(name, row.help, also, more, f"{flag}{', '.join(also)}".removesuffix("; "))
+        yield ListEntry(name, row.help, also, more, f"{flag}{', '.join(also)}".removesuffix("; "))
 
 
-def _keys() -> Iterator[Entry]:
+def _keys() -> Iterator[ListEntry]:
     from difftool.config.keys import keys
 
     import_module("difftool.training.options")  # knows which values are its registries' names
@@ -96,10 +96,10 @@ def _keys() -> Iterator[Entry]:
             more["default"] = json.loads(key.default)
         default = f"default {key.default}" if key.default else "has no default"
         note = f"{', '.join(key.values) or key.type}; {default}"
-        yield Entry(key.path, key.about, [], more, note)
+        yield ListEntry(key.path, key.about, [], more, note)
 
 
-KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
+KINDS: dict[str, Callable[[], Iterator[ListEntry]]] = {
     "samplers": _registry("diffusion.samplers", "SAMPLERS"),
     "schedules": _registry("diffusion.grids", "GRIDS"),
     "paths": _registry("diffusion.path", "PATHS"),
@@ -137,7 +137,7 @@ def show(kind: str) -> None:
         console.emit(f"{entry.name:<{width}}  {'  '.join(filter(None, (entry.about, entry.note)))}")
 
 
-def _print(kind: str, entries: Sequence[Entry]) -> None:
+def _print(kind: str, entries: Sequence[ListEntry]) -> None:
     """A table on a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

@@ -155,7 +155,7 @@ def _lists() -> Iterator[str]:
         yield _table(("name", "what it is", "options", "also"), rows)
 
 
-def _defaults(entry: lists.Entry) -> str:
+def _defaults(entry: lists.ListEntry) -> str:
     options = entry.more.get("options", {})
     return ", ".join(_code(f"{name}={json.dumps(value)}") for name, value in options.items())
 

@@ -11,7 +11,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerEntry:
     """The ledger's line on one tensor."""
 
     source: str | None = None
@@ -60,7 +60,7 @@ class Ledger:
     kinds: tuple[str, str]
     """Formats, or a LoRA's dialects, of both."""
     evidence: list[dict[str, str]]
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
     casts: dict[str, Cast] = field(default_factory=dict)
     """By component."""
     loras: list[str] = field(default_factory=list)

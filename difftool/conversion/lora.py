@@ -26,7 +26,7 @@ from difftool.adapters.lora.file import (
 from difftool.config.families import PUBLISHED, Family
 from difftool.config.layers import load_preset
 from difftool.config.networks import NetworkConfig
-from difftool.conversion.ledger import Entry, Ledger
+from difftool.conversion.ledger import Ledger, LedgerEntry
 from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError
 from difftool.formats.layouts import encoder_rules, network_rules
@@ -133,7 +133,7 @@ def convert_lora(
 
 def _entries(
     lora: Lora, pieces: Mapping[str, Piece], origins: Mapping[str, Located], hashes: dict[str, str]
-) -> Iterator[Entry]:
+) -> Iterator[LedgerEntry]:
     """A line on every tensor; those that are the header's in one dialect are made, or dropped."""
     for name, piece in pieces.items():
         place = origins.get(name)
@@ -141,7 +141,7 @@ def _entries(
             op = "synthesise"
         else:
             op = "copy" if place.info.shape == piece.shape else "reshape"
-        yield Entry(
+        yield LedgerEntry(
             **({} if place is None else _origin(place)),
             target=name,
             target_file="",
@@ -157,9 +157,9 @@ def _entries(
         for place in change.tensors.values():
             if place.name not in kept:
                 op = "drop:the header says it"
-                yield Entry(**_origin(place), op=op, shape=place.info.shape)
+                yield LedgerEntry(**_origin(place), op=op, shape=place.info.shape)
     for name, why in lora.unused.items():
-        yield Entry(source=name, source_file=lora.path.name, op=f"drop:{why}", shape=())
+        yield LedgerEntry(source=name, source_file=lora.path.name, op=f"drop:{why}", shape=())
 
 
 def _origin(place: Located) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool.adapters.lora.file import changed_by
-from difftool.conversion.ledger import Cast, Entry, component
+from difftool.conversion.ledger import Cast, LedgerEntry, component
 from difftool.errors import CheckError
 from difftool.formats.model_source import EMA, EXTRA, ModelSource, Plan
 from difftool.formats.rules import Rule
@@ -72,12 +72,12 @@ class Conversion:
 
     # --- what becomes of tensors -------------------------------------------------------------
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[LedgerEntry]:
         """A line on every tensor; hashes of those that were written."""
         for file, rules in self.plan.files.items():
             for rule in rules:
                 if not rule.ours:
-                    yield Entry(
+                    yield LedgerEntry(
                         target=rule.theirs, target_file=file, op="synthesise", shape=rule.shape,
                         target_shape=rule.shape, target_dtype="F32",
                     )  # fmt: skip
@@ -86,12 +86,12 @@ class Conversion:
         planned = [(self.source.tensors[name], why) for name, why in self.plan.dropped.items()]
         for place, why in (*self.source.dropped, *planned):
             digest = digest_of(bytes_of(place))
-            yield Entry(**self._origin(place), op=f"drop:{why}", source_sha256=digest)
+            yield LedgerEntry(**self._origin(place), op=f"drop:{why}", source_sha256=digest)
 
-    def _entry(self, file: str, rule: Rule, name: str) -> Entry:
+    def _entry(self, file: str, rule: Rule, name: str) -> LedgerEntry:
         place, dtype = self.source.tensors[name], self.target_dtype(name)
         kept = file in self.plan.sidecars or rule.theirs.startswith((EXTRA, f"difftool.{EXTRA}"))
-        return Entry(
+        return LedgerEntry(
             **self._origin(place),
             target=rule.theirs,
             target_file=file,

@@ -184,7 +184,7 @@ def held_out(caption: str) -> bool:
 # --- pictures --------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class ShapePlace(NamedTuple):
     """Where a thing lies: centre and half extent as shares of the picture's side."""
 
     x: float
@@ -192,12 +192,12 @@ class Place(NamedTuple):
     radius: float
 
 
-def layout(scene: Scene, u: Sequence[float]) -> list[Place]:
+def layout(scene: Scene, u: Sequence[float]) -> list[ShapePlace]:
     """Places of the scene's things from at least six uniform numbers; nothing overlaps."""
     radii = [_between(*RADII[thing.size], v) for thing, v in zip(scene.things, u, strict=False)]
     if scene.relation is None:
         low, high = MARGIN + radii[0], 1 - MARGIN - radii[0]
-        return [Place(_between(low, high, u[2]), _between(low, high, u[3]), radii[0])]
+        return [ShapePlace(_between(low, high, u[2]), _between(low, high, u[3]), radii[0])]
 
     # Along the axis: margin, the nearer thing, a gap, the other, margin; the rest is spread freely.
     spare = 1 - 2 * MARGIN - GAP - 2 * sum(radii)
@@ -215,8 +215,8 @@ def layout(scene: Scene, u: Sequence[float]) -> list[Place]:
     if not forward:
         along.reverse()
     if dx:
-        return [Place(a, s, r) for a, s, r in zip(along, sideways, radii, strict=True)]
-    return [Place(s, a, r) for a, s, r in zip(along, sideways, radii, strict=True)]
+        return [ShapePlace(a, s, r) for a, s, r in zip(along, sideways, radii, strict=True)]
+    return [ShapePlace(s, a, r) for a, s, r in zip(along, sideways, radii, strict=True)]
 
 
 def _between(low: float, high: float, u: float) -> float:
@@ -228,7 +228,7 @@ def _centres(size: int) -> Array:
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
-def coverage(shape: str, place: Place, size: int) -> tuple[slice, slice, Array]:
+def coverage(shape: str, place: ShapePlace, size: int) -> tuple[slice, slice, Array]:
     """Antialiased share of each pixel that a shape covers, as (rows, columns, [h,w] in 0..1)."""
     reach = 1.25 * place.radius + 1 / size  # no outline reaches further
     rows, columns = (

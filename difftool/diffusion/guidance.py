@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 Denoise = Callable[["Tensor", Level], Prediction]
 """x_t [B,C,H,W] and its level -> x0 and eps."""
-Weight = float | Callable[[Level], float]
+GuidanceWeight = float | Callable[[Level], float]
 
 
 def guided(
     denoiser: Denoiser,
-    terms: Sequence[tuple[Cond, Weight]],
+    terms: Sequence[tuple[Cond, GuidanceWeight]],
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,

@@ -92,7 +92,7 @@ class StepNumbers(NamedTuple):
         return "give a list of step numbers; the first is 0"
 
 
-Option = Range | OneOf | StepNumbers
+SamplerOption = Range | OneOf | StepNumbers
 
 
 def _is_number(value: Any) -> bool:
@@ -129,7 +129,7 @@ class Method:
     loop: type[Sampler]
     numbers: Mapping[str, Any]
     """Fields of the loop that are not at their defaults."""
-    options: Mapping[str, Option]
+    options: Mapping[str, SamplerOption]
     """What a user may change."""
     a1111: str | None = None
     """A1111's name of it; None = it has none."""
@@ -139,7 +139,7 @@ class Method:
         """Names and defaults of the options."""
         return {name: self._default(name, option) for name, option in self.options.items()}
 
-    def _default(self, name: str, option: Option) -> Any:
+    def _default(self, name: str, option: SamplerOption) -> Any:
         if isinstance(option, OneOf) and option.fields:
             numbers = self.numbers.items()
             return next(v for v, fields in option.fields.items() if fields.items() <= numbers)
@@ -205,7 +205,7 @@ def _row(
     loop: type[Sampler],
     about: str,
     spellings: str,
-    options: Mapping[str, Option],
+    options: Mapping[str, SamplerOption],
     a1111: str | None = None,
     **numbers: Any,
 ) -> None:
@@ -215,15 +215,15 @@ def _row(
 
 
 ANY = Range(0.0, math.inf)
-NOISE: dict[str, Option] = {"eta": ANY, "s_noise": ANY}
-BROWNIAN: dict[str, Option] = NOISE | {"brownian": one_of(True, False)}
-CHURN: dict[str, Option] = dict.fromkeys(("s_churn", "s_tmin", "s_tmax", "s_noise"), ANY)
-ORDER: dict[str, Option] = {"order": one_of(1, 2, 3, 4)}
-SOLVER_TYPE: dict[str, Option] = {"solver_type": one_of("midpoint", "heun")}
-D2_SCALE: dict[str, Option] = {"d2_scale": one_of(0.5, 1.0)}
-FINAL: dict[str, Option] = {"lower_order_final": one_of("never", "final", "short", "always")}
-CLOCK: dict[str, Option] = {"clock": one_of("lam", "log_sigma")}
-UNIPC: dict[str, Option] = FINAL | {
+NOISE: dict[str, SamplerOption] = {"eta": ANY, "s_noise": ANY}
+BROWNIAN: dict[str, SamplerOption] = NOISE | {"brownian": one_of(True, False)}
+CHURN: dict[str, SamplerOption] = dict.fromkeys(("s_churn", "s_tmin", "s_tmax", "s_noise"), ANY)
+ORDER: dict[str, SamplerOption] = {"order": one_of(1, 2, 3, 4)}
+SOLVER_TYPE: dict[str, SamplerOption] = {"solver_type": one_of("midpoint", "heun")}
+D2_SCALE: dict[str, SamplerOption] = {"d2_scale": one_of(0.5, 1.0)}
+FINAL: dict[str, SamplerOption] = {"lower_order_final": one_of("never", "final", "short", "always")}
+CLOCK: dict[str, SamplerOption] = {"clock": one_of("lam", "log_sigma")}
+UNIPC: dict[str, SamplerOption] = FINAL | {
     "order": one_of(1, 2, 3),
     "solver_type": variants(bh1={"solver_type": "bh1"}, bh2={"solver_type": "midpoint"}),
     "target": one_of("x0", "eps"),

@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
     weights: list[float]
 
 
-Piece = tuple[str, float]
+TextPiece = tuple[str, float]
 """A text and its weight."""
 
 
@@ -61,7 +61,7 @@ UNSUPPORTED = (
 )
 
 
-def _breaks(prompt: str) -> Iterator[list[Piece]]:
+def _breaks(prompt: str) -> Iterator[list[TextPiece]]:
     for pattern, what, hint in UNSUPPORTED:
         if match := re.search(pattern, prompt):
             raise UsageError(f"{what} are not supported", match[0], hint)
@@ -69,7 +69,7 @@ def _breaks(prompt: str) -> Iterator[list[Piece]]:
         yield weighted(part)
 
 
-def weighted(prompt: str) -> list[Piece]:
+def weighted(prompt: str) -> list[TextPiece]:
     """A1111's weights: (x) 1.1, [x] 1/1.1, (x:1.3); nested ones multiply, \\( is a bracket."""
     pieces: list[list] = []
     opened: list[tuple[str, int]] = []
@@ -102,9 +102,9 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _joined(pieces: Iterator[Piece]) -> list[Piece]:
+def _joined(pieces: Iterator[TextPiece]) -> list[TextPiece]:
     """Neighbours of one weight are one text."""
-    joined: list[Piece] = []
+    joined: list[TextPiece] = []
     for text, weight in pieces:
         if joined and joined[-1][1] == weight:
             joined[-1] = (joined[-1][0] + text, weight)
@@ -114,7 +114,7 @@ def _joined(pieces: Iterator[Piece]) -> list[Piece]:
 
 
 def _by_commas(
-    tokenizer: Tokenizer, pieces: list[Piece], room: int
+    tokenizer: Tokenizer, pieces: list[TextPiece], room: int
 ) -> Iterator[list[tuple[int, float]]]:
     """Chunks that are parted after a comma, if one is near the end."""
     (comma,) = tokenizer.tokens(",")[-1:]
@@ -138,12 +138,12 @@ def _by_commas(
 # --- ComfyUI ---------------------------------------------------------------------------------
 
 
-def nested(prompt: str) -> list[Piece]:
+def nested(prompt: str) -> list[TextPiece]:
     """ComfyUI's weights: (x) times 1.1, (x:1.3) is 1.3 whatever is around it; [] is plain text."""
     return _joined(_nested(prompt, 1.0))
 
 
-def _nested(prompt: str, weight: float) -> Iterator[Piece]:
+def _nested(prompt: str, weight: float) -> Iterator[TextPiece]:
     depth, text, start = 0, "", 0
     position = 0
     while position < len(prompt):
@@ -172,7 +172,7 @@ def _nested(prompt: str, weight: float) -> Iterator[Piece]:
 
 
 def _by_words(
-    tokenizer: Tokenizer, pieces: list[Piece], room: int
+    tokenizer: Tokenizer, pieces: list[TextPiece], room: int
 ) -> Iterator[list[tuple[int, float]]]:
     """Chunks that part no short word."""
     chunk: list[tuple[int, float]] = []

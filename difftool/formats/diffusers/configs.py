@@ -24,7 +24,7 @@ from difftool.formats.diffusers.components import (
 from difftool.formats.diffusers.fields import VERSION
 from difftool.formats.diffusers.pipelines import (
     PIPELINES,
-    Pipeline,
+    PipelineClass,
     pipeline_class,
     pipeline_family,
 )
@@ -105,7 +105,7 @@ def derive_preset(
 
 
 def _derive_text(
-    configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, pipeline: Pipeline
+    configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, pipeline: PipelineClass
 ) -> Iterator[TextConfig]:
     present = [name for name in ENCODERS if f"{name}/config.json" in configs]
     for i, name in enumerate(present):

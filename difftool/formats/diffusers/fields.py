@@ -74,7 +74,7 @@ def build(cls: type[T], where: str, **values: Any) -> T:
         raise InputError(f"{where} describes what difftool does not have", str(error)) from None
 
 
-class Kind(NamedTuple):
+class FieldKind(NamedTuple):
     """What values a field has, there and here."""
 
     read: Callable[[Fields, str], Any]
@@ -88,14 +88,14 @@ class Row(NamedTuple):
 
     name: str
     ours: str
-    kind: Kind
+    kind: FieldKind
 
 
-def choice(words: Mapping[Any, Any]) -> Kind:
+def choice(words: Mapping[Any, Any]) -> FieldKind:
     """One of these values there, each of which is that one here; the first such is written."""
     theirs = {ours: word for word, ours in reversed([*words.items()])}
     first, *_ = words
-    return Kind(
+    return FieldKind(
         lambda f, name: words[f.one_of(name, *words)],
         lambda value: theirs.get(value, first),
         tuple(words),
@@ -127,21 +127,23 @@ def _uniform(f: Fields, name: str) -> int:
     return value[0] if isinstance(value, list) else value
 
 
-INT = Kind(lambda f, name: f.get(name, int))
-INT_OR_NONE = Kind(lambda f, name: f.get(name, (int, type(None))))
-BOOL = Kind(lambda f, name: f.get(name, bool))
-FLOAT = Kind(lambda f, name: float(f.get(name, (int, float))))
-WHOLE = Kind(FLOAT.read, lambda value: int(value) if value == int(value) else value)
+INT = FieldKind(lambda f, name: f.get(name, int))
+INT_OR_NONE = FieldKind(lambda f, name: f.get(name, (int, type(None))))
+BOOL = FieldKind(lambda f, name: f.get(name, bool))
+FLOAT = FieldKind(lambda f, name: float(f.get(name, (int, float))))
+WHOLE = FieldKind(FLOAT.read, lambda value: int(value) if value == int(value) else value)
 """A number that is written without a point where it has no fraction."""
-ZERO_OR_NONE = Kind(
+ZERO_OR_NONE = FieldKind(
     lambda f, name: float(f.get(name, (int, float, type(None))) or 0.0), lambda value: value or None
 )
-INTS = Kind(lambda f, name: f.ints(name), list)
-PER_LEVEL = Kind(_per_level, lambda value: compact(value) if isinstance(value, tuple) else value)
+INTS = FieldKind(lambda f, name: f.ints(name), list)
+PER_LEVEL = FieldKind(
+    _per_level, lambda value: compact(value) if isinstance(value, tuple) else value
+)
 """A whole number, or one for each level."""
-UNIFORM = Kind(_uniform)
+UNIFORM = FieldKind(_uniform)
 """A whole number, or the same one for each level."""
-NUMBERS = Kind(_numbers, lambda value: None if value is None else list(value))
+NUMBERS = FieldKind(_numbers, lambda value: None if value is None else list(value))
 
 
 def read_rows(f: Fields, rows: Iterable[Row]) -> dict[str, Any]:

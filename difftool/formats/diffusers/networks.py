@@ -27,8 +27,8 @@ from difftool.formats.diffusers.fields import (
     UNIFORM,
     WHOLE,
     ZERO_OR_NONE,
+    FieldKind,
     Fields,
-    Kind,
     Row,
     build,
     choice,
@@ -123,7 +123,7 @@ CONDITIONED_ROWS = (
 PLAIN_ROWS = (
     *ROWS,
     Row("mid_block_type", "mid_blocks", choice({"UNetMidBlock2D": 2, None: 0})),
-    Row("add_attention", "mid_depth", Kind(lambda f, name: int(f.get(name, bool)), bool)),
+    Row("add_attention", "mid_depth", FieldKind(lambda f, name: int(f.get(name, bool)), bool)),
 )
 
 

@@ -10,7 +10,7 @@ from difftool.config.families import FAMILIES, Family, concat_of, family, family
 from difftool.config.schema import Preset
 
 
-class Pipeline(NamedTuple):
+class PipelineClass(NamedTuple):
     """What a pipeline class says of the models that it is for."""
 
     text: str = ""
@@ -20,21 +20,21 @@ class Pipeline(NamedTuple):
 
 
 PIPELINES = {
-    "StableDiffusionPipeline": Pipeline("sd", 7.5),
-    "StableDiffusionImg2ImgPipeline": Pipeline("sd", 7.5),
-    "StableDiffusionInpaintPipeline": Pipeline("sd", 7.5),
-    "StableDiffusionInstructPix2PixPipeline": Pipeline("sd", 7.5),
-    "LatentConsistencyModelPipeline": Pipeline("sd", 8.5, 4),
-    "LatentConsistencyModelImg2ImgPipeline": Pipeline("sd", 8.5, 4),
-    "StableDiffusionXLPipeline": Pipeline("xl", 5.0),
-    "StableDiffusionXLImg2ImgPipeline": Pipeline("xl", 5.0),
-    "StableDiffusionXLInpaintPipeline": Pipeline("xl", 5.0),
-    "StableDiffusionDepth2ImgPipeline": Pipeline("sd", 7.5),
-    "StableDiffusionUpscalePipeline": Pipeline("sd", 9.0, 75),
-    "StableUnCLIPImg2ImgPipeline": Pipeline("sd", 10.0, 20),
-    "DDPMPipeline": Pipeline(),
-    "DDIMPipeline": Pipeline(),
-    "PNDMPipeline": Pipeline(),
+    "StableDiffusionPipeline": PipelineClass("sd", 7.5),
+    "StableDiffusionImg2ImgPipeline": PipelineClass("sd", 7.5),
+    "StableDiffusionInpaintPipeline": PipelineClass("sd", 7.5),
+    "StableDiffusionInstructPix2PixPipeline": PipelineClass("sd", 7.5),
+    "LatentConsistencyModelPipeline": PipelineClass("sd", 8.5, 4),
+    "LatentConsistencyModelImg2ImgPipeline": PipelineClass("sd", 8.5, 4),
+    "StableDiffusionXLPipeline": PipelineClass("xl", 5.0),
+    "StableDiffusionXLImg2ImgPipeline": PipelineClass("xl", 5.0),
+    "StableDiffusionXLInpaintPipeline": PipelineClass("xl", 5.0),
+    "StableDiffusionDepth2ImgPipeline": PipelineClass("sd", 7.5),
+    "StableDiffusionUpscalePipeline": PipelineClass("sd", 9.0, 75),
+    "StableUnCLIPImg2ImgPipeline": PipelineClass("sd", 10.0, 20),
+    "DDPMPipeline": PipelineClass(),
+    "DDIMPipeline": PipelineClass(),
+    "PNDMPipeline": PipelineClass(),
 }
 """The pipeline classes that difftool knows; no other is read."""
 TASKS = {"inpaint": "Inpaint", "edit": "InstructPix2Pix"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from difftool.formats.diffusers.fields import FLOAT, INT, Fields, Kind, Row, choice
+from difftool.formats.diffusers.fields import FLOAT, INT, FieldKind, Fields, Row, choice
 
 TARGETS = {
     "epsilon": "eps",
@@ -91,13 +91,15 @@ def _lowers(f: Fields, name: str) -> str:
 
 ORDER = Row("solver_order", "order", choice({1: 1, 2: 2, 3: 3}))
 LOWERS = Row(
-    "lower_order_final", "lower_order_final", Kind(_lowers, lambda lowers: lowers != "never")
+    "lower_order_final", "lower_order_final", FieldKind(_lowers, lambda lowers: lowers != "never")
 )
 DPM = (
     Row("solver_type", "solver_type", choice({"midpoint": "midpoint", "heun": "heun"})),
     ORDER,
     LOWERS,
-    Row("euler_at_final", "lower_order_final", Kind(_lowers, lambda lowers: lowers == "final")),
+    Row(
+        "euler_at_final", "lower_order_final", FieldKind(_lowers, lambda lowers: lowers == "final")
+    ),
 )
 DEIS = (ORDER, Row("solver_type", "variant", choice({"logrho": "log_rho"})), LOWERS)
 UNIPC = (
@@ -105,7 +107,11 @@ UNIPC = (
     Row("solver_type", "solver_type", choice({"bh2": "bh2", "bh1": "bh1"})),
     Row("predict_x0", "target", choice({True: "x0", False: "eps"})),
     Row("lower_order_final", "lower_order_final", choice({True: "always", False: "never"})),
-    Row("disable_corrector", "disable_corrector", Kind(lambda f, n: tuple(f.get(n, list)), list)),
+    Row(
+        "disable_corrector",
+        "disable_corrector",
+        FieldKind(lambda f, n: tuple(f.get(n, list)), list),
+    ),
 )
 VARIANCE = Row(
     "variance_type",

@@ -28,7 +28,7 @@ Find = Callable[[str], Located | None]
 """Where the tensor of that name lies."""
 
 
-class Noise(NamedTuple):
+class NoiseTable(NamedTuple):
     """What is decided."""
 
     target: str
@@ -74,7 +74,7 @@ def decide(
     params: Mapping[str, Any],
     find: Find,
     overrides: Overrides,
-) -> Noise:
+) -> NoiseTable:
     """Target and noise path of a single file; InputError if its evidence contradicts itself."""
     path, findings, warnings = {}, [], []
     words = [*_words(metadata, params, find)]
@@ -118,7 +118,7 @@ def decide(
     elif not edm and not family.path and (betas := _custom_betas(find)):
         path |= {"kind": "discrete", "betas": betas}
         findings.append(Evidence("alphas_cumprod", "a noise schedule of its own"))
-    return Noise(target, path, findings, warnings)
+    return NoiseTable(target, path, findings, warnings)
 
 
 def _words(metadata: Mapping[str, str], params: Mapping[str, Any], find: Find) -> Iterator[_Word]:

@@ -36,7 +36,7 @@ HELD_OUT, MOST_HELD_OUT, HELD_OUT_FROM = 0.05, 256, 200
 fewer than the last."""
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """What is said of a run, before the rest is chosen."""
 
     dataset: Dataset
@@ -66,7 +66,7 @@ def plan(
     given: Sequence[Layer],
     part: Part | None = None,
     start: Sequence[Layer] = (),
-) -> Plan:
+) -> TrainingPlan:
     """What the user, the preset and the data say. `part` trains that part alone; None = those of
     the preset. `start` describes the model to fine-tune and takes the preset's place.
 
@@ -84,7 +84,7 @@ def plan(
         given = [*given, Layer("--part", {"parts": [part]})]
     made = resolve([*base, *given])
     _check(made, dataset)
-    return Plan(dataset, base, list(given), made)
+    return TrainingPlan(dataset, base, list(given), made)
 
 
 def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:

@@ -21,19 +21,19 @@ from difftool.storage.safetensors import save_tensors
 if TYPE_CHECKING:
     from difftool.config.schema import OptimConfig
 
-Rule = Callable[[int], float]
+EmaRule = Callable[[int], float]
 """What the average keeps of itself at update n = 1, 2, ..."""
 
 SNAPSHOTS = 32
 """As many are kept, spread evenly over the run."""
 
 
-def exponential(decay: float) -> Rule:
+def exponential(decay: float) -> EmaRule:
     """min(decay, (1 + n)/(10 + n)): a short run does not average in its random start."""
     return lambda n: min(decay, (1 + n) / (10 + n))
 
 
-def power(length: float) -> Rule:
+def power(length: float) -> EmaRule:
     """(1 - 1/n)^(gamma + 1), by which the weights of step i grow like i^gamma."""
     gamma = exponent(length)
     return lambda n: (1 - 1 / n) ** (gamma + 1)
@@ -42,7 +42,7 @@ def power(length: float) -> Rule:
 class Ema:
     """Moving averages of named parameters in fp32, one for each rule; the last is the run's own."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], rules: Mapping[str, Rule]):
+    def __init__(self, parameters: Mapping[str, Tensor], rules: Mapping[str, EmaRule]):
         self.rules, self.updates = dict(rules), 0
         self.live = dict(parameters)
         self.tracks = {
