@@ -30,13 +30,13 @@ from difftool.storage.strict_json import parse_json, read_json
 from difftool.storage.tensor_file import TensorSource, open_source
 from difftool.storage.tensors import FLOATS, Located, file_chunks
 
-Kind = Literal["lora", "loha", "lokr", "full"]
+LoraKind = Literal["lora", "loha", "lokr", "full"]
 ADAPTER = "lora_adapter_metadata"
 """Key of diffusers' headers for PEFT's configuration, a prefix of a component before each key."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
 
-NEEDED: dict[Kind, tuple[frozenset[str], ...]] = {
+NEEDED: dict[LoraKind, tuple[frozenset[str], ...]] = {
     "lora": (frozenset({"down", "up"}),),
     "loha": (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
     "lokr": tuple(
@@ -47,7 +47,7 @@ NEEDED: dict[Kind, tuple[frozenset[str], ...]] = {
     "full": (frozenset({"diff"}), frozenset({"diff_bias"}), frozenset({"diff", "diff_bias"})),
 }
 """The tensors that a change is made of, in each of the ways that it can be."""
-ALLOWED: dict[Kind, frozenset[str]] = {
+ALLOWED: dict[LoraKind, frozenset[str]] = {
     "lora": frozenset({"up_bias", "mid", "alpha", "magnitude"}),
     "loha": frozenset({"hada_t1", "hada_t2", "alpha", "magnitude"}),
     "lokr": frozenset({"lokr_t2", "alpha", "magnitude"}),
@@ -59,7 +59,7 @@ ALLOWED: dict[Kind, frozenset[str]] = {
 class Change(NamedTuple):
     """What a file does to a layer."""
 
-    kind: Kind
+    kind: LoraKind
     tensors: dict[str, Located]
     """By role."""
     alpha: float | None = None
@@ -246,7 +246,7 @@ def _fits(pattern: str, name: str) -> bool:
         return False
 
 
-def _kind(tensors: Iterable[str]) -> Kind | None:
+def _kind(tensors: Iterable[str]) -> LoraKind | None:
     """What change tensors of those roles make; None if none, or not one alone."""
     roles = frozenset(tensors)
     for kind, ways in NEEDED.items():

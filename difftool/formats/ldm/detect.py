@@ -15,10 +15,10 @@ from difftool.config.families import Family
 from difftool.config.networks import Depth, TextConfig, UNetConfig, VaeConfig, VisionConfig
 from difftool.formats.rules import Shape
 
-Shapes = Mapping[str, Shape]
+TensorShapes = Mapping[str, Shape]
 
 
-def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
+def differences(found: TensorShapes, wanted: TensorShapes) -> Iterator[str]:
     """What distinguishes tensors from those that there should be, by name and shape."""
     for name, shape in wanted.items():
         if name not in found:
@@ -33,7 +33,7 @@ def differences(found: Shapes, wanted: Shapes) -> Iterator[str]:
 # --- networks --------------------------------------------------------------------------------
 
 
-def unet_config(s: Shapes, pooled: bool = True) -> UNetConfig:
+def unet_config(s: TensorShapes, pooled: bool = True) -> UNetConfig:
     """The U-Net that tensors under LDM's names make, all of one head; KeyError, ValueError or
     IndexError if they make none. pooled: whether a pooled text is what its vector is of."""
     widths, down = _levels(s, "input_blocks", 1, lambda there: f"{there}.0.op.weight" in s)
@@ -70,7 +70,7 @@ def unet_config(s: Shapes, pooled: bool = True) -> UNetConfig:
 
 
 def _levels(
-    s: Shapes, way: str, first: int, ends: Callable[[str], bool]
+    s: TensorShapes, way: str, first: int, ends: Callable[[str], bool]
 ) -> tuple[list[int], list[list[int]]]:
     """Widths of the levels that a way leads through, and the depths of each one's blocks."""
     widths: list[int] = []
@@ -88,7 +88,7 @@ def _levels(
     raise AssertionError("count is endless")
 
 
-def _first_attention(s: Shapes) -> list[str | None]:
+def _first_attention(s: TensorShapes) -> list[str | None]:
     """The first transformer block of each level on the way down, where there is one."""
     found: list[str | None] = [None]
     for index in count(1):
@@ -102,7 +102,7 @@ def _first_attention(s: Shapes) -> list[str | None]:
     raise AssertionError("count is endless")
 
 
-def _depth(s: Shapes, there: str) -> int:
+def _depth(s: TensorShapes, there: str) -> int:
     """Transformer blocks of an attention layer."""
     blocks = (f"{there}.transformer_blocks.{i}.norm1.weight" in s for i in count())
     return next(i for i, block in enumerate(blocks) if not block)
@@ -112,7 +112,7 @@ def _compact(row: list[int]) -> Depth:
     return row[0] if len(set(row)) == 1 else tuple(row)
 
 
-def vae_config(s: Shapes) -> VaeConfig:
+def vae_config(s: TensorShapes) -> VaeConfig:
     """The autoencoder that tensors under LDM's names make; errors as `unet_config`."""
     widths, blocks = [], 0
     for level in count():
@@ -132,7 +132,7 @@ def vae_config(s: Shapes) -> VaeConfig:
     )
 
 
-def text_config(s: Shapes, openclip: bool, spare: int = 0) -> TextConfig:
+def text_config(s: TensorShapes, openclip: bool, spare: int = 0) -> TextConfig:
     """The text encoder that tensors under OpenCLIP's or transformers' names make, without the last
     `spare` layers; errors as `unet_config`."""
     if openclip:
@@ -157,7 +157,7 @@ def text_config(s: Shapes, openclip: bool, spare: int = 0) -> TextConfig:
     )
 
 
-def vision_config(s: Shapes) -> VisionConfig:
+def vision_config(s: TensorShapes) -> VisionConfig:
     """The picture encoder that tensors under OpenCLIP's names make; errors as `unet_config`. No
     tensor shows how many heads attend and by which activation: as published."""
     width, _, _, patch = s["conv1.weight"]

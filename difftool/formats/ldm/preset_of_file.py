@@ -28,7 +28,7 @@ from difftool.formats.values import numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meaning:
+class FileMeaning:
     """A preset derived from a file's tensors and metadata."""
 
     values: dict[str, Any]
@@ -46,7 +46,7 @@ def derive(
     name: str,
     overrides: Overrides = NO_OVERRIDES,
     params: Mapping[str, Any] | None = None,
-) -> Meaning:
+) -> FileMeaning:
     """The preset that tensors under their usual names mean; InputError if difftool has no such.
 
     params: of the configuration file beside it.
@@ -105,7 +105,7 @@ def derive(
         "sample": sample,
     }
     says = f"family {family.id}, {len(shapes)} tensors"
-    return Meaning(
+    return FileMeaning(
         values=values,
         findings=(Evidence("tensor names and shapes", says), *noise.findings),
         warnings=(*noise.warnings, *guesses),
