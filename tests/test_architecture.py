@@ -43,7 +43,7 @@ FAMILY_FILES = {"config.families", "diffusion.grids", "diffusion.path"}
 Those of formats/ say what other tools call them."""
 KINDS = {"Vae", "VaeCodec", "VaeConfig"}
 """Classes of one kind of codec, which nobody asks for but its own files and `pipeline.decode`."""
-ORACLES = {"diffusers", "transformers", "peft", "safetensors", "k_diffusion", "scipy"}
+ORACLES = {"diffusers", "transformers", "peft", "k_diffusion", "scipy"}
 
 
 class Import(NamedTuple):

@@ -370,5 +370,5 @@ def test_every_kind_of_output_is_what_it_says(tmp_path):
              "csv": b"index,t,alpha,sigma,log_snr\n"}  # fmt: skip
     assert set(begin) == set(OUTPUTS)
     for kind, output in OUTPUTS.items():
-        assert output.write(strip()).startswith(begin[kind])
-        assert output.write(compared()).startswith(begin[kind][:20])
+        assert output.encode(strip()).startswith(begin[kind])
+        assert output.encode(compared()).startswith(begin[kind][:20])

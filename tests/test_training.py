@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -118,7 +119,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, pictures):
 
 def test_a_second_signal_interrupts(tmp_path, pictures):
     run = start(tmp_path / "run", pictures, {})
-    steps = run.steps()
+    steps: Any = run.steps()
     next(steps)
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -176,9 +176,22 @@ def _verify(work: Conversion, written: Path, kind: str) -> None:
             raise CheckError(what, f"{name} has another dtype or shape")
         if digest_of(bytes_of(place)) != work.after[name]:
             raise CheckError(what, f"the bytes of {name} are others")
+    for file in sorted({place.file for place in again.tensors.values()}):
+        _check_opens_elsewhere(file)
     # a single file's model is called as the file is, where nothing names it
     name = source.preset.name if kind == "ldm" else again.preset.name
     if replace(again.preset, name=name) != source.preset:
         raise CheckError(what, "the preset does not come back as it was")
     if again.tokenizer_json != source.tokenizer_json:
         raise CheckError(what, "the vocabulary does not come back as it was")
+
+
+def _check_opens_elsewhere(file: Path) -> None:
+    """CheckError unless the format's own package, which other tools read by, opens the file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except Exception as error:  # whatever it finds wrong
+        raise CheckError(f"the safetensors package cannot open {file.name}", str(error)) from None
