@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from difftool.config.networks import (
-    CODEC_KINDS,
-    CodecConfig,
-    IdentityConfig,
-    SpaceToDepthConfig,
-    VaeConfig,
-)
+from difftool.config.kinds import CodecConfig
+from difftool.config.networks import CODEC_KINDS, IdentityConfig, SpaceToDepthConfig, VaeConfig
 from difftool.errors import UsageError
 from difftool.networks.codecs import VaeCodec
 from difftool.networks.kinds import CODECS, build_codec

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from difftool.config.networks import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
 
 OWN = "difftool"
 """The family of models that no row describes: whatever difftool trains from nothing."""

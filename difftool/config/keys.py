@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from difftool.config.networks import Kinds
+from difftool.config.kinds import Kinds
 from difftool.config.schema import Preset
 
 WORDS = {int: "integer", float: "number", str: "text", dict: "mapping"}

@@ -11,15 +11,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from difftool.config.families import OWN
-from difftool.config.networks import (
-    CODEC_KINDS,
-    ENCODER_KINDS,
-    NETWORK_KINDS,
-    CodecConfig,
-    EncoderConfig,
-    IdentityConfig,
-    NetworkConfig,
-)
+from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.config.networks import CODEC_KINDS, ENCODER_KINDS, NETWORK_KINDS, IdentityConfig
 
 Options = dict[str, Any]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from difftool.config.networks import Kinds
+from difftool.config.kinds import Kinds
 from difftool.config.schema import Preset, SampleConfig
 from difftool.errors import DifftoolError, UsageError, suggestion
 from difftool.storage.yaml import dump_yaml

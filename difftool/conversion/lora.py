@@ -24,8 +24,8 @@ from difftool.adapters.lora.file import (
     scale_of,
 )
 from difftool.config.families import PUBLISHED, Family
+from difftool.config.kinds import NetworkConfig
 from difftool.config.layers import load_preset
-from difftool.config.networks import NetworkConfig
 from difftool.conversion.ledger import Ledger, LedgerEntry
 from difftool.conversion.model import AS_IT_IS, WriteOptions
 from difftool.errors import CheckError, InputError

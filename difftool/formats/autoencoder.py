@@ -11,7 +11,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from difftool.config.networks import CodecConfig, VaeConfig
+from difftool.config.kinds import CodecConfig
+from difftool.config.networks import VaeConfig
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import WEIGHTS, component_tensors, our_name
 from difftool.formats.diffusers.networks import read_vae

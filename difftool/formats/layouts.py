@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from difftool.config.families import Family
-from difftool.config.networks import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
 from difftool.errors import CheckError
 from difftool.formats.diffusers import networks
 from difftool.formats.ldm import detect, tables

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difftool.config.networks import CodecConfig, SpaceToDepthConfig, VaeConfig
+from difftool.config.kinds import CodecConfig
+from difftool.config.networks import SpaceToDepthConfig, VaeConfig
 from difftool.networks.vae import Vae
 
 

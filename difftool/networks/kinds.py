@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from difftool.config.networks import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
 from difftool.networks.base import Network, TextEncoder
 from difftool.networks.clip import ClipText
 from difftool.networks.codecs import Codec, SpaceToDepth, VaeCodec

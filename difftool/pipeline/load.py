@@ -12,8 +12,8 @@ import torch
 from difftool.adapters.lora.algebra import apply, open_loras
 from difftool.adapters.lora.file import changed_by
 from difftool.config.families import family
+from difftool.config.kinds import CodecConfig
 from difftool.config.layers import load_preset
-from difftool.config.networks import CodecConfig
 from difftool.config.schema import Preset
 from difftool.errors import InputError, UsageError
 from difftool.formats import open_model

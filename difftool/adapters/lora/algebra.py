@@ -26,7 +26,7 @@ from difftool.formats.rules import Shape
 from difftool.storage.tensors import load_located
 
 if TYPE_CHECKING:
-    from difftool.config.networks import NetworkConfig
+    from difftool.config.kinds import NetworkConfig
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from difftool.errors import CheckError
 
 if TYPE_CHECKING:
-    from difftool.config.networks import NetworkConfig
+    from difftool.config.kinds import NetworkConfig
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 _ADAPTER_NAME = r"(?:\.[^.]+)??"

@@ -22,7 +22,7 @@ from difftool.adapters.lora.dialects import (
     spellings,
     variants,
 )
-from difftool.config.networks import NetworkConfig
+from difftool.config.kinds import NetworkConfig
 from difftool.errors import InputError, UsageError
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import looks_like_safetensors

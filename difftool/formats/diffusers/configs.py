@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from difftool.config.families import family as family_row
 from difftool.config.families import family_of
-from difftool.config.networks import CodecConfig, IdentityConfig, TextConfig
+from difftool.config.kinds import CodecConfig
+from difftool.config.networks import IdentityConfig, TextConfig
 from difftool.config.schema import Preset, SampleConfig, TrainConfig
 from difftool.diffusion.path import build_path
 from difftool.errors import InputError

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from difftool.config.networks import EncoderConfig
+from difftool.config.kinds import EncoderConfig
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import json_text
 from difftool.storage.strict_json import read_json

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from difftool.config.networks import EncoderConfig, NetworkConfig, TextConfig
+from difftool.config.kinds import EncoderConfig, NetworkConfig
+from difftool.config.networks import TextConfig
 from difftool.config.schema import Preset
 from difftool.errors import CheckError
 from difftool.formats.layouts import CODECS, encoder_rules, network_rules

@@ -14,8 +14,9 @@ from typing import Any
 
 from difftool.config import families
 from difftool.config.families import PUBLISHED, Family
+from difftool.config.kinds import NetworkConfig
 from difftool.config.layers import load_preset
-from difftool.config.networks import NetworkConfig, TextConfig, VaeConfig
+from difftool.config.networks import TextConfig, VaeConfig
 from difftool.config.validate import to_values
 from difftool.errors import InputError
 from difftool.formats.layouts import NETWORKS, network_rules
