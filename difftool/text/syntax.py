@@ -12,7 +12,6 @@ from typing import NamedTuple
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer
 
-SYNTAXES = ("none", "a1111", "comfy")
 ROUND, SQUARE = 1.1, 1 / 1.1
 """What a pair of brackets does to the weight of what is in it."""
 BACKTRACK = 20
