@@ -21,7 +21,7 @@ ROWS = [
     row("num", flags=("--num", "-n"), type=int),
     row("size", metavar="WxH"),
     row("sampler", choices=lambda: [str(n) for n in range(20)]),
-    row("guidance", type=float, habits=("--creativity",)),
+    row("guidance", type=float),
     row("dtype", choices=lambda: ("fp32", "fp16")),
     row("ema", type=bool, flags=("--ema/--no-ema",)),
 ]
@@ -32,7 +32,7 @@ ROWS = [
     [
         ("--cfg", "use --guidance"),
         ("--cfg_scale", "use --guidance"),
-        ("--creativity", "use --guidance"),
+        ("--guidance-scale", "use --guidance"),
         ("--width", "use --size WxH"),
         ("-W", "use --size WxH"),
         ("--fp16", "use --dtype: fp32, fp16"),

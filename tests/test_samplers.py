@@ -16,18 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, Level, Path, Prediction, recover, transition
+from difftool.diffusion.clocks import CLOCKS, interpolation, moments
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.samplers import REFUSED, OneOf, split_spelling
 from difftool.diffusion.solvers import (
-    CLOCKS,
     Multistep,
     Node,
     Pndm,
     Step,
     TwoStage,
     full,
-    interpolation,
-    moments,
     none,
     posterior,
     rectified,

@@ -1,7 +1,6 @@
 """Flags that other tools have taught: answered with the flag that does the same here.
 
-A row's own `habits` come first. The tables below are for all commands: each answers where it has
-the flag that is named.
+The tables below are for all commands: each answers where it has the flag that is named.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ def answer(flag: str, rows: Sequence[Option], command: str) -> UsageError:
     what = f"there is no {flag} here"
     word = _word(flag)
     for row in rows:
-        if word in map(_word, row.habits) or word in COUNTERPARTS.get(_name(row), "").split():
+        if word in COUNTERPARTS.get(_name(row), "").split():
             return UsageError(what, hint=_use(row))
     for row in rows:
         for words, said in ANSWERS.get(_name(row), {}).items():

@@ -62,8 +62,6 @@ class Option:
     """Names of options of which one must be given too."""
     why: str | None = None
     """What is said where `needs` is not met, after the flag: "is a LoRA's"."""
-    habits: tuple[str, ...] = ()
-    """Flags of other tools that mean this; answered with its name."""
 
     @property
     def flag(self) -> str:
