@@ -145,7 +145,7 @@ def samples(where: Path) -> tuple[Tensor, Tensor]:
     if where.is_dir():
         rows = [(p, label_of(p.parent.name)) for p in sorted(where.glob("*/*.png"))]
     else:
-        entries = [json.loads(line) for line in where.read_text().splitlines()]
+        entries = [json.loads(line) for line in where.read_text(encoding="utf-8").splitlines()]
         rows = [(Path(e["path"]), label_of(e["label"])) for e in entries if "path" in e]
     if not rows:
         raise SystemExit(f"{where} has no samples")

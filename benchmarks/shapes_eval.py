@@ -279,7 +279,9 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.samples:
-        entries = [json.loads(line) for line in options.samples.read_text().splitlines()]
+        entries = [
+            json.loads(line) for line in options.samples.read_text(encoding="utf-8").splitlines()
+        ]
         made = [e for e in entries if "path" in e]
         captions = [e["prompt"] for e in made]
         pictures = (np.asarray(Image.open(e["path"]).convert("RGB")) for e in made)

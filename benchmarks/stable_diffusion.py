@@ -76,7 +76,7 @@ def measured(command: list[str]) -> dict[str, float]:
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         try:
-            held = dict(re.findall(r"(\w+):\s+(\d+) kB", status.read_text()))
+            held = dict(re.findall(r"(\w+):\s+(\d+) kB", status.read_text(encoding="utf-8")))
         except (FileNotFoundError, ProcessLookupError):
             break
         peak = max(peak, int(held.get("VmHWM", 0)))

@@ -125,7 +125,7 @@ def build(family: str, folder: Path) -> Any:
         pipe.scheduler.register_to_config(**SD_SCHEDULER | dict(pipe.scheduler.config))
         pipe.save_pretrained(folder / family)
         pipe.set_progress_bar_config(disable=True)
-    index = json.loads((folder / family / "model_index.json").read_text())
+    index = json.loads((folder / family / "model_index.json").read_text(encoding="utf-8"))
     assert index["_class_name"] == type(pipe).__name__
     return pipe
 

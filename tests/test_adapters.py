@@ -126,7 +126,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, difftool):
     ran = difftool("train", "photos", "--out", "part", "--resume-from", step, *RUN)
     assert ran.code != 0  # there is no run there
     Path("part").mkdir()
-    Path("part/config.yaml").write_text(Path("whole/config.yaml").read_text())
+    Path("part/config.yaml").write_text(
+        Path("whole/config.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     ran = difftool("train", "photos", "--out", "part", "--resume-from", step, *RUN)
     assert ran.code == 0, ran.err
     first, second = load_file("whole/lora.safetensors"), load_file("part/lora.safetensors")

@@ -41,7 +41,10 @@ def test_there_and_back(convert):
     ran = convert("m.safetensors", "m", "--to", "diffusers")
     assert (ran.code, ran.out) == (0, "m\n")
     assert "verification: identical" in ran.err
-    assert json.loads(Path("m/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    assert (
+        json.loads(Path("m/model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        == "DDPMPipeline"
+    )
     ran = convert("m/", "back.safetensors", "--to", "difftool", "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "back.safetensors\n", "")
     before, after = load_file("m.safetensors"), load_file("back.safetensors")
@@ -53,7 +56,7 @@ def test_there_and_back(convert):
 def test_the_report_is_the_ledger(convert):
     ran = convert("m.safetensors", "m", "--to", "diffusers", "--report", "r.json")
     assert ran.code == 0
-    report = json.loads(Path("r.json").read_text())
+    report = json.loads(Path("r.json").read_text(encoding="utf-8"))
     names = set(load_file("m.safetensors"))
     assert {entry["source"] for entry in report["entries"]} == names
     assert report["counts"] == {"copy": len(names)}
@@ -105,10 +108,10 @@ def test_output_is_replaced_only_where_asked(convert):
         assert ran.code == 2
         assert "--overwrite" in ran.err
         assert convert("m.safetensors", target, "--to", kind, "--overwrite").code == 0
-    Path("r.json").write_text("precious")
+    Path("r.json").write_text("precious", encoding="utf-8")
     ran = convert("m.safetensors", "b", "--to", "difftool", "--report", "r.json")
     assert ran.code == 2
-    assert Path("r.json").read_text() == "precious"
+    assert Path("r.json").read_text(encoding="utf-8") == "precious"
     assert "b" not in left()
 
 
@@ -259,7 +262,7 @@ assert not {"torch", "numpy", "safetensors"} & set(sys.modules)
 def test_a_run_folder_is_a_source(convert):
     Path("run").mkdir()
     shutil.copy("m.safetensors", "run/model.safetensors")
-    Path("run/config.yaml").write_text("name: tiny\n")
+    Path("run/config.yaml").write_text("name: tiny\n", encoding="utf-8")
     assert convert("run", "out.safetensors", "--to", "difftool").code == 0
     assert load_file("out.safetensors").keys() == load_file("m.safetensors").keys()
 
@@ -278,7 +281,7 @@ def test_a_single_file_goes_to_a_folder_and_back(convert):
     tensors = ldm_models.write(Path("sd.safetensors"), "sd1", {"format": "pt"}, ema=True)
     ran = convert("sd.safetensors", "sd", "--to", "diffusers", "--report", "r.json")
     assert (ran.code, ran.out) == (0, "sd\n")
-    report = json.loads(Path("r.json").read_text())
+    report = json.loads(Path("r.json").read_text(encoding="utf-8"))
     assert {entry["source"] for entry in report["entries"]} == tensors.keys()
     there = {entry["source"]: entry for entry in report["entries"]}
     entry = there["first_stage_model.encoder.mid.attn_1.q.weight"]
@@ -320,7 +323,7 @@ def test_a_contradiction_is_settled_by_a_flag(convert):
     assert (shown["prediction"], shown["family"]) == ("v", "sdxl")
     ran = convert("xl.safetensors", "out", "--to", "diffusers", "--prediction", "v")
     assert ran.code == 0
-    scheduler = json.loads(Path("out/scheduler/scheduler_config.json").read_text())
+    scheduler = json.loads(Path("out/scheduler/scheduler_config.json").read_text(encoding="utf-8"))
     assert scheduler["prediction_type"] == "v_prediction"
     ran = convert("xl.safetensors", "o", "--to", "ldm", "--prediction", "eps", "--zero-snr")
     assert ran.code == 2

@@ -51,7 +51,7 @@ def left() -> set[str]:
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -154,7 +154,7 @@ def test_a_moving_picture(noise, kind, frames):
 def test_a_page_has_every_level(noise):
     ran = noise("small.png", "-o", "a.html", "--json", "--compare", "linear,flow")
     assert [len(rows) for rows in ran.object["noise_paths"].values()] == [1000, 1001]
-    assert Path("a.html").read_text().startswith("<!DOCTYPE html>")
+    assert Path("a.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert len(noise("small.png", "-o", "b.html", "--json", "--steps", 9).object["levels"]) == 9
     assert len(noise("small.png", "-o", "c.html", "--json", "--markov").object["levels"]) == 25
 
@@ -288,16 +288,16 @@ def test_a_trained_model_sees_what_it_knows(noise):
 
 
 def test_nothing_is_overwritten_unasked(noise):
-    Path("photo-noise.png").write_text("mine")
+    Path("photo-noise.png").write_text("mine", encoding="utf-8")
     ran = noise("photo.png")
     assert ran.code == 2 and "--overwrite" in ran.err and ran.out == ""
-    assert Path("photo-noise.png").read_text() == "mine"
+    assert Path("photo-noise.png").read_text(encoding="utf-8") == "mine"
     assert noise("photo.png", "--overwrite").code == 0
     assert Path("photo-noise.png").read_bytes().startswith(b"\x89PNG")
     for name in ("curve.csv", "curve.png"):
-        Path(name).write_text("mine")
+        Path(name).write_text("mine", encoding="utf-8")
         assert noise("--curve", "-o", name).code == 2
-        assert Path(name).read_text() == "mine"
+        assert Path(name).read_text(encoding="utf-8") == "mine"
 
 
 def test_a_picture_that_cannot_be_read_does_not_stop_the_others(noise):

@@ -153,7 +153,7 @@ def test_every_object_printed_asks_for_the_same_picture_again(sample, line):
     Image.linear_gradient("L").resize((40, 24)).save("mask.png")
     ran = sample(*args, "-o", "first/[index].png", "--json", model=model)
     assert ran.code == 0, ran.err
-    Path("lines.jsonl").write_text(ran.out)
+    Path("lines.jsonl").write_text(ran.out, encoding="utf-8")
     again = sample("--prompts", "lines.jsonl", "-o", "again/[index].png", model=model)
     assert again.code == 0 and len(again.lines) == len(ran.objects), again.err
     for path in again.lines:
@@ -198,7 +198,7 @@ def test_an_interrupted_command_says_what_was_made(sample, monkeypatch, number):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(sample, monkeypatch):
-    Path("file").write_text("mine")
+    Path("file").write_text("mine", encoding="utf-8")
     assert sample("a fox", "-o", "file/in/it.png").code == 2
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # for the superuser all are
     ran = sample("a fox", "-o", "out/")
@@ -373,10 +373,10 @@ def test_models_that_are_not_there_or_not_models(sample, tmp_path):
 
 
 def test_an_existing_picture_is_refused_before_the_work(sample):
-    Path("fox.png").write_text("mine")
+    Path("fox.png").write_text("mine", encoding="utf-8")
     ran = sample("a fox", "-o", "fox.png", model="none.safetensors")
     assert ran.code == 2 and "fox.png exists" in ran.err
-    assert Path("fox.png").read_text() == "mine"
+    assert Path("fox.png").read_text(encoding="utf-8") == "mine"
 
 
 def latents(sample, *args: object) -> dict[int, torch.Tensor]:
@@ -437,7 +437,7 @@ GRIDS.add("mine", Grid("mine", "index", lambda T, n: [T - 1 - 2 * i for i in ran
 
 @pytest.mark.usefixtures("forget")
 def test_a_picture_of_a_plugin_names_it_and_never_loads_it(sample):
-    Path("own.py").write_text(PLUGIN)
+    Path("own.py").write_text(PLUGIN, encoding="utf-8")
     made = ("--plugin", "own.py", "--schedule", "mine", "--seed", 3)
     assert sample("a fox", *made, "-o", "fox.png").code == 0
     again = ("--from-image", "fox.png", "-o", "again.png", "--overwrite")
@@ -450,7 +450,7 @@ def test_a_picture_of_a_plugin_names_it_and_never_loads_it(sample):
     assert ran.code == 0 and "not as it was" not in ran.err
     assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
     plugins.unload(plugins.loaded()[-1])
-    Path("own.py").write_text(PLUGIN + "# another\n")
+    Path("own.py").write_text(PLUGIN + "# another\n", encoding="utf-8")
     ran = sample(*again, "--plugin", "own.py")
     assert ran.code == 0 and "warning: the plugin own.py is not as it was" in ran.err
 

@@ -111,7 +111,7 @@ def test_sigterm_saves_and_resume_goes_on(pictures):
     assert "--resume" in talk
     assert 0 < talk.index(STOPPING) < talk.index("stopped after step")
     [checkpoint] = (pictures / "run/checkpoints").glob("step-*")
-    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
     done = spawn(
         "train", "photos", "--out", "run", "--resume", "--steps", str(step + 2), cwd=pictures
     )

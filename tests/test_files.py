@@ -74,7 +74,11 @@ def fill(folder: Path, text: str) -> None:
 
 
 def tree(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): p.read_text() for p in root.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_text(encoding="utf-8")
+        for p in root.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("former", [None, "file", "folder"])

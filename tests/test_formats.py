@@ -437,7 +437,10 @@ def test_a_folder_of_diffusers_comes_back_with_equal_tensors_and_files(
         if file.name == "tokenizer_config.json":
             continue
         again = tmp_path / "back" / file.relative_to(folders[name])
-        wanted, found = json.loads(file.read_text()), json.loads(again.read_text())
+        wanted, found = (
+            json.loads(file.read_text(encoding="utf-8")),
+            json.loads(again.read_text(encoding="utf-8")),
+        )
         assert found == wanted, file.name
     before, after = pipeline(folders[name]), pipeline(tmp_path / "back")
     assert type(before) is type(after)
@@ -490,7 +493,7 @@ def test_no_name_of_code_survives_in_an_index(folders, tmp_path):
     for evil in ({"model_index.json": index}, {"model_index.json": []}, {"unet/config.json": [1]}):
         spoilt = replace(source, configs=source.configs | evil)
         run(spoilt, tmp_path / "d", "diffusers", overwrite=True)
-        written = (tmp_path / "d" / "model_index.json").read_text()
+        written = (tmp_path / "d" / "model_index.json").read_text(encoding="utf-8")
         assert "Evil" not in written
         assert json.loads(written)["unet"] == ["diffusers", "UNet2DConditionModel"]
         assert json.loads(written)["requires_safety_checker"] is False
@@ -536,7 +539,9 @@ def folder(folders, tmp_path) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
 
 
 def test_the_half_precision_variant_is_read_where_there_is_no_other(folder, folders):
@@ -592,7 +597,7 @@ def test_shards_are_read(variant, folder, folders, tmp_path):
 )
 def test_an_index_that_does_not_fit_its_shards_is_refused(spoil, says, folder):
     index = shard(folder)
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     spoil(content["weight_map"], "conv_in.weight")
     index.write_text(json.dumps(content))
     with pytest.raises(InputError) as refused:
@@ -1030,7 +1035,7 @@ def test_only_folders_with_models_are_replaced(tmp_path):
     for kind in ("difftool", "diffusers"):
         with pytest.raises(UsageError, match="cannot be replaced"):
             run(source, precious, kind, overwrite=True)
-    assert (precious / "letter.txt").read_text() == "dear"
+    assert (precious / "letter.txt").read_text(encoding="utf-8") == "dear"
     (tmp_path / "out").mkdir()
     run(source, tmp_path / "out", "diffusers", overwrite=True)
     run(source, tmp_path / "out", "diffusers", overwrite=True)
@@ -1400,7 +1405,7 @@ def test_mutated_folders_never_crash(folder):
     files = sorted(folder.glob("**/*.json"))
     junk: list[Any] = [None, True, -1, 0, 1e9, "", "x", [], [[]], {}, {"a": 1}, ["x", None]]
     refused = 0
-    originals = {file: file.read_text() for file in files}
+    originals = {file: file.read_text(encoding="utf-8") for file in files}
     for _ in range(150):
         file = rng.choice(files)
         content = json.loads(originals[file])

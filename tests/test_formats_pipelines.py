@@ -143,11 +143,15 @@ def test_a_pipeline_comes_back_whole(name, kind, folders, tmp_path):
     for file in [folders[name] / "model_index.json", *folders[name].glob("*/*config.json")]:
         if file.name != "tokenizer_config.json":
             again = tmp_path / "back" / file.relative_to(folders[name])
-            assert json.loads(again.read_text()) == json.loads(file.read_text()), file
+            assert json.loads(again.read_text(encoding="utf-8")) == json.loads(
+                file.read_text(encoding="utf-8")
+            ), file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = oracle.DiffusionPipeline.from_pretrained(tmp_path / "back")
     assert (
         type(loaded).__name__
-        == json.loads((folders[name] / "model_index.json").read_text())["_class_name"]
+        == json.loads((folders[name] / "model_index.json").read_text(encoding="utf-8"))[
+            "_class_name"
+        ]
     )

@@ -183,7 +183,7 @@ def test_a_model_is_called_as_at_the_hub(cache, folder):
 )
 def test_what_is_not_whole_is_not_taken(cache, folder, part):
     files = {name: path for name, path in listing(folder).items() if not name.startswith(part)}
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if part == "tokenizer":
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     put(cache, "org/tiny", files | {"model_index.json": json.dumps(index).encode()})

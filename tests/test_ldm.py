@@ -191,7 +191,9 @@ def check_rounds(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert again.values == folder.values
     for file in sorted((tmp_path / "folder").glob("**/*.json")):
         other = tmp_path / "again" / file.relative_to(tmp_path / "folder")
-        assert json.loads(other.read_text()) == json.loads(file.read_text()), file.name
+        assert json.loads(other.read_text(encoding="utf-8")) == json.loads(
+            file.read_text(encoding="utf-8")
+        ), file.name
 
 
 ROUNDS = [(name, dtype) for name in FAMILIES for dtype in DTYPES]

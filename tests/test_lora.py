@@ -718,7 +718,7 @@ def test_the_commands(families, difftool, tmp_path):
         "convert", "fox.safetensors", "p.safetensors", "--to", "peft", "--report", "r.json"
     )
     assert ran.code == 0 and ran.out.strip() == "p.safetensors"
-    assert json.loads(Path("r.json").read_text())["layers"] > 5
+    assert json.loads(Path("r.json").read_text(encoding="utf-8"))["layers"] > 5
     assert ADAPTER in header(tmp_path / "p.safetensors")
     ran = difftool("convert", "p.safetensors", "--inspect")
     assert ran.code == 0 and "lora" in ran.out and "PEFT" in ran.out and "unet" in ran.out

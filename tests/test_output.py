@@ -137,18 +137,18 @@ def test_parallel_writers_never_share_a_number():
     with ThreadPoolExecutor(8) as pool:
         paths = [path for path in pool.map(write, range(64)) if path]
     assert sorted(path.name[:5] for path in paths) == [f"{n:05d}" for n in range(64)]
-    assert {p.read_text() for p in paths} == {str(n) for n in range(64)}
+    assert {p.read_text(encoding="utf-8") for p in paths} == {str(n) for n in range(64)}
     assert len(os.listdir("out")) == 64
 
 
 def test_nothing_is_replaced_unasked():
-    Path("fox.png").write_text("old")
+    Path("fox.png").write_text("old", encoding="utf-8")
     with pytest.raises(UsageError, match="exists"):
         Output.parse("fox.png")
-    assert Path("fox.png").read_text() == "old"
+    assert Path("fox.png").read_text(encoding="utf-8") == "old"
     output = Output.parse("fox.png", overwrite=True)
     output.write(b"new", output.path(VALUES), 7)
-    assert Path("fox.png").read_text() == "new"
+    assert Path("fox.png").read_text(encoding="utf-8") == "new"
     skipping = Output.parse("fox.png", skip_existing=True)
     assert skipping.path(VALUES) == Path("fox.png")
     assert os.listdir() == ["fox.png"]
@@ -157,15 +157,15 @@ def test_nothing_is_replaced_unasked():
 def test_a_picture_that_appears_meanwhile_is_kept():
     output = Output.parse("[seed].png")
     path = output.path(VALUES)
-    Path("7.png").write_text("theirs")
+    Path("7.png").write_text("theirs", encoding="utf-8")
     with pytest.raises(UsageError, match="there already"):
         output.write(b"ours", path, 7)
-    assert Path("7.png").read_text() == "theirs"
+    assert Path("7.png").read_text(encoding="utf-8") == "theirs"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_links_are_not_followed(overwrite):
-    Path("target").write_text("precious")
+    Path("target").write_text("precious", encoding="utf-8")
     os.symlink("target", "fox.png")
     os.symlink("nowhere", "dog.png")
     for name in ("fox.png", "dog.png"):
@@ -175,7 +175,7 @@ def test_links_are_not_followed(overwrite):
         else:
             with pytest.raises(UsageError, match="there already"):
                 Output(root=Path()).write(b"new", Path(name), 7)
-    assert Path("target").read_text() == "precious" and not Path("nowhere").exists()
+    assert Path("target").read_text(encoding="utf-8") == "precious" and not Path("nowhere").exists()
 
 
 @pytest.mark.parametrize(

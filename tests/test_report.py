@@ -94,7 +94,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_needs_nothing_else_and_runs_no_foreign_code(folder):
-    text = write_report(folder).read_text()
+    text = write_report(folder).read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags.count("script") == 1
     assert all(link.startswith(("data:image/webp", "#")) for link in page.links), page.links
@@ -193,7 +193,7 @@ def test_an_adversarial_loss_is_not_compared_with_that_of_held_out_pictures(tmp_
 def test_a_line_cut_short_by_a_kill_ends_the_metrics(tmp_path):
     write_metrics(tmp_path, lines(30, held=False))
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 40, "lo')
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 40, "lo')
     assert [line["step"] for line in Metrics.read(path).training] == [10, 20, 30]
     assert loss_figure(Metrics.read(tmp_path / "missing.jsonl"), "run") is None
 

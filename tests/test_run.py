@@ -145,7 +145,9 @@ def test_a_run_stopped_where_it_would_have_shown_shows_it_when_it_goes_on(tmp_pa
         sorted(p.name for p in (tmp_path / r / "samples").iterdir()) for r in ("whole", "stopped")
     ]
     assert names[0] == names[1] == ["step-000006.png", "step-000012.png"]
-    sessions = json.loads((tmp_path / "stopped" / "run.json").read_text())["sessions"]
+    sessions = json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))[
+        "sessions"
+    ]
     assert [(s["from"], s["to"]) for s in sessions] == [(0, 6), (6, 12)]
 
 
@@ -212,7 +214,7 @@ def test_a_metric_is_a_row_and_what_measures_it(tmp_path, pictures, monkeypatch)
     finish(run)
     assert [line["step"] for line in Metrics.read(run.folder.metrics).of("brightness")] == [6, 12]
     assert run.notes == ["all is bright"]
-    report = (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert " of 1</dd>" in report
     assert "all is bright" in report
 
@@ -223,7 +225,7 @@ def test_what_is_worrying_is_said_once(tmp_path, pictures):
     assert len(Metrics.read(run.folder.metrics).colours) == 6
     [note] = run.notes  # untrained samples are grey, the pictures nearly white
     assert "darker" in note
-    assert note[1:] in (tmp_path / "run" / "report.html").read_text()
+    assert note[1:] in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_sheet_writes_below_each_picture_what_fits():

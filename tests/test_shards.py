@@ -74,7 +74,7 @@ def test_shards_come_back_as_one_source(tmp_path):
     hashes = write_shards(path, pieces(), {"k": "v", DATA_HASH: ""}, limit=120)
     assert listed(tmp_path) == SET
     assert hashes.keys() == TENSORS.keys()
-    content = json.loads(index_of(path).read_text())
+    content = json.loads(index_of(path).read_text(encoding="utf-8"))
     assert content["metadata"] == {"total_size": 280}
     for name, shard in content["weight_map"].items():
         assert load_file(tmp_path / shard)[name].equal(TENSORS[name])
@@ -191,7 +191,7 @@ def resized(folder: Path, content: dict[str, Any]) -> None:
 def test_an_index_that_lies_is_refused(spoil, says, tmp_path):
     index = index_of(tmp_path / "m.safetensors")
     write_shards(tmp_path / "m.safetensors", pieces(), limit=120)
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     spoil(tmp_path, content)
     index.write_text(json.dumps(content))
     with pytest.raises(InputError, match=says):

@@ -136,7 +136,9 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*.*")}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "samples/step-000006.png"} <= names
     assert {"report.html", "run.json", "samples/step-000012.png"} <= names
-    lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in run.folder.metrics.read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in lines if "loss" in line] == [10, 12]
     assert [line["step"] for line in lines if "colours" in line] == [6, 12]
     with Image.open(tmp_path / "run/loss.png") as curve:

@@ -367,7 +367,7 @@ def test_two_processes_train_what_one_trains_and_go_on_from_each_other(pictures)
     for name in ("two", "begun"):
         assert farthest(one, weights(folder / name)) < 1e-5 < moved
     ours, theirs = (
-        json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0])
+        json.loads((folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
         for name in ("two", "one")
     )
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -396,5 +396,5 @@ def test_a_signal_stops_all_processes_at_one_step(pictures):
     assert talk.count("stopped after step") == talk.count(STOPPING) == 1
     assert "--resume" in talk
     newest = sorted((folder / "stopped/checkpoints").iterdir())[-1]
-    step = json.loads((newest / "state.json").read_text())["step"]
+    step = json.loads((newest / "state.json").read_text(encoding="utf-8"))["step"]
     assert f"stopped after step {step}," in talk

@@ -75,7 +75,7 @@ def fits(codec: VaeCodec, x0: Tensor) -> bool:
         return True
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             free = max(free, *(1024 * int(line.split()[1]) for line in file if "Available" in line))
     except (OSError, ValueError, AttributeError, TypeError):
         return True
