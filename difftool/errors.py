@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class DifftoolError(Exception):
@@ -78,6 +79,14 @@ def suggestion(name: str, options: Iterable[str]) -> str:
 def missing(what: object, hint: str | None = None) -> UsageError:
     """Nothing is at a path that the user named."""
     return UsageError(f"{what} does not exist", hint=hint)
+
+
+def check_file(kind: str, path: Path, folder: bool = False) -> None:
+    """UsageError if there is no file, or where it may be one no folder, of that kind at a path."""
+    if path.is_dir() and not folder:
+        raise UsageError(f"{path} is a folder and no {kind}")
+    if not path.exists():
+        raise UsageError(f"there is no {kind} {path}")
 
 
 def taken(path: object) -> UsageError:

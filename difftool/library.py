@@ -162,7 +162,7 @@ class Pipeline:
         for name in options.keys() & _about_models():
             raise UsageError(f'"{name}" is about the model', hint="give it to difftool.load")
         given = {**self.given, "prompt": prompt, **options}
-        given |= {name: self._path(given[name]) for name in PICTURES if given.get(name)}
+        given |= {n: self._path(given[n]) for n in PICTURES if given.get(n) is not None}
         task = prepare(read_options(OPTIONS, given), loaded=True)
         applied = {(str(each.lora.path), each.strength) for each in self.model.loras}
         if lacking := set(task.base.loras) - applied:
@@ -290,9 +290,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
         difftool.inspect("emoji")["family"]
     """
+    from difftool.config.options import by_name
     from difftool.conversion.inspect import inspect as describe
+    from difftool.conversion.options import OPTIONS
 
-    return describe(path)
+    return describe(by_name(OPTIONS)["source"].one(path, "path"))
 
 
 def _about_models() -> set[str]:
@@ -313,10 +315,15 @@ def _tell(event: object) -> None:
 
 def _image(picture: Image | str | Path) -> Image:
     """An RGB picture of a file, or of one in memory, read alike."""
+    from difftool.config.options import by_name
+    from difftool.forward.options import FIGURES
     from difftool.images.read import read_image
 
     if isinstance(picture, str | Path):
-        return read_image(picture)
+        row = by_name(FIGURES)["images"]
+        path = row.one(picture, "picture")
+        row.check_files([path])
+        return read_image(path)
     return picture if picture.mode == "RGB" else read_image(_png(picture))
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difftool.errors import UsageError
+from difftool.errors import UsageError, check_file
 from difftool.registry import ADDITIONS, Registry
 
 GROUP = "difftool.plugins"
@@ -54,11 +54,7 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
     UsageError if one is missing, is no Python, or fails: then nothing of it is added.
     """
     for path in map(Path, paths):
-        if not path.is_file():
-            what = (
-                f"the plugin {path} is a folder" if path.is_dir() else f"there is no plugin {path}"
-            )
-            raise UsageError(what, hint="give a Python file")
+        check_file("plugin", path)
         key = str(path.resolve())
         if key not in _loaded:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -115,6 +115,7 @@ def _run() -> int | None:
     console.mode.debug = "--debug" in words
     kinds, words = _taken(words, LIST)
     plugins, words = _taken(words, PLUGIN)
+    plugins = PLUGIN.value(plugins) or []
     if kinds or not COMMANDS.keys().isdisjoint(words):
         _load_plugins(plugins, quiet=asked is not None)
     if kinds and asked is None:

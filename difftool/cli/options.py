@@ -44,7 +44,8 @@ def _escaped(text: str) -> str:
 
 def parameter(row: Option) -> inspect.Parameter:
     """Typer's parameter of an option."""
-    kind: Any = list[row.type] if row.many else row.type
+    one: Any = str if row.type is Path else row.type  # a Path of "" would be the working folder
+    kind: Any = list[one] if row.many else one
     if row.argument:
         info: Any = typer.Argument(
             metavar=help.metavar(row), help=_escaped(row.help), autocompletion=completer(row)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftool.errors import UsageError, clash, suggestion, unknown
+from difftool.errors import UsageError, check_file, clash, suggestion, unknown
 
 Choices = Callable[[], Iterable[str]]
 """Asked when help is shown, a word completed or a value checked: plugins may have added some."""
@@ -40,8 +40,12 @@ class Option:
     metavar: str | None = None
     default: str | Callable[[], str] | None = None
     """What is shown as the default; asked when help is shown."""
+    blank: bool = False
+    """Whether an empty text is a value: no prompt is one, no name is none."""
     file: str | None = None
     """What it is the path of, which must be there: "picture"."""
+    folder: bool = False
+    """Whether that may be a folder."""
     choices: Choices | None = None
     """The values that there are; `read` may take more (other tools' spellings)."""
     complete: Choices | None = None
@@ -99,6 +103,7 @@ class Option:
         elif self.type is bool and not isinstance(given, bool):
             raise UsageError(f"{called} {given!r} is neither true nor false")
         elif self.type in (str, Path) and isinstance(given, str | Path):
+            self._check_text(str(given), called)
             given = self.type(given)
         if self.read is not None:
             return self.read(given)
@@ -108,6 +113,15 @@ class Option:
             known = suggestion(str(given), names)
             raise UsageError(f'{called} "{given}" is not one of its values', hint=known)
         return given
+
+    def _check_text(self, given: str, called: str) -> None:
+        if self.blank:
+            return
+        if not given.strip():
+            hint = "leave it out, or see whether a variable of the shell has no value"
+            raise UsageError(f"{called} is empty", hint=hint)
+        if "\0" in given:
+            raise UsageError(f"{called} has a NUL character", repr(given)[:80])
 
     def _check_number(self, given: object, called: str) -> None:
         if isinstance(given, bool) or not isinstance(given, int | float):
@@ -135,8 +149,7 @@ class Option:
             return
         for each in value if self.many else [value]:
             path = each[0] if isinstance(each, tuple) else each
-            if not Path(path).exists():
-                raise UsageError(f"there is no {self.file} {path}")
+            check_file(self.file, Path(path), self.folder)
 
 
 def by_name(rows: Iterable[Option]) -> dict[str, Option]:

@@ -52,7 +52,7 @@ OPTIONS = (
     Option(name="zero_snr", type=bool, flags=("--zero-snr/--no-zero-snr",), panel=MODEL,
            help="Whether its noise ends in pure noise"),
     Option(name="lora", many=True, metavar="FILE[:WEIGHT]", panel=LORA, read=_lora, default="1",
-           file="LoRA", help="Merge a LoRA into SRC; repeatable"),
+           file="LoRA", folder=True, help="Merge a LoRA into SRC; repeatable"),
     Option(name="allow_unused", type=bool, panel=LORA,
            help="Though some of a LoRA's tensors have no use"),
     Option(name="verify", type=bool, flags=("--verify/--no-verify",), default="--verify",

@@ -56,7 +56,7 @@ OPTIONS = (
            help="Noise where the model works, decoded at each level"),
     Option(name="reverse", type=bool, panel=MODEL, excludes=("path", "set", "markov"),
            help="And back: the model's x0 at each level, with its error"),
-    Option(name="prompt", panel=MODEL, needs=("reverse",), why=OF_REVERSE,
+    Option(name="prompt", panel=MODEL, needs=("reverse",), why=OF_REVERSE, blank=True,
            help="What --reverse tells the model is there"),
     Option(name="label", panel=MODEL, needs=("reverse",), why=OF_REVERSE,
            help="The same by class, its name or index"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from difftool.config.families import family
-from difftool.errors import UsageError
+from difftool.errors import UsageError, check_file
 from difftool.images.fit import scaled, to_tensor
 from difftool.images.read import read_image, read_mask
 
@@ -59,9 +59,8 @@ class File(NamedTuple):
 
 
 def _file(path: str) -> File:
+    check_file("picture", Path(path))
     where = Path(path).resolve()
-    if not where.is_file():
-        raise UsageError(f"there is no picture {path}")
     return File(where, where.stat().st_mtime_ns)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, check_file
 from difftool.pipeline.model import Model
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.requests import Request
@@ -38,8 +38,7 @@ def read_latents(path: Path, model: Model) -> tuple[Tensor, Request]:
 
     UsageError if there is no such file, InputError for one that does not fit the model.
     """
-    if not path.is_file():
-        raise UsageError(f"there are no latents {path}")
+    check_file("file of latents", path)
     header = read_header(path)
     if "latents" not in header.tensors:
         listed = ", ".join(list(header.tensors)[:5])

@@ -132,7 +132,7 @@ OPTIONS = (
     _row("sample_every", FOLDER, "Steps between sample sheets", **COUNT,
          default=str(RunOptions.sample_every)),
     _row("sample_prompt", FOLDER, "Prompt of the sample sheets; repeatable", many=True,
-         default="captions of the data"),
+         blank=True, default="captions of the data"),
     _row("max_shard_size", FOLDER, "Split a larger model: 500MB", metavar="SIZE",
          read=parse_size, default=MAX_SHARD_SIZE),
     DEVICE, SET, OFFLINE,

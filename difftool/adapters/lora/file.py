@@ -324,6 +324,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
     """PATH or PATH:WEIGHT; UsageError for a weight that is none."""
     first, colon, last = text.rpartition(":")
     if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", last.strip()):
+        if not first.strip():
+            raise UsageError(f'--lora "{text}" names no file', hint="give FILE, or FILE:WEIGHT")
         return Path(first), float(last)
     if colon and not Path(text).exists() and Path(first).exists():
         hint = "give a number: --lora FILE:0.8"

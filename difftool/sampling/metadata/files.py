@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, check_file
 from difftool.images import write
 from difftool.images.read import read_notes
 from difftool.sampling.metadata.a1111 import from_parameters
@@ -39,8 +39,7 @@ def read(path: Path) -> Request:
 
     UsageError if there is no such file, InputError if it is no picture or says nothing.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no picture {path}")
+    check_file("picture", path)
     info, comment = read_notes(path)
     if isinstance(values := info.get(CHUNK), str):
         return from_chunk(values, str(path))
