@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -132,6 +133,13 @@ def test_results_are_made_safe_for_terminals_and_left_to_programs(monkeypatch, c
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     console.emit("a\x1b[31m.png")
     assert capsys.readouterr().out == "a\\x1b[31m.png\n"
+
+
+def test_json_has_no_number_that_is_none(capsys):
+    console.emit({"a": math.nan, "b": [math.inf, -math.inf, 1.5], "ä": 1})
+    text = capsys.readouterr().out
+    said = json.loads(text, parse_constant=pytest.fail)
+    assert said == {"a": "NaN", "b": ["Infinity", "-Infinity", 1.5], "ä": 1}
 
 
 def test_an_interrupted_command_says_so(difftool, monkeypatch):

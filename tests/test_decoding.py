@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from difftool.config.networks import VaeConfig
+from difftool.config.networks import IdentityConfig, VaeConfig
 from difftool.engine.strips import decode_strips
-from difftool.networks.codecs import VaeCodec
+from difftool.errors import ResourceError
+from difftool.images.fit import to_pil
+from difftool.networks.codecs import Codec, VaeCodec
 from difftool.pipeline import decode as decoding
 from difftool.pipeline.decode import decode_codec
 
@@ -108,6 +111,16 @@ def test_values_that_are_not_finite_are_decoded_again_in_fp32():
     found = decode_codec(half, x0)
     assert found.isfinite().all() and half.vae.dtype == torch.float16
     assert (found[1] - expected[1]).abs().max() < 0.05 * expected[1].abs().max()
+
+
+def test_an_infinite_value_is_no_white_pixel():
+    """Clamped, infinity would be white, and a picture of it looks like one."""
+    made_of = SimpleNamespace(load_part=lambda part: None, codec=Codec(IdentityConfig()))
+    x0 = torch.tensor([0.5, math.inf, -math.inf, math.nan]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
+    found = decoding.decode(cast(Any, made_of), x0)[0]
+    assert found.isfinite().sum() == 3 and found[0, 0, 0] == 0.5
+    with pytest.raises(ResourceError, match="not finite"):
+        to_pil(found)
 
 
 def test_other_codecs_are_asked_once():

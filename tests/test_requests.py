@@ -208,6 +208,36 @@ def test_bad_lines_are_usage_errors(line):
         parse_line(line)
 
 
+JSON_LINES = [
+    *("{bad", "{bad}", '{"prompt": 1e999}', "{'prompt': 'x'}", '{prompt: "x"}', '{"prompt": "x"},'),
+    *("[", "[]", '["a", "b"]', '[{"prompt": "x"}]', "[1, 2]", "[[1], [2]]", "[null]"),
+    *('"a fox"', '"a fox",', '"a fox', '"prompt": "a fox",', "}", "},", "]", "null", "true"),
+    *('{"sampler_options": {"eta": 1e999}}', '{"sampler_options": {"eta": [NaN]}}'),
+]
+PROMPTS_IN_BRACKETS = [
+    *("{red|blue} fox", "{{best}}, fox", "{masterpiece}, fox", "{2$$red|blue}", "{a|{b|c}} fox"),
+    *("[cat:dog:0.5] x", "[blurry]", "[[bad]] x", "[1girl] x", "[a|b]", "42", "nullify"),
+    *('"Hello" on a wall', '"Hello", typography', "(fox:1.2)", "<lora:x:1> fox"),
+]
+
+
+@pytest.mark.parametrize("line", JSON_LINES)
+def test_what_begins_like_json_is_json(line):
+    with pytest.raises(UsageError):
+        parse_line(line)
+
+
+def test_a_line_of_json_that_is_no_object_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("a fox\n{bad\n", encoding="utf-8")
+    assert read(path)[0] == "a fox" and "prompts.jsonl line 2: not a JSON object" in read(path)[1]
+
+
+@pytest.mark.parametrize("line", PROMPTS_IN_BRACKETS)
+def test_brackets_open_prompts_too(line):
+    assert parse_line(line) == Request(prompt=line)
+
+
 def test_unknown_keys_name_the_nearest():
     with pytest.raises(UsageError, match='no key "promt"') as caught:
         parse_line('{"promt": "a fox"}')

@@ -290,6 +290,15 @@ def test_latents_that_do_not_fit_are_refused(tmp_path):
     assert codes == [3, 3, 3, 3, 2] and not Path("out").exists()
 
 
+def test_a_picture_of_latents_that_decode_to_no_numbers_is_not_written(monkeypatch):
+    file = Path("x.safetensors")
+    save_tensors(file, {"latents": torch.zeros(3, 2, 8)}, {})
+    monkeypatch.setattr(FakeModel, "decode", lambda _, x0: x0 / 0)
+    model: Any = FakeModel()
+    (failure,) = SampleRun(model=model, output=Output.parse("out/")).decode([file])
+    assert isinstance(failure, Failure) and failure.error.code == 5 and not Path("out").exists()
+
+
 def test_latents_without_a_word_still_decode(tmp_path):
     file = tmp_path / "x.safetensors"
     save_tensors(file, {"latents": torch.zeros(3, 2, 8)}, {})

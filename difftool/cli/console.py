@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from difftool.errors import DifftoolError, Stopped, UsageError
+from difftool.storage.strict_json import to_json
 
 SCHEMA = 1
 
@@ -90,8 +91,8 @@ def emit(result: str | Mapping[str, Any]) -> None:
     if isinstance(result, str):
         text = plain(result) if sys.stdout.isatty() else result
     else:
-        text = json.dumps(result, ensure_ascii=False)
-        text = text if _encodes(text) else json.dumps(result)
+        text = to_json(result, ensure_ascii=False)
+        text = text if _encodes(text) else to_json(result)
     print(text, file=sys.stdout, flush=True)
 
 

@@ -21,6 +21,7 @@ from difftool.formats.model_source import (
     open_place,
 )
 from difftool.hub.find import find_model
+from difftool.storage.strict_json import to_json
 from difftool.storage.tensor_file import TensorSource
 from difftool.storage.tensors import Info
 
@@ -57,8 +58,7 @@ def _model(source: ModelSource) -> dict[str, Any]:
         "components": _components((name, place.info) for name, place in source.tensors.items()),
         "metadata": source.metadata,
         "warnings": list(source.warnings),
-        # JSON has no infinities.
-        "preset": json.loads(json.dumps(source.values), parse_constant=str),
+        "preset": json.loads(to_json(source.values)),
     }
 
 

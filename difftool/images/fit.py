@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from difftool.errors import ResourceError
 from difftool.images.read import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -73,7 +74,12 @@ def to_tensor(image: Image.Image | Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated."""
+    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated.
+
+    ResourceError for values that are not finite, which no picture has.
+    """
+    if not images.isfinite().all():
+        raise ResourceError("a picture has values that are not finite", hint="try --dtype fp32")
     return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
 
 

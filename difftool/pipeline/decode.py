@@ -31,9 +31,11 @@ def encode(model: Model, images: Tensor, noise: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def decode(model: Model, x0: Tensor) -> Tensor:
-    """Pictures [B,C,H,W], fp32 in [-1, 1], of x0 [B,c,h,w]."""
+    """Pictures [B,C,H,W], fp32 in [-1, 1], of x0 [B,c,h,w]; NaN where a value is not finite, which
+    clamped would be white or black."""
     model.load_part("vae")
-    return decode_codec(model.codec, x0).clamp(-1, 1)
+    images = decode_codec(model.codec, x0)
+    return images.where(images.isfinite(), torch.nan).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from difftool.pipeline.model import Model
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.requests import Request
 from difftool.storage.safetensors import load_tensors, read_header, save_tensors
+from difftool.storage.strict_json import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def write_latents(
     path: Path, x0: Tensor, chunk: Mapping[str, Any] | None, overwrite: bool = False
 ) -> None:
     """Write x0 [C,h,w] of a picture whole or not at all."""
-    header = {KEY: json.dumps(chunk)} if chunk else {}
+    header = {KEY: to_json(chunk)} if chunk else {}
     save_tensors(path, {"latents": x0.contiguous()}, header, overwrite=overwrite)
 
 

@@ -114,14 +114,27 @@ def parse_line(line: str) -> Request | None:
     line = line.strip()
     if not line or line.startswith("#"):
         return None
-    # A brace may open a prompt too, "{red|blue} fox"; JSON's is followed by a key or its end.
-    if not re.match(r'\{\s*["}]', line):
+    if not _JSON.match(line):
         return from_json(_with_options(line))
     try:
         values = parse_json(line, "the line")
     except InputError as error:
-        raise UsageError("not a JSON object", error.why) from None
+        raise UsageError("not a JSON object", error.why, _LINE) from None
+    if not isinstance(values, dict):
+        raise UsageError("not a JSON object", f"it is JSON, {line[:40]}", _LINE)
     return from_json(values)
+
+
+_JSON = re.compile(
+    r"""(?x)
+    \{(?! [^{}"':]* [|{] | [^{}"':]+\}+\s*[^\s\]}] )  # and no {red|blue} fox, {{red}}, {red} fox
+    | (\[\s*)+(["{\]] | $ | (-?[\d.]+|true|false|null)\s*[,\]])
+    | "([^"\\]|\\.)*("\s*(:.*|,?)|$)$                  # and no "red" fox
+    | (true|false|null|[\]}\[{,:\s]+)$
+    """
+)
+"""How a line begins that is JSON, or was meant to be: brackets open prompts of other tools too."""
+_LINE = 'a line is a prompt, or an object: {"prompt": "a fox", "seed": 7}'
 
 
 def _with_options(line: str) -> dict[str, Any]:

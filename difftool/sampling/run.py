@@ -87,10 +87,8 @@ class SampleRun:
                     yield entry
                     continue
                 x0, image = next(made)
-                if not (x0.isfinite().all() and image.isfinite().all()):
-                    what = f"image {entry.index} (seed {entry.seed}) has non-finite values"
-                    error = ResourceError(what, hint="--dtype fp32 may help")
-                    yield Failure(entry.index, error)
+                if failure := _unsound(entry, x0, image):
+                    yield failure
                     continue
                 if self.grid:
                     sheet.add(entry, image)
@@ -218,8 +216,19 @@ class SampleRun:
             if path and self.output and self.output.skip_existing and path.exists():
                 yield Existing(index, path)
                 continue
+            if failure := _unsound(sample, x0, image):
+                yield failure
+                continue
             seconds = time.perf_counter() - started
             yield self._written(replace(sample, path=path), x0, image, seconds)
+
+
+def _unsound(sample: Sample, x0: Tensor, image: Tensor) -> Failure | None:
+    """What is said in place of a picture whose values are not finite: it becomes no file."""
+    if x0.isfinite().all() and image.isfinite().all():
+        return None
+    what = f"image {sample.index} (seed {sample.seed}) has non-finite values"
+    return Failure(sample.index, ResourceError(what, hint="--dtype fp32 may help"))
 
 
 class _Sheet:

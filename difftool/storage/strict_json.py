@@ -1,8 +1,9 @@
-"""JSON from files of others, read strictly. Torch-free."""
+"""JSON from files of others, read strictly, and JSON for others, which has no NaN. Torch-free."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any
             return float(name)
         raise ValueError(f"{name} is not a JSON number")
 
+    def number(text: str) -> float:
+        value = float(text)
+        if not (infinite or math.isfinite(value)):
+            raise ValueError(f"{text} is too large a number")
+        return value
+
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_float=number, parse_constant=constant
+        )
         escaped = json.dumps(value, ensure_ascii=False) if "\\u" in text else ""
         if not (is_unicode(text) and is_unicode(escaped)):
             raise ValueError("it holds half of a surrogate pair")
@@ -50,6 +59,15 @@ def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} is malformed", "it is not a JSON object")
     return value
+
+
+def to_json(value: Any, **how: Any) -> str:
+    """A value as JSON text, where a number that is not finite, which JSON lacks, is its name:
+    "NaN", "Infinity". how: of json.dumps."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=str), **how)
 
 
 def is_unicode(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from difftool.images.read import read_notes
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.requests import Request
+from difftool.storage.strict_json import to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,7 @@ TEXT, CHUNK = "parameters", "difftool"
 def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:
     """The text chunks of a picture, by keyword."""
     chunks = {} if text is None else {TEXT: text}
-    return chunks | ({CHUNK: json.dumps(values)} if values else {})
+    return chunks | ({CHUNK: to_json(values)} if values else {})
 
 
 def encode(image: Image, format: str, chunks: Mapping[str, str] | None = None) -> bytes:

@@ -62,13 +62,16 @@ class Previews:
         self.validation = Validation(trainer, held) if held else None
 
     def make(self) -> tuple[Image.Image | None, list[dict[str, Any]]]:
-        """The sheet, if the part has one, and the measures, each a key of METRICS and its value."""
+        """The sheet, if the part has one and its values are finite, and the measures, each a key
+        of METRICS and its value."""
         part = self.trainer.part
         with self.averaged():
             measures = [{"validation": self.validation.measure()}] if self.validation else []
             if part == "clip":
                 return None, measures
             shown = self.reconstructions() if part == "vae" else self.samples()
+            if not shown.images.isfinite().all():
+                return None, measures
             image = self._sheet(shown)
             return image, measures + [{k: f(self, shown)} for k, f in MEASURES[part].items()]
 

@@ -131,6 +131,8 @@ class Run:
         image, measures = self.previews.make()
         if image is not None:
             self.folder.write_sheet(step, image)
+        elif self.part != "clip":
+            self.notes.append(f"step {step}: samples are not finite, there is no sheet of them")
         self.folder.append(*({"step": step, **measure} for measure in measures))
         self._write_facts(finished=False)
         if time.monotonic() - self._drawn > DRAWN_EVERY:
