@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from difftool.errors import DifftoolError, Stopped, UsageError
-from difftool.storage.strict_json import to_json
 
 SCHEMA = 1
 
@@ -86,6 +85,8 @@ def warn(text: str) -> None:
 def emit(result: str | Mapping[str, Any]) -> None:
     """A result on stdout, at once: a line of text, or a JSON object. What is read by programs is
     left as it is, what is shown on a terminal is made safe."""
+    from difftool.storage.strict_json import to_json
+
     if mode.follower:
         return
     if isinstance(result, str):
