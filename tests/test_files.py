@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults import Faults, Killed
 
 from difftool.errors import ResourceError, UsageError
-from difftool.storage.commit import Lock, atomic_file, atomic_folder, write_whole
+from difftool.storage.commit import (
+    atomic_file,
+    atomic_folder,
+    hidden_folder,
+    move_files,
+    sweep,
+    write_whole,
+)
+from difftool.storage.locks import LONG_AGO, Lock
 
 
 def test_a_failure_half_way_leaves_what_was_there(tmp_path):
@@ -103,16 +115,17 @@ def test_a_folder_appears_whole_in_the_place_of_what_was_there(tmp_path, former)
 
 
 def test_a_folder_has_its_name_back_if_it_cannot_be_replaced(tmp_path, monkeypatch):
-    path, rename = tmp_path / "x", Path.rename
+    path, rename = tmp_path / "x", os.rename
     path.mkdir()
     (path / "old").write_text("old")
 
-    def refuse(self: Path, target: Path) -> Path:
-        if self.suffix == ".part":
+    def refuse(source: Path, target: Path) -> None:
+        if target == path:
             raise OSError(errno.EIO, "the disk is ill")
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", None)  # two paths cannot be exchanged in one step
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(UsageError, match="cannot write"):
         with atomic_folder(path, overwrite=True) as place:
             fill(place, "new")
@@ -146,3 +159,78 @@ def test_a_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with Lock(tmp_path / ".lock", busy="taken"), Lock(tmp_path / ".lock", busy="taken"):
         pass
+
+
+# --- kills -----------------------------------------------------------------------------------
+
+
+def file(path: Path, text: str) -> None:
+    write_whole(path, text, overwrite=True)
+
+
+def folder(path: Path, text: str) -> None:
+    with atomic_folder(path, overwrite=True) as place:
+        fill(place, text)
+
+
+def files(path: Path, text: str) -> None:
+    former = [p for p in path.parent.iterdir() if not p.name.startswith(".")]
+    with hidden_folder(path) as place:
+        names = [f"{path.name}{i}" for i in (1, 2, len(text))]
+        for name in names:
+            write_whole(place / name, text)
+        move_files(place, names, former)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("write", [file, folder, files])
+def test_a_kill_at_any_moment_loses_nothing_and_leaves_nothing(
+    tmp_path, monkeypatch, write, exchange
+):
+    """All is as it was or as it was to be, once the next process has swept; a file, and a folder
+    where two can change places, is so at once."""
+    states = []
+    for text in ("old", "newer"):
+        (tmp_path / text).mkdir()
+        write(tmp_path / text / "x", text)
+        states.append(tree(tmp_path / text))
+    if not exchange:
+        monkeypatch.setattr(ctypes, "CDLL", None)
+    seen, turn = set(), 0
+    for turn in range(1, 200):
+        place = tmp_path / str(turn)
+        place.mkdir()
+        write(place / "x", "old")
+        with Faults(turn) as faults, suppress(Killed):
+            write(place / "x", "newer")
+        if not faults.happened:
+            break
+        if write is file or (write is folder and exchange):
+            shown = {k: v for k, v in tree(place).items() if not k.startswith(".")}
+            assert shown in states, (turn, faults.log)
+        sweep(place)
+        assert tree(place) in states, (turn, faults.log)
+        assert not list(place.glob(".*")), (turn, faults.log)
+        seen.add(states.index(tree(place)))
+    assert turn > 5 and seen == {0, 1}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with atomic_file(tmp_path / "a") as file, atomic_folder(tmp_path / "b") as folder:
+        sweep(tmp_path)
+        file.write(b"whole")
+        fill(folder, "whole")
+    assert tree(tmp_path) == {"a": "whole", "b/inside/a": "whole"}
+    (tmp_path / ".mine.part").touch()
+    sweep(tmp_path)
+    assert (tmp_path / ".mine.part").exists()
+
+
+def test_where_nothing_can_be_locked_what_is_old_was_left(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for age, name in ((0, "a"), (2 * LONG_AGO, "b")):
+        path = tmp_path / f".difftool-{name * 16}.part"
+        path.touch()
+        os.utime(path, (0, time.time() - age))
+    sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [f".difftool-{'a' * 16}.part"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults import Faults, Killed
 
 from difftool.errors import UsageError
+from difftool.storage.commit import sweep
 from difftool.storage.runs import (
     by_step,
     checkpoint_to_resume,
@@ -111,3 +115,24 @@ def test_what_is_of_steps_is_in_their_order(tmp_path):
         (tmp_path / name).touch()
     assert list(by_step(tmp_path, ".png")) == [20, 1_000_000]
     assert list(by_step(tmp_path)) == [5]
+
+
+@pytest.mark.parametrize(("step", "exchange"), [(10, False), (20, True)])
+def test_a_kill_while_saving_leaves_a_good_checkpoint(tmp_path, monkeypatch, step, exchange):
+    """Also where the only one that is kept is saved again."""
+    if not exchange:
+        monkeypatch.setattr(ctypes, "CDLL", None)
+    turn = 0
+    for turn in range(1, 200, 3):
+        place = tmp_path / str(turn)
+        save_checkpoint(place, 10, write, keep=1)
+        with Faults(turn) as faults, suppress(Killed):
+            save_checkpoint(place, step, write, keep=1)
+        if not faults.happened:
+            break
+        sweep(place / "checkpoints")
+        assert newest_checkpoint(place)[0] and not newest_checkpoint(place)[1], faults.log
+        assert not list(place.rglob(".*")), faults.log
+        save_checkpoint(place, 20, write, keep=1)
+        assert names(place) == ["step-000020"]
+    assert turn > 20

@@ -12,7 +12,8 @@ from pathlib import Path, PurePath
 from difftool.errors import UsageError, suggestion
 from difftool.images.formats import OUTPUT_FORMATS, format_of
 from difftool.sampling.settings import ALWAYS, SETTINGS, Values
-from difftool.storage.commit import Lock, write_whole
+from difftool.storage.commit import write_whole
+from difftool.storage.locks import Lock
 
 FIELDS = (*(row.name for row in ALWAYS), "index", "model", "model_hash", "date")
 """The words of templates."""

@@ -1,23 +1,37 @@
-"""Files and folders that appear under their names whole, or not at all; and locks. Torch-free.
+"""Files and folders that appear under their names whole, or not at all. Torch-free.
 
 One protocol for a file, a set of files and a folder: what is new is written beside its place, under
 a hidden name; its bytes are brought to the disk; then it takes its name. What had the name makes
 way first, and has it back if that fails.
+
+What is hidden is locked while it is written, so that what a killed process has left is known: who
+next writes into the same folder removes it, or brings to its end what was under way.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from difftool.errors import ResourceError, UsageError, taken
+from difftool.storage.locks import Lock, abandoned
+
+T = TypeVar("T")
+
+HIDDEN = re.compile(r"\.difftool-[0-9a-f]{16}\.part")
+"""The names of what is being written."""
+FORMER, MOVING = ".former", ".moving"
+"""Where, beside what is new, that lies which makes way: until all of it does, and from then on."""
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -43,19 +57,20 @@ def atomic_file(path: Path, overwrite: bool = False) -> Iterator[IO[bytes]]:
     is taken in the meantime, or cannot be written; ResourceError if the disk is full.
     """
     refuse_existing(path, overwrite)
-    part = _hidden(path)
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     with _told(path):
-        descriptor = os.open(part, flags, 0o666)
-    try:
-        with _told(path, full_disk_only=True), os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _move(part, path, overwrite)
-    finally:
-        part.unlink(missing_ok=True)
+        part, descriptor, lock = _begin(path, lambda part: os.open(part, flags, 0o666))
+    with lock:
+        try:
+            with _told(path, full_disk_only=True), os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _move(part, path, overwrite)
+        finally:
+            with suppress(OSError):  # else it is left, and removed by who next writes here
+                part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes | str, overwrite: bool = False) -> None:
@@ -64,13 +79,15 @@ def write_whole(path: Path, data: bytes | str, overwrite: bool = False) -> None:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def _move(file: Path, path: Path, overwrite: bool) -> None:
-    """Give a file its name; UsageError if somebody has taken the name meanwhile."""
+def _move(what: Path, path: Path, overwrite: bool = False) -> None:
+    """Give a file or a folder its name; UsageError if somebody has taken the name meanwhile."""
     with _told(path):
-        if overwrite:
-            os.replace(file, path)
+        if what.is_dir():
+            os.rename(what, path)
+        elif overwrite:
+            os.replace(what, path)
         else:
-            _link(file, path)
+            _link(what, path)
     _sync_folder(path.parent)
 
 
@@ -96,22 +113,28 @@ def _link(file: Path, path: Path) -> None:
 @contextmanager
 def hidden_folder(path: Path) -> Iterator[Path]:
     """A new folder beside a path, for what is to be there; removed in the end with what is left."""
-    place = _hidden(path)
     with _told(path):
-        place.mkdir()
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+        place, _, lock = _begin(path, Path.mkdir)
+    with lock:
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def move_files(place: Path, folder: Path, names: Sequence[str], former: Sequence[Path]) -> None:
-    """Move files from a hidden folder to another, in which the former ones make way for them; all,
-    or none. UsageError if one of the names is taken by anything else."""
-    if len(names) == 1 and len(former) <= 1:
-        _move(place / names[0], folder / names[0], overwrite=bool(former))
-        return
-    aside = place / "former"
+def move_files(place: Path, names: Sequence[str], former: Sequence[Path]) -> None:
+    """Move files or folders from a hidden folder to beside it, where the former ones make way for
+    them; all, or none. UsageError if one of the names is taken by anything else."""
+    folder = place.parent
+    if list(former) in ([], [folder / names[0]]) and len(names) == 1:
+        new, path = place / names[0], folder / names[0]
+        if not former or not (new.is_dir() or path.is_dir()):
+            _move(new, path, overwrite=bool(former))
+            return
+        if _exchange(new, path):  # what was there goes with the hidden folder
+            _sync_folder(folder)
+            return
+    aside = place / FORMER
     aside.mkdir()
     gone: list[Path] = []
     done: list[Path] = []
@@ -119,16 +142,29 @@ def move_files(place: Path, folder: Path, names: Sequence[str], former: Sequence
         for file in former:
             os.replace(file, aside / file.name)
             gone.append(file)
+        aside = aside.rename(place / MOVING)
         for name in names:
-            _move(place / name, folder / name, overwrite=False)
+            _move(place / name, folder / name)
             done.append(folder / name)
     except BaseException:
         for file in done:
-            file.unlink()
+            os.replace(file, place / file.name)
+        aside = aside.rename(place / FORMER)
         for file in reversed(gone):
             os.replace(aside / file.name, file)
         raise
     _sync_folder(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system cannot."""
+    names = os.fsencode(one), os.fsencode(other)
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "renamex_np"):  # macOS
+            return libc.renamex_np(*names, 2) == 0
+        return libc.renameat2(-100, names[0], -100, names[1], 2) == 0  # -100: the current folder
+    return False
 
 
 # --- a folder --------------------------------------------------------------------------------
@@ -143,81 +179,69 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     refuse_existing(path, overwrite)
     with hidden_folder(path) as place:
-        yield place
+        new = place / path.name
+        with _told(path):
+            new.mkdir()
+        yield new
         for folder in (place, *(found for found in place.rglob("*") if found.is_dir())):
             _sync_folder(folder)
         refuse_existing(path, overwrite)
         with _told(path):
-            _rename(place, path)
-
-
-def _rename(place: Path, path: Path) -> None:
-    """Give a folder its name, for which whatever has it makes way."""
-    former = _hidden(path, "old") if os.path.lexists(path) else None
-    if former:
-        path.rename(former)
-    try:
-        place.rename(path)
-    except BaseException:
-        if former:
-            former.rename(path)
-        raise
-    _sync_folder(path.parent)
-    if former and former.is_dir() and not former.is_symlink():
-        shutil.rmtree(former, ignore_errors=True)
-    elif former:
-        former.unlink()
+            move_files(place, [path.name], [path] if os.path.lexists(path) else [])
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, which loses its name first: half of one must not look like a whole one."""
-    former = _hidden(path, "old")
-    path.rename(former)
-    shutil.rmtree(former, ignore_errors=True)
+    with hidden_folder(path) as place:
+        os.replace(path, place / path.name)
 
 
-# --- a lock ----------------------------------------------------------------------------------
+# --- what killed processes have left ---------------------------------------------------------
 
 
-class Lock:
-    """A folder, or a file made for that, held against other processes until `close` or the
-    process's end; where the system has no locks, against nobody."""
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left in a folder. Where they were giving things their
+    names, those have them back that had to make way, or, where all had, the new ones get them."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            place = folder / name
+            if HIDDEN.fullmatch(name) and (lock := abandoned(place)):
+                with lock, suppress(OSError):
+                    _settle(place)
+                    shutil.rmtree(place) if place.is_dir() else place.unlink()
 
-    def __init__(self, path: Path, busy: str | None = None):
-        """busy: the UsageError where another process holds it; None: it is waited for."""
-        self._descriptor: int | None = None
-        try:
-            import fcntl
 
-            flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-            self._descriptor = os.open(path, flags, 0o666)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            self.close()
-            raise UsageError(busy or f"{path} is locked") from None
-        except (ImportError, OSError):
-            pass
+def _settle(place: Path) -> None:
+    """Bring to its end, either way, what `move_files` was at."""
+    if (place / FORMER).is_dir():
+        left = [*(place / FORMER).iterdir()]
+    elif (place / MOVING).is_dir():
+        left = [file for file in place.iterdir() if file.name != MOVING]
+        left.sort(key=lambda file: file.name.endswith(".json"))  # an index after what it names
+    else:
+        return
+    for file in left:
+        if not os.path.lexists(place.parent / file.name):
+            os.replace(file, place.parent / file.name)
+    _sync_folder(place.parent)
 
-    def close(self) -> None:
-        """Let others have it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+@lru_cache(maxsize=1024)
+def _sweep_once(folder: str) -> None:
+    sweep(Path(folder))
 
 
 # --- the system ------------------------------------------------------------------------------
 
 
-def _hidden(path: Path, kind: str = "part") -> Path:
-    """A name beside a path that nothing has; it tells what it was to a person who finds it."""
-    name = path.name[:40] if kind == "old" else ""
-    return path.with_name(f".{name}{secrets.token_hex(8)}.{kind}")
+def _begin(path: Path, make: Callable[[Path], T]) -> tuple[Path, T, Lock]:
+    """Something hidden beside a path, what `make` gave when it made it, and its lock."""
+    _sweep_once(os.path.abspath(path.parent))
+    while True:
+        place = path.with_name(f".difftool-{secrets.token_hex(8)}.part")
+        made = make(place)
+        with suppress(FileNotFoundError):  # swept away by another process before it was locked
+            return place, made, Lock(place, make=False)
 
 
 def _sync_folder(folder: Path) -> None:

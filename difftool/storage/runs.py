@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from difftool.errors import DifftoolError, UsageError
-from difftool.storage.commit import atomic_folder, remove_folder, sha256_of, write_whole
+from difftool.storage.commit import atomic_folder, remove_folder, sha256_of, sweep, write_whole
 from difftool.storage.shards import written_at
 from difftool.storage.strict_json import read_json
 
@@ -64,8 +64,9 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], object], keep:
     """
     folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*"):
-        shutil.rmtree(stale, ignore_errors=True)  # leavings of a process that was killed
+    sweep(folder)
+    for stale in folder.glob(".*"):  # of other versions, or where nothing can be locked
+        shutil.rmtree(stale, ignore_errors=True)
     path = folder / step_name(step)
     with atomic_folder(path, overwrite=True) as place:
         write(place)

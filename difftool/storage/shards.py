@@ -107,7 +107,7 @@ def _move_set(place: Path, path: Path, overwrite: bool) -> None:
     for name in (*names, path.name, index.name):
         refuse_existing(path.with_name(name), overwrite)
     names += [index.name] if (place / index.name).is_file() else []
-    move_files(place, path.parent, names, _former(path, index) if overwrite else [])
+    move_files(place, names, _former(path, index) if overwrite else [])
 
 
 def written_at(path: Path) -> Path | None:

@@ -13,7 +13,8 @@ from difftool.config.validate import to_yaml
 from difftool.errors import UsageError
 from difftool.images.write import write_png
 from difftool.storage import runs
-from difftool.storage.commit import Lock, write_whole
+from difftool.storage.commit import write_whole
+from difftool.storage.locks import Lock
 from difftool.training.metrics import Metrics
 from difftool.training.report.page import write_report
 from difftool.training.run.stages import is_used
