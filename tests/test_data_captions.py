@@ -112,3 +112,70 @@ def test_lone_captions_and_shared_names_are_said(tmp_path):
     assert "1 caption file without a picture: gone.txt" in told
     assert "2 images share a name but for its suffix: a.jpg, a.png" in told
     assert captions_of(where) == {"a.jpg": "x", "a.png": "x", "b.png": ""}
+
+
+# --- captions that lie elsewhere, or are called otherwise -------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("picture", "text"),
+    [
+        ("a.png", "a.TXT"),
+        ("a.png", "a.Caption"),
+        ("a.png", "a.png.txt"),
+        ("a.PNG", "a.PNG.TXT"),
+        ("a.png", "captions/a.txt"),
+        ("images/a.png", "captions/a.txt"),
+        ("images/sub/a.png", "texts/sub/a.txt"),
+        ("images/a.png", "images/Captions/a.caption"),
+        ("train/images/a.png", "train/captions/a.png.txt"),
+    ],
+)
+def test_captions_are_found_under_every_usual_name(tmp_path, picture, text):
+    where = lay(tmp_path, {**pictures(picture), text: "a fox"})
+    assert captions_of(where) == {picture: "a fox"}
+    told = audit(where)
+    assert "1 from ." in told and ("from a folder beside" in told) == ("/a" in text)
+
+
+def test_the_nearest_caption_goes(tmp_path):
+    texts = {"a.txt": "beside", "a.TXT": "capitals", "a.png.txt": "long", "captions/a.txt": "apart"}
+    where = lay(tmp_path, {**pictures("a.png"), **texts})
+    assert captions_of(where) == {"a.png": "beside"}
+    assert "3 files called like pictures" not in audit(where)
+    assert "a.png.txt" in audit(where) and "captions/a.txt" in audit(where)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"a.json": '{"caption": "x"}'}, "1 file called like pictures, not read: a.json"),
+        ({"a.cap": "x", "b.tags": "x"}, "2 files called like pictures, not read: a.cap, b.tags"),
+        ({"boxes/a.txt": "0 0.5 0.5"}, "1 file called like pictures of other folders, not read"),
+        ({"c.txt": "x"}, "1 caption file without a picture: c.txt"),
+        ({"a.txt": " \n", "b.txt": ""}, "2 caption files without text: a.txt, b.txt"),
+        ({"train.csv": "id,label"}, "train.csv is not read: only tables called metadata are"),
+        ({"metadata.csv": "file_name,text\n"}, "metadata.csv has no rows"),
+    ],
+)
+def test_what_looks_like_captions_and_is_not_read_is_said(tmp_path, files, says):
+    where = lay(tmp_path, {**pictures("a.png", "b.png"), **files, "README.txt": "of the set"})
+    told = audit(where)
+    assert says in told and "unconditional" in told and "README" not in told
+    assert "not read" not in audit(where, labels="none")
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.json", "caption.jsonl", "prompts.txt"])
+def test_a_table_of_another_name_is_not_passed_over(tmp_path, name):
+    where = lay(tmp_path, {**pictures("a.png"), name: "a.png,a fox"})
+    with pytest.raises(InputError, match="is not read, and there are no other captions"):
+        open_dataset(where)
+    assert f"{name} is ignored" in audit(where, labels="none")
+    (tmp_path / "a.txt").write_text("a fox", encoding="utf-8")
+    assert f"{name} is ignored" in audit(where)
+
+
+def test_malformed_metadata_of_kohya_is_not_passed_over(tmp_path):
+    where = lay(tmp_path, {**pictures("a.png"), "meta_cap.json": '{"a.png": {"caption": "x"}'})
+    with pytest.raises(InputError, match=r"meta_cap\.json"):
+        open_dataset(where)

@@ -23,6 +23,13 @@ class Caption(NamedTuple):
     source: str
 
 
+def add(found: dict[str, Caption], picture: str, caption: Caption) -> None:
+    """Give a picture captions beside those that it has, each once."""
+    before = found[picture].texts if picture in found else ()
+    if texts := tuple(dict.fromkeys((*before, *caption.texts))):
+        found[picture] = caption._replace(texts=texts)
+
+
 @dataclass(frozen=True)
 class Syntax:
     """How the caption of a sample is made from what is written."""

@@ -16,11 +16,12 @@ from pathlib import Path, PurePosixPath
 from difftool.config.schema import DataConfig
 from difftool.data import labels, tables
 from difftool.data.archive import Files, Folders, open_files
+from difftool.data.beside import describe_syntax, overlooked, sidecars
 from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import Audit, DataKind, OnProgress, SkippedFile
 from difftool.data.kohya import metadata, repeats
 from difftool.data.kohya.toml import TomlFolder, read_toml
-from difftool.data.listing import Listing, describe_syntax, orphans, sidecars
+from difftool.data.listing import Listing
 from difftool.data.phrases import count, named
 from difftool.data.pictures import Checked, FolderDataset, PictureRow, Pool, check
 from difftool.errors import InputError, UsageError
@@ -75,11 +76,10 @@ def open_folder(
     classes = {} if captions else labels.classes(listing)
     if not captions and config.labels == "text":
         raise InputError(f"{where} has no captions", hint="put a .txt beside each picture")
-    tables.check_misnamed(listing, bool(captions))
+    overlooked(listing, every, bool(captions), refuse=True)
     kind: DataKind = "text" if captions else "class" if classes else "none"
     order = sorted(set(classes.values()), key=labels.natural)
     if kind == "text":
-        orphans(listing, every)
         describe_syntax(listing, captions, syntax)
     numbers = {name: order.index(label) for name, label in classes.items()}
     rows = _rows(kept, checked, captions, numbers, tally.repeats, syntax)
@@ -270,12 +270,13 @@ def _open_toml(
         audit.notes.append(f"{count(deep, 'image')} in deeper folders not used, as kohya does")
     checked = check(files, flat, audit, config.background, pool, progress)
     _check_bad(audit, len(checked), len(checked), config)
+    whole = Listing(files, list(checked), "", audit, config)
     rows: list[PictureRow] = []
     captions: dict[str, Caption] = {}
     tally = repeats.Tally({}, [])
     for root, folder in roots.items():
         kept = [name for name in checked if name.startswith(f"{root}/")]
-        listing = Listing(files, kept, f"{root}/", audit, config)
+        listing = Listing(files, kept, f"{root}/", audit, config, whole.seen)
         found = _captions_of(listing, folder, path)
         captions |= found
         for name in kept:
@@ -285,14 +286,12 @@ def _open_toml(
         rows += _rows(kept, checked, found, {}, {}, folder.syntax)
         audit.notes.append(f'"{root}" x{folder.repeats}: {count(len(kept), "image")}')
         describe_syntax(listing, found, folder.syntax)
-    whole = Listing(files, list(checked), "", audit, config)
     repeats.balance(tally, whole)
     rows = [replace(row, repeats=tally.repeats[row.name]) for row in rows]
     if not any(row.repeats for row in rows):
         raise InputError(f"{path} repeats every picture 0 times")
     kind: DataKind = "text" if captions else "none"
-    if captions:
-        orphans(whole, every)
+    overlooked(whole, every, bool(captions))
     _describe(audit, rows, kind, ())
     _check_uncaptioned(audit, config)
     dataset = FolderDataset(files, rows, kind, (), audit, config, pool)

@@ -81,6 +81,9 @@ def _edm(listing: Listing) -> dict[str, str]:
         return {}
     try:
         labels = {f"{listing.root}{file}": str(_whole(label)) for file, label in entries}
+        for file, label in entries:
+            if labels[f"{listing.root}{file}"] != str(_whole(label)):
+                raise ValueError(f"{file} has several labels")
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} is not of the form {{'labels': ...}}", str(error)) from None
     missing = [picture for picture in listing.pictures if picture not in labels]

@@ -6,19 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
-from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import Audit
-from difftool.data.phrases import count, named
 from difftool.errors import InputError
-from difftool.storage.strict_json import is_unicode
+from difftool.storage.strict_json import is_unicode, unique
 
-SIDECARS = (".txt", ".caption")
-"""Files beside a picture that hold its caption; the first there is goes."""
 MAX_CAPTION = 64 << 10
 MAX_METADATA = 1 << 30
 
@@ -33,6 +28,8 @@ class Listing:
     """"" or "train/": where the folders begin that mean something."""
     audit: Audit
     config: DataConfig = field(default_factory=DataConfig)
+    seen: set[str] = field(default_factory=set)
+    """Files that were read for captions, or of which it was said why not."""
 
     @cached_property
     def around(self) -> list[str]:
@@ -86,7 +83,7 @@ def sound_text(data: bytes, name: str) -> str:
 def read_json(text: str, where: str) -> Any:
     """A JSON value; InputError if it is not sound."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON", str(error)) from None
 
@@ -108,84 +105,3 @@ def stem(name: str) -> str:
     """A path without its suffix."""
     dot = name.rfind(".")
     return name[:dot] if dot > name.rfind("/") + 1 else name
-
-
-def sidecars(
-    listing: Listing,
-    syntax: Syntax,
-    taken: dict[str, Caption],
-    suffixes: Sequence[str] = SIDECARS,
-) -> dict[str, Caption]:
-    """Captions from files beside the pictures, of the first suffix that there is."""
-    found: dict[str, Caption] = {}
-    both, beaten, cut = [], [], []
-    sizes = listing.files.sizes
-    for picture in listing.pictures:
-        beside = [name for suffix in suffixes if (name := stem(picture) + suffix) in sizes]
-        if not beside:
-            continue
-        if len(beside) > 1:
-            both.append(picture)
-        if picture in taken:
-            beaten.append(picture)
-            continue
-        lines = listing.text(beside[0], MAX_CAPTION).splitlines()
-        texts = tuple(line for raw in lines if (line := raw.strip()))
-        if len(texts) > 1 and not syntax.wildcards:
-            cut.append(picture)
-            texts = texts[:1]
-        if texts:
-            found[picture] = Caption(texts, PurePosixPath(beside[0]).suffix)
-    if both:
-        listing.note(
-            f"{count(len(both), 'image')} with {' and '.join(suffixes)}: {suffixes[0]} is used"
-        )
-    if beaten:
-        listing.note(
-            f"{count(len(beaten), 'image')} with a caption in metadata and beside it: "
-            "the metadata is used"
-        )
-    if cut:
-        listing.note(
-            f"{count(len(cut), 'caption')} of several lines: the first is used, wildcards are off"
-        )
-    return found
-
-
-def orphans(listing: Listing, every: Sequence[str]) -> None:
-    """Say which captions have no picture, and which pictures share one. `every`: pictures of any
-    kind, unusable ones included."""
-    stems: dict[str, list[str]] = {}
-    for name in every:
-        stems.setdefault(stem(name), []).append(name)
-    folders = {name[: name.rfind("/") + 1] for name in listing.pictures}
-    lone = [
-        name
-        for name in listing.around
-        if name.endswith(SIDECARS)
-        and name[: name.rfind("/") + 1] in folders
-        and stem(name) not in stems
-    ]
-    if lone:
-        listing.note(f"{count(len(lone), 'caption file')} without a picture: {named(lone)}")
-    shared = [name for names in stems.values() if len(names) > 1 for name in names]
-    if shared:
-        listing.note(
-            f"{count(len(shared), 'image')} share a name but for its suffix: {named(shared)}"
-        )
-
-
-def describe_syntax(listing: Listing, found: dict[str, Caption], syntax: Syntax) -> None:
-    """Say what is drawn anew each time."""
-    several = sum(len(caption.texts) > 1 for caption in found.values())
-    if several:
-        listing.note(f"{count(several, 'image')} with several captions: one is drawn each time")
-    if syntax.wildcards:
-        varied = sum(any(map(Syntax.varied, caption.texts)) for caption in found.values())
-        if varied:
-            listing.note(
-                f"{count(varied, 'image')} with {{a|b}} in the caption: one is drawn each time"
-            )
-    if syntax.shuffle:
-        kept = f", the first {syntax.keep} stay" if syntax.keep else ""
-        listing.note(f"tags between commas are shuffled each time{kept}")

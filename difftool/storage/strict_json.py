@@ -34,7 +34,7 @@ def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_float=number, parse_constant=constant
+            text, object_pairs_hook=unique, parse_float=number, parse_constant=constant
         )
         escaped = json.dumps(value, ensure_ascii=False) if "\\u" in text else ""
         if not (is_unicode(text) and is_unicode(escaped)):
@@ -80,7 +80,8 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that it has twice."""
     value: dict[str, Any] = {}
     for name, item in pairs:
         if name in value:

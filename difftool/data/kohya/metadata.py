@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from difftool.data.captions import Caption
+from difftool.data.captions import Caption, add
 from difftool.data.listing import MAX_METADATA, Listing, read_json, read_texts, sound_text, stem
-from difftool.data.phrases import count
+from difftool.data.phrases import count, named
 from difftool.errors import InputError, UsageError
 from difftool.images.read import SUFFIXES
 
@@ -61,14 +61,19 @@ def captions(
             for first in range(len(parts)):
                 places.setdefault("/".join(parts[first:]), []).append(picture)
     found: dict[str, Caption] = {}
+    several: dict[str, list[str]] = {}
     pictures, absent = set(listing.pictures), []
     for key, entry in entries.items():
         texts = _entry_texts(entry, f'{name} "{key[:60]}"')
         picture = _match(key, places)
         if picture is None:
             absent.append(key)
-        elif picture in pictures and texts:
-            found[picture] = Caption(texts, PurePosixPath(name).name)
+        elif picture in pictures:
+            several.setdefault(picture, []).append(key)
+            add(found, picture, Caption(texts, PurePosixPath(name).name))
+    if again := [picture for picture, keys in several.items() if len(keys) > 1]:
+        where = f"{count(len(again), 'picture')} under several keys ({named(again)})"
+        listing.note(f"{name} has {where}: all of their captions are used")
     if absent:
         if len(absent) == len(entries):
             why = f'"{absent[0]}", the first of {len(absent)}'

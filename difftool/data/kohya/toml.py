@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from difftool.config.schema import DataConfig
+from difftool.data.beside import SIDECARS
 from difftool.data.captions import Syntax
-from difftool.data.listing import MAX_METADATA, SIDECARS, sound_text
+from difftool.data.listing import MAX_METADATA, sound_text
 from difftool.errors import InputError, UsageError
 
 USED: dict[str, tuple[type, ...]] = {
