@@ -14,7 +14,17 @@ from difftool.config.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "difftool"
 ROOMS = (
-    *("version", "errors", "progress", "registry", "plugins", "storage", "diffusion", "config"),
+    *(
+        "version",
+        "errors",
+        "signals",
+        "progress",
+        "registry",
+        "plugins",
+        "storage",
+        "diffusion",
+        "config",
+    ),
     *("text", "networks", "engine", "images", "formats", "adapters", "hub", "data", "pipeline"),
     *("conversion", "sampling", "training", "forward", "library", "cli", "__main__"),
 )
@@ -22,7 +32,7 @@ ROOMS = (
 COMMANDS = {"conversion", "sampling", "training", "forward"}
 """The rooms of the four commands, none of which imports another."""
 TORCH_FREE = (
-    *("errors", "progress", "registry", "config.layers", "config.options", "diffusion"),
+    *("errors", "signals", "progress", "registry", "config.layers", "config.options", "diffusion"),
     *sorted(f"storage.{f.stem}" for f in PACKAGE.glob("storage/[a-z]*.py")),
     *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
     *("formats", "images.read", "cli.app"),

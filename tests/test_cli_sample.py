@@ -178,7 +178,7 @@ def test_several_words_may_have_been_meant_as_one_prompt(sample):
         assert "warning" not in sample(*prompts, "--seed", 1).err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_command_says_what_was_made(sample, monkeypatch, number):
     decoded = []
 

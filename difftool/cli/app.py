@@ -18,6 +18,7 @@ from difftool.cli import completion, console, habits, lists
 from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
 from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory, suggestion
+from difftool.signals import code_of, ended_by_signals
 from difftool.version import __version__
 
 ABOUT = """
@@ -89,15 +90,16 @@ def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
         console.forgive()
-        code = _run()
+        with ended_by_signals():
+            code = _run()
         sys.stdout.flush()
     except DifftoolError as error:
         code = _report(error)
     except typer.TyperException as error:
         code = _report_usage(error)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as stop:
         console.say("interrupted")
-        code = 128 + signal.SIGINT
+        code = code_of(stop.__cause__ or stop)  # Typer's own is raised from what it stands for
     except BrokenPipeError:
         # The reader went away (`| head`): nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

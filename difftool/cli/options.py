@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -16,6 +15,7 @@ from difftool.cli import console, help
 from difftool.cli.completion import completer
 from difftool.cli.lists import KINDS
 from difftool.config.options import RUN, Option, read_options, switch
+from difftool.signals import code_of
 
 
 class Command(TyperCommand):
@@ -106,9 +106,9 @@ def command(
         }
         try:
             return run(read_options(rows, given))
-        except KeyboardInterrupt:  # which Typer would end in silence
+        except KeyboardInterrupt as stop:  # which Typer would end in silence
             console.say("interrupted")
-            return 128 + signal.SIGINT
+            return code_of(stop)
 
     function.__name__ = name
     function.__doc__ = about

@@ -69,7 +69,11 @@ RESULTS = {
     "an error": "`error`: `code` (the exit code), `message`, `hint`",
 }
 """What commands print with --json, but for pictures of `sample`."""
-SIGNALS = {130: "Interrupted (SIGINT).", 143: "Terminated (SIGTERM)."}
+SIGNALS = {
+    129: "The terminal was closed (SIGHUP).",
+    130: "Interrupted (SIGINT).",
+    143: "Terminated (SIGTERM).",
+}
 
 
 def reference() -> str:

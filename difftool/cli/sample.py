@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from difftool.cli.options import PRINT_CONFIG, TALK
 from difftool.errors import DifftoolError
 from difftool.sampling import events
 from difftool.sampling.settings import OPTIONS
+from difftool.signals import code_of
 
 if TYPE_CHECKING:
     from difftool.sampling.command import SampleTask
@@ -43,8 +42,7 @@ def run(values: dict[str, Any]) -> int:
     if values["print_config"]:
         console.print_config(configuration(task))
         return 0
-    with _terminable():
-        return _Show(task).all(sample(task))
+    return _Show(task).all(sample(task))
 
 
 def _doubt(prompts: Sequence[str]) -> None:
@@ -52,24 +50,6 @@ def _doubt(prompts: Sequence[str]) -> None:
     if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
         sentence = " ".join(prompts)
         console.warn(f'{len(prompts)} prompts of a word each; one prompt is given as "{sentence}"')
-
-
-class _Terminated(BaseException):
-    """SIGTERM has come."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises in the block, so that what was made can be told."""
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Show:
@@ -94,10 +74,8 @@ class _Show:
                 self.say_notes()
                 if self.work:
                     display.update(self.work, images=self.finished())
-        except KeyboardInterrupt:
-            return self.interrupted(signal.SIGINT)
-        except _Terminated:
-            return self.interrupted(signal.SIGTERM)
+        except KeyboardInterrupt as stop:
+            return self.interrupted(code_of(stop))
         if self.skipped or (self.errors and self.made):
             failed = f"{len(self.errors)} failed"
             console.say(f"{self.made} made, {self.skipped} there already, {failed}")
@@ -152,11 +130,11 @@ class _Show:
         """How many pictures are made."""
         return f"{self.drawn}/{self.total}" if self.total else str(self.drawn)
 
-    def interrupted(self, signum: int) -> int:
-        """Say what was made before a signal; the exit code."""
+    def interrupted(self, code: int) -> int:
+        """Say what was made before a signal; the exit code, which is given."""
         of = f"{self.drawn} of {self.total}" if self.total else f"{self.drawn}"
         console.say(f"interrupted: {of} pictures made")
-        return 128 + signum
+        return code
 
 
 def emit(path: Path | None, report: dict[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from difftool.signals import Interrupted, handling
 
 Stopping = Callable[[int, bool], None]
 """Called within a signal's handler, at once, with its number and whether it is the first."""
@@ -15,24 +15,17 @@ Stopping = Callable[[int, bool], None]
 def interrupt_again(signum: int, first: bool) -> None:
     """After a first signal the step is finished and saved; a second one interrupts."""
     if not first:
-        raise KeyboardInterrupt
+        raise Interrupted(signum)
 
 
 @contextmanager
 def graceful_stop(stopping: Stopping) -> Iterator[list[int]]:
-    """In the block SIGINT and SIGTERM are put into the list. They reach the main thread only: in
-    another nothing changes."""
+    """In the block SIGINT, SIGTERM and SIGHUP are put into the list."""
     received: list[int] = []
 
     def note(signum: int, _frame: Any) -> None:
         received.append(signum)
         stopping(signum, len(received) == 1)
 
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(note, ("SIGINT", "SIGTERM", "SIGHUP")):
         yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
