@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from difftool.config import layers as config
+from difftool.config.keys import keys
 from difftool.config.layers import Layer, load_preset
 from difftool.config.validate import build_preset, to_values, to_yaml
 from difftool.errors import InputError, UsageError
@@ -82,6 +83,47 @@ def test_another_kind_replaces_what_it_is_laid_over():
 def test_a_wrong_override_is_named_with_what_is_near(override, says):
     with pytest.raises(UsageError, match=says):
         load_preset("pixel-small", [override])
+
+
+NUMBERS = [key.path for key in keys() if "number" in key.type and "[]" not in key.path]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
+def test_no_number_of_a_preset_is_infinite_or_none(name, value):
+    if name == "sample.guidance_interval":  # which may be open, but has no NaN
+        value = "[.nan, 1.0]"
+    with pytest.raises(UsageError):
+        load_preset("ldm-small", [f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.lr=-1", "train.lr=0", "train.betas=[0.9, 1.0]", "train.betas=[.nan, 0.9]"),
+        *("train.warmup=-1", "train.ema=1.5", "train.drop=2.0", "train.weight_decay=-0.1"),
+        *("train.lora_alpha=0.0", "train.batch_size=0", "train.seed=-1", "train_vae.kl=-1.0"),
+        *("unet.norm_eps=-1.0", "unet.dropout=1.0", "unet.in_channels=0", "unet.blocks=-1"),
+        *("unet.channels=[8, 100000000]", "codec.latent_channels=0", "sample.size=[0, 64]"),
+        *("sample.steps=1000000000", "sample.guidance=-1.0", "sample.guidance_rescale=7.0"),
+        *("sample.schedule_options={rho: .nan}", "sample.schedule_options={rho: [1, .inf]}"),
+        *(
+            "sample.sampler_options={eta: .nan}",
+            "path.beta_end=.nan",
+            "train.time_options={a: .inf}",
+        ),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_key(override):
+    key = override.split("=")[0]
+    with pytest.raises(UsageError, match=key.replace(".", r"\.")) as refused:
+        load_preset("ldm-small", [override])
+    assert refused.value.code == 2
+
+
+def test_an_interval_may_be_open_and_a_scheduler_infinite():
+    overrides = ["sample.guidance_interval=[-.inf, 4.0]", "scheduler={lambda_min_clipped: -.inf}"]
+    assert load_preset("ldm-small", overrides).sample.guidance_interval == (float("-inf"), 4.0)
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -544,6 +544,8 @@ def test_weights_follow_a_colon():
     assert parse_lora("a/b.safetensors:0.8") == (Path("a/b.safetensors"), 0.8)
     assert parse_lora("b.safetensors:-1") == (Path("b.safetensors"), -1.0)
     assert parse_lora(r"C:\b.safetensors") == (Path(r"C:\b.safetensors"), 1.0)
+    with pytest.raises(UsageError, match="not a finite number"):
+        parse_lora("b.safetensors:1e999")
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

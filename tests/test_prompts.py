@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from difftool.config.layers import load_preset
 from difftool.errors import UsageError
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
+from difftool.text.constructs import unread
 from difftool.text.syntax import chunks, nested, weighted
 from difftool.text.tokenizer import Tokenizer
 
@@ -116,6 +119,64 @@ def test_comfy_parts_no_short_word():
 def test_what_a1111_has_more_is_refused(prompt):
     with pytest.raises(UsageError, match="not supported"):
         chunks(CLIP, prompt, LENGTH, "a1111")
+
+
+UNREAD = [
+    ("a (red:1.2) fox", "(red:1.2)", "comfy a1111"),
+    ("a (red (dark) x:.5) fox", "(red (dark) x:.5)", "comfy a1111"),
+    ("((red)) fox", "((red))", "comfy a1111"),
+    ("a [red] fox", "[red]", "a1111"),
+    ("a fox BREAK a hill", "BREAK", "a1111"),
+    ("a {red|blue} fox", "{red|blue}", ""),
+    ("a {2$$red|blue} fox", "{2$$red|blue}", ""),
+    ("{{masterpiece}}, fox", "{masterpiece}", ""),
+    ("a __colour/dark__ fox", "__colour/dark__", ""),
+    ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", ""),
+    ("a fox <hypernet:ink:1>", "<hypernet:ink:1>", ""),
+    ("a fox in embedding:ink", "embedding:ink", ""),
+    ("a <cat-toy> fox", "<cat-toy>", ""),
+    ("a fox AND a hill", "AND", ""),
+    ("a [fox:owl:0.5]", "[fox:owl:0.5]", ""),
+    ("a [fox|owl]", "[fox|owl]", ""),
+    ("a fox --ar 3:2", "--ar 3:2", ""),
+    ("a fox --no hills", "--no", ""),
+    ("hot:: dog::2", "::", ""),
+    ("1.5::fox::, hill", "1.5::", ""),
+    ("a fox++ on a hill", "fox++", ""),
+    ("a (red fox)1.3", ")1.3", ""),
+    ('("a fox", "a hill").and()', ").and(", ""),
+]
+WORDS = [
+    *("a fox (smiling), 3d", r"a fox \(red:1.2\)", "C++ for a book, 10:30", "a -- b - c"),
+    *("snake_case names", "wow!! <3", "PRISON BREAKOUT", "a well--known fox", "x < y > z"),
+    *("(one (two)) three", "std::vector of foxes", "it's ratio 16:9 (wide)", ""),
+]
+
+
+@pytest.mark.parametrize(("prompt", "text", "readers"), UNREAD)
+def test_what_is_not_read_is_found_in_every_syntax_but_its_own(prompt, text, readers):
+    for syntax in ("none", "a1111", "comfy"):
+        found = [said for _, said in unread(prompt, syntax)]
+        assert (text in found) == (syntax not in readers.split()), syntax
+
+
+@pytest.mark.parametrize("prompt", WORDS)
+def test_words_are_words(prompt):
+    assert not [*unread(prompt, "none")]
+
+
+def test_words_of_embeddings_are_read():
+    assert not [*unread("an embedding:Ink and <ink> fox", "none", ["ink"])]
+    assert [text for _, text in unread("embedding:pen, embedding:ink", "none", ["ink"])] == [
+        "embedding:pen"
+    ]
+
+
+@pytest.mark.parametrize("letter", ["(", "[", "{", "<", "_", "(a:", "[a:", "{|", "a::", "--a "])
+def test_no_prompt_takes_long_to_look_through(letter):
+    began = time.perf_counter()
+    list(unread((letter * 10_000)[:10_000], "none"))
+    assert time.perf_counter() - began < 2
 
 
 @pytest.fixture(scope="module")

@@ -278,6 +278,22 @@ def test_options_without_effect_are_said():
     assert not any("no effect" in e.text for e in events if isinstance(e, Note))
 
 
+def test_syntax_of_other_tools_is_said_once_a_kind_and_names_what_stands_there():
+    events, _ = make([ask("a (red:1.2) fox", 1), ask("a (blue:1.3) fox BREAK", 2)])
+    texts = [event.text for event in events if isinstance(event, Note) and event.warning]
+    assert [text.split(" is not understood")[0] for text in texts] == ["(red:1.2)", "BREAK"]
+    assert all("drawn as words" in text and "a1111" in text for text in texts)
+    events, _ = make([ask("a (blue:1.3) fox", 3, prompt_syntax="a1111")])
+    assert not [event for event in events if isinstance(event, Note) and event.warning]
+
+
+def test_what_a_syntax_has_and_difftool_has_not_fails_its_picture_alone():
+    prompts = ["a <lora:ink:1>", "a fox"]
+    events, _ = make([ask(prompt, i, prompt_syntax="a1111") for i, prompt in enumerate(prompts)])
+    assert [type(event) for event in events] == [Failure, Result]
+    assert "not supported" in failures_of(events)[0]
+
+
 def test_latents_that_do_not_fit_are_refused(tmp_path):
     files = [tmp_path / f"{n}.safetensors" for n in range(5)]
     save_tensors(files[0], {"other": torch.zeros(3, 4, 4)}, {})

@@ -127,6 +127,8 @@ def _is_literal(hint: Any) -> bool:
 
 def _type(hint: Any, s: str = "") -> str:
     """A type in a user's words: "number or null", "list of 2 integers"; s: the plural's."""
+    if get_origin(hint) is Annotated:
+        return _type(get_args(hint)[0], s)
     if get_origin(hint) in (Union, UnionType):
         parts = sorted(get_args(hint), key=lambda part: part is NoneType)
         return " or ".join(dict.fromkeys(_type(part, s) for part in parts))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from difftool.config.kinds import Kinds
+from difftool.config.numbers import DEPTH, NOT_NEGATIVE, SHARE, SIDE, WIDTH, Within
 
 Depth = int | tuple[int, ...]
 """Transformer depth of a level: one number for all its blocks, or one a block; 0 = no attention."""
@@ -24,58 +25,58 @@ class UNetConfig:
     ValueError if the values do not fit together.
     """
 
-    in_channels: int
+    in_channels: Annotated[int, WIDTH]
     """Channels of the input, any concatenated conditioning (mask, masked image) included."""
-    out_channels: int
+    out_channels: Annotated[int, WIDTH]
     """Channels of the output; twice the data's for learned-variance networks."""
-    channels: tuple[int, ...]
+    channels: Annotated[tuple[int, ...], WIDTH]
     """Width of each level."""
-    blocks: int | tuple[int, ...] = 2
+    blocks: Annotated[int | tuple[int, ...], DEPTH] = 2
     """Residual blocks a level on the way down; one more on the way up."""
     attention: Literal["plain", "transformer"] = "plain"
     """"plain": one self-attention layer (DDPM, ADM). "transformer": self-attention, cross-attention
     to the context and a GEGLU feed-forward, `depth` times (Stable Diffusion)."""
-    depth: tuple[Depth, ...] = ()
+    depth: Annotated[tuple[Depth, ...], NOT_NEGATIVE] = ()
     """Attention layers after each block, by level; () = none."""
-    up_depth: tuple[Depth, ...] | None = None
+    up_depth: Annotated[tuple[Depth, ...] | None, NOT_NEGATIVE] = None
     """The same for the way up, also listed from full resolution down; None = as `depth`."""
-    mid_blocks: int = 2
+    mid_blocks: Annotated[int, NOT_NEGATIVE] = 2
     """Residual blocks in the middle, attention between them; 1 in SSD-1B, 0 = no middle block."""
-    mid_depth: int = 1
+    mid_depth: Annotated[int, NOT_NEGATIVE] = 1
     """Attention layers between the middle's residual blocks."""
-    context_dim: int | None = None
+    context_dim: Annotated[int | None, WIDTH] = None
     """Width of the text context; None = no cross-attention."""
     only_cross: tuple[int, ...] = ()
     """Levels whose self-attention looks at the context instead (x4 upscaler)."""
-    heads: int | tuple[int, ...] | None = None
+    heads: Annotated[int | tuple[int, ...] | None, WIDTH] = None
     """Attention heads of each level; exactly one of heads and head_dim is given."""
-    head_dim: int | None = None
+    head_dim: Annotated[int | None, WIDTH] = None
     """Channels of one head."""
     linear_projection: bool = False
     """Transformer projections as linear layers (SD2, SDXL) or as 1x1 convolutions (SD1)."""
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, WIDTH] = None
     """Size of the label table; for classifier-free guidance the last entry means "no label"."""
-    vector_dim: int | None = None
+    vector_dim: Annotated[int | None, WIDTH] = None
     """Width of the conditioning vector (SDXL's pooled text and sizes; SD2 unCLIP's image)."""
     vector_name: Literal["add_embedding", "class_embedding"] = "add_embedding"
     """Name of the vector's layers in the state dict: SDXL's, or SD2 unCLIP's."""
-    guidance_dim: int | None = None
+    guidance_dim: Annotated[int | None, WIDTH] = None
     """Width of the embedded guidance scale (LCM)."""
     scale_shift: bool = False
     """Time embedding scales and shifts the second norm (ADM) in place of being added."""
     resblock_updown: bool = False
     """Resolution changes happen inside residual blocks (ADM) and not in plain convolutions."""
-    groups: int = 32
+    groups: Annotated[int, WIDTH] = 32
     """Groups of every group norm."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, NOT_NEGATIVE] = 1e-5
     """Of every group norm but the transformers', whose eps is 1e-6."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Within(low=0, below=1)] = 0.0
     """Share of the values inside residual blocks that training leaves out."""
     flip_sin_to_cos: bool = True
     """Order of the time embedding: cosines first (SD) or sines first (DDPM)."""
     freq_shift: float = 0.0
     """1 in DDPM's published time embedding, else 0."""
-    downsample_padding: int = 1
+    downsample_padding: Annotated[int, SHARE] = 1
     """1: symmetric; 0: one row and column at the far end (DDPM)."""
 
     def __post_init__(self) -> None:
@@ -163,7 +164,7 @@ class IdentityConfig:
 
     kind: Literal["identity"] = "identity"
     """What stands between pictures and x0: nothing, blocks folded into channels, an autoencoder."""
-    channels: int = 3
+    channels: Annotated[int, WIDTH] = 3
     """Image channels."""
 
     @property
@@ -187,9 +188,9 @@ class SpaceToDepthConfig:
     """Pixels folded block by block into channels: weightless, exact, cheap to model."""
 
     kind: Literal["space_to_depth"] = "space_to_depth"
-    channels: int = 3
+    channels: Annotated[int, WIDTH] = 3
     """Image channels."""
-    block: int = 2
+    block: Annotated[int, WIDTH] = 2
     """Side of the blocks of pixels."""
 
     def __post_init__(self) -> None:
@@ -217,18 +218,18 @@ class VaeConfig:
     """The KL autoencoder of latent diffusion, in diffusers' and CompVis' architecture."""
 
     kind: Literal["vae"] = "vae"
-    channels: int = 3
+    channels: Annotated[int, WIDTH] = 3
     """Image channels."""
-    latent_channels: int = 4
+    latent_channels: Annotated[int, WIDTH] = 4
     """Channels of x0."""
-    widths: tuple[int, ...] = (128, 256, 512, 512)
+    widths: Annotated[tuple[int, ...], WIDTH] = (128, 256, 512, 512)
     """Width of each level; every level but the last halves the resolution."""
-    patch: int = 1
+    patch: Annotated[int, WIDTH] = 1
     """Sides of the blocks of pixels that are folded into channels at the picture's end: the
     costliest resolution is left out. 1 in every published autoencoder."""
-    blocks: int = 2
+    blocks: Annotated[int, DEPTH] = 2
     """Residual blocks a level of the encoder; one more in the decoder."""
-    groups: int = 32
+    groups: Annotated[int, WIDTH] = 32
     """Groups of every group norm."""
     scale: float = 0.18215
     """x0 = (latent - shift) * scale."""
@@ -282,21 +283,21 @@ LEARNED_MARKS = ("<pad>", "<start>", "<end>")
 class TextConfig:
     """A CLIP text encoder, and which of its outputs condition the U-Net."""
 
-    width: int = 768
+    width: Annotated[int, WIDTH] = 768
     """Width of its hidden states."""
-    layers: int = 12
+    layers: Annotated[int, DEPTH] = 12
     """Transformer layers."""
-    heads: int = 12
+    heads: Annotated[int, WIDTH] = 12
     """Attention heads of a layer."""
-    mlp: int = 3072
+    mlp: Annotated[int, WIDTH] = 3072
     """Width inside a feed-forward network."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     """Of the feed-forward networks: OpenAI's approximation, or GELU itself."""
-    vocab_size: int = 49408
+    vocab_size: Annotated[int, WIDTH] = 49408
     """Tokens that it knows."""
-    length: int = 77
+    length: Annotated[int, Within(low=2, high=1 << 20)] = 77
     """Tokens of a prompt, start and end marks included."""
-    projection: int | None = None
+    projection: Annotated[int | None, WIDTH] = None
     """Width of the pooled output's projection; None = there is none."""
     hidden: int = -1
     """Which hidden state is the context: -1 the last, -2 the one before it."""
@@ -304,7 +305,7 @@ class TextConfig:
     """Whether the final layer norm is applied to that hidden state (SD1, SD2) or not (SDXL)."""
     pooled: bool = False
     """Whether its projected end-of-text state joins the conditioning vector (SDXL)."""
-    pad_id: int | None = None
+    pad_id: Annotated[int | None, NOT_NEGATIVE] = None
     """Token that fills short prompts; None = the end mark (a learned vocabulary has its own)."""
     tokenizer: Literal["clip", "learned"] = "clip"
     """CLIP's byte-pair vocabulary, or one learned from the captions and stored in the model."""
@@ -338,15 +339,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """A CLIP picture encoder (SD2 unCLIP's ViT-L or ViT-H)."""
 
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    size: int
+    width: Annotated[int, WIDTH]
+    layers: Annotated[int, DEPTH]
+    heads: Annotated[int, WIDTH]
+    mlp: Annotated[int, WIDTH]
+    size: Annotated[int, SIDE]
     """Side of its pictures in pixels."""
-    patch: int
+    patch: Annotated[int, SIDE]
     """Side of the patches that are its tokens."""
-    projection: int
+    projection: Annotated[int, WIDTH]
     """Width of a picture's embedding."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 

@@ -8,12 +8,13 @@ keywords by the same rows, so that both refuse the same values in the same words
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftool.config.numbers import FINITE, Within
+from difftool.config.validate import within_of
 from difftool.errors import UsageError, check_file, clash, suggestion, unknown
 
 Choices = Callable[[], Iterable[str]]
@@ -52,12 +53,8 @@ class Option:
     """Values to complete to where others are allowed too; None = `choices`."""
     read: Callable[[Any], Any] | None = None
     """From a value as it was typed to the value that is meant; UsageError if there is none."""
-    low: float | None = None
-    """The smallest value."""
-    above: float | None = None
-    """What a value must be greater than."""
-    high: float | None = None
-    """The largest value."""
+    within: Within | None = None
+    """What a number must be; None: what its key's must, which without a key is finite."""
     key: str | None = None
     """Path of the preset's value that it changes: "train.lr"."""
     excludes: tuple[str, ...] = ()
@@ -128,20 +125,7 @@ class Option:
             raise UsageError(f"{called} {given!r} is not a number")
         if self.type is int and not isinstance(given, int):
             raise UsageError(f"{called} {given} is not a whole number")
-        if isinstance(given, float) and not math.isfinite(given):
-            raise UsageError(f"{called} {given} is not a finite number")
-        low, high = self.low, self.high
-        text = f"{given:g}" if isinstance(given, float) else given
-        if self.above is not None and given <= self.above:
-            what = "positive" if self.above == 0 else f"above {self.above:g}"
-            raise UsageError(f"{called} {text} is not {what}")
-        if low is not None and high is not None and not low <= given <= high:
-            raise UsageError(f"{called} {text} is not a number from {low:g} to {high:g}")
-        if low is not None and given < low:
-            what = "a positive number" if low == 1 and self.type is int else f"at least {low:g}"
-            raise UsageError(f"{called} {text} is not {what}")
-        if high is not None and given > high:
-            raise UsageError(f"{called} {text} is more than {high:g}")
+        (self.within or (within_of(self.key) if self.key else FINITE)).check(given, called)
 
     def check_files(self, value: Any) -> None:
         """UsageError if a file that it names is not there; what goes with a path may follow it."""

@@ -13,6 +13,17 @@ from typing import Annotated, Any, Literal
 from difftool.config.families import OWN
 from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
 from difftool.config.networks import CODEC_KINDS, ENCODER_KINDS, NETWORK_KINDS, IdentityConfig
+from difftool.config.numbers import (
+    COUNT,
+    INFINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SIDE,
+    WIDTH,
+    Within,
+)
 
 Options = dict[str, Any]
 
@@ -21,23 +32,23 @@ Options = dict[str, Any]
 class SampleConfig:
     """How a model is sampled when nothing is asked for."""
 
-    size: tuple[int, int] = (64, 64)
+    size: Annotated[tuple[int, int], SIDE] = (64, 64)
     """Width and height in pixels."""
-    steps: int = 20
+    steps: Annotated[int, Within(high=100_000)] = 20
     """Steps of the sampler."""
     sampler: str = "dpmpp_2m"
     """The method that steps from noise to a picture."""
-    sampler_options: Options = field(default_factory=dict)
+    sampler_options: Annotated[Options, INFINITE] = field(default_factory=dict)
     """Options of the sampler, by name: eta, s_noise, order, ..."""
     schedule: str = "linspace"
     """The grid of levels that the sampler visits."""
     schedule_options: Options = field(default_factory=dict)
     """Options of the schedule, by name: rho, sigma_min, ..."""
-    guidance: float = 1.0
+    guidance: Annotated[float, NOT_NEGATIVE] = 1.0
     """Classifier-free guidance scale; 1 = off."""
-    guidance_rescale: float = 0.0
+    guidance_rescale: Annotated[float, SHARE] = 0.0
     """How far guided pictures get the unguided contrast back (2305.08891), 0 to 1; 0 = off."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: Annotated[tuple[float, float] | None, INFINITE] = None
     """Guidance only where log SNR lies in this range; None = everywhere."""
     clip: Literal["none", "static", "dynamic"] = "none"
     """Thresholding of the predicted x0: none, to [-1, 1], or dynamic (Imagen)."""
@@ -45,11 +56,11 @@ class SampleConfig:
     """Whether eps follows a thresholded x0; None = as published: with every sampler but ddim."""
     start_noise: Literal["unit", "sigma", "hypot"] = "unit"
     """Amplitude of the start noise: 1, sigma_T, or alpha_T sqrt(rho_T^2 + 1)."""
-    strength: float = 0.75
+    strength: Annotated[float, Within(above=0, high=1)] = 0.75
     """Share of the steps that are run on a picture to start from."""
-    image_guidance: float = 1.5
+    image_guidance: Annotated[float, Within(low=1)] = 1.5
     """How closely an edited picture is followed (InstructPix2Pix); 1 = off."""
-    noise_level: int = 0
+    noise_level: Annotated[int, Within(low=0, high=999)] = 0
     """How much noise a picture's embedding gets before it is varied (unCLIP); 0 to 999."""
     clip_skip: int | None = None
     """The hidden state of the text encoders that is told, counted from the end as A1111 does: 1 =
@@ -63,32 +74,32 @@ class OptimConfig:
     """How a part of a model is trained when nothing is asked for; None = chosen from data and
     device."""
 
-    size: int | None = None
+    size: Annotated[int | None, SIDE] = None
     """Side of the square training pictures, in pixels."""
-    steps: int | None = None
+    steps: Annotated[int | None, POSITIVE] = None
     """Steps of the optimiser."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, COUNT] = None
     """Pictures a batch, on each device."""
-    accumulate: int = 1
+    accumulate: Annotated[int, COUNT] = 1
     """Batches whose gradients make one step of the optimiser."""
     optimizer: str = "adamw"
     """A name from training's OPTIMIZERS: adamw, or muon for the hidden matrices and AdamW for the
     rest, with the same learning rate."""
-    lr: float = 1e-3
+    lr: Annotated[float, POSITIVE] = 1e-3
     """The highest learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Annotated[tuple[float, float], Within(low=0, below=1)] = (0.9, 0.99)
     """Adam's decays of the means of gradients and of their squares."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Pull of the weights to zero a step, times the learning rate."""
-    warmup: int = 300
+    warmup: Annotated[int, NOT_NEGATIVE] = 300
     """Steps over which the learning rate rises from zero."""
     decay: Literal["none", "linear", "cosine"] = "linear"
     """How the learning rate falls to zero after the warm-up."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest norm of the gradient; 0 = not clipped."""
     flip: bool | None = None
     """Random horizontal flips; None = only for unconditional and class-conditional photos."""
-    ema: float = 0.9995
+    ema: Annotated[float, Within(low=0, below=1)] = 0.9995
     """Decay of the moving average of the weights; 0 = none. Early steps use a shorter one."""
     ema_profile: Literal["decay", "power"] = "decay"
     """power: averages over a share of the run; its length can be chosen after the run."""
@@ -97,9 +108,9 @@ class OptimConfig:
     own."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto = what the device is fast and safe in."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of everything random in a run, the first weights included."""
-    validation: float | None = None
+    validation: Annotated[float | None, NOT_NEGATIVE] = None
     """Pictures that are never trained on but measured: below 1 a share of the set, else how many;
     0 = none."""
 
@@ -122,11 +133,11 @@ class TrainConfig(OptimConfig):
     """Options of the weighting, by name."""
     loss: str = "mse"
     """What an error of the output costs: a name from diffusion.LOSSES."""
-    drop: float = 0.1
+    drop: Annotated[float, SHARE] = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Of the matrices that are trained in place of the model's weights; 0 = the weights are."""
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float | None, POSITIVE] = None
     """What they add is scaled by this over the rank; None = the rank."""
     lora_base: str | None = None
     """The model whose LoRA it is."""
@@ -139,13 +150,13 @@ class TrainConfig(OptimConfig):
 class VaeTrainConfig(OptimConfig):
     """How the autoencoder is trained."""
 
-    kl: float = 1e-4
+    kl: Annotated[float, NOT_NEGATIVE] = 1e-4
     """Weight of the latent's divergence from a unit normal, of its share a picture value."""
-    structure: float = 1.0
+    structure: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the Laplacian pyramid distance beside the mean absolute error."""
-    adversarial: float = 0.0
+    adversarial: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of a patch discriminator's opinion; 0 = there is none."""
-    adversarial_from: int = 0
+    adversarial_from: Annotated[int, NOT_NEGATIVE] = 0
     """The step from which it has a say."""
 
 
@@ -153,7 +164,7 @@ class VaeTrainConfig(OptimConfig):
 class ClipTrainConfig(OptimConfig):
     """How the text encoders are trained beforehand, against a picture encoder."""
 
-    width: int = 32
+    width: Annotated[int, WIDTH] = 32
     """Width of the picture encoder's first layer."""
 
 
@@ -175,14 +186,14 @@ class DataConfig:
     """Of {a|b} in a caption one is drawn each time; {{ and }} are braces."""
     shuffle_captions: bool = False
     """Captions that are tags between commas have them in another order each time."""
-    keep_tokens: int = 0
+    keep_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Of shuffled tags, the first so many stay in front."""
     crop: Literal["centre", "random"] = "centre"
     """Which part of a picture is used where its shape is not the frame's."""
     buckets: bool | None = None
     """Train in frames of the pictures' own shapes, a batch of one shape each, and not in squares;
     None = where squares would lose much."""
-    bucket_step: int | None = None
+    bucket_step: Annotated[int | None, COUNT] = None
     """What the sides of those frames are multiples of; None = as the model needs it."""
     background: str = "white"
     """What shows through transparent pixels: a colour's name, or #rrggbb."""
@@ -212,13 +223,13 @@ class Preset:
     """The denoising network, of whichever kind."""
     text: tuple[Annotated[EncoderConfig, ENCODER_KINDS], ...] = ()
     """Text encoders; their contexts are concatenated along the width."""
-    size_numbers: int = 0
+    size_numbers: Annotated[int, NOT_NEGATIVE] = 0
     """Size numbers that join the conditioning vector, 256 sinusoids each (SDXL 6, refiner 5)."""
     path: Options
     """The noise path: {kind: NAME, option: value, ...}, NAME from diffusion.PATHS."""
     target: str
     """What the network predicts: a name from diffusion.TARGETS."""
-    scheduler: Options = field(default_factory=dict)
+    scheduler: Annotated[Options, INFINITE] = field(default_factory=dict)
     """Fields of diffusers' scheduler_config.json, but for path and target, from which every sampler
     is built as diffusers builds it; empty: samplers are built as they stand here."""
     zero_negative: bool = False

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from difftool.config.kinds import Kinds
+from difftool.config.numbers import FINITE, Within, annotated
 from difftool.config.schema import Preset, SampleConfig
 from difftool.errors import DifftoolError, UsageError, suggestion
 from difftool.storage.yaml import dump_yaml
@@ -39,6 +40,7 @@ def _dataclasses(annotation: Any) -> set[Any]:
     return {annotation}.union(*map(_dataclasses, type_hints(annotation).values()))
 
 
+@cache
 def type_hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, with the tables of the kinds that they may be of."""
     return get_type_hints(cls, include_extras=True)
@@ -63,11 +65,39 @@ def validate(cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
     try:
         # Through JSON, where strict typing still reads a list as a tuple.
-        return _adapter(cls, Kinds.all()).validate_json(json.dumps(values), strict=True)
+        made = _adapter(cls, Kinds.all()).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UsageError(*_explain(cls, error.errors()[0], source)) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source} is not valid", str(error)) from None
+    for where, number, within in _numbers(made, FINITE, ""):
+        name = where if "." in where else where.replace("_", " ")
+        within.check(number, f"{source}: {name}")
+    return made
+
+
+def within_of(key: str) -> Within:
+    """What the numbers of a preset's key must be: "train.lr"."""
+    hint: Any = Preset
+    for name in key.split("."):
+        hint = type_hints(hint)[name]
+    return annotated(hint)
+
+
+def _numbers(value: Any, within: Within, where: str) -> Iterator[tuple[str, int | float, Within]]:
+    """Each number of a configuration, with the path of its key and what it must be."""
+    if dataclasses.is_dataclass(value):
+        for name, hint in type_hints(type(value)).items():
+            path = f"{where}.{name}" if where else name
+            yield from _numbers(getattr(value, name), annotated(hint), path)
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _numbers(each, within, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers(each, within, where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield where, value, within
 
 
 def _explain(cls: type, error: Any, source: str) -> tuple[str, str | None, str | None]:
@@ -120,13 +150,6 @@ def check_sampling(settings: SampleConfig) -> None:
     if settings.guidance != 0 and settings.guidance < 1:
         hint = "1 is off; 2 to 8 are usual"
         raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
-    if not 0 < settings.strength <= 1:
-        raise UsageError(f"strength {settings.strength:g} is not above 0 and at most 1")
-    if settings.image_guidance < 1:
-        why, hint = "the picture would be kept away from", "1 is off"
-        raise UsageError(f"image guidance {settings.image_guidance:g} is not usable", why, hint)
-    if not 0 <= settings.noise_level < 1000:
-        raise UsageError(f"noise level {settings.noise_level} is not from 0 to 999")
 
 
 def to_values(config: Any) -> dict[str, Any]:

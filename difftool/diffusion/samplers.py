@@ -53,9 +53,11 @@ class Range(NamedTuple):
 
     low: float
     high: float
+    infinite: bool = False
 
     def read(self, name: str, value: Any) -> Mapping[str, Any] | None:
         right = _is_number(value) and self.low <= value <= self.high
+        right = right and (self.infinite or math.isfinite(value))
         return {name: value} if right else None
 
     def hint(self, value: Any) -> str:
@@ -217,7 +219,8 @@ def _row(
 ANY = Range(0.0, math.inf)
 NOISE: dict[str, SamplerOption] = {"eta": ANY, "s_noise": ANY}
 BROWNIAN: dict[str, SamplerOption] = NOISE | {"brownian": one_of(True, False)}
-CHURN: dict[str, SamplerOption] = dict.fromkeys(("s_churn", "s_tmin", "s_tmax", "s_noise"), ANY)
+CHURN: dict[str, SamplerOption] = dict.fromkeys(("s_churn", "s_tmin", "s_noise"), ANY)
+CHURN["s_tmax"] = Range(0.0, math.inf, infinite=True)
 ORDER: dict[str, SamplerOption] = {"order": one_of(1, 2, 3, 4)}
 SOLVER_TYPE: dict[str, SamplerOption] = {"solver_type": one_of("midpoint", "heun")}
 D2_SCALE: dict[str, SamplerOption] = {"d2_scale": one_of(0.5, 1.0)}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from difftool.config.numbers import NOT_NEGATIVE, Within
 from difftool.config.options import DEVICE, DTYPE, OFFLINE, OVERWRITE, RUN, SET, Option, assignments
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS
@@ -35,15 +36,16 @@ def _paths(given: Any) -> tuple[str, ...]:
 OF_REVERSE = "is what --reverse asks the model with"
 # fmt: off
 OPTIONS = (
-    Option(name="seed", type=int, low=0, panel=PICTURE, default="0", help="Of the noise"),
-    Option(name="size", type=int, low=8, high=4096, metavar="PIXELS", panel=PICTURE,
+    Option(name="seed", type=int, within=NOT_NEGATIVE, panel=PICTURE, default="0",
+           help="Of the noise"),
+    Option(name="size", type=int, within=Within(low=8, high=4096), metavar="PIXELS", panel=PICTURE,
            default="the picture's, at most 256; the model's own",
            help="Longest side of a frame"),
     Option(name="path", panel=LEVELS, read=_path, choices=lambda: PATHS, default=DEFAULT_PATH,
            help="Noise path"),
     replace(SET, metavar="KEY=VALUE", panel=LEVELS, complete=lambda: assignments("path."),
             help="An option of the path; repeatable"),
-    Option(name="steps", type=int, low=1, high=100_000, panel=LEVELS,
+    Option(name="steps", type=int, within=Within(low=1, high=100_000), panel=LEVELS,
            default="8, 40 of a moving picture; 20",
            help="Levels shown, or steps of the sampler"),
     Option(name="schedule", panel=LEVELS, read=GRIDS.resolve, choices=lambda: GRIDS,

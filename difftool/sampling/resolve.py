@@ -29,6 +29,7 @@ from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
+from difftool.text.constructs import unread
 
 SHARED = ("sampler", "schedule", "steps", "guidance", "size")
 """What a refiner is asked for too."""
@@ -188,8 +189,25 @@ class Resolver:
                 if self.strict:
                     raise UsageError(what, hint=f"leave out the last {count - limit}")
                 texts.append(f"{what}: the last {count - limit} are cut")
+        yield from self._unread(sample)
         yield from (Note(text) for text in texts if text not in self._noted)
         self._noted.update(texts)
+
+    def _unread(self, sample: Sample) -> Iterator[Note]:
+        """What the prompts have of other tools' syntax and is drawn as words, each kind once;
+        UsageError for what the syntax has and is not supported."""
+        syntax = sample.plan.settings.prompt_syntax
+        words = [name for word in self.model.words for name in word.names]
+        for prompt in (sample.request.prompt, sample.request.negative):
+            for construct, text in unread(prompt or "", syntax, words):
+                if syntax in construct.refused:
+                    raise construct.refusal(text)
+                if construct.what not in self._noted:
+                    self._noted.add(construct.what)
+                    hint = f"; {construct.hint}" if construct.hint else ""
+                    yield Note(
+                        f"{text} is not understood and drawn as words: {construct.what}{hint}"
+                    )
 
     def _idle(self, sample: Sample) -> Iterator[str]:
         """The settings that were asked for and change nothing."""

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from difftool.config.numbers import COUNT, NOT_NEGATIVE, SHARE, SIDE, Within
 from difftool.config.options import (
     DEVICE,
     DTYPE,
@@ -37,7 +38,6 @@ IMAGES, MODEL, ADAPTERS, OUTPUT = "Pictures in", "Model", "Adapters", "Output"
 
 MAX_SEED = 2**64 - 1
 MAX_SEEDS = 1_000_000
-MAX_SIDE = 16_384
 MAX_TEXT = 10_000
 
 Values = Mapping[str, Any]
@@ -134,8 +134,7 @@ def read_size(given: Any) -> tuple[int, int]:
         raise UsageError(f'"{text}" is not a size', hint="give WIDTHxHEIGHT, such as 512x768")
     width, height = int(match[1]), int(match[2] or match[1])
     for side in (width, height):
-        if not 0 < side <= MAX_SIDE:
-            raise UsageError(f"a side of {side} pixels is not usable", f"1 to {MAX_SIDE} are")
+        SIDE.check(side, "a side of the picture,")
     return width, height
 
 
@@ -286,10 +285,10 @@ SETTINGS: tuple[Setting, ...] = (
         read=read_label, always=True, a1111=A1111("Class", str)),
     _of_model("prompt_syntax", "Weights and long prompts as in", PROMPT, choices=_syntaxes),
     _of_model("clip_skip", "Text encoder's layer from the end; 1 = the last", PROMPT, type=int,
-        low=1, a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip)),
+        a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip)),
     _setting("strict_prompt", "Refuse prompts longer than the model reads", PROMPT, type=bool),
-    _of_request("num", "Images of each prompt", PICTURE, type=int, low=1, flags=("--num", "-n"),
-        default="1", json=()),
+    _of_request("num", "Images of each prompt", PICTURE, type=int, flags=("--num", "-n"),
+        within=Within(low=1, high=MAX_SEEDS), default="1", json=()),
     _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",
         json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
         default="drawn and printed"),
@@ -305,10 +304,10 @@ SETTINGS: tuple[Setting, ...] = (
         always=True,
         a1111=A1111("Schedule type", _known_schedule, lambda name: GRIDS[name].a1111 or name),
         also=("scheduler",), bundled=True),
-    _of_model("steps", "Sampler steps", SAMPLER, type=int, low=1, always=True, short="s",
-        a1111=A1111("Steps", int), bundled=True),
-    _setting("eta", "Fresh noise of samplers that have it", SAMPLER, type=float, low=0,
-        key="sample.sampler_options.eta", json=("eta",)),
+    _of_model("steps", "Sampler steps", SAMPLER, type=int, within=Within(low=1, high=100_000),
+        always=True, short="s", a1111=A1111("Steps", int), bundled=True),
+    _setting("eta", "Fresh noise of samplers that have it", SAMPLER, type=float,
+        within=NOT_NEGATIVE, key="sample.sampler_options.eta", json=("eta",)),
     _of_model("sampler_options", "Options of the sampler", SAMPLER, type=dict, option=False),
     _of_model("schedule_options", "Options of the schedule", SAMPLER, type=dict, option=False),
     _of_model("start_noise", "Amplitude of the start noise", SAMPLER, option=False),
@@ -316,29 +315,29 @@ SETTINGS: tuple[Setting, ...] = (
         always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
         also=("cfg_scale",), bundled=True),
     _of_model("guidance_rescale", "Share of rescaled guidance, 0 to 1; 0 = off", GUIDANCE,
-        type=float, low=0, high=1, effect=_guided, without="without guidance"),
+        type=float, effect=_guided, without="without guidance"),
     _of_model("guidance_interval", "Guidance only at these log SNRs", GUIDANCE, metavar="LOW,HIGH",
         read=read_interval, effect=_guided, without="without guidance"),
     _of_model("clip", "Thresholding of the predicted x0", GUIDANCE, option=False),
     _of_model("rederive_eps", "Whether eps follows a thresholded x0", GUIDANCE, type=bool,
         option=False),
-    _of_model("width", "Width in pixels", PICTURE, type=int, low=1, high=MAX_SIDE, always=True,
+    _of_model("width", "Width in pixels", PICTURE, type=int, within=SIDE, always=True,
         short="w", option=False),
-    _of_model("height", "Height in pixels", PICTURE, type=int, low=1, high=MAX_SIDE, always=True,
+    _of_model("height", "Height in pixels", PICTURE, type=int, within=SIDE, always=True,
         short="h", option=False),
     _of_request("init", "Picture to start from; to repaint with --mask; to edit", IMAGES,
         read=read_path, file="picture", metavar="PICTURE", also=("init_images",)),
-    _of_model("image_guidance", "How closely an edit follows --init", IMAGES, type=float, low=1,
+    _of_model("image_guidance", "How closely an edit follows --init", IMAGES, type=float,
         a1111=A1111("Image CFG scale", float), effect=_edits, default="1.5"),
     _of_model("strength", "Share of the steps run on --init, above 0 to 1", IMAGES, type=float,
-        above=0, high=1, short="t", a1111=A1111("Denoising strength", float), effect=_starts,
+        short="t", a1111=A1111("Denoising strength", float), effect=_starts,
         default="0.75", also=("denoising_strength",)),
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
         read=read_path, file="picture", metavar="PICTURE"),
     _of_request("image_prompt", "Picture to vary (unCLIP models)", IMAGES, read=read_path,
         file="picture", metavar="PICTURE"),
     _of_model("noise_level", "How freely --image-prompt is varied, 0 to 999", IMAGES, type=int,
-        low=0, high=999, effect=_varies),
+        effect=_varies),
     _setting("from_image", "Start from what a picture's metadata say", IMAGES, type=Path,
         file="picture", metavar="PICTURE"),
     _setting("from_latents", "Decode a file of --save-latents; repeatable", IMAGES, type=Path,
@@ -352,7 +351,7 @@ SETTINGS: tuple[Setting, ...] = (
         complete=_models),
     _setting("refiner", "Takes over for the last steps", MODEL, metavar="MODEL", json=("refiner",),
         complete=_models, a1111=A1111("Refiner")),
-    _setting("refiner_start", "Share of the path before it", MODEL, type=float, low=0, high=1,
+    _setting("refiner_start", "Share of the path before it", MODEL, type=float, within=SHARE,
         needs=("refiner",), why="has no model to start", default="0.8"),
     _setting("match", "Numbers exactly as in", MODEL, metavar="TOOL",
         choices=lambda: ("diffusers",)),
@@ -371,7 +370,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("no_metadata", "Pictures say nothing about themselves", OUTPUT, type=bool),
     _setting("skip_existing", "Leave out pictures that are there already", OUTPUT, type=bool,
         excludes=("overwrite",)),
-    _setting("batch_size", "Images made together", RUN, type=int, low=1, default="by size"),
+    _setting("batch_size", "Images made together", RUN, type=int, within=COUNT, default="by size"),
     _setting("exact", "One image at a time: the same bits in any company", RUN, type=bool),
     _setting("low_memory", "Hold one network at a time; slower", RUN, type=bool),
 )

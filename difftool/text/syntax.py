@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from difftool.errors import UsageError
+from difftool.text.constructs import check
 from difftool.text.tokenizer import Tokenizer
 
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -53,17 +53,9 @@ def _marked(tokenizer: Tokenizer, tokens: list[tuple[int, float]], length: int) 
 
 # --- A1111 -----------------------------------------------------------------------------------
 
-UNSUPPORTED = (
-    (r"<(lora|lyco|hypernet):", "networks named in prompts", "give --lora"),
-    (r"\bAND\b", "AND between prompts", "write one prompt"),
-    (r"\[[^\[\]]*(?<!\\)[:|][^\[\]]*\]", "prompts that change with the step", None),
-)
-
 
 def _breaks(prompt: str) -> Iterator[list[TextPiece]]:
-    for pattern, what, hint in UNSUPPORTED:
-        if match := re.search(pattern, prompt):
-            raise UsageError(f"{what} are not supported", match[0], hint)
+    check(prompt, "a1111")
     for part in re.split(r"\s*\bBREAK\b\s*", prompt):
         yield weighted(part)
 

@@ -10,6 +10,7 @@ from typing import Any
 from difftool.config import options
 from difftool.config.keys import NAMED, values_of
 from difftool.config.layers import Layer, preset_names
+from difftool.config.numbers import COUNT, Within
 from difftool.config.options import DEVICE, OFFLINE, SET, Option
 from difftool.config.schema import RECIPES, Part
 from difftool.progress import Progress, silent
@@ -60,8 +61,6 @@ def _values(key: str) -> Callable[[], Sequence[str]]:
 
 MODEL, TRAINING, DATA, LORA, FOLDER = "Model", "Training", "Data", "LoRA", "Run folder"
 RESUMES = ("resume", "resume_from")
-COUNT: Mapping[str, Any] = {"type": int, "low": 1}
-POSITIVE: Mapping[str, Any] = {"above": 0}
 
 # fmt: off
 OPTIONS = (
@@ -82,7 +81,7 @@ OPTIONS = (
     _row("buckets", DATA, "Frames of the pictures' own shapes, not squares", type=bool,
          flags=("--buckets/--no-buckets",), key="data.buckets", default="chosen"),
     _row("validation", DATA, "Pictures that are measured and never trained on; 0 = none",
-         type=float, low=0, metavar="SHARE|COUNT", key="train.validation", default="chosen"),
+         type=float, metavar="SHARE|COUNT", key="train.validation", default="chosen"),
     _row("allow_bad", DATA, "Go on with many unusable pictures", type=bool,
          key="data.allow_bad"),
     _row("allow_uncaptioned", DATA, "Go on where many pictures lack a caption", type=bool,
@@ -94,16 +93,16 @@ OPTIONS = (
          excludes=("preset",)),
     _row("vae", MODEL, "Work in this model's latents, as they are", metavar="MODEL"),
     _row("part", MODEL, "Train this part alone", choices=lambda: RECIPES, default="the preset's"),
-    _row("size", MODEL, "Side of the pictures", type=int, **POSITIVE, key="train.size",
+    _row("size", MODEL, "Side of the pictures", type=int, key="train.size",
          default="chosen"),
 
-    _row("steps", TRAINING, "Optimiser steps", type=int, **POSITIVE, key="train.steps",
+    _row("steps", TRAINING, "Optimiser steps", type=int, key="train.steps",
          default="chosen"),
-    _row("batch_size", TRAINING, "Pictures a batch", type=int, **POSITIVE,
+    _row("batch_size", TRAINING, "Pictures a batch", type=int,
          key="train.batch_size", default="chosen"),
-    _row("accumulate", TRAINING, "Batches an optimiser step", type=int, **POSITIVE,
+    _row("accumulate", TRAINING, "Batches an optimiser step", type=int,
          key="train.accumulate", default="1"),
-    _row("lr", TRAINING, "Peak learning rate", type=float, **POSITIVE, key="train.lr",
+    _row("lr", TRAINING, "Peak learning rate", type=float, key="train.lr",
          default="the preset's"),
     _row("optimizer", TRAINING, "Optimiser", key="train.optimizer", choices=lambda: OPTIMIZERS,
          default="adamw"),
@@ -112,24 +111,24 @@ OPTIONS = (
          choices=_values("train.precision"), default="auto"),
     _row("seed", TRAINING, "Seed of everything random", type=int, key="train.seed",
          default="0"),
-    _row("workers", TRAINING, "Threads that prepare batches ahead", type=int, low=0, high=256,
-         default="0 on CPU, up to 4 on GPU"),
+    _row("workers", TRAINING, "Threads that prepare batches ahead", type=int,
+         within=Within(low=0, high=256), default="0 on CPU, up to 4 on GPU"),
     _row("compile", TRAINING, "Run the U-Net through torch's compiler", type=bool),
 
     _row("lora", LORA, "Train a LoRA of --from, not the model itself", type=bool,
          needs=("from_", *RESUMES), why="needs the model that it is to be a LoRA of"),
-    _row("rank", LORA, "Size of the LoRA's matrices", **COUNT, needs=("lora", *RESUMES),
-         why="is a LoRA's", default="16"),
+    _row("rank", LORA, "Size of the LoRA's matrices", type=int, within=COUNT,
+         needs=("lora", *RESUMES), why="is a LoRA's", default="16"),
 
     _row("out", FOLDER, "Run folder", type=Path, default="runs/DATA-NNN"),
     _row("resume", FOLDER, "Continue the run in --out from its newest checkpoint", type=bool,
          needs=("out",), why="needs the run to continue"),
     _row("resume_from", FOLDER, "Continue from this checkpoint", type=Path, needs=("out",),
          why="needs the run to continue"),
-    _row("save_every", FOLDER, "Steps between checkpoints", **COUNT,
+    _row("save_every", FOLDER, "Steps between checkpoints", type=int, within=COUNT,
          default=str(RunOptions.save_every)),
-    _row("keep", FOLDER, "Checkpoints kept", **COUNT, default=str(RunOptions.keep)),
-    _row("sample_every", FOLDER, "Steps between sample sheets", **COUNT,
+    _row("keep", FOLDER, "Checkpoints kept", type=int, within=COUNT, default=str(RunOptions.keep)),
+    _row("sample_every", FOLDER, "Steps between sample sheets", type=int, within=COUNT,
          default=str(RunOptions.sample_every)),
     _row("sample_prompt", FOLDER, "Prompt of the sample sheets; repeatable", many=True,
          blank=True, default="captions of the data"),

@@ -23,6 +23,7 @@ from difftool.adapters.lora.dialects import (
     variants,
 )
 from difftool.config.kinds import NetworkConfig
+from difftool.config.numbers import FINITE
 from difftool.errors import InputError, UsageError
 from difftool.formats.rules import Shape
 from difftool.storage.safetensors import looks_like_safetensors
@@ -326,7 +327,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", last.strip()):
         if not first.strip():
             raise UsageError(f'--lora "{text}" names no file', hint="give FILE, or FILE:WEIGHT")
-        return Path(first), float(last)
+        FINITE.check(weight := float(last), f"--lora {first}: the weight")
+        return Path(first), weight
     if colon and not Path(text).exists() and Path(first).exists():
         hint = "give a number: --lora FILE:0.8"
         raise UsageError(f'"{last}" is not the weight of a LoRA', hint=hint)
