@@ -78,3 +78,13 @@ def test_keys_belong_to_samples_and_epochs():
     a, b, c = rng.keys(2, epochs, indices)
     assert len({a, b, c}) == 3
     assert rng.keys(2, epochs[2:], indices[2:]) == [c]
+
+
+def test_spread_is_the_golden_ratio_sequence_in_single_precision():
+    slots = torch.tensor([*range(64), 10**6, 2**31])
+    exact = [((int(s) * 2 + 1) * (5**0.5 - 1) / 4) % 1 for s in slots[:64]]
+    found = rng.spread(slots)
+    assert found.dtype == torch.float32 and 0 < found.min() and found.max() < 1
+    assert found[:64].tolist() == pytest.approx(exact, abs=1e-6)
+    counts = torch.histc(rng.spread(torch.arange(7000, 7100)), 10, 0, 1)
+    assert counts.min() >= 8 and counts.max() <= 12

@@ -31,8 +31,6 @@ from difftool.training.step.frames import buckets_of
 from difftool.training.step.perception import PatchDiscriminator, PictureEncoder, pyramid_distance
 from difftool.training.step.rng import Stream
 
-GOLDEN = (5**0.5 - 1) / 2
-
 
 class LossOutput(NamedTuple):
     """The losses of a batch."""
@@ -153,8 +151,7 @@ class DenoisingObjective(Objective):
         return self._errors(batch, u, Stream.NOISE)
 
     def held_out(self, batch: Batch) -> LossOutput:
-        # Times of a golden ratio sequence: any run of slots covers the levels evenly.
-        u = ((batch.slots.double() + 0.5) * GOLDEN).frac().float().clamp(1e-4, 1 - 1e-4)
+        u = rng.spread(batch.slots).clamp(1e-4, 1 - 1e-4)
         return self._errors(batch, u, Stream.VALIDATION)
 
     def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> LossOutput:

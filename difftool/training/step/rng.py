@@ -17,6 +17,8 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+GOLDEN = 0x9E3779B97F4A7C15
+"""The golden ratio's fraction in units of 2^-64."""
 
 
 class Stream(IntEnum):
@@ -68,6 +70,13 @@ def uniform(seed: int, stream: Stream, step: int, slots: Tensor) -> Tensor:
     """Uniform numbers [B] in the open interval (0, 1), fp32, for each slot [B] of a step."""
     drawn = words(seed, stream, step, slots, 1)[:, 0]
     return ((drawn >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def spread(slots: Tensor) -> Tensor:
+    """Fractions [B] of (slot + 1/2) times the golden ratio, fp32: any run of slots covers (0, 1)
+    evenly. In integers that wrap, since not every device has float64."""
+    wrapped = slots.to(torch.int64) * (GOLDEN - 2**64) + GOLDEN // 2
+    return (((wrapped >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
 
 
 def normal(seed: int, stream: Stream, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
