@@ -22,7 +22,7 @@ MODELS = ("sd1", "sd1-inpaint", "sd2", "sdxl", "sdxl-refiner")
 PIXEL_RUN = ["train", "data", "--preset", "pixel-small", "--steps", "4", *PIXELS, *TINY]
 LATENT_RUN = [
     "train", "captioned", "--from", "sd1.safetensors", "--steps", "2", "--size", "16",
-    "--batch-size", "2", "--validation", "0", "--sample-every", "0",
+    "--batch-size", "2", "--validation", "0", "--sample-every", "100",
 ]  # fmt: skip
 QUICK = {
     "trained": [*PIXEL_RUN, "--out", "{device}-run"],
@@ -100,6 +100,7 @@ def check(folder: Path, commands: dict[str, list[str]], *, doubles: bool) -> Non
             assert sum(row["waits"].values()) <= steps + 3, (name, row["waits"])
 
 
+@pytest.mark.slow
 def test_training_resume_and_sampling_on_a_device_without_float64(tmp_path):
     check(tmp_path, QUICK, doubles=False)
     states = [
