@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from difftool.config.layers import Layer
+from difftool.config.schema import Part
 from difftool.data import open_dataset
 from difftool.formats import open_model
 from difftool.storage.runs import checkpoint_to_resume
@@ -23,6 +24,7 @@ def start_run(
     *values: dict[str, Any],
     preset: str | None,
     resume: bool,
+    part: Part = "unet",
     **options: Any,
 ) -> Run:
     """A run in a folder, from nothing or from its newest checkpoint, as `values` has it."""
@@ -35,6 +37,7 @@ def start_run(
         resolved,
         dataset,
         RunOptions(**options),
+        part=part,
         tokenizer_json=tokenizer_json,
         resume=checkpoint,
     )

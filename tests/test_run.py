@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -24,7 +25,6 @@ from difftool.pipeline.model import Model
 from difftool.training import metrics
 from difftool.training.metrics import METRICS, Metric, Metrics, cast, overfits
 from difftool.training.report import page
-from difftool.training.run import validation
 from difftool.training.run.estimate import (
     activation_bytes,
     check_disk,
@@ -60,7 +60,7 @@ def pictures(tmp_path_factory) -> str:
 
 
 def start(folder: Path, data: str, values: dict, *, every: int = 6, resume: bool = False) -> Run:
-    options = {"save_every": 100, "sample_every": every}
+    options: dict[str, Any] = {"save_every": 100, "sample_every": every}
     return start_run(folder, data, TINY, values, preset="pixel-small", resume=resume, **options)
 
 
@@ -116,14 +116,15 @@ def test_the_times_of_a_measure_cover_the_training_times_evenly(tmp_path, pictur
     run = start(tmp_path / "run", pictures, {"train": {"validation": 5}})
     assert run.previews.validation is not None
     objective = run.trainer.objective
-    batch = run.previews.validation.batches.draw(0, validation.SAMPLES)
+    samples = run.evaluation.samples
+    batch = run.previews.validation.batches.draw(0, samples)
     with torch.no_grad():
         seen = objective.held_out(batch).log_snr
     assert seen is not None
-    even = (torch.arange(validation.SAMPLES) + 0.5) / validation.SAMPLES
+    even = (torch.arange(samples) + 0.5) / samples
     alpha, sigma = run.model.denoiser.path.coefficients(objective.times(even))  # type: ignore[attr-defined]
     wanted = 2 * (alpha / sigma).log().flatten()
-    ranks = torch.searchsorted(seen.sort().values, wanted.sort().values) / validation.SAMPLES
+    ranks = torch.searchsorted(seen.sort().values, wanted.sort().values) / samples
     assert float((ranks - even).abs().max()) < 0.02
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from difftool.config.options import DEVICE, OFFLINE, SET, Option
 from difftool.config.schema import RECIPES, Part
 from difftool.progress import Progress, silent
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size
+from difftool.training.run.evaluation import Evaluation
 from difftool.training.run.stop import Stopping, interrupt_again
 from difftool.training.step.optim import OPTIMIZERS
 
@@ -37,8 +38,10 @@ class RunOptions:
     """Checkpoints that are kept."""
     max_shard_size: int = parse_size(MAX_SHARD_SIZE)
     """Bytes beyond which the finished model is split into shards."""
-    sample_every: int = 500
-    """Steps between sample sheets."""
+    sample_every: int | None = None
+    """Steps between sample sheets, with measures; 0 = none, None = at growing intervals."""
+    evaluations: Mapping[Part, Evaluation] = field(default_factory=dict)
+    """The same for each part, and how much it is, as it was planned."""
     sample_prompt: Sequence[str] = ()
     """Of the samples, in place of captions of the data."""
     data: str = ""
@@ -128,8 +131,8 @@ OPTIONS = (
     _row("save_every", FOLDER, "Steps between checkpoints", type=int, within=COUNT,
          default=str(RunOptions.save_every)),
     _row("keep", FOLDER, "Checkpoints kept", type=int, within=COUNT, default=str(RunOptions.keep)),
-    _row("sample_every", FOLDER, "Steps between sample sheets", type=int, within=COUNT,
-         default=str(RunOptions.sample_every)),
+    _row("sample_every", FOLDER, "Steps between sample sheets, with measures; 0 = none", type=int,
+         within=Within(low=0), default="growing, about 5 % of the time"),
     _row("sample_prompt", FOLDER, "Prompt of the sample sheets; repeatable", many=True,
          blank=True, default="captions of the data"),
     _row("max_shard_size", FOLDER, "Split a larger model: 500MB", metavar="SIZE",

@@ -70,10 +70,10 @@ class RunFolder:
         text = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[: len(kept)]
         write_whole(self.metrics, "".join(text), overwrite=True)
 
-    def is_shown(self, step: int) -> bool:
-        """Whether samples of a step were shown."""
+    def last_shown(self) -> int:
+        """The step that was measured and shown last; 0 = there is none."""
         lines = Metrics.read(self.metrics).lines
-        return any(line["step"] == step and "loss" not in line for line in lines)
+        return max((line["step"] for line in lines if "loss" not in line), default=0)
 
     # --- what is shown -----------------------------------------------------------------------
 

@@ -5,9 +5,11 @@ All with the averaged weights, and of the same seeds, captions and pictures thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,13 @@ from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.progress import Progress, silent
+from difftool.training.run.evaluation import Evaluation
 from difftool.training.run.validation import Validation, channel_statistics
 from difftool.training.step import rng
 from difftool.training.step.batches import to_signal
 from difftool.training.step.loop import Trainer
 
-PREVIEWS = 16
 COLUMNS = range(3, 9)
 """Prompts asked for by the user, where they are so many, are a column of the sheets each."""
 MEASURED = 256
@@ -53,23 +56,35 @@ class Shown(NamedTuple):
 class Previews:
     """The samples and measures of a run."""
 
-    def __init__(self, trainer: Trainer, held: Dataset | None, prompts: Sequence[str] = ()):
+    def __init__(
+        self,
+        trainer: Trainer,
+        held: Dataset | None,
+        evaluation: Evaluation,
+        *,
+        prompts: Sequence[str] = (),
+        cache: Path,
+    ):
         """held: pictures that are never trained on. prompts: of the samples, in place of captions
-        of the data."""
+        of the data. cache: a folder for the latents of held-out pictures."""
         self.trainer, self.model, self.prompts = trainer, trainer.model, list(prompts)
-        self.dataset = held if held and len(held) >= PREVIEWS else trainer.dataset
+        self.pictures = 0 if trainer.part == "clip" else evaluation.pictures
+        enough = held and len(held) >= max(self.pictures, 1)
+        self.dataset = held if held and enough else trainer.dataset
         """Where the captions and pictures of the sheets come from."""
-        self.validation = Validation(trainer, held) if held else None
+        samples = evaluation.samples
+        self.validation = Validation(trainer, held, samples, cache) if held and samples else None
 
-    def make(self) -> tuple[Image.Image | None, list[dict[str, Any]]]:
+    def make(self, progress: Progress = silent) -> tuple[Image.Image | None, list[dict[str, Any]]]:
         """The sheet, if the part has one and its values are finite, and the measures, each a key
         of METRICS and its value."""
-        part = self.trainer.part
+        part, measures = self.trainer.part, []
         with self.averaged():
-            measures = [{"validation": self.validation.measure()}] if self.validation else []
-            if part == "clip":
+            if self.validation:
+                measures.append({"validation": self.validation.measure(progress)})
+            if not self.pictures:
                 return None, measures
-            shown = self.reconstructions() if part == "vae" else self.samples()
+            shown = self.reconstructions() if part == "vae" else self.samples(progress=progress)
             if not shown.images.isfinite().all():
                 return None, measures
             image = self._sheet(shown)
@@ -95,28 +110,43 @@ class Previews:
         """What the samples are asked for."""
         names, texts = len(self.model.preset.classes), [""]
         if self.model.text:
-            shown = rng.permutation(0, 0, len(self.dataset))[:PREVIEWS].tolist()
+            shown = rng.permutation(0, 0, len(self.dataset))[: max(self.pictures, 1)].tolist()
             texts = self.prompts or self.dataset.captions(shown)
-        number = max(PREVIEWS // len(texts), 1) * len(texts)
+        number = max(self.pictures // len(texts), 1) * len(texts)
         return [
             SampleInput(texts[i % len(texts)], label=i % names if names else None, seed=i)
             for i in range(number)
         ]
 
-    def samples(self, items: Sequence[SampleInput] | None = None) -> Shown:
-        """Samples with the preset's own settings, of `items` or the run's own."""
+    def samples(
+        self, items: Sequence[SampleInput] | None = None, progress: Progress = silent
+    ) -> Shown:
+        """Samples with the preset's own settings, of `items` or the run's own; not more at a time
+        than a training step has pictures, for which there is memory."""
         items = self.items() if items is None else items
-        *_, last = generate(plan_sampling(self.model, resolve_settings(self.model)), items)
-        return Shown(decode(self.model, last.x), items=items)
+        plan = plan_sampling(self.model, resolve_settings(self.model))
+        images, size = [], self.trainer.config.batch_size or 1
+        steps = len(plan.levels) - 1
+        with progress("drawing samples", steps * math.ceil(len(items) / size)) as shown:
+            for first in range(0, len(items), size):
+                x0 = torch.empty(0)
+                for step in generate(plan, items[first : first + size]):
+                    x0 = step.x
+                    shown.update(steps * len(images) + min(step.index + 1, steps))
+                images.append(decode(self.model, x0))
+        return Shown(torch.cat(images), items=items)
 
     @torch.no_grad()
     def reconstructions(self) -> Shown:
         """Pictures, held-out ones where there are, and what the autoencoder gives back."""
         codec, size = self.model.codec, self.trainer.config.size
-        assert size
-        shown = rng.permutation(0, 0, len(self.dataset))[: PREVIEWS // 2].tolist()
+        batch = self.trainer.config.batch_size
+        assert size and batch
+        number = max(self.pictures // 2, 1)
+        shown = rng.permutation(0, 0, len(self.dataset))[:number].tolist()
         pictures = to_signal(self.dataset.images(shown, size), self.model.device)
-        return Shown(decode(self.model, codec.encode(pictures)), pictures)
+        latents = torch.cat([codec.encode(some) for some in pictures.split(batch)])
+        return Shown(decode(self.model, latents), pictures)
 
     def _sheet(self, shown: Shown) -> Image.Image:
         if shown.originals is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from difftool.data import Dataset
 from difftool.errors import Stopped
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
+from difftool.progress import Progress, silent
 from difftool.storage import runs
 from difftool.storage.shards import written_at
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions
+from difftool.training.run.evaluation import SHARE, Evaluation
 from difftool.training.run.facts import facts_of
 from difftool.training.run.folder import RunFolder
 from difftool.training.run.previews import Previews
-from difftool.training.run.stop import graceful_stop
+from difftool.training.run.stop import Abandoned, graceful_stop, heeding
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
 from difftool.training.step.cache import Latents
@@ -32,8 +35,8 @@ from difftool.training.step.frames import buckets_of
 from difftool.training.step.loop import Trainer, TrainStep
 from difftool.training.step.state import restore_state, save_state
 
-ENCODED = 4096
-"""Pictures by which the latents' mean and deviation are measured."""
+FEWEST_ENCODED, ENCODED = 256, 4096
+"""Pictures by which the latents' mean and deviation are measured: at least, at most."""
 DRAWN_EVERY = 10.0
 """Seconds between two drawings of plot and report, at least, until the last."""
 
@@ -64,6 +67,8 @@ class Run:
         self.path: Path | None = None
         """Of the model, once it is written."""
         self._warned: set[str] = set()
+        self._saved: Path | None = None
+        """The checkpoint that was written last."""
         self._drawn = -math.inf
         recipe = preset.recipe(part)
         assert recipe.size
@@ -79,11 +84,16 @@ class Run:
         self.trainer = Trainer(
             model, self.dataset, part, workers=options.workers, compiled=options.compile
         )
-        self.previews = Previews(self.trainer, self.held, options.sample_prompt)
+        self.evaluation = options.evaluations.get(part) or Evaluation(options.sample_every)
+        cache = folder.path / runs.CACHE
+        self.previews = Previews(
+            self.trainer, self.held, self.evaluation, prompts=options.sample_prompt, cache=cache
+        )
         if resume is not None:
             self.notes += restore_state(self.trainer, resume)
-        self.trainer.objective.precompute(self.dataset, folder.path / runs.CACHE, options.progress)
+        self.trainer.objective.precompute(self.dataset, cache, options.progress)
         folder.forget_after(self.trainer.step)
+        self._shown = folder.last_shown()
         self.facts = facts_of(self.previews, dataset.audit, self.held, options)
         if self.trainer.step and (before := folder.facts()):
             self.facts |= {key: before[key] for key in ("choices", "sessions")}
@@ -99,39 +109,63 @@ class Run:
 
         Raises Stopped after a first SIGINT or SIGTERM, once the state is saved.
         """
-        trainer, options, last = self.trainer, self.options, self.trainer.config.steps
-        resumed = trainer.step
-        if resumed and resumed % options.sample_every == 0 and not self.folder.is_shown(resumed):
-            self.show()  # it was stopped between the checkpoint and this
+        trainer, options = self.trainer, self.options
         with graceful_stop(options.stopping) as signals:
+            if trainer.step and trainer.step != self._shown and self._is_due():
+                self._show_unless(signals)  # it was stopped between the checkpoint and this
+                self._stop_at(signals)
             for step in trainer.run():
                 if step.loss is not None:
                     self.folder.append(_line(step))
                 yield step
-                if signum := parallel.max_over_ranks(signals[0] if signals else 0):
-                    where = self.save()
-                    self._write_facts(finished=False)
-                    hint = f"continue with --out {self.folder.path} --resume"
-                    raise Stopped(signum, f"stopped after step {step.step}, saved {where}", hint)
-                if step.step % options.sample_every == 0 or step.step == last:
-                    self.show()
-                if step.step % options.save_every == 0 and step.step != last:
+                self._stop_at(signals)
+                if shows := self._is_due():
+                    self._show_unless(signals)
+                elif step.step % options.save_every == 0 and step.step != trainer.config.steps:
                     self.save()
+                if shows:
+                    self._stop_at(signals)
+
+    def _is_due(self) -> bool:
+        """Whether to measure and show now; all processes agree."""
+        step, last = self.trainer.step, self.trainer.config.steps or 0
+        seconds = time.monotonic() - self._began
+        due = self.evaluation.is_due(step, last, self._shown, seconds)
+        return bool(parallel.max_over_ranks(due)) if self._shown == 0 else due
+
+    def _show_unless(self, signals: list[int]) -> None:
+        """Save, then measure and show, unless a signal comes."""
+        self.save()
+        with suppress(Abandoned):
+            self.show(heeding(self.options.progress, signals))
+        self._shown = self.trainer.step
+        parallel.wait()
+
+    def _stop_at(self, signals: list[int]) -> None:
+        """Save and raise Stopped if a signal has come to any process."""
+        if not (signum := parallel.max_over_ranks(signals[0] if signals else 0)):
+            return
+        where = self.save()
+        self._write_facts(finished=False)
+        hint = f"continue with --out {self.folder.path} --resume"
+        raise Stopped(signum, f"stopped after step {self.trainer.step}, saved {where}", hint)
 
     def save(self) -> Path:
-        """Write a checkpoint."""
-        return save_state(self.trainer, self.folder.path, keep=self.options.keep)
+        """Write a checkpoint of this step, once."""
+        if self._saved is None or self._saved.name != runs.step_name(self.trainer.step):
+            self._saved = save_state(self.trainer, self.folder.path, keep=self.options.keep)
+        return self._saved
 
-    def show(self) -> None:
+    def show(self, progress: Progress = silent) -> None:
         """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
         with the averaged weights."""
         if not self.folder.writes:
             return
         step = self.trainer.step
-        image, measures = self.previews.make()
+        image, measures = self.previews.make(progress)
         if image is not None:
             self.folder.write_sheet(step, image)
-        elif self.part != "clip":
+        elif self.previews.pictures:
             self.notes.append(f"step {step}: samples are not finite, there is no sheet of them")
         self.folder.append(*({"step": step, **measure} for measure in measures))
         self._write_facts(finished=False)
@@ -146,20 +180,25 @@ class Run:
         """Write the last checkpoint, the model, the plot and the report; the model's path."""
         self.save()
         name = runs.LORA if self.model.adapters else runs.MODEL
-        path = self.folder.path / name
-        if self.folder.writes:
-            self._write_model(path)
-            self._write_facts(finished=True)
-            self.folder.write_report()
-        parallel.wait()
+        path, left = self.folder.path / name, False
+        with graceful_stop(self.options.stopping) as signals:
+            if self.folder.writes:
+                try:
+                    self._write_model(path, heeding(self.options.progress, signals))
+                    self._write_facts(finished=True)
+                    self.folder.write_report()
+                except Abandoned:
+                    left = True
+            if parallel.max_over_ranks(left):
+                self._stop_at(signals)
         self.path = written_at(path) or path
         return self.path
 
-    def _write_model(self, path: Path) -> None:
+    def _write_model(self, path: Path, progress: Progress) -> None:
         ema = self.trainer.ema
         weights = ema.average if ema else None
         if self.part == "vae":
-            self.model.preset = self._with_measured_latents()
+            self.model.preset = self._with_measured_latents(progress)
         if isinstance(self.model.adapters, Adapters):
             self.model.adapters.save(path, self.preset, weights)
             return
@@ -169,12 +208,17 @@ class Run:
             path, weights=weights, parts=parts, metadata=note, overwrite=True, limit=limit
         )
 
-    def _with_measured_latents(self) -> Preset:
+    def _with_measured_latents(self, progress: Progress) -> Preset:
         """The preset with the latents' own mean and deviation, by which x0 has unit variance."""
-        size = self.preset.train_vae.size
-        assert size
-        with self.previews.averaged():
-            some = Latents.make(self.model, self.dataset, size, flip=False, limit=ENCODED)
+        config, data = self.preset.train_vae, self.dataset
+        assert config.size and config.steps and config.batch_size
+        learned = config.steps * config.batch_size * config.accumulate
+        limit = min(len(data), max(FEWEST_ENCODED, min(ENCODED, round(SHARE * learned))))
+        with self.previews.averaged(), progress("measuring latents", limit) as shown:
+            some = Latents.make(
+                self.model, data, config.size, flip=False, limit=limit,
+                progress=lambda done, _: shown.update(done),
+            )  # fmt: skip
         mean, std = (tuple(round(v, 6) for v in values) for values in some.moments())
         codec = replace(self.preset.codec, scale=1.0, shift=0.0, latents_mean=mean, latents_std=std)
         return replace(self.preset, codec=codec)

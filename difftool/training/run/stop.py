@@ -1,11 +1,12 @@
-"""How a run is stopped by signals."""
+"""How a run is stopped by signals: after a step, or within work that is none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from difftool.progress import Progress
 from difftool.signals import Interrupted, handling
 
 Stopping = Callable[[int, bool], None]
@@ -29,3 +30,27 @@ def graceful_stop(stopping: Stopping) -> Iterator[list[int]]:
 
     with handling(note, ("SIGINT", "SIGTERM", "SIGHUP")):
         yield received
+
+
+class Abandoned(Exception):
+    """A signal came in work that is no step; the work is left as it is."""
+
+
+def heeding(progress: Progress, signals: Sequence[int]) -> Progress:
+    """Progress that raises Abandoned at the first piece of work after a signal."""
+
+    class Display:
+        def __init__(self, shown: Any):
+            self.shown = shown
+
+        def update(self, done: float) -> None:
+            self.shown.update(done)
+            if signals:
+                raise Abandoned
+
+    @contextmanager
+    def shown(name: str, total: int | None) -> Iterator[Display]:
+        with progress(name, total) as display:
+            yield Display(display)
+
+    return shown

@@ -7,17 +7,21 @@ of two steps differ by the weights alone.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from difftool.data import Dataset
+from difftool.data import Dataset, Subset
+from difftool.progress import Progress, silent
+from difftool.training.step import rng
+from difftool.training.step.cache import Latents
 from difftool.training.step.loop import Trainer
 from difftool.training.step.record import Record
 
-SAMPLES = 256
-"""Samples in a measure, at least: few pictures are seen at several noise levels each."""
+MOST_OWN = 256
+"""Pictures that are measured of a set's own validation split, at most."""
 
 
 def hold_out(dataset: Dataset, wanted: float | None) -> tuple[Dataset, Dataset | None]:
@@ -29,33 +33,44 @@ def hold_out(dataset: Dataset, wanted: float | None) -> tuple[Dataset, Dataset |
     if wanted:
         return dataset.split(wanted)
     held = dataset.held_out if wanted is None else None
-    if held is not None and len(held) > SAMPLES:
-        held = held.split(SAMPLES)[1]
+    if held is not None and len(held) > MOST_OWN:
+        held = held.split(MOST_OWN)[1]
     return dataset, held
 
 
 class Validation:
     """Measures a trainer's loss on held-out pictures."""
 
-    def __init__(self, trainer: Trainer, dataset: Dataset):
-        self.trainer, self.dataset = trainer, dataset
+    def __init__(self, trainer: Trainer, held: Dataset, samples: int, cache: Path):
+        """samples: of a measure; of few pictures several each, at other noise levels, of many only
+        so many of them. cache: a folder for their latents."""
+        self.trainer, self.cache = trainer, cache
+        if samples < len(held):
+            held = Subset(held, sorted(rng.permutation(0, 0, len(held))[:samples].tolist()))
+        self.dataset, self.samples = held, samples
         whole = trainer.batches.conditioning._replace(drop=0.0)
-        self.batches = replace(trainer.batches, dataset=dataset, flip=False, conditioning=whole)
+        self.batches = replace(trainer.batches, dataset=held, flip=False, conditioning=whole)
+        self.latents: Latents | None = None
+        """Of the held-out pictures, once they are encoded."""
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Any]:
+    def measure(self, progress: Progress = silent) -> dict[str, Any]:
         """Loss, its terms and the loss by noise level, for metrics.jsonl, of the weights as they
         are: the caller puts the averaged ones and evaluation mode in place."""
         trainer, model = self.trainer, self.trainer.model
-        size = trainer.config.batch_size
+        objective, size = trainer.objective, trainer.config.batch_size
         assert size
-        record = Record(model.device)
-        count = max(len(self.dataset), SAMPLES)
-        for first in range(0, count, size):
-            # Whole batches, wrapping around: a contrast depends on how many there are.
-            batch = self.batches.draw(first, size)
-            with torch.autocast(model.device.type, trainer.autocast, trainer.autocast is not None):
-                record.add(trainer.objective.held_out(batch))
+        if self.latents is None:
+            self.latents = objective.encode(self.dataset, self.cache, progress, flip=False)
+        record, wanted = Record(model.device), self.latents is None
+        with progress("measuring held-out pictures", self.samples) as shown:
+            for first in range(0, self.samples, size):
+                # Whole batches, wrapping around: a contrast depends on how many there are.
+                batch = self.batches.draw(first, size, pictures=wanted)
+                enabled = trainer.autocast is not None
+                with torch.autocast(model.device.type, trainer.autocast, enabled):
+                    record.add(objective.held_out(batch, self.latents))
+                shown.update(min(first + size, self.samples))
         report = record.report()
         levels = {"levels": report["levels"]} if report["levels"] else {}
         return {"loss": report["loss"], **report["terms"], **levels}

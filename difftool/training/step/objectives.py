@@ -75,13 +75,21 @@ class Objective(ABC):
         there."""
         return
 
+    def encode(
+        self, dataset: Dataset, folder: pathlib.Path, progress: Progress, *, flip: bool
+    ) -> Latents | None:
+        """The latents of a set that x0 can be taken from, mirrored too where `flip`, in a file
+        below `folder`; None where pictures are needed."""
+        return None
+
     @abstractmethod
     def losses(self, batch: Batch, step: int) -> LossOutput:
         """The losses of a batch; `step` counts optimiser steps."""
 
-    def held_out(self, batch: Batch) -> LossOutput:
-        """The losses of a batch that is not learned from: a function of the weights and its slots,
-        so that those of two steps can be compared."""
+    def held_out(self, batch: Batch, latents: Latents | None = None) -> LossOutput:
+        """The losses of a batch that is not learned from, of pictures or, without, of their
+        latents: a function of the weights and its slots, so that those of two steps can be
+        compared."""
         return self.losses(batch, -1)  # before any discriminator has a say
 
 
@@ -127,37 +135,45 @@ class DenoisingObjective(Objective):
         return ["unet", *(f"text.{i}" for i, t in texts if t.tokenizer == "learned")]
 
     def precompute(self, dataset: Dataset, folder: pathlib.Path, progress: Progress) -> None:
-        model, config = self.model, self.config
-        preset = model.preset
+        preset = self.model.preset
         if preset.text and not any(name.startswith("text.") for name in self.learned_parts(preset)):
-            self.embeddings = Embeddings(model, folder)
-        if preset.codec.learned and dataset.fixed:
-            assert config.size
-            frame = buckets_of(preset, config.size) or config.size
-            with (
-                parallel.first_before_others(),
-                progress("encoding pictures", len(dataset)) as shown,
-            ):
-                self.latents = Latents.make(
-                    model, dataset, frame, flip=bool(config.flip), folder=folder,
-                    progress=lambda done, _: shown.update(done),
-                )  # fmt: skip
+            self.embeddings = Embeddings(self.model, folder)
+        config, flip = self.config, bool(self.config.flip)
+        assert config.steps and config.batch_size
+        if config.steps * config.batch_size * config.accumulate < len(dataset) * (1 + flip):
+            return  # most would be encoded for nothing
+        with parallel.first_before_others():
+            self.latents = self.encode(dataset, folder, progress, flip=flip)
+
+    def encode(
+        self, dataset: Dataset, folder: pathlib.Path, progress: Progress, *, flip: bool
+    ) -> Latents | None:
+        size, preset = self.config.size, self.model.preset
+        if not (size and preset.codec.learned and dataset.fixed):
+            return None
+        with progress("encoding pictures", len(dataset)) as shown:
+            return Latents.make(
+                self.model, dataset, buckets_of(preset, size) or size, flip=flip, folder=folder,
+                progress=lambda done, _: shown.update(done),
+            )  # fmt: skip
 
     def needs_pictures(self) -> bool:
         return self.latents is None
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
         u = rng.uniform(self.seed, Stream.TIME, 0, batch.slots)
-        return self._errors(batch, u, Stream.NOISE)
+        return self._errors(batch, u, Stream.NOISE, self.latents)
 
-    def held_out(self, batch: Batch) -> LossOutput:
+    def held_out(self, batch: Batch, latents: Latents | None = None) -> LossOutput:
         u = rng.spread(batch.slots).clamp(1e-4, 1 - 1e-4)
-        return self._errors(batch, u, Stream.VALIDATION)
+        return self._errors(batch, u, Stream.VALIDATION, latents)
 
-    def _errors(self, batch: Batch, u: Tensor, stream: Stream) -> LossOutput:
+    def _errors(
+        self, batch: Batch, u: Tensor, stream: Stream, latents: Latents | None
+    ) -> LossOutput:
         """The losses at those quantiles [B] of the training times, with noise of that stream."""
         model, slots = self.model, batch.slots
-        x0 = self._x0(batch)
+        x0 = self._x0(batch, latents)
         times = self.times(u)
         eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
@@ -169,11 +185,11 @@ class DenoisingObjective(Objective):
         ratio = cast(Tensor, level.alpha / level.sigma)
         return LossOutput(losses, {}, 2 * ratio.log().flatten())
 
-    def _x0(self, batch: Batch) -> Tensor:
+    def _x0(self, batch: Batch, latents: Latents | None) -> Tensor:
         model = self.model
         if batch.pictures is None:
-            assert self.latents is not None
-            mean, std = self.latents.read(batch.indices, batch.flips, model.device)
+            assert latents is not None
+            mean, std = latents.read(batch.indices, batch.flips, model.device)
             noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
             return model.codec.scaled(mean + std * noise)
         images = to_signal(batch.pictures, model.device)
