@@ -20,10 +20,18 @@ class DifftoolError(Exception):
 
     def __init__(self, what: str, why: str | None = None, hint: str | None = None):
         super().__init__(what)
-        self.what, self.why, self.hint = what, why, hint
+        self.what, self.why, self.hint = shortened(what), why and shortened(why), hint
 
     def __str__(self) -> str:
         return "\n".join(line for line in (self.what, self.why, self.hint) if line)
+
+
+def shortened(text: str) -> str:
+    """A text for a message, in lines of at most 400 characters: what a file says of itself may be
+    megabytes long."""
+    return "\n".join(
+        line if len(line) <= 400 else f"{line[:280]} ... {line[-100:]}" for line in text.split("\n")
+    )
 
 
 class UsageError(DifftoolError):

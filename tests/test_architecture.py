@@ -159,6 +159,11 @@ def test_files_are_committed_and_locked_in_one_room(call):
     assert {room(name) for name in sources_with(call)} <= {"storage"}
 
 
+@pytest.mark.parametrize("call", [".read_bytes()", '.open("rb")', '"rb")'])
+def test_files_of_others_are_opened_in_one_place(call):
+    assert sources_with(call) <= {"storage.read", "storage.commit", "plugins"}
+
+
 def test_the_folders_stay_small():
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         assert len([f for f in folder.glob("*.py") if f.name != "__init__.py"]) <= 16, folder

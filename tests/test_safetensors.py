@@ -87,7 +87,10 @@ MALFORMED = {
     "shape that is no list": (raw({"a": f32([1], 0, 4) | {"shape": 1}}, FOUR), "described"),
     "shape in a list": (raw({"a": f32([1], 0, 4) | {"shape": [[1]]}}, FOUR), "whole"),
     "shape of text": (raw({"a": f32([1], 0, 4) | {"shape": ["1"]}}, FOUR), "whole"),
-    "shape beyond floats": (raw('{"a":' + A[4:].replace("[1]", "[1e999]") + "}", FOUR), "whole"),
+    "shape beyond floats": (
+        raw('{"a":' + A[4:].replace("[1]", "[1e999]") + "}", FOUR),
+        "1e999 is too large",
+    ),
     "dtype that is no text": (raw({"a": f32([1], 0, 4) | {"dtype": 1}}, FOUR), "described"),
     "dtype in lower case": (raw({"a": f32([1], 0, 4) | {"dtype": "f32"}}, FOUR), "dtype"),
     "offsets that are no list": (

@@ -17,7 +17,14 @@ import typer
 from difftool.cli import completion, console, habits, lists
 from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
-from difftool.errors import DifftoolError, ResourceError, UsageError, out_of_memory, suggestion
+from difftool.errors import (
+    DifftoolError,
+    ResourceError,
+    UsageError,
+    out_of_memory,
+    suggestion,
+    unreadable,
+)
 from difftool.signals import code_of, ended_by_signals
 from difftool.version import __version__
 
@@ -105,7 +112,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
-        code = _report(_resource(error) or _fault(error))
+        code = _report(_of_system(error) or _fault(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -201,11 +208,16 @@ def _fault(error: Exception) -> DifftoolError:
     return DifftoolError("something went wrong inside difftool", why, "--debug shows where")
 
 
-def _resource(error: Exception) -> ResourceError | None:
-    """The user-facing form of memory and disk giving out; None for anything else."""
+def _of_system(error: Exception) -> DifftoolError | None:
+    """The user-facing form of memory and disk giving out, and of what the system refuses to do with
+    a file; None for anything else."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", str(error), "free some space and run again")
     if out_of_memory(error):
         hint = "use a smaller --batch-size or --size"
         return ResourceError("out of memory", str(error).split("\n")[0] or None, hint)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f'there can be no file "{error.filename}"', "its name is too long")
+    if isinstance(error, OSError) and error.filename is not None:
+        return unreadable(error.filename, error)
     return None

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from difftool.data.dataset import SkippedFile
 from difftool.errors import InputError, UsageError
+from difftool.storage.read import open_file
 
 MAX_MEMBERS = 2_000_000
 MAX_NAME = 1024
@@ -117,7 +118,7 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes:
         """See Files."""
-        with open(self.root / name, "rb") as file:
+        with open_file(self.root / name) as file:
             return file.read(limit + 1)
 
 
@@ -171,7 +172,7 @@ class Tar:
     def read(self, name: str, limit: int) -> bytes:
         """See Files."""
         offset, size = self._members[name]
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             file.seek(offset)
             return file.read(min(size, limit + 1))
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from difftool.errors import InputError, UsageError
+from difftool.storage.read import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders in use; others (EPS, PSD, ...) are never run, whatever the file is called."""
@@ -118,7 +119,7 @@ class _Refused(Exception):
 
 def _read_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None

@@ -25,6 +25,7 @@ from typing import IO, TypeVar
 
 from difftool.errors import ResourceError, UsageError, taken
 from difftool.storage.locks import Lock, abandoned
+from difftool.storage.read import open_file
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

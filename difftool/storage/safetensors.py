@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.errors import InputError, unreadable
 from difftool.storage.commit import atomic_file
+from difftool.storage.read import open_file
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
     BITS,
@@ -54,7 +55,7 @@ class Header(NamedTuple):
 def looks_like_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors files do; says nothing of the rest."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(9)[8:] in (b"{", b" ")
     except OSError:
         return False
@@ -67,7 +68,7 @@ def read_header(path: Path) -> Header:
     opening brace, absurd sizes and counts.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:

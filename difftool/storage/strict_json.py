@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from difftool.errors import InputError, unreadable
+from difftool.errors import InputError
+from difftool.storage.read import read_bytes
 
 MAX_BYTES = 16 << 20
 
@@ -48,14 +49,7 @@ def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any
 
 def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
     """The object in a JSON file; InputError if it is not there, too large or malformed."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{path} is too large", f"the limit is {MAX_BYTES} bytes")
-    value = parse_json(data, str(path), infinite=infinite)
+    value = parse_json(read_bytes(path, MAX_BYTES), str(path), infinite=infinite)
     if not isinstance(value, dict):
         raise InputError(f"{path} is malformed", "it is not a JSON object")
     return value

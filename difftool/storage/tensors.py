@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difftool.errors import InputError
+from difftool.storage.read import open_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,7 @@ def rows_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def file_chunks(path: Path, start: int, end: int) -> Iterator[bytes]:
     """The bytes of a file from start to end, a few megabytes at a time."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(start)
         while start < end:
             chunk = file.read(min(CHUNK, end - start))
@@ -116,7 +117,7 @@ def _strided_chunks(path: Path, info: Info) -> Iterator[bytes]:
     width = BITS[info.dtype] // 8
     if not info.size:
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if len(data) < info.end:
             raise _shorter(path)
         # numpy refuses an array that would reach beyond the buffer
@@ -206,7 +207,7 @@ def _cast(place: Located, dtype: Dtype) -> Tensor:
     info, theirs, done = place.info, torch_dtype(place.info.dtype), 0
     tensor = torch.empty(info.shape, dtype=dtype)
     flat, buffer = tensor.view(-1), memoryview(bytearray(min(4 * CHUNK, info.end - info.start)))
-    with place.file.open("rb") as file:
+    with open_file(place.file) as file:
         file.seek(info.start)
         while done < len(flat):
             wanted = min(len(buffer), (len(flat) - done) * theirs.itemsize)

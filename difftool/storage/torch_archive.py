@@ -25,6 +25,7 @@ from difftool.storage.pickles import (
     Unpickled,
     read_pickle,
 )
+from difftool.storage.read import open_file
 from difftool.storage.strict_json import is_unicode
 from difftool.storage.tensors import Info, byte_size
 
@@ -83,7 +84,7 @@ class Checkpoint(NamedTuple):
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a file begins as torch's checkpoints do; says nothing of the rest."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(4)
     except OSError:
         return False
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """What a checkpoint of torch.save holds; InputError if it is malformed, unsafe or of another
     kind. Nothing that it names is imported or called, and no tensor is read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(512)
             file.seek(0)

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from difftool.errors import InputError, unreadable
+from difftool.errors import InputError
+from difftool.storage.read import read_text
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -87,12 +88,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file; InputError if it cannot be read or is not sound."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except UnicodeDecodeError:
-        raise InputError(f"cannot read {path}", "it is not UTF-8") from None
+    return parse_yaml(read_text(path, MAX_BYTES), str(path))
 
 
 def dump_yaml(values: Any) -> str:

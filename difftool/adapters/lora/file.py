@@ -26,6 +26,7 @@ from difftool.config.kinds import NetworkConfig
 from difftool.config.numbers import FINITE
 from difftool.errors import InputError, UsageError
 from difftool.formats.rules import Shape
+from difftool.storage.read import open_file
 from difftool.storage.safetensors import looks_like_safetensors
 from difftool.storage.strict_json import parse_json, read_json
 from difftool.storage.tensor_file import TensorSource, open_source
@@ -135,7 +136,7 @@ class Lora:
         """By which other tools know the file: of what follows a safetensors header."""
         digest, start = hashlib.sha256(), 0
         if looks_like_safetensors(self.path):
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
         for chunk in file_chunks(self.path, start, self.path.stat().st_size):
             digest.update(chunk)

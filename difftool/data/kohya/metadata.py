@@ -10,8 +10,9 @@ from typing import Any
 from difftool.data.captions import Caption, add
 from difftool.data.listing import MAX_METADATA, Listing, read_json, read_texts, sound_text, stem
 from difftool.data.phrases import count, named
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, missing
 from difftool.images.read import SUFFIXES
+from difftool.storage.read import read_bytes
 
 NAMES = re.compile(r"meta(data)?([_-]\w+)*\.json", re.I)
 """meta_cap.json, meta_clean.json, metadata.json, ..., if that is what they hold."""
@@ -34,12 +35,9 @@ def _of_paths(content: Any) -> dict[str, Mapping[str, Any]]:
 
 def read_file(listing: Listing, path: Path) -> dict[str, Caption]:
     """Captions from a JSON file that was named by its path; InputError if it holds none."""
-    try:
-        text = sound_text(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+    if not path.exists():
+        raise missing(path)
+    text = sound_text(read_bytes(path, MAX_METADATA), str(path))
     entries = _of_paths(read_json(text, str(path)))
     if not entries:
         why = 'it is not of the form {"a.png": {"caption": ..., "tags": ...}}'

@@ -13,6 +13,7 @@ from difftool.data.beside import SIDECARS
 from difftool.data.captions import Syntax
 from difftool.data.listing import MAX_METADATA, sound_text
 from difftool.errors import InputError, UsageError
+from difftool.storage.read import open_file
 
 USED: dict[str, tuple[type, ...]] = {
     "image_dir": (str,),
@@ -92,7 +93,7 @@ def read_toml(path: Path, config: DataConfig) -> TomlDataset:
     """What is in a TOML dataset file; InputError if it is malformed or asks for what is not
     built."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             text = sound_text(file.read(MAX_METADATA + 1)[:MAX_METADATA], str(path))
         content = tomllib.loads(text)
     except OSError as error:

@@ -9,7 +9,8 @@ from pathlib import Path
 from difftool.config.kinds import EncoderConfig
 from difftool.errors import InputError
 from difftool.formats.diffusers.components import json_text
-from difftool.storage.strict_json import read_json
+from difftool.storage.read import read_bytes
+from difftool.storage.strict_json import MAX_BYTES, read_json
 from difftool.text.tokenizer import CLIP_END, CLIP_START, clip_vocabulary
 
 
@@ -25,7 +26,7 @@ def pad_id(folder: Path) -> int | None:
     CLIP's vocabulary."""
     merges: list[str] = []
     if (folder / "merges.txt").is_file():
-        text = (folder / "merges.txt").read_bytes().decode("utf-8", "replace")
+        text = read_bytes(folder / "merges.txt", MAX_BYTES).decode("utf-8", "replace")
         merges = [line for line in text.splitlines() if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
         match read_json(folder / "tokenizer.json"):

@@ -46,13 +46,13 @@ class _Word(NamedTuple):
 
 def yaml_beside(path: Path) -> dict[str, Any]:
     """model.params of LDM's configuration file beside a checkpoint; empty if there is none."""
-    from difftool.storage.yaml import parse_yaml
+    from difftool.storage.yaml import read_yaml
 
     file = path.with_suffix(".yaml")
     if not file.is_file():
         return {}
-    with suppress(InputError, OSError, UnicodeDecodeError):
-        match parse_yaml(file.read_text(encoding="utf-8"), str(file)):
+    with suppress(InputError):
+        match read_yaml(file):
             case {"model": {"params": dict(params)}}:
                 return params
     return {}
