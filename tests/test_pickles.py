@@ -733,6 +733,14 @@ def test_every_limit_holds(monkeypatch):
     pairs = b"](" + b"".join(t(i(k), b"N") for k in range(50)) + b"eq\x01"
     again = b"".join(b"0" + g("collections.OrderedDict") + b"h\x01\x85R" for _ in range(100))
     assert "steps" in refused(pairs + again)
+    row = b"(" + b"N" * 50 + b"tq\x01"
+    again = b"".join(b"0" + g("some.thing") + b"h\x01R" for _ in range(100))
+    assert "steps" in refused(row + again)
+    text = s("x" * 5_000) + b"q\x01"
+    again = b"".join(
+        b"0" + g("_codecs.encode") + b"h\x01" + s("latin1") + b"\x86R" for _ in range(100)
+    )
+    assert "steps" in refused(text + again)
     monkeypatch.setattr(pickles, "MAX_OPCODES", 10**6)
     monkeypatch.setattr(pickles, "MAX_MEMO", 100)
     assert "keeps more" in refused(b"N" + b"\x94" * 101)
@@ -743,6 +751,16 @@ def test_every_limit_holds(monkeypatch):
     assert "malformed" in refused(b"cos\n" + b"x" * 200 + b"\n")
     monkeypatch.setattr(pickles, "MAX_PICKLE", 1000)
     assert "longer" in refused((s("x" * 99) + b"0") * 20)
+
+
+def test_long_keys_are_not_joined_again_and_again(tmp_path):
+    path = tmp_path / "a.ckpt"
+    key = s("k" * 4_000) + b"q\x01"
+    nested = b"}" + key + b"}" + b"h\x01}" * 50 + s("w") + tensor() + b"s" * 52
+    path.write_bytes(archive(program(nested)))
+    with pytest.raises(InputError) as error:
+        open_source(path)
+    assert "a name of 1024 characters or more" in str(error.value)
 
 
 def test_hostile_programs_are_refused_soon():

@@ -18,7 +18,7 @@ from difftool.storage.tensors import BITS, MAX_DIM, MAX_RANK, TORCH_NAMES, rows_
 
 MAX_PICKLE = 64 << 20
 MAX_STRING = 16 << 20
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 MAX_MEMO = 1_000_000
 MAX_STACK = 100_000
 MAX_MARKS = 1_000
@@ -312,6 +312,8 @@ class _Machine:
         if not isinstance(arguments, tuple):
             raise ValueError(f"it calls something with {_kind(arguments)} for arguments")
         name = _name(function)
+        # What is made holds them anew, and one tuple can be the arguments of many calls.
+        self.spend(sum(1 + _length(argument) // 100 for argument in arguments))
         if isinstance(function, Global) and len(arguments) <= MAX_ARGUMENTS:
             if name == "collections.OrderedDict":
                 return self.ordered(*arguments)
@@ -340,6 +342,7 @@ class _Machine:
 
     def persistent(self, identity: Any) -> Any:
         """What torch keeps outside of the pickle: storages, and the source code of modules."""
+        self.spend(_length(identity))
         match identity:
             case ("module", Global() as kind, *source):
                 return Opaque(kind.name, source)
@@ -379,6 +382,10 @@ def _name(function: Any) -> str:
 
 def _kind(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | tuple | list) else 0
 
 
 def _key(key: Any) -> Any:

@@ -35,6 +35,7 @@ MAX_VALUES = 1_000_000
 MAX_TENSORS = 65_536
 MAX_METADATA = 1_000
 MAX_TEXT = 8_192
+MAX_NAME = 1_024
 MAX_DIRECTORY = 64 << 20
 MAX_GROWTH = 16
 SMALL = 64 << 20
@@ -338,10 +339,10 @@ class _Tree:
         tensors: dict[str, Info] = {}
         metadata: dict[str, str] = {}
         beside: dict[str, Info] = {}
-        self.collect(model, (), tensors, metadata, beside)
+        self.collect(model, None, 0, tensors, metadata, beside)
         objects = [name for name in dict.fromkeys(self.objects.values()) if name]
         for names, value in around:
-            self.collect(value, names, beside, metadata, beside)
+            self.collect(value, ".".join(names)[:MAX_NAME], 1, beside, metadata, beside)
         if not tensors:
             but = f", but objects: {_some(objects)}" if objects else ""
             raise _refused(self.path, f"it holds no tensors{but}")
@@ -355,36 +356,43 @@ class _Tree:
     def collect(
         self,
         value: Any,
-        names: tuple[str, ...],
+        name: str | None,
+        depth: int,
         tensors: dict[str, Info],
         metadata: dict[str, str],
         beside: dict[str, Info],
     ) -> None:
         """Add what lies in a value to the three tables, by its keys joined by dots."""
         self.values -= 1
-        if self.values < 0 or len(names) > MAX_DEPTH:
+        if self.values < 0 or depth > MAX_DEPTH:
             raise _refused(self.path, "it is nested without end")
         match value:
             case TensorRef():
-                self.add(value, ".".join(names), tensors)
+                self.add(value, name or "", tensors)
             case dict():
                 for key, item in value.items():
-                    self.collect(item, (*names, _text(key)), tensors, metadata, beside)
+                    below = _below(name, _text(key))
+                    self.collect(item, below, depth + 1, tensors, metadata, beside)
             case list() | tuple():
                 for index, item in enumerate(value):
-                    self.collect(item, (*names, str(index)), tensors, {}, beside)
+                    below = _below(name, str(index))
+                    self.collect(item, below, depth + 1, tensors, {}, beside)
             case Opaque() if id(value) not in self.objects:  # objects may refer to each other
                 self.objects[id(value)] = "" if tensors is beside else value.name
                 for index, item in enumerate(value.parts):
-                    self.collect(item, (*names, str(index)), beside, {}, beside)
+                    below = _below(name, str(index))
+                    self.collect(item, below, depth + 1, beside, {}, beside)
             case str() | bool() | float() | int() if len(metadata) < MAX_METADATA:
                 short = not isinstance(value, int) or value.bit_length() < 1024
                 text = str(value) if short else ""
-                name = ".".join(names)
-                if short and len(text) < MAX_TEXT and is_unicode(name + text):
-                    metadata[name] = text
+                key = name or ""
+                short = short and len(key) < MAX_NAME and len(text) < MAX_TEXT
+                if short and is_unicode(key + text):
+                    metadata[key] = text
 
     def add(self, ref: TensorRef, name: str, tensors: dict[str, Info]) -> None:
+        if len(name) >= MAX_NAME:
+            raise _refused(self.path, f"a tensor has a name of {MAX_NAME} characters or more")
         if not is_unicode(name):
             raise _refused(self.path, f"the name {name!r:.200} is no text")
         if name in tensors:
@@ -434,12 +442,19 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _text(key: Any) -> str:
+    """A key's part of a name, as far as names go."""
     match key:
         case Global() | Opaque():
-            return key.name
+            return key.name[:MAX_NAME]
         case tuple():
-            return ",".join(_text(part) for part in key)
+            return ",".join(_text(part) for part in key)[:MAX_NAME]
+        case str() | bytes():
+            return str(key[:MAX_NAME])
     return str(key)
+
+
+def _below(name: str | None, part: str) -> str:
+    return part if name is None else f"{name}.{part}"[:MAX_NAME]
 
 
 def _some(names: list[str]) -> str:
