@@ -50,9 +50,22 @@ def test_a_dry_run_plans_and_writes_nothing(pictures):
     done = spawn("train", "photos", "--dry-run", cwd=pictures)
     assert done.returncode == 0
     assert done.stdout == ""
-    for word in ("3 images", "pixel-small", "train.steps", "memory", "disk"):
+    for word in ("3 images", "pixel-small", "train.steps", "memory", "disk", "time", "shown"):
         assert word in done.stderr
+    for key in ("target", "path.kind", "train.lr", "train.warmup"):
+        assert re.search(rf"^{key} +\S+  +\S", done.stderr, re.MULTILINE)
     assert sorted(pictures.rglob("*")) == before
+
+
+def test_a_dry_run_is_one_object_where_json_is_asked_for(pictures):
+    done = spawn("train", "photos", "--dry-run", "--json", "--steps", "30", cwd=pictures)
+    plan = json.loads(done.stdout)
+    assert done.returncode == 0 and plan["schema"] == 1 and not plan["warnings"]
+    chosen = {key: row["value"] for key, row in plan["plan"].items()}
+    assert (chosen["train.size"], chosen["train.steps"], chosen["train.warmup"]) == (20, 30, 3)
+    assert all(row["why"] for row in plan["plan"].values())
+    assert plan["memory"] < plan["memory_free"]
+    assert plan["seconds"] > 0 and "3 images" in plan["data"][0]
 
 
 def test_the_configuration_is_printed_with_its_origins(pictures):
@@ -60,7 +73,7 @@ def test_the_configuration_is_printed_with_its_origins(pictures):
     config = json.loads(done.stdout)["config"]
     assert config["train.lr"] == {"value": 0.5, "origin": "--lr"}
     assert config["unet.groups"]["origin"] == "default"
-    assert "usual on cpu" in config["train.batch_size"]["origin"]
+    assert "3 pictures" in config["train.batch_size"]["origin"]
 
 
 MISUSE = [

@@ -25,12 +25,8 @@ from difftool.pipeline.model import Model
 from difftool.training import metrics
 from difftool.training.metrics import METRICS, Metric, Metrics, cast, overfits
 from difftool.training.report import page
-from difftool.training.run.estimate import (
-    activation_bytes,
-    check_disk,
-    estimate,
-    saved_for_backward,
-)
+from difftool.training.run.costs import costs_of, saved_for_backward
+from difftool.training.run.estimate import check_disk, estimate
 from difftool.training.run.plan import plan
 from difftool.training.run.previews import MEASURES
 from difftool.training.run.run import Run
@@ -244,7 +240,7 @@ def test_a_sheet_writes_below_each_picture_what_fits():
 def test_activations_are_counted_as_the_backward_pass_keeps_them():
     dataset = ShapesDataset()
     preset, vocabulary, _ = plan(dataset, "text-small", []).complete("cpu")
-    counted = activation_bytes(Model(preset, vocabulary), "unet")
+    counted = costs_of(preset, vocabulary).parts["unet"].activations
     model = Model.fresh(preset, seed=0, tokenizer_json=vocabulary)
     cond = build_cond(model, encode_prompts(model, ["a red circle"]), [None], (64, 64))
     x = torch.randn(1, model.codec.channels, 64 // model.codec.factor, 64 // model.codec.factor)
@@ -260,19 +256,19 @@ def test_recomputing_blocks_takes_less_memory():
     counts = []
     for layers in ([], given):
         preset, vocabulary, _ = plan(ShapesDataset(), "text-small", layers).complete("cpu")
-        counts.append(activation_bytes(Model(preset, vocabulary), "unet"))
+        counts.append(costs_of(preset, vocabulary).parts["unet"].activations)
     assert counts[1] < 0.6 * counts[0]
 
 
 def test_the_estimate_counts_weights_gradients_moments_and_average():
     preset, vocabulary, _ = plan(ShapesDataset(), "text-small", []).complete("cpu")
-    model = Model(preset, vocabulary)
-    costs = estimate(model, 2, torch.device("cpu"))
+    counted = costs_of(preset, vocabulary)
+    costs = estimate(preset, counted, 2, torch.device("cpu"))
     total = sum(costs.parameters.values())
     assert costs.weights == 5 * 4 * total
     assert costs.checkpoint == 4 * 4 * total
     assert costs.disk == 3 * costs.checkpoint + 4 * total
-    assert costs.activations == costs.batch * activation_bytes(model, "unet")
+    assert costs.activations == costs.batch * counted.parts["unet"].activations
 
 
 def test_a_disk_that_is_too_full_is_told_before_anything_is_written(tmp_path, monkeypatch):

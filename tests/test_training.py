@@ -214,7 +214,7 @@ def test_what_is_chosen_is_explained(pictures):
     assert preset.classes == ("dark", "light")
     assert preset.unet.num_classes == 3
     chosen = [layer.origin for layer in layers if layer.origin.startswith("chosen")]
-    assert len(chosen) == 5
+    assert len(chosen) == 6
     assert preset.train.size == 16
 
 

@@ -46,14 +46,20 @@ def run(values: dict[str, Any]) -> None:
     training = prepare(
         values, console.progress, lambda audit: console.table(_columns(audit.lines()))
     )
+    notes = [*training.notes]
     _tell(training)
     if values["print_config"]:
         console.print_config(iter(training.origins))
         return
-    console.table([*_choices(training), *training.estimate.rows()])
+    console.table([*map(_choice, training.choices()), *training.forecast()])
     for line in training.buckets():
         console.say(line)
+    warnings = training.out_of_reach()
+    for warning in warnings:
+        console.warn(warning)
     if values["dry_run"]:
+        if values["json"]:
+            console.emit(_plan(training, [*notes, *warnings]))
         return
     folder = training.begin(console.progress, _stopping)
     console.say(f"run folder {folder}")
@@ -102,13 +108,28 @@ def _stopping(signum: int, first: bool) -> None:
         os.write(STDERR, f"{start}{STOPPING}{end}".encode())
 
 
-def _choices(training: Training) -> list[tuple[str, str, str]]:
-    """(key, value, reason) of what was chosen."""
-    return [
-        ("preset" if name == "name" else name, _short(value), origin.rpartition("chosen: ")[2])
-        for name, value, origin in training.origins
-        if origin.startswith(("chosen", "data")) or (", chosen" in origin and name == "name")
-    ]
+def _choice(row: tuple[str, Any, str]) -> tuple[str, str, str]:
+    key, value, why = row
+    return "preset" if key == "name" else key, _short(value), why
+
+
+def _plan(training: Training, warnings: Sequence[str]) -> dict[str, Any]:
+    """All that a dry run says, as JSON."""
+    costs = training.estimate
+    return {
+        "schema": console.SCHEMA,
+        "data": training.dataset.audit.lines(),
+        "plan": {key: {"value": value, "why": why} for key, value, why in training.choices()},
+        "parameters": sum(costs.parameters.values()),
+        "memory": costs.memory,
+        "memory_free": training.free,
+        "disk": costs.disk,
+        "seconds": round(training.seconds, 1),
+        "forecast": {
+            name: f"{value} {words}".strip() for name, value, words in training.forecast()
+        },
+        "warnings": list(warnings),
+    }
 
 
 def _columns(lines: Sequence[str]) -> list[tuple[str, str]]:

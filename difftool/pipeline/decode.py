@@ -6,12 +6,12 @@ are not finite.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from difftool.engine.memory import free_memory
 from difftool.engine.strips import decode_strips
 from difftool.errors import out_of_memory
 from difftool.networks.codecs import Codec, VaeCodec
@@ -75,11 +75,8 @@ def fits(codec: VaeCodec, x0: Tensor) -> bool:
     no error would tell."""
     if x0.device.type != "cpu":
         return True
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            free = max(free, *(1024 * int(line.split()[1]) for line in file if "Available" in line))
-    except (OSError, ValueError, AttributeError, TypeError):
+    free = free_memory(x0.device)
+    if free is None:
         return True
     return largest_map(codec, x0) * MAPS * len(x0) < 0.8 * free
 

@@ -82,7 +82,7 @@ class Work(NamedTuple):
 
 SIZES = (
     (1, 1, 1.5), (1, 1, 2), (1 / 2, 1 / 2, 2), (1 / 4, 1 / 4, 2), (1 / 4, 1 / 4, 4),
-    (1 / 8, 1 / 8, 4), (1 / 16, 1 / 16, 4), (1 / 16, 1 / 16, 16), (1 / 16, 1 / 16, math.inf),
+    (1 / 8, 1 / 8, 4), (1 / 16, 1 / 16, 4), (1 / 16, 1 / 16, 16), (1 / 16, 1 / 16, 1e9),
 )  # fmt: skip
 """What is tried in turn: pictures and samples relative to all, growth."""
 

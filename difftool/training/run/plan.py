@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from difftool.config.families import OWN
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import Dataset
@@ -20,6 +21,8 @@ from difftool.training.step.optim import OPTIMIZERS
 
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
+"""The largest side that networks over 2x2 blocks of pixels are trained at from nothing; over the
+latents of an autoencoder sides are as much longer as it folds more pixels into one."""
 BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
 STEPS: dict[Part, dict[str, int]] = {
     "unet": {"cpu": 4000, "cuda": 40000, "mps": 10000},
@@ -28,7 +31,13 @@ STEPS: dict[Part, dict[str, int]] = {
 }
 """Steps that each part is given at most; on two processor cores the U-Net of a small preset takes
 about an hour for them."""
-EPOCHS = 200
+EPOCHS, FEWEST_STEPS = 200, 200
+TUNED_BATCH, TUNED_EPOCHS = 4, 100
+TUNED_STEPS = {"cpu": 500, "cuda": 3000, "mps": 1500}
+"""The same of published latent models, whose steps cost a thousand times as much and which need
+few: as the scripts of diffusers and kohya have it."""
+WARMUP = 0.1
+"""Of the steps, at most."""
 WORTH_BUCKETS = 0.15
 """Pictures that lose more than this share of their area as squares are trained in buckets."""
 HELD_OUT, MOST_HELD_OUT, HELD_OUT_FROM = 0.05, 256, 200
@@ -46,18 +55,28 @@ class TrainingPlan(NamedTuple):
     """What the user said, which goes before all."""
     preset: Preset
     """What they make together, checked against the data."""
+    begun: bool = False
+    """Whether the run goes on: then nothing is chosen but what it lacks."""
+    tuned: bool = False
+    """Whether it starts from a model."""
 
     def complete(
-        self, device: str, tokenizer_json: str | None = None
+        self, device: str, tokenizer_json: str | None = None, fitted: Sequence[Layer] = ()
     ) -> tuple[Preset, str | None, list[Layer]]:
         """The resolved preset, the learned vocabulary (JSON) if it has one, and the layers behind
         it.
 
         What nobody said is chosen for the dataset and the device. A run that is resumed brings its
-        vocabulary; else it is learned from the captions.
+        vocabulary; else it is learned from the captions. fitted: what follows from the memory.
         """
-        layers = [*self.base, *_recipes(self.preset, self.dataset, device), *self.given]
+        layers = [*self.base, *_chosen(self, device), *fitted, *self.given]
         return *_vocabulary(resolve(layers), self.dataset, tokenizer_json), layers
+
+    def kept(self) -> dict[str, set[str]]:
+        """The keys of each recipe that the user has said, or the data's own configuration."""
+        said = [*(layer.values for layer in self.given), {"train": self.dataset.asked}]
+        recipes = RECIPES.values()
+        return {name: {key for v in said for key in v.get(name, ())} for name in recipes}
 
 
 def plan(
@@ -66,9 +85,12 @@ def plan(
     given: Sequence[Layer],
     part: Part | None = None,
     start: Sequence[Layer] = (),
+    *,
+    begun: bool = False,
 ) -> TrainingPlan:
     """What the user, the preset and the data say. `part` trains that part alone; None = those of
-    the preset. `start` describes the model to fine-tune and takes the preset's place.
+    the preset. `start` describes the model to fine-tune and takes the preset's place. begun: the
+    preset is that of a run that goes on.
 
     UsageError where the preset and the data do not go together, or a name in a recipe is none.
     """
@@ -84,7 +106,7 @@ def plan(
         given = [*given, Layer("--part", {"parts": [part]})]
     made = resolve([*base, *given])
     _check(made, dataset)
-    return TrainingPlan(dataset, base, list(given), made)
+    return TrainingPlan(dataset, base, list(given), made, begun, bool(start))
 
 
 def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:
@@ -98,33 +120,31 @@ def _class_layer(dataset: Dataset, base: Sequence[Layer]) -> list[Layer]:
     return [Layer(f"data: {len(dataset.classes)} classes", values)]
 
 
-def _recipes(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
-    """Size, batch, steps and flips where the preset leaves them open, for each part."""
+def _chosen(plan: TrainingPlan, device: str) -> list[Layer]:
+    """What presets leave open: size, buckets, and of each part batch, steps, warm-up, what is held
+    out, flips."""
     layers: list[Layer] = []
 
     def choose(recipe: str, key: str, value: Any, why: str) -> Any:
         layers.append(Layer(f"chosen: {why}", {recipe: {key: value}}))
         return value
 
+    preset, dataset = plan.preset, plan.dataset
     size = preset.train.size
     if size is None:
-        unit = step_of(preset)
-        native = dataset.native_size or LARGEST[device]
-        fits = max(unit, min(native, LARGEST[device]) // unit * unit)
-        why = f"pictures are {native}, {device} affords {LARGEST[device]}, in multiples of {unit}"
-        size = choose("train", "size", fits, why)
+        size = choose("train", "size", *_size(plan, device))
+    before = resolve(plan.base)
     for name in preset.parts:
         key, recipe = RECIPES[name], preset.recipe(name)
         if recipe.size is None and name != "unet":
             choose(key, "size", size, "the size of train")
-        batch = recipe.batch_size
-        if batch is None:
-            batch = choose(key, "batch_size", BATCH[device], f"usual on {device}")
-        if recipe.steps is None:
-            longest = max(200, EPOCHS * len(dataset) // (batch * recipe.accumulate))
-            most = STEPS[name][device]
-            why = f"{device} affords {most}, {EPOCHS} epochs are {longest}"
-            choose(key, "steps", min(most, longest), why)
+        batch = recipe.batch_size or choose(key, "batch_size", *_batch(plan, device))
+        steps = recipe.steps
+        if steps is None:
+            steps = choose(key, "steps", *_steps(plan, name, device, batch * recipe.accumulate))
+        if before.recipe(name).steps != steps and recipe.warmup > WARMUP * steps and not plan.begun:
+            why = f"{WARMUP:.0%} of the steps, of which {recipe.warmup} would be {{:.0%}}"
+            choose(key, "warmup", round(WARMUP * steps), why.format(recipe.warmup / steps))
         if recipe.validation is None and not dataset.held_out and len(dataset) >= HELD_OUT_FROM:
             held = min(round(HELD_OUT * len(dataset)), MOST_HELD_OUT)
             why = f"measured and never trained on: {HELD_OUT:.0%}, at most {MOST_HELD_OUT}"
@@ -138,6 +158,49 @@ def _recipes(preset: Preset, dataset: Dataset, device: str) -> list[Layer]:
         choose("data", "buckets", lost > WORTH_BUCKETS, why)
     layers.append(Layer("train.size", {"sample": {"size": [size, size]}}))
     return layers
+
+
+def _size(plan: TrainingPlan, device: str) -> tuple[int, str]:
+    """Side of the pictures: the model's own where one is trained further, else theirs as far as the
+    device affords; and why."""
+    preset, native = plan.preset, plan.dataset.native_size
+    unit = step_of(preset)
+    if plan.tuned:
+        width, height = preset.sample.size
+        size = max(unit, round((width * height) ** 0.5 / unit) * unit)
+        if native is not None and native < size:
+            return size, f"the model's own; pictures of about {native} are enlarged to it"
+        return size, "the model's own"
+    largest = LARGEST[device] * max(1, preset.codec.factor // 2)
+    native = native or largest
+    size = max(unit, min(native, largest) // unit * unit)
+    return size, f"pictures are {native}, {device} affords {largest}, in multiples of {unit}"
+
+
+def _batch(plan: TrainingPlan, device: str) -> tuple[int, str]:
+    """Pictures of a step, and why."""
+    if _is_large(plan.preset):
+        return TUNED_BATCH, "usual for a model of this size"
+    batch, count = BATCH[device], len(plan.dataset)
+    if count >= batch:
+        return batch, f"usual on {device}"
+    while batch > max(count, 4):
+        batch //= 2
+    return batch, f"there are {count} pictures"
+
+
+def _steps(plan: TrainingPlan, part: Part, device: str, pictures: int) -> tuple[int, str]:
+    """Steps of so many pictures each, and why."""
+    most, epochs = STEPS[part][device], EPOCHS
+    if _is_large(plan.preset):
+        most, epochs = TUNED_STEPS[device], TUNED_EPOCHS
+    longest = max(FEWEST_STEPS, epochs * len(plan.dataset) // pictures)
+    return min(most, longest), f"{device} affords {most}, {epochs} epochs are {longest}"
+
+
+def _is_large(preset: Preset) -> bool:
+    """Whether it is a published latent model's."""
+    return preset.codec.learned and preset.family != OWN
 
 
 def _lost(dataset: Dataset) -> float:

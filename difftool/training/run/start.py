@@ -30,7 +30,8 @@ from difftool.storage import runs
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.run import stages as staged
-from difftool.training.run.plan import plan
+from difftool.training.run.evaluation import Evaluation, Work, plan_evaluation
+from difftool.training.run.plan import TrainingPlan, plan
 from difftool.training.run.stages import Stage
 from difftool.training.run.stop import Stopping, interrupt_again
 from difftool.training.step.frames import buckets_of
@@ -38,11 +39,16 @@ from difftool.training.step.frames import buckets_of
 if TYPE_CHECKING:
     import torch
 
+    from difftool.training.run.costs import Costs
     from difftool.training.run.estimate import Estimate
     from difftool.training.run.folder import RunFolder
     from difftool.training.run.run import Run
 
 LORA_RANK = 16
+TOLD = ("size", "batch_size", "steps", "lr", "warmup")
+"""Of each recipe, what is told whoever said it."""
+CHOSEN = ("chosen", "data")
+"""How the origins of what is chosen begin."""
 PARTS = ("unet", "text", "vae")
 """What a model gives another to start from."""
 
@@ -93,6 +99,7 @@ def prepare(
     models that cannot be used.
     """
     sources, out = find_sources(values), values["out"] or Path()
+    resumes = bool(values["resume"] or values["resume_from"])
     part: Part | None = values["part"]
     given = option_layers(values, part or "unet")
     config = data_config([*sources.layers, *given, *sources.overrides])
@@ -117,7 +124,9 @@ def prepare(
         adopt["vae"] = find_model(values["vae"])
         given.append(staged.vae_layer(f"--vae {values['vae']}", adopt["vae"]))
         part = part or "unet"
-    planned = plan(dataset, sources.preset, [*given, *sources.overrides], part, begin)
+    planned = plan(
+        dataset, sources.preset, [*given, *sources.overrides], part, begin, begun=resumes
+    )
     stages, notes = staged.survey(
         out,
         planned.preset.parts,
@@ -135,7 +144,7 @@ def prepare(
     times_and_weight(asked.train, build_path(asked.path), asked.target)
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
-    preset, tokenizer, layers = planned.complete(device.type, tokenizer)
+    preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
     return Training(
         values=values,
         dataset=dataset,
@@ -145,8 +154,28 @@ def prepare(
         origins=list(origins(preset, layers)),
         stages=stages,
         adopt=adopt,
+        costs=costs,
         notes=[*odd, *notes],
     )
+
+
+def _fitted(
+    planned: TrainingPlan, device: torch.device, tokenizer: str | None
+) -> tuple[Preset, str | None, list[Layer], Costs]:
+    """The plan, completed for a device and the memory that is free on it; a run that goes on stays
+    as it is."""
+    from difftool.training.run.costs import costs_of
+    from difftool.training.run.estimate import fit, room_for
+    from difftool.training.step import parallel
+
+    preset, tokenizer, layers = planned.complete(device.type, tokenizer)
+    free = parallel.from_first(lambda: room_for(planned.dataset, preset, device))
+    if planned.begun or free is None:
+        return preset, tokenizer, layers, costs_of(preset, tokenizer)
+    fitted, costs = fit(preset, tokenizer, planned.kept(), free, device, parallel.size())
+    if fitted:
+        preset, tokenizer, layers = planned.complete(device.type, tokenizer, fitted)
+    return preset, tokenizer, layers, costs
 
 
 def _ema_layer(wanted: bool, preset: str | None, recipe: str) -> Layer:
@@ -171,6 +200,8 @@ class Training:
     stages: list[Stage]
     adopt: dict[str, Path]
     """The models that parts start from."""
+    costs: Costs
+    """What a picture takes in training each part."""
     notes: list[str]
     """What the user should be told."""
     folder: Path | None = None
@@ -184,12 +215,85 @@ class Training:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """What the run will take."""
-        from difftool.pipeline.model import Model
+        """What it will take, as far as it is known beforehand."""
         from difftool.training.run.estimate import estimate
 
         keep = self.values["keep"] or RunOptions.keep
-        return estimate(Model(self.preset, self.tokenizer_json), keep, self.device)
+        return estimate(self.preset, self.costs, keep, self.device)
+
+    @cached_property
+    def evaluations(self) -> dict[Part, Evaluation]:
+        """How often each part is measured and shown, and by how much."""
+        made = {}
+        for part, work in self.work.items():
+            steps, held = self.preset.recipe(part).steps or 1, self._held_out(part)
+            every = self.values["sample_every"]
+            made[part] = plan_evaluation(steps, work, self.device.type, every=every, held=held)
+        return made
+
+    @cached_property
+    def work(self) -> dict[Part, Work]:
+        """Arithmetic of each part."""
+        from difftool.training.run.costs import is_cached, work_of
+
+        cached = is_cached(self.preset, len(self.dataset))
+        costs = self.costs.parts.items()
+        return {part: work_of(self.preset, part, cost, cached=cached) for part, cost in costs}
+
+    @cached_property
+    def seconds(self) -> float:
+        """About how long it will take on this device, as fast as it is now."""
+        from difftool.training.run.costs import is_cached, speed
+
+        total, images = 0.0, len(self.dataset)
+        for part, work in self.work.items():
+            steps = self.preset.recipe(part).steps or 1
+            total += steps * work.step / (1 - self.evaluations[part].share)
+        if is_cached(self.preset, images) and "unet" in self.costs.parts:
+            sides = 1 + bool(self.preset.train.flip)
+            total += images * sides * self.costs.parts["unet"].encode
+        return total / speed(self.device)
+
+    @cached_property
+    def free(self) -> int | None:
+        """Bytes of memory that it may take; None = the device does not say."""
+        from difftool.training.run.estimate import room_for
+
+        return room_for(self.dataset, self.preset, self.device)
+
+    def forecast(self) -> list[tuple[str, str, str]]:
+        """What it will take, as (name, value, what it is)."""
+        from difftool.training.report.page import duration
+
+        sums = [f"{part}: {e.words(self._held_out(part))}" for part, e in self.evaluations.items()]
+        time = ("time", f"about {duration(self.seconds)}", "as fast as the device is now")
+        return [*self.estimate.rows(self.free), time, ("shown", "", "; ".join(sums))]
+
+    def out_of_reach(self) -> list[str]:
+        """What of it this machine will not do."""
+        from difftool.training.run.estimate import out_of_reach
+
+        return out_of_reach(self.estimate, self.free, self.seconds)
+
+    def _held_out(self, part: Part) -> int:
+        """How many pictures are measured and never trained on."""
+        wanted, held = self.preset.recipe(part).validation, self.dataset.held_out
+        if wanted is None:
+            return len(held) if held else 0
+        return round(wanted if wanted >= 1 else wanted * len(self.dataset))
+
+    def choices(self) -> list[tuple[str, Any, str]]:
+        """(key, value, why) of what was chosen, and of what a run is told by in any case."""
+        recipes = {RECIPES[part] for part in self.preset.parts}
+        rows = []
+        for key, value, origin in self.origins:
+            recipe, _, name = key.rpartition(".")
+            told = key in ("name", "target") or recipe == "path"
+            if told or (recipe in recipes and name in TOLD) or origin.startswith(CHOSEN):
+                source, _, reason = origin.partition("chosen: ")
+                why = reason if reason and (key == "name" or not source) else source
+                rows.append((key, value, why.rstrip(", ")))
+        return rows
 
     def buckets(self) -> list[str]:
         """Which frames how many pictures are trained in, a line each; none for squares."""
@@ -212,6 +316,7 @@ class Training:
         given = {k: v for k, v in self.values.items() if k in names and v is not None}
         choices = [row for row in self.origins if not row[2].startswith(("default", "preset"))]
         given |= {"device": str(self.device), "choices": choices}
+        given |= {"evaluations": self.evaluations}
         if given.get("compile") and (problem := compiler_problem(self.device)):
             self.notes.append(f"going on without --compile: {problem}")
             given["compile"] = False
