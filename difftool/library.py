@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -162,7 +161,7 @@ class Pipeline:
         for name in options.keys() & _about_models():
             raise UsageError(f'"{name}" is about the model', hint="give it to difftool.load")
         given = {**self.given, "prompt": prompt, **options}
-        given |= {n: self._path(given[n]) for n in PICTURES if given.get(n) is not None}
+        given |= {n: self._path(n, given[n]) for n in PICTURES if given.get(n) is not None}
         task = prepare(read_options(OPTIONS, given), loaded=True)
         applied = {(str(each.lora.path), each.strength) for each in self.model.loras}
         if lacking := set(task.base.loras) - applied:
@@ -171,11 +170,16 @@ class Pipeline:
             raise UsageError("the picture was made with LoRAs that are not there", files, hint)
         return task
 
-    def _path(self, picture: Image | str | Path) -> str | Path:
-        """Where a picture is, one in memory in a file of its own as long as the model is used."""
+    def _path(self, name: str, picture: Image | str | Path) -> str | Path:
+        """Where the picture of an option is, one in memory in a file of its own as long as the
+        model is used."""
+        from difftool.images.read import read_mask, read_picture
+        from difftool.images.write import encode_png
+
         if isinstance(picture, str | Path):
             return picture
-        data = _png(picture)
+        read = read_mask(picture) if name == "mask" else read_picture(picture).image
+        data = encode_png(read)
         path = self._folder / f"{sha256(data).hexdigest()[:16]}.png"
         path.write_bytes(data)
         return path
@@ -324,12 +328,4 @@ def _image(picture: Image | str | Path) -> Image:
         path = row.one(picture, "picture")
         row.check_files([path])
         return read_image(path)
-    return picture if picture.mode == "RGB" else read_image(_png(picture))
-
-
-def _png(picture: Image) -> bytes:
-    """A picture's file, as far as PNG has its mode."""
-    file = BytesIO()
-    kept = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-    (picture if kept else picture.convert("RGB")).save(file, "PNG")
-    return file.getvalue()
+    return read_image(picture)

@@ -192,7 +192,7 @@ def test_a_probe_says_what_reading_gives(format, orientation):
     for image in (PHOTO, PHOTO.convert("L"), PHOTO.resize((300, 7))):
         data = encoded(image, format, exif=exif, icc_profile=linear_profile())
         picture = read_picture(data)
-        assert probe(data) == (picture.image.size, picture.notes)
+        assert probe(data)[:2] == (picture.image.size, picture.notes)
     for bad in (b"", encoded(PHOTO, format)[:-60]):
         with pytest.raises(InputError) as error:
             probe(bad)

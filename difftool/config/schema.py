@@ -197,6 +197,9 @@ class DataConfig:
     """What the sides of those frames are multiples of; None = as the model needs it."""
     background: str = "white"
     """What shows through transparent pixels: a colour's name, or #rrggbb."""
+    own_pictures: bool = False
+    """Train on pictures that difftool made and on those of run folders too, where others are
+    there."""
     allow_bad: bool = False
     """Go on where many of the pictures are unusable."""
     allow_uncaptioned: bool = False

@@ -9,7 +9,7 @@ labels in dataset.json (EDM), one folder a class, and nothing, for unconditional
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +26,7 @@ from difftool.data.phrases import count, named
 from difftool.data.pictures import Checked, FolderDataset, PictureRow, Pool, check
 from difftool.errors import InputError, UsageError
 from difftool.images.read import SUFFIXES, colour
+from difftool.storage import runs
 
 SPLITS = ("train", "validation", "valid", "val", "test")
 """Folders that are parts of a set, in the order of preference for what is held out."""
@@ -63,14 +64,20 @@ def open_folder(
         return _open_toml(where, config, pool, progress)
     files = open_files(where)
     audit = Audit(str(where), skipped=list(files.skipped))
+    if not config.own_pictures:
+        _leave_out_runs(files, audit)
     every = _pictures(files, audit)
     names, held, held_root = _splits(every, audit)
     checked = check(files, [*names, *held], audit, config.background, pool, progress)
     kept = [name for name in names if name in checked]
     _check_bad(audit, len(kept), len(checked), config)
 
-    listing = Listing(files, kept, _root(kept), audit, config)
     syntax = Syntax(config.wildcards, config.shuffle_captions, config.keep_tokens)
+    if any(checked[name].own for name in kept):
+        listing = Listing(files, kept, _root(kept), Audit(""), config)
+        captions, tally = _captions(listing, syntax)
+        kept = _without_own(kept, checked, {*captions, *tally.regular}, audit, config)
+    listing = Listing(files, kept, _root(kept), audit, config)
     captions, tally = _captions(listing, syntax)
     repeats.balance(tally, listing)
     classes = {} if captions else labels.classes(listing)
@@ -126,6 +133,36 @@ def _pictures(files: Files, audit: Audit) -> list[str]:
     foreign = (name for name, path in paths.items() if path.suffix.lower() in FOREIGN)
     audit.skipped += [SkippedFile(name, "unsupported format") for name in foreign]
     return sorted(set(names) - masks)
+
+
+def _leave_out_runs(files: Files, audit: Audit) -> None:
+    """Forget the files of run folders, whose pictures are samples and plots."""
+    names = files.sizes
+    found = {str(PurePosixPath(n).parent) for n in names if PurePosixPath(n).name == runs.CONFIG}
+    folders = sorted(
+        f for f in found - {"."} if {f"{f}/{runs.METRICS}", f"{f}/{runs.FACTS}"} & names.keys()
+    )
+    if folders:
+        below = tuple(f"{folder}/" for folder in folders)
+        files.sizes = {n: size for n, size in names.items() if not n.startswith(below)}
+        audit.notes.append(f"{count(len(folders), 'run folder')} left out: {named(folders)}")
+
+
+def _without_own(
+    names: Sequence[str],
+    checked: Mapping[str, Checked],
+    meant: Collection[str],
+    audit: Audit,
+    config: DataConfig,
+) -> list[str]:
+    """The pictures without those that difftool made, where there are others; those with captions,
+    or for regularisation, are `meant` as data."""
+    own = {name for name in names if checked[name].own and name not in meant}
+    if not own or config.own_pictures or len(own) == len(names):
+        return list(names)
+    made = f"{count(len(own), 'picture')} that difftool made left out: {named(sorted(own))}"
+    audit.notes.append(f"{made} (--set data.own_pictures=true: they are trained on)")
+    return [name for name in names if name not in own]
 
 
 def _splits(names: Sequence[str], audit: Audit) -> tuple[list[str], list[str], str]:
@@ -278,6 +315,8 @@ def _open_toml(
         kept = [name for name in checked if name.startswith(f"{root}/")]
         listing = Listing(files, kept, f"{root}/", audit, config, whole.seen)
         found = _captions_of(listing, folder, path)
+        meant = kept if folder.values.get("is_reg") else found
+        kept = _without_own(kept, checked, meant, audit, config)
         captions |= found
         for name in kept:
             tally.repeats[name] = folder.repeats

@@ -254,6 +254,8 @@ class Checked(NamedTuple):
     size: Size
     content: str
     """SHA-256 of the file."""
+    own: bool
+    """Whether difftool made it."""
 
 
 def check(
@@ -270,10 +272,11 @@ def check(
     def one(name: str) -> tuple[Checked, tuple[str, ...]] | str:
         try:
             data = read_file(files, name)
-            size, notes = probe(data, background)
+            probed = probe(data, background)
         except InputError as error:
             return error.why or error.what
-        return Checked(size, hashlib.sha256(data).hexdigest()), notes
+        content = hashlib.sha256(data).hexdigest()
+        return Checked(probed.size, content, probed.own), probed.notes
 
     sound: dict[str, Checked] = {}
     changed: dict[str, list[str]] = {}

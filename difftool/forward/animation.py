@@ -13,6 +13,8 @@ from PIL import Image, ImageColor
 from difftool.forward.drawing import AnimationFrame, animation_frames
 from difftool.forward.figures import Figure
 from difftool.forward.process import Pixels
+from difftool.images.formats import OWN
+from difftool.images.read import EXIF_SOFTWARE
 from difftool.images.theme import COLORS, INK, MUTED, PAPER, RULE
 
 PACE, FIRST, LAST = 80, 1000, 1400
@@ -27,14 +29,16 @@ def gif(figure: Figure) -> bytes:
     """The figure as a GIF that plays for ever."""
     inks = _inks(figure)
     frames = [_indexed(frame, inks) for frame in animation_frames(figure)]
-    return _saved(frames, "GIF", optimize=False, disposal=1)
+    return _saved(frames, "GIF", optimize=False, disposal=1, comment=OWN["Software"])
 
 
 def webp(figure: Figure) -> bytes:
     """The figure as an animated WebP that plays for ever; lossless, for else it has no fine colour,
     of which noise is full."""
     frames = [frame.page for frame in animation_frames(figure)]
-    return _saved(frames, "WEBP", lossless=True, quality=EFFORT, method=2)
+    exif = Image.Exif()
+    exif[EXIF_SOFTWARE] = OWN["Software"]
+    return _saved(frames, "WEBP", lossless=True, quality=EFFORT, method=2, exif=exif)
 
 
 def _saved(frames: Sequence[Image.Image], format: str, **options: object) -> bytes:

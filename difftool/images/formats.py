@@ -8,6 +8,11 @@ from typing import Any
 
 from difftool.registry import Registry
 
+CHUNK, TEXT = "difftool", "parameters"
+"""Keywords of the text chunks of a picture that was sampled: ours, and A1111's."""
+OWN = {"Software": "difftool"}
+"""The text chunk of figures and sheets, by which they are not taken for data."""
+
 
 @dataclass(frozen=True)
 class OutputFormat:

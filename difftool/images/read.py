@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from difftool.errors import InputError, UsageError
+from difftool.images.formats import CHUNK, OWN, TEXT
 from difftool.storage.read import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -26,8 +27,8 @@ SUFFIXES = frozenset(
 )
 ORIENTATION = 0x0112
 """EXIF's tag; from 5 on, width and height are exchanged."""
-EXIF_FOLDER, EXIF_USER_COMMENT = 0x8769, 0x9286
-"""EXIF's sub-directory, and its tag there for a text of any length."""
+EXIF_FOLDER, EXIF_USER_COMMENT, EXIF_SOFTWARE = 0x8769, 0x9286, 0x0131
+"""EXIF's sub-directory, its tag there for a text of any length, and its tag of what made it."""
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
@@ -44,22 +45,38 @@ class DecodedPicture(NamedTuple):
     notes: tuple[str, ...]
 
 
+class ProbedPicture(NamedTuple):
+    """What is known of a picture without its pixels."""
+
+    size: tuple[int, int]
+    """Width and height, upright."""
+    notes: tuple[str, ...]
+    own: bool
+    """Whether difftool made it, as far as it says."""
+
+
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | bytes, background: str = "white") -> DecodedPicture:
-    """The picture in a file (or in a file's bytes), upright, in RGB, above the background colour.
+def read_picture(
+    source: str | Path | bytes | Image.Image, background: str = "white"
+) -> DecodedPicture:
+    """The picture in a file (or in a file's bytes, or in memory), upright, in RGB, above the
+    background colour.
 
     Raises UsageError if the file is missing, InputError (its `why` is the reason alone) otherwise.
     """
+    if isinstance(source, Image.Image):
+        with _refusals("the picture"):
+            return _to_rgb(_checked(source), background)
     name = "the picture" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source))
     with _refusals(name), _open(data) as image:
         return _to_rgb(image, background)
 
 
-def probe(data: bytes, background: str = "white") -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Width and height of the picture that `read_picture` would give, and its notes.
+def probe(data: bytes, background: str = "white") -> ProbedPicture:
+    """What `read_picture` would give, but for the pixels.
 
     All of the file is read, but a JPEG is decoded at an eighth, at a fraction of the cost.
     """
@@ -69,8 +86,9 @@ def probe(data: bytes, background: str = "white") -> tuple[tuple[int, int], tupl
             image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             if image.getexif().get(ORIENTATION, 1) >= 5:
                 size = size[1], size[0]
+        own = _is_own(image)
         picture = _to_rgb(image, background)
-        return size if drafted else picture.image.size, picture.notes
+        return ProbedPicture(size if drafted else picture.image.size, picture.notes, own)
 
 
 @contextmanager
@@ -92,12 +110,12 @@ def _refusals(name: str) -> Iterator[None]:
     raise InputError(f"cannot read {name}", reason)
 
 
-def read_image(source: str | Path | bytes) -> Image.Image:
+def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """The same without the notes."""
     return read_picture(source).image
 
 
-def read_mask(source: str | Path) -> Image.Image:
+def read_mask(source: str | Path | Image.Image) -> Image.Image:
     """A mask in 8-bit grey, its transparent parts black. Raises as `read_picture` does."""
     return read_picture(source, "black").image.convert("L")
 
@@ -106,11 +124,25 @@ def read_notes(source: str | Path) -> tuple[dict[str, Any], str | None]:
     """What a picture's file says beside its pixels: text chunks by keyword, and the EXIF user
     comment where there is one. Nothing is decoded. Raises as `read_picture` does."""
     with _refusals(str(source)), _open(_read_file(Path(source))) as image:
-        comment = image.getexif().get_ifd(EXIF_FOLDER).get(EXIF_USER_COMMENT)
-        text = None
-        if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-            text = comment[8:].decode("utf-16-be", "replace")
-        return {str(key): value for key, value in image.info.items()}, text
+        return {str(key): value for key, value in image.info.items()}, _comment(image)
+
+
+def _comment(image: Image.Image) -> str | None:
+    """The EXIF user comment."""
+    comment = image.getexif().get_ifd(EXIF_FOLDER).get(EXIF_USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        return comment[8:].decode("utf-16-be", "replace")
+    return None
+
+
+def _is_own(image: Image.Image) -> bool:
+    """Whether a picture says that difftool made it."""
+    info, name = image.info, OWN["Software"]
+    if CHUNK in info or info.get("comment") == name.encode():
+        return True
+    if name in (info.get("Software"), image.getexif().get(EXIF_SOFTWARE)):
+        return True
+    return f"Version: {name}-" in f"{info.get(TEXT)} {_comment(image)}"
 
 
 class _Refused(Exception):
@@ -133,7 +165,11 @@ def _open(data: bytes) -> Image.Image:
         raise _Refused("0 bytes")
     if len(data) > MAX_BYTES:
         raise _Refused(f"larger than {MAX_BYTES >> 20} MiB")
-    image = Image.open(BytesIO(data), formats=FORMATS)
+    return _checked(Image.open(BytesIO(data), formats=FORMATS))
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    """The picture, if its size is acceptable."""
     width, height = image.size
     if max(width, height) > MAX_SIDE:
         raise _Refused(f"{width}x{height}, sides are limited to {MAX_SIDE}")
@@ -189,12 +225,17 @@ def colour(text: str) -> tuple[int, int, int]:
 
 
 def _to_8bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (which Pillow may hold in 32) as 8 bits, rounded."""
+    """Grey of 16 bits (which Pillow may hold in 32) as 8 bits, rounded; the shade that stands for
+    transparency is made transparent."""
     values = np.asarray(image)
     if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise _Refused("32 bits a channel; 8 and 16 are supported")
     scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
-    return Image.fromarray(scaled.astype(np.uint8))
+    grey = Image.fromarray(scaled.astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        return Image.merge("LA", (grey, alpha))
+    return grey
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:

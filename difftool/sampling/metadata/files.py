@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool.errors import InputError, check_file
 from difftool.images import write
+from difftool.images.formats import CHUNK, TEXT
 from difftool.images.read import read_notes
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
@@ -16,9 +17,6 @@ from difftool.storage.strict_json import to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-TEXT, CHUNK = "parameters", "difftool"
-"""Keywords of a picture's text chunks."""
 
 
 def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from difftool.config.schema import Preset
 from difftool.config.validate import to_yaml
 from difftool.errors import UsageError
+from difftool.images.formats import OWN
 from difftool.images.write import write_png
 from difftool.storage import runs
 from difftool.storage.commit import write_whole
@@ -92,7 +93,7 @@ class RunFolder:
         """Write the samples of a step."""
         path = self.path / runs.SAMPLES / f"{runs.step_name(step)}.png"
         path.parent.mkdir(exist_ok=True)
-        write_png(image, path, overwrite=True)
+        write_png(image, path, OWN, overwrite=True)
 
     def write_report(self) -> None:
         """Write the plot and the report, from the other files."""
