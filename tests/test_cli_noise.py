@@ -339,7 +339,7 @@ MISUSE = [
     (["--curve", "-o", "."], "is a folder"),
     (["--curve", "--format", "png"], "--output"),
     (["photo.png", "--compare", "flow,edn"], 'did you mean "edm"?'),
-    (["photo.png", "--compare", ""], "noise path"),
+    (["photo.png", "--compare", ""], "--compare is empty"),
     (["photo.png", "--compare", "flow,flow"], "with itself"),
     (["photo.png", "--compare", "flow,edm", "--path", "edm"], "--path"),
     (["photo.png", "--compare", "flow,edm", "--reverse"], "--reverse"),

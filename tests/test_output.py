@@ -67,15 +67,32 @@ def test_templates(template, name):
         ("-rf *", "rf"),
         (".bashrc", "bashrc"),
         ("a\\b:c\x00d\ne", "a-b-c-d-e"),
-        ("ﬁancé", "fiance"),
-        ("狐", "none"),
+        ("ﬁancé", "fiancé"),
+        ("fiance\u0301", "fiancé"),
+        ("狐", "狐"),
+        ("微笑的狐狸，在森林里", "微笑的狐狸-在森林里"),
+        ("हिन्दी लोमड़ी", "हिन्दी-लोमड़ी"),
+        ("Лиса & 🦊!", "Лиса-🦊"),
+        ("right\u202egnp.exe", "right-gnp.exe"),
+        ("con", "_con"),
+        ("COM¹.png", "_COM1.png"),
+        ("?!", "none"),
+        ("狐" * 300, "狐" * 50),
         ("$(reboot); `x` {0.__class__}", "reboot-x-0.__class"),
         ("x" * 300, "x" * 100),
     ],
 )
 def test_slugs(value, expected):
     assert slug(value) == expected
-    assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", slug(value))
+    assert re.fullmatch(r'[^\s/\\:*?"<>|$`!&\x00-\x1f\u200b-\u202e]{1,100}', slug(value))
+    assert slug(value)[0] not in ".-" and slug(value)[-1] not in ". "
+    assert len(os.fsencode(slug(value))) <= 150
+
+
+def test_long_values_share_the_room_of_a_name():
+    values = {**VALUES, "prompt": "狐" * 300, "negative": "犬" * 300}
+    name = Output.parse("[prompt]-[negative]-[seed].png").path(values)
+    assert name and 100 < len(os.fsencode(name.name)) <= 200 and name.name.endswith("犬-7.png")
 
 
 @pytest.mark.parametrize("where", ["[sed].png", "[seed.__class__].png[x].png", "[prompt:05].png"])

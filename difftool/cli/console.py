@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -126,6 +127,31 @@ def fail(error: DifftoolError) -> None:
     for line in (error.why, error.hint):
         if line:
             _print(f"  {line}")
+
+
+class Alike:
+    """Tells what is said for the first time from what is said again and again."""
+
+    MOST = 5
+    """Of a kind, how many are shown."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[str]] = {}
+
+    def is_news(self, text: str) -> bool:
+        """Whether a text is to be shown: it is none that was, nor one of many of its kind, which
+        differ in numbers, names and what is quoted."""
+        kind = re.sub(r'"[^"]*"|\S*[\d/\\.]\S*', "*", text)
+        known = self._kinds.setdefault(kind, [])
+        known.append(text)
+        return text not in known[:-1] and len({*known}) <= self.MOST
+
+    def rest(self) -> list[str]:
+        """What is said in the end of those that were not shown."""
+        left = {
+            known[0]: len(known) - min(len({*known}), self.MOST) for known in self._kinds.values()
+        }
+        return [f"{n} more like this: {text}" for text, n in left.items() if n]
 
 
 def table(rows: Iterable[Sequence[str]]) -> None:

@@ -44,11 +44,14 @@ def run(values: dict[str, Any]) -> None:
         return
     from difftool.conversion.convert import convert
     from difftool.storage.commit import refuse_existing, write_whole
+    from difftool.storage.places import check_ending, check_place
     from difftool.storage.shards import written_at
 
     report, overwrite = values["report"], bool(values["overwrite"])
     if report is not None:
+        check_ending(report, "a report", (".json",))
         refuse_existing(report, overwrite)
+        check_place(report, makes=False)
     ledger = convert(values, console.progress, partial(_opened, values["source"]))
     _say(ledger)
     if report is not None:

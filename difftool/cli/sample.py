@@ -61,6 +61,7 @@ class _Show:
         """Of one picture."""
         self.made = self.drawn = self.skipped = self.work = 0
         self.errors: list[DifftoolError] = []
+        self.told = console.Alike()
         self.notes: list[str] = []
         """Talk that comes in one line."""
 
@@ -76,6 +77,7 @@ class _Show:
                     display.update(self.work, images=self.finished())
         except KeyboardInterrupt as stop:
             return self.interrupted(code_of(stop))
+        self.say_rest()
         if self.skipped or (self.errors and self.made):
             failed = f"{len(self.errors)} failed"
             console.say(f"{self.made} made, {self.skipped} there already, {failed}")
@@ -112,11 +114,13 @@ class _Show:
                 emit(path, {"path": str(path), "grid": images})
             case events.Failure(_, error):
                 self.errors.append(error)
-                console.fail(error)
+                if console.mode.json or self.told.is_news(error.what):
+                    console.fail(error)
             case events.Existing():
                 self.skipped += 1
             case events.Note(text, warning=True):
-                console.warn(text)
+                if self.told.is_news(text):
+                    console.warn(text)
             case events.Note(text):
                 self.notes.append(text)
 
@@ -126,6 +130,11 @@ class _Show:
             console.say(", ".join(self.notes))
             self.notes = []
 
+    def say_rest(self) -> None:
+        """Say how much was not said again."""
+        for text in self.told.rest():
+            console.warn(text)
+
     def finished(self) -> str:
         """How many pictures are made."""
         return f"{self.drawn}/{self.total}" if self.total else str(self.drawn)
@@ -133,6 +142,7 @@ class _Show:
     def interrupted(self, code: int) -> int:
         """Say what was made before a signal; the exit code, which is given."""
         of = f"{self.drawn} of {self.total}" if self.total else f"{self.drawn}"
+        self.say_rest()
         console.say(f"interrupted: {of} pictures made")
         return code
 

@@ -24,6 +24,7 @@ from difftool.formats.model_source import (
 from difftool.hub.find import find_model
 from difftool.progress import Progress, silent
 from difftool.storage.commit import refuse_existing
+from difftool.storage.places import WEIGHTS, check_ending, check_place
 
 SLOW = 256 << 20
 """Bytes from which on a conversion shows its progress."""
@@ -42,7 +43,10 @@ def convert(
     back otherwise; then nothing is written.
     """
     kind, target = _kind(values), values["target"]
+    if kind is not None:
+        _check_name(target, kind)
     refuse_existing(target, bool(values["overwrite"]))
+    check_place(target, makes=False)
     options = WriteOptions(
         dtype=values["dtype"],
         keep_metadata=not values["strip_metadata"],
@@ -82,6 +86,14 @@ def _kind(values: Mapping[str, Any]) -> str | None:
     return kind
 
 
+def _check_name(target: Path, kind: str) -> None:
+    """UsageError for a name that promises something else than is written there."""
+    if kind == "diffusers":
+        check_ending(target, "a folder")
+    else:
+        check_ending(target, "a safetensors file", WEIGHTS)
+
+
 def _convert(
     values: Mapping[str, Any],
     source: ModelSource,
@@ -92,6 +104,7 @@ def _convert(
     from difftool.adapters.lora.algebra import open_loras
     from difftool.pipeline.model import Model
 
+    _check_name(values["target"], kind or source.kind)
     networks = Model(source.preset, source.tokenizer_json)
     shapes = {name: tuple(tensor.shape) for name, tensor in networks.tensors().items()}
     loras = open_loras(

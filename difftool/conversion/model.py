@@ -17,8 +17,9 @@ from difftool.conversion.write import Conversion, bytes_of
 from difftool.errors import CheckError, UsageError
 from difftool.formats.model_source import EMA, EXTRA, FORMATS, ModelSource, Plan, open_model
 from difftool.storage.commit import atomic_folder, refuse_existing
+from difftool.storage.places import check_place
 from difftool.storage.shards import MAX_SHARD_SIZE, atomic_set, index_of, parse_size
-from difftool.storage.tensors import digest_of
+from difftool.storage.tensors import byte_size, digest_of
 
 if TYPE_CHECKING:
     from difftool.adapters.lora.algebra import Applied
@@ -85,6 +86,10 @@ def convert_model(
         _check_expected(source, expected)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     work = Conversion(source, plan, dtype, loras, ledger.casts)
+    sizes = (
+        byte_size(work.target_dtype(n), place.info.shape) for n, place in source.tensors.items()
+    )
+    check_place(target, sum(sizes), makes=False)
     if not options.dry_run:
         limit = options.shard_size
         if limit is None and kind != "ldm":

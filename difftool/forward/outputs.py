@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from difftool.errors import UsageError, suggestion
 from difftool.storage.commit import refuse_existing, write_whole
+from difftool.storage.places import check_place
 
 if TYPE_CHECKING:
     from difftool.forward.figures import Figure
@@ -25,16 +26,18 @@ class FigureFormat(NamedTuple):
 
 def _png(figure: Figure) -> bytes:
     from difftool.forward.drawing import draw
+    from difftool.images.formats import OWN
     from difftool.images.write import encode_png
 
-    return encode_png(draw(figure))
+    return encode_png(draw(figure), OWN)
 
 
 def _curves_png(figure: Figure) -> bytes:
     from difftool.forward.plots import draw_curves
+    from difftool.images.formats import OWN
     from difftool.images.write import encode_png
 
-    return encode_png(draw_curves(figure))
+    return encode_png(draw_curves(figure), OWN)
 
 
 def _gif(figure: Figure) -> bytes:
@@ -111,6 +114,8 @@ def targets_of(
             hint = "show them one at a time, with --output"
             raise UsageError(f"two pictures would be shown in {target}", hint=hint)
         check_free(target, overwrite)
+    for folder in {target.parent: None for target in targets}:
+        check_place(folder / targets[0].name)
     return tuple(targets)
 
 
@@ -123,6 +128,7 @@ def curve_target(output: str | None, format: str | None, overwrite: bool) -> tup
     if _is_folder(output):
         raise UsageError(f"--output {output} is a folder", hint="give a file: curve.png")
     check_free(Path(output), overwrite)
+    check_place(Path(output))
     return (Path(output),)
 
 

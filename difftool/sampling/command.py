@@ -84,9 +84,12 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         replace(base, prompt=base.prompt if prompt is None else prompt, label=label or base.label)
         for prompt, label in product(values["prompt"] or [None], labels or [None])
     ]
-    count = len(base.images()) * len(asked)
+    each = len(base.images())
+    count = each * len(asked)
     total = None if values["prompts"] else len(values["from_latents"] or ()) or count
     output = None if loaded and values["output"] is None else _output(values, total)
+    if output and each > 1:
+        output.check_tells_apart(each)
     if not loaded:
         for place in (values["model"], *filter(None, (values["vae"], values["refiner"]))):
             place_of_model(place)

@@ -14,6 +14,7 @@ from difftool.images.formats import OUTPUT_FORMATS, format_of
 from difftool.sampling.settings import ALWAYS, SETTINGS, Values
 from difftool.storage.commit import write_whole
 from difftool.storage.locks import Lock
+from difftool.storage.places import check_place
 
 FIELDS = (*(row.name for row in ALWAYS), "index", "model", "model_hash", "date")
 """The words of templates."""
@@ -25,23 +26,52 @@ _FIELD = re.compile(r"\[([A-Za-z_]+)(?::([0-9]{1,2}))?\]")
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(1, 10)}
 
 
-def slug(value: object, empty: str = "none") -> str:
-    """A value as part of a file name: [A-Za-z0-9._-], at most 100, no leading dot or dash."""
-    plain = unicodedata.normalize("NFKD", str(value)).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain)[:100].strip(".-_") or empty
+MAX_SLUG, MAX_SLUG_BYTES, MAX_PART_BYTES = 100, 150, 200
+"""Of a value in a name, and of one part of a path: systems have room for 255 bytes."""
+_KEPT = frozenset("Lu Ll Lt Lm Lo Mn Mc Nd Nl No So".split())
+"""Unicode's categories of letters, marks, numbers and pictographs."""
+
+
+def slug(value: object, empty: str = "none", size: int = MAX_SLUG_BYTES) -> str:
+    """A value as part of a file name: letters, digits and pictographs of every script, and ._-
+    within; at most 100 characters, and bytes as said. No system takes it for a device."""
+    plain = unicodedata.normalize("NFKC", str(value))
+    kept = "".join(c if c in "._-" or unicodedata.category(c) in _KEPT else " " for c in plain)
+    short = "-".join(kept.split())[:MAX_SLUG].encode("utf-8", "ignore")[:size]
+    named = short.decode("utf-8", "ignore").strip(".-_") or empty
+    return f"_{named}" if _is_reserved(named) else named
+
+
+def _is_reserved(part: str) -> bool:
+    """Whether Windows takes a part of a path for a device, whatever its ending."""
+    return part.split(".")[0].strip().lower() in _RESERVED
 
 
 def expand(template: str, values: Values) -> str:
-    """The template with each [field] and [field:05] replaced by its value's slug."""
+    """The template with each [field] and [field:05] replaced by its value's slug; shorter ones
+    where several make a name too long."""
 
-    def value(match: re.Match[str]) -> str:
-        name = ALIASES.get(match[1].lower(), match[1].lower())
-        value = values[name]
-        if isinstance(value, int):
-            return f"{value:0{int(match[2] or 1)}d}"
-        return slug(f"{value:g}" if isinstance(value, float) else value or "", name)
+    def filled(size: int) -> str:
+        def value(match: re.Match[str]) -> str:
+            name = _field(match[1])
+            value = values[name]
+            if isinstance(value, int):
+                return f"{value:0{int(match[2] or 1)}d}"
+            return slug(f"{value:g}" if isinstance(value, float) else value or "", name, size)
 
-    return _FIELD.sub(value, template)
+        return _FIELD.sub(value, template)
+
+    name = filled(MAX_SLUG_BYTES)
+    for size in (90, 60, 40, 25):
+        if all(len(os.fsencode(part)) <= MAX_PART_BYTES for part in PurePath(name).parts):
+            break
+        name = filled(size)
+    return name
+
+
+def _field(name: str) -> str:
+    """The word of a template in today's spelling."""
+    return ALIASES.get(name.lower(), name.lower())
 
 
 def check_template(template: str) -> None:
@@ -115,13 +145,21 @@ class Output:
         return output
 
     def check_folder(self) -> None:
-        """UsageError if pictures cannot be written to its folder: fails now, not after all the
-        work."""
-        folder = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-        if not folder.is_dir():
-            raise UsageError(f"cannot make the folder {self.root}", f"{folder} is a file")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot write to the folder {folder}", "permission denied")
+        """UsageError if pictures cannot be written to its folder, ResourceError if its disk is
+        full: fails now, not after all the work."""
+        check_place(self.root / "picture")
+
+    def check_tells_apart(self, images: int) -> None:
+        """UsageError for a template that gives the pictures of one prompt one name."""
+        words = {_field(name) for name, _ in _FIELD.findall(self.template)}
+        if self.template and not words & {"seed", "index"}:
+            what = f"{self.template} would be the name of {images} pictures"
+            raise UsageError(what, hint="put [seed] or [index] into the name")
+
+    def fields(self, values: Values) -> tuple[object, ...]:
+        """What the template takes of a picture's values: it cannot tell apart where all are the
+        same."""
+        return tuple(values[_field(name)] for name, _ in _FIELD.findall(self.template))
 
     def path(self, values: Values, out: str | None = None) -> Path | None:
         """Where a picture of these values goes; None if its number is given when it is written.
@@ -129,6 +167,13 @@ class Output:
         `out` is a name below the folder, asked for with the picture. UsageError for a name that
         would leave the folder or that some system would misread, and for one that is taken.
         """
+        path = self.name(values, out)
+        if path is not None:
+            self.check_free(path)
+        return path
+
+    def name(self, values: Values, out: str | None = None, number: int = 1) -> Path | None:
+        """The same, whether it is taken or not. `number`: above 1, it ends the name."""
         if self.stdout:
             return None
         if not (self.template or out):
@@ -138,12 +183,15 @@ class Output:
             return None
         name = expand(_checked_name(out, self.format) if out else self.template, values)
         for part in PurePath(name).parts:
-            if part.split(".")[0].lower() in _RESERVED or len(os.fsencode(part)) > 200:
+            if _is_reserved(part) or len(os.fsencode(part)) > MAX_PART_BYTES:
                 raise UsageError(f"{name} is not usable as the name of a picture")
         path = self.root / name
+        return path.with_name(f"{path.stem}-{number}{path.suffix}") if number > 1 else path
+
+    def check_free(self, path: Path) -> None:
+        """UsageError for the name of a file that is there and is neither replaced nor left."""
         if os.path.lexists(path) and not (self.overwrite or self.skip_existing):
             raise _exists(path)
-        return path
 
     def sheet_path(self) -> Path | None:
         """Where a sheet of all pictures goes; None where it gets a number. UsageError if taken."""

@@ -3,6 +3,7 @@ followed to the letter is said."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class Resolver:
         self.model, self.output = model, output
         self.match, self.strict, self.refiner = match, strict, refiner
         self._noted: set[str] = set()
-        self._paths: set[Path] = set()
+        self._names: dict[str, list[tuple[object, ...]]] = {}
+        """What templates took of the pictures of each name, that others have with a number."""
         self._words: set[Word] = set()
         self._last: tuple[Mapping[str, Any], bool, SamplePlan] | None = None
 
@@ -149,17 +151,34 @@ class Resolver:
         if self.output is None:
             return sample
         try:
-            path = self.output.path(sample.values(), sample.request.out)
-            if path in self._paths:
-                what = f"{path} would be the name of two pictures"
-                raise UsageError(what, hint="put [seed] or [index] into the name")
+            path = self._path(self.output, sample)
         except DifftoolError as error:
             return Failure(index, located(error, sample.request.source))
-        if path is not None:
-            self._paths.add(path)
-            if self.output.skip_existing and path.exists():
-                return Existing(index, path)
+        if path is not None and self.output.skip_existing and path.exists():
+            return Existing(index, path)
         return replace(sample, path=path)
+
+    def _path(self, output: Output, sample: Sample) -> Path | None:
+        """Where a picture goes. Other pictures of the run that are called alike, as far as some
+        system can tell, get a number; UsageError where they are asked to have one name."""
+        values, out = sample.values(), sample.request.out
+        path = output.name(values, out)
+        if path is None:
+            return None
+        fields = (out, *output.fields(values))
+        alike = self._names.setdefault(_folded(path), [])
+        if alike and (out or fields in alike):
+            what = f"{path} would be the name of two pictures"
+            raise UsageError(what, hint="put [seed] or [index] into the name")
+        number = 1
+        while number <= len(alike) or (number > 1 and _folded(path) in self._names):
+            number += 1
+            path = output.name(values, out, number) or path
+        output.check_free(path)
+        alike.append(fields)
+        if number > 1:
+            self._names[_folded(path)] = [fields]
+        return path
 
     def _notes(self, sample: Sample) -> Iterator[Note]:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
@@ -219,3 +238,8 @@ class Resolver:
             if row.key is None or value != getattr(own, row.name):
                 number = f" {value:g}" if isinstance(value, int | float) else ""
                 yield f"{row.flag}{number} has no effect {row.without}"
+
+
+def _folded(path: Path) -> str:
+    """A path as a system reads it that minds neither capitals nor how accents are composed."""
+    return unicodedata.normalize("NFC", str(path)).casefold()

@@ -27,6 +27,7 @@ from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
 from difftool.progress import Progress, silent
 from difftool.storage import runs
+from difftool.storage.places import check_ending, check_place
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.run import stages as staged
@@ -75,6 +76,9 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
         open_dataset(data)  # which refuses it
     if values["lora"] and values["part"] not in (None, "unet"):
         raise clash("--lora", f"--part {values['part']}")
+    if values["out"]:
+        check_ending(out, "a run folder")
+    check_place((out if values["out"] else Path("runs")) / runs.CONFIG)
     if not resumes and values["out"] and staged.is_used(out):
         hint = "give --resume to continue it, or another --out"
         raise UsageError(f"the run folder {out} is not empty", hint=hint)
