@@ -57,7 +57,7 @@ def test_a_place_that_is_none_is_a_usage_error(monkeypatch, capsys, command, fol
     name = f"{folder}/{NAMES.get(command, 'x.png')}"
     code, said = run(monkeypatch, capsys, *WRITES[command], name)
     assert code == 2 and "loading" not in said and "images" not in said
-    reason = "name too long" if "xxx" in folder else "and no folder"
+    reason = "too long" if "xxx" in folder else "and no folder"
     assert reason in said.lower()
 
 
