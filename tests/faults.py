@@ -50,6 +50,8 @@ class Faults:
                 raise Killed
             if self.error is not None and self.count == self.turn:
                 raise OSError(self.error, os.strerror(self.error))
+            if name == "fsync":  # slow, and nobody takes the power away
+                return None
             made = call(*arguments, **more)
             return File(made, self) if name == "fdopen" else made
 

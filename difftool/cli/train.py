@@ -82,14 +82,16 @@ def _show(run: Run) -> None:
         console.say(f"resumed from {run.resumed}")
     name = "training" if run.part == "unet" else f"training the {run.part}"
     with console.progress(name, trainer.config.steps) as display:
-        for step in run.steps():
-            if step.loss is not None:
-                loss = f"{step.loss:.4f}"
-            speed = f"{step.images_per_second:.1f}/s"
-            display.update(step.step, loss=loss, images=speed, lr=f"{step.lr:.1e}")
+        try:
+            for step in run.steps():
+                if step.loss is not None:
+                    loss = f"{step.loss:.4f}"
+                speed = f"{step.images_per_second:.1f}/s"
+                display.update(step.step, loss=loss, images=speed, lr=f"{step.lr:.1e}")
+                _tell(run)
+            run.finish()
+        finally:
             _tell(run)
-    run.finish()
-    _tell(run)
 
 
 def _tell(noting: Training | Run) -> None:

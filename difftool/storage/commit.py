@@ -185,6 +185,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             new.mkdir()
         yield new
         for folder in (place, *(found for found in place.rglob("*") if found.is_dir())):
+            sweep(folder)
             _sync_folder(folder)
         refuse_existing(path, overwrite)
         with _told(path):

@@ -70,7 +70,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], object], keep:
     path = folder / step_name(step)
     with atomic_folder(path, overwrite=True) as place:
         write(place)
-        files = sorted(place.iterdir())
+        files = sorted(file for file in place.iterdir() if not file.name.startswith("."))
         manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
         write_whole(place / MANIFEST, json.dumps(manifest, indent=1))
     found = checkpoints(run)

@@ -34,6 +34,8 @@ class RunOptions:
     """Run the U-Net through torch's compiler."""
     save_every: int = 500
     """Steps between checkpoints."""
+    save_minutes: float = 10.0
+    """Minutes of work that a kill may cost, at most."""
     keep: int = 2
     """Checkpoints that are kept."""
     max_shard_size: int = parse_size(MAX_SHARD_SIZE)
@@ -130,6 +132,8 @@ OPTIONS = (
          why="needs the run to continue"),
     _row("save_every", FOLDER, "Steps between checkpoints", type=int, within=COUNT,
          default=str(RunOptions.save_every)),
+    _row("save_minutes", FOLDER, "Minutes of work that a kill may cost, at most", type=float,
+         within=Within(above=0), default=f"{RunOptions.save_minutes:g}"),
     _row("keep", FOLDER, "Checkpoints kept", type=int, within=COUNT, default=str(RunOptions.keep)),
     _row("sample_every", FOLDER, "Steps between sample sheets, with measures; 0 = none", type=int,
          within=Within(low=0), default="growing, about 5 % of the time"),

@@ -14,7 +14,7 @@ from difftool.errors import UsageError
 from difftool.images.formats import OWN
 from difftool.images.write import write_png
 from difftool.storage import runs
-from difftool.storage.commit import write_whole
+from difftool.storage.commit import sweep, write_whole
 from difftool.storage.locks import Lock
 from difftool.training.metrics import Metrics
 from difftool.training.report.page import write_report
@@ -26,15 +26,19 @@ class RunFolder:
     """The files of a run, locked until it is closed: two runs in one folder would destroy each
     other. Of several processes the first writes; the others' calls do nothing."""
 
-    def __init__(self, path: Path, *, fresh: bool = False):
-        """fresh: it must hold nothing yet. UsageError where another run is at work or has been."""
-        self.path, self.metrics = path, path / runs.METRICS
+    def __init__(self, path: Path, *, fresh: bool = False, root: Path | None = None):
+        """fresh: it must hold nothing yet. root: the run folder that this one, of a part, is in;
+        None: itself. UsageError where another run is at work or has been."""
+        self.path, self.metrics, self.root = path, path / runs.METRICS, root or path
+        self._unwritten = ""  # lines that the disk has not taken
         self.writes = parallel.is_main()
         self._lock: Lock | None = None
         if not self.writes:
             return
         path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path / runs.LOCK, f"another run is at work in {path}")
+        for folder in (path, *(p for p in path.iterdir() if p.is_dir())):
+            sweep(folder)
         if fresh and is_used(path):
             self.close()
             raise UsageError(f"another run has begun in {path}", hint="give another --out")
@@ -58,10 +62,19 @@ class RunFolder:
     # --- measures ----------------------------------------------------------------------------
 
     def append(self, *lines: dict[str, Any]) -> None:
-        """Lines into metrics.jsonl, all at once."""
-        if self.writes:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        """Lines into metrics.jsonl, all at once, and those before that failed to be written."""
+        if not self.writes:
+            return
+        self._unwritten += "".join(json.dumps(line) + "\n" for line in lines)
+        with self.metrics.open("ab") as file:
+            size = file.tell()
+            try:
+                file.write(self._unwritten.encode("utf-8"))
+                file.flush()
+            except OSError:
+                file.truncate(size)
+                raise
+        self._unwritten = ""
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be run again, and half a line at the end."""

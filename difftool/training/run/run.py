@@ -15,7 +15,7 @@ import torch
 from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Part, Preset
 from difftool.data import Dataset
-from difftool.errors import Stopped
+from difftool.errors import ResourceError, Stopped
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
 from difftool.progress import Progress, silent
@@ -27,13 +27,14 @@ from difftool.training.run.evaluation import SHARE, Evaluation
 from difftool.training.run.facts import facts_of
 from difftool.training.run.folder import RunFolder
 from difftool.training.run.previews import Previews
+from difftool.training.run.saving import TRIES, Saves
 from difftool.training.run.stop import Abandoned, graceful_stop, heeding
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
 from difftool.training.step.cache import Latents
 from difftool.training.step.frames import buckets_of
 from difftool.training.step.loop import Trainer, TrainStep
-from difftool.training.step.state import restore_state, save_state
+from difftool.training.step.state import restore_state
 
 FEWEST_ENCODED, ENCODED = 256, 4096
 """Pictures by which the latents' mean and deviation are measured: at least, at most."""
@@ -66,9 +67,9 @@ class Run:
         """What the user should be told; whoever tells it takes it out."""
         self.path: Path | None = None
         """Of the model, once it is written."""
+        self.stopped = 0
+        """The signal that came while it was written; 0 = none."""
         self._warned: set[str] = set()
-        self._saved: Path | None = None
-        """The checkpoint that was written last."""
         self._drawn = -math.inf
         recipe = preset.recipe(part)
         assert recipe.size
@@ -89,8 +90,11 @@ class Run:
         self.previews = Previews(
             self.trainer, self.held, self.evaluation, prompts=options.sample_prompt, cache=cache
         )
+        self.saves = Saves(self.trainer, folder.path, options, self.notes)
         if resume is not None:
             self.notes += restore_state(self.trainer, resume)
+            if resume.parent.parent == folder.path:
+                self.saves.saved = self.trainer.step
         self.trainer.objective.precompute(self.dataset, cache, options.progress)
         folder.forget_after(self.trainer.step)
         self._shown = folder.last_shown()
@@ -107,23 +111,24 @@ class Run:
     def steps(self) -> Iterator[TrainStep]:
         """Train to the last step, writing metrics, sheets and checkpoints on the way.
 
-        Raises Stopped after a first SIGINT or SIGTERM, once the state is saved.
+        Raises Stopped after a first SIGINT, SIGTERM or SIGHUP, once the state is saved;
+        ResourceError if it cannot be, and where numbers are not finite.
         """
-        trainer, options = self.trainer, self.options
-        with graceful_stop(options.stopping) as signals:
+        trainer = self.trainer
+        with graceful_stop(self.options.stopping) as signals:
             if trainer.step and trainer.step != self._shown and self._is_due():
                 self._show_unless(signals)  # it was stopped between the checkpoint and this
                 self._stop_at(signals)
             for step in trainer.run():
                 if step.loss is not None:
-                    self.folder.append(_line(step))
+                    self._measured(_line(step))
                 yield step
                 self._stop_at(signals)
-                if shows := self._is_due():
-                    self._show_unless(signals)
-                elif step.step % options.save_every == 0 and step.step != trainer.config.steps:
-                    self.save()
+                ends, shows = step.step == trainer.config.steps, self._is_due()
+                if ends or shows or parallel.max_over_ranks(self.saves.due()):
+                    self.saves.save(TRIES if ends else 1)
                 if shows:
+                    self._show_unless(signals)
                     self._stop_at(signals)
 
     def _is_due(self) -> bool:
@@ -134,8 +139,7 @@ class Run:
         return bool(parallel.max_over_ranks(due)) if self._shown == 0 else due
 
     def _show_unless(self, signals: list[int]) -> None:
-        """Save, then measure and show, unless a signal comes."""
-        self.save()
+        """Measure and show, unless a signal comes."""
         with suppress(Abandoned):
             self.show(heeding(self.options.progress, signals))
         self._shown = self.trainer.step
@@ -145,16 +149,14 @@ class Run:
         """Save and raise Stopped if a signal has come to any process."""
         if not (signum := parallel.max_over_ranks(signals[0] if signals else 0)):
             return
-        where = self.save()
+        saved, step = self.saves.save(TRIES), self.trainer.step
         self._write_facts(finished=False)
-        hint = f"continue with --out {self.folder.path} --resume"
-        raise Stopped(signum, f"stopped after step {self.trainer.step}, saved {where}", hint)
-
-    def save(self) -> Path:
-        """Write a checkpoint of this step, once."""
-        if self._saved is None or self._saved.name != runs.step_name(self.trainer.step):
-            self._saved = save_state(self.trainer, self.folder.path, keep=self.options.keep)
-        return self._saved
+        hint = f"continue with --out {self.folder.root} --resume"
+        if not saved:
+            newest, what = self.saves.saved, f"stopped after step {step}, which could not be saved"
+            why = "there is no checkpoint" if newest is None else f"the newest is of step {newest}"
+            raise ResourceError(what, why, hint)
+        raise Stopped(signum, f"stopped after step {step}, saved {self.saves.path}", hint)
 
     def show(self, progress: Progress = silent) -> None:
         """Measure the held-out pictures, make a sample sheet, draw the plot and the report; all
@@ -164,33 +166,45 @@ class Run:
         step = self.trainer.step
         image, measures = self.previews.make(progress)
         if image is not None:
-            self.folder.write_sheet(step, image)
+            self.saves.attempt("a sheet of samples", lambda: self.folder.write_sheet(step, image))
         elif self.previews.pictures:
             self.notes.append(f"step {step}: samples are not finite, there is no sheet of them")
-        self.folder.append(*({"step": step, **measure} for measure in measures))
+        self._measured(*({"step": step, **measure} for measure in measures))
         self._write_facts(finished=False)
         if time.monotonic() - self._drawn > DRAWN_EVERY:
-            self.folder.write_report()
+            self.saves.attempt("the report", self.folder.write_report)
             self._drawn = time.monotonic()
         warnings = Metrics.read(self.folder.metrics).warnings(self.facts["steps"])
         self.notes += [words for key, words in warnings.items() if key not in self._warned]
         self._warned |= warnings.keys()
 
     def finish(self) -> Path:
-        """Write the last checkpoint, the model, the plot and the report; the model's path."""
-        self.save()
-        name = runs.LORA if self.model.adapters else runs.MODEL
-        path, left = self.folder.path / name, False
+        """Write the last checkpoint, the model, the plot and the report; the model's path.
+
+        Stopped if a signal comes before the model is written, ResourceError if it cannot be.
+        """
+        path = self.folder.path / (runs.LORA if self.model.adapters else runs.MODEL)
         with graceful_stop(self.options.stopping) as signals:
-            if self.folder.writes:
-                try:
-                    self._write_model(path, heeding(self.options.progress, signals))
-                    self._write_facts(finished=True)
-                    self.folder.write_report()
-                except Abandoned:
-                    left = True
+            self.saves.save(TRIES)
+            written, left = not self.folder.writes, False
+            try:
+                for _ in range(TRIES):
+                    written = written or self.saves.attempt(
+                        "the model",
+                        lambda: self._write_model(path, heeding(self.options.progress, signals)),
+                    )
+            except Abandoned:
+                left = True
             if parallel.max_over_ranks(left):
                 self._stop_at(signals)
+            if parallel.max_over_ranks(not written):
+                hint = f"once there is room, --out {self.folder.root} --resume writes it"
+                raise ResourceError(f"the model cannot be written to {path}", hint=hint)
+            self._write_facts(finished=True)
+            if self.folder.writes:
+                self.saves.attempt("the report", self.folder.write_report)
+            parallel.wait()
+        self.stopped = parallel.max_over_ranks(signals[0] if signals else 0)
         self.path = written_at(path) or path
         return self.path
 
@@ -227,7 +241,10 @@ class Run:
         seconds = time.monotonic() - self._began
         self._session |= {"to": self.trainer.step, "seconds": round(seconds, 1)}
         self.facts["finished"] = finished
-        self.folder.write_facts(self.facts)
+        self.saves.attempt(runs.FACTS, lambda: self.folder.write_facts(self.facts))
+
+    def _measured(self, *lines: dict[str, Any]) -> None:
+        self.saves.attempt(runs.METRICS, lambda: self.folder.append(*lines))
 
 
 def _model(

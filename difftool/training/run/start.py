@@ -22,7 +22,7 @@ from difftool.config.layers import (
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import BUILTIN, Audit, Dataset, open_dataset
 from difftool.diffusion.path import build_path
-from difftool.errors import UsageError, clash
+from difftool.errors import Stopped, UsageError, clash
 from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
 from difftool.progress import Progress, silent
@@ -341,7 +341,6 @@ class Training:
     def parts(self) -> Iterator[Run]:
         """The run of each part that is not done, to be taken to its end before the next is asked
         for. What a part has learned goes to those after it."""
-        from difftool.training.run.folder import RunFolder
         from difftool.training.run.run import Run
 
         if self._files is None:
@@ -352,7 +351,7 @@ class Training:
             for stage in self.stages:
                 if stage.done is None:
                     whole = stage.checkpoint and not self.preset.train.lora_rank
-                    with files if stage.folder == files.path else RunFolder(stage.folder) as own:
+                    with self._folder_of(stage, files) as own:
                         run = Run(
                             own,
                             self.preset,
@@ -365,10 +364,20 @@ class Training:
                         )
                         yield run
                     self.path, self.facts = run.path, run.facts
+                    if run.stopped and stage is not self.stages[-1]:
+                        hint = f"continue with --out {files.path} --resume"
+                        raise Stopped(run.stopped, f"stopped after the {stage.part}", hint)
                 model = stage.folder / runs.MODEL
                 adopt["text" if stage.part == "clip" else stage.part] = model
                 if stage.part == "vae":
                     self.preset = staged.with_codec_of(self.preset, model)
+
+    def _folder_of(self, stage: Stage, files: RunFolder) -> RunFolder:
+        from difftool.training.run.folder import RunFolder
+
+        if stage.folder == files.path:
+            return files
+        return RunFolder(stage.folder, root=files.path)
 
     def run(self) -> Training:
         """Train all parts to their ends; itself. Raises Stopped after a first SIGINT or SIGTERM,

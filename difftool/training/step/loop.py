@@ -200,11 +200,7 @@ class Trainer:
         report = self.record.report()
         loss, norm = report["loss"], report["grad_norm"]
         if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-            raise ResourceError(
-                f"training stopped at step {self.step}: the numbers are not finite",
-                f"loss {loss}, gradient norm {norm}",
-                "resume from the last checkpoint with a lower --lr",
-            )
+            raise not_finite(self.step, f"loss {loss}, gradient norm {norm}")
         return report
 
     @contextmanager
@@ -221,6 +217,13 @@ class Trainer:
         is trained, for another model to adopt."""
         trained = self.objective.trained()
         return list(self.model.parts() if "unet" in trained else trained)
+
+
+def not_finite(step: int, which: str) -> ResourceError:
+    """What ends a run whose numbers are lost."""
+    what = f"training stopped at step {step}: the numbers are not finite"
+    hint = "go on from the last good checkpoint: --resume --allow-change with a lower --lr"
+    return ResourceError(what, which, hint)
 
 
 def compiler_problem(device: torch.device) -> str | None:

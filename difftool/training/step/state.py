@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +17,68 @@ from difftool.storage import runs
 from difftool.storage.commit import write_whole
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step import parallel
-from difftool.training.step.loop import Trainer
+from difftool.training.step.loop import Trainer, not_finite
+
+
+def check_finite(trainer: Trainer) -> None:
+    """ResourceError if a weight, an average or a moment of the optimiser is not finite."""
+    groups: dict[str, Mapping[str, Tensor]] = {"weights": trainer.learning}
+    if trainer.ema:
+        groups |= {f"averaged weights ({k})": track for k, track in trainer.ema.tracks.items()}
+    groups["state of the optimiser"] = _moments(trainer)
+    for what, tensors in groups.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise not_finite(trainer.step, f"of the {what} {name}")
+
+
+def _moments(trainer: Trainer) -> dict[str, Tensor]:
+    """The state of the optimiser, by the names of parameters."""
+    return {
+        f"{name}.{key}": value
+        for name, p in trainer.learning.items()
+        for key, value in trainer.optimizer.state.get(p, {}).items()
+    }
 
 
 def save_state(trainer: Trainer, run: Path, *, keep: int) -> Path:
     """Write a checkpoint of everything that the next step depends on, and averages to choose
     from, into a run folder. Of several processes all call it and the first writes."""
     trainer.record.reduce()
-    if not parallel.is_main():
+    path = run / runs.CHECKPOINTS / runs.step_name(trainer.step)
+    try:
+        if parallel.is_main():
+            runs.save_checkpoint(run, trainer.step, lambda where: _write(trainer, where), keep)
+            if trainer.ema and trainer.config.ema_profile == "power":
+                trainer.ema.snapshot(run / runs.AVERAGES)
+    finally:
         parallel.wait()
-        return run / runs.CHECKPOINTS / runs.step_name(trainer.step)
-
-    def write(where: Path) -> None:
-        parts = trainer.kept_parts()
-        trainer.model.save(where / runs.MODEL, parts=parts)
-        if trainer.ema:
-            note, path = {"difftool.weights": "ema"}, where / runs.AVERAGED
-            trainer.model.save(path, parts=parts, weights=trainer.ema.average, metadata=note)
-            for rule, track in list(trainer.ema.tracks.items())[:-1]:
-                save_tensors(where / f"ema-{rule}.safetensors", track)
-        optimizer = {
-            f"{name}.{key}": value
-            for name, p in trainer.learning.items()
-            for key, value in trainer.optimizer.state.get(p, {}).items()
-        }
-        save_tensors(where / runs.OPTIMIZER, optimizer)
-        if trainer.helper_parameters:
-            save_tensors(where / runs.HELPERS, trainer.helper_parameters)
-        state = {
-            "schema": 1,
-            "step": trainer.step,
-            "record": trainer.record.state(),
-            "ema_updates": trainer.ema.updates if trainer.ema else 0,
-            "scaler": trainer.scaler.state_dict(),
-            "train": to_values(trainer.config),
-            "dataset": trainer.dataset.fingerprint,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        write_whole(where / runs.STATE, json.dumps(state, indent=1))
-
-    path = runs.save_checkpoint(run, trainer.step, write, keep)
-    if trainer.ema and trainer.config.ema_profile == "power":
-        trainer.ema.snapshot(run / runs.AVERAGES)
-    parallel.wait()
     return path
+
+
+def _write(trainer: Trainer, where: Path) -> None:
+    parts = trainer.kept_parts()
+    trainer.model.save(where / runs.MODEL, parts=parts)
+    if trainer.ema:
+        note, path = {"difftool.weights": "ema"}, where / runs.AVERAGED
+        trainer.model.save(path, parts=parts, weights=trainer.ema.average, metadata=note)
+        for rule, track in list(trainer.ema.tracks.items())[:-1]:
+            save_tensors(where / f"ema-{rule}.safetensors", track)
+    save_tensors(where / runs.OPTIMIZER, _moments(trainer))
+    if trainer.helper_parameters:
+        save_tensors(where / runs.HELPERS, trainer.helper_parameters)
+    state = {
+        "schema": 1,
+        "step": trainer.step,
+        "record": trainer.record.state(),
+        "ema_updates": trainer.ema.updates if trainer.ema else 0,
+        "scaler": trainer.scaler.state_dict(),
+        "train": to_values(trainer.config),
+        "dataset": trainer.dataset.fingerprint,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    write_whole(where / runs.STATE, json.dumps(state, indent=1))
 
 
 def restore_state(trainer: Trainer, checkpoint: Path) -> list[str]:
