@@ -14,6 +14,7 @@ from difftool.data.buckets import Buckets
 from difftool.networks.codecs import VaeCodec
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
+from difftool.training.step import cache
 from difftool.training.step.cache import Embeddings, Latents
 
 PRESET = tiny.preset(
@@ -76,6 +77,50 @@ def test_latents_are_the_autoencoders_mirrored_and_kept(model, tmp_path: Path):
     assert file.stat().st_mtime_ns == stamp
     Latents.make(Model.fresh(PRESET, seed=1), data, 16, flip=True, folder=tmp_path, limit=70)
     assert len(list(tmp_path.iterdir())) == 2  # another autoencoder has its own
+
+
+def test_what_was_encoded_before_a_stop_is_not_encoded_again(model, tmp_path: Path, monkeypatch):
+    data, seen = open_dataset("shapes"), []
+    monkeypatch.setattr(cache, "PIECE_PIXELS", 16 * 16 * 10)
+    monkeypatch.setattr(cache, "BATCH_PIXELS", 16 * 16 * 4)
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 24:
+            raise KeyboardInterrupt
+
+    options = {"flip": False, "folder": tmp_path, "limit": 30}
+    with pytest.raises(KeyboardInterrupt):
+        Latents.make(model, data, 16, progress=stop, **options)
+    assert seen == [4, 8, 10, 14, 18, 20, 24]
+    seen.clear()
+    made = Latents.make(model, data, 16, progress=lambda done, _: seen.append(done), **options)
+    assert seen == [24, 28, 30]
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-9])  # a damaged piece is made anew
+    seen.clear()
+    made = Latents.make(model, data, 16, progress=lambda done, _: seen.append(done), **options)
+    assert len(seen) == 3
+    whole = Latents.make(model, data, 16, flip=False, limit=30)
+    assert torch.allclose(made.tables[16, 16], whole.tables[16, 16], atol=5e-3)
+
+
+def test_large_pictures_are_encoded_one_by_one_and_repeats_once(model, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "10_sks fox"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((40, 40), 80).convert("RGB").save(folder / f"{i}.png")
+    data, batches = open_dataset(str(tmp_path)), []
+    posterior = VaeCodec.posterior
+    monkeypatch.setattr(
+        VaeCodec, "posterior", lambda self, x: batches.append(len(x)) or posterior(self, x)
+    )
+    monkeypatch.setattr(cache, "BATCH_PIXELS", 40 * 40)
+    made = Latents.make(model, data, 40, flip=False)
+    assert (len(data), batches) == (30, [1, 1, 1])
+    same = [i for i in range(30) if data.name(i) == data.name(0)]
+    mean, _ = made.read(same, [False] * len(same), torch.device("cpu"))
+    assert len(same) == 10 and torch.equal(mean, mean[:1].expand_as(mean))
 
 
 def test_moments_make_x0_of_unit_variance(model):

@@ -7,8 +7,8 @@ weights), so a stale one is never read; it is written whole or not at all.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,35 +16,35 @@ from torch import Tensor, nn
 
 from difftool.data import Dataset
 from difftool.data.buckets import Buckets, Size
+from difftool.errors import InputError
 from difftool.pipeline.condition import EncodedPrompts, encode_prompts
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step.batches import to_signal
 
-BATCH = 64
+BATCH, BATCH_PIXELS = 64, 1 << 18
+"""Pictures that are encoded at a time: at most so many, and so many pixels of them."""
+PIECE_PIXELS = 1 << 22
+"""Pixels of the pictures in one file: what a run that is killed while it encodes does again."""
 
 
 class Latents:
     """Mean and deviation of every picture's latent, fp16: as it is, and mirrored.
 
-    tables: by size, [n,1 or 2,2c,h,w] of the pictures of that size. sizes: of every picture.
+    tables: by size, [n,1 or 2,2c,h,w] of the pictures of that size. rows: of every sample, the size
+    and the row of its picture, which samples that repeat it share.
     """
 
-    def __init__(self, tables: dict[Size, Tensor], sizes: Sequence[Size]):
-        self.tables, self.sizes = tables, sizes
-        counts: Counter[Size] = Counter()
-        self.rows = []
-        for size in sizes:
-            self.rows.append(counts[size])
-            counts[size] += 1
+    def __init__(self, tables: dict[Size, Tensor], rows: Sequence[tuple[Size, int]]):
+        self.tables, self.rows = tables, rows
 
     def read(
         self, indices: Sequence[int], flips: Sequence[bool], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Raw mean and deviation of those pictures, of one size, fp32 [B,c,h,w] each."""
-        table = self.tables[self.sizes[indices[0]]]
+        table = self.tables[self.rows[indices[0]][0]]
         side = [int(flip) if table.shape[1] > 1 else 0 for flip in flips]
-        chosen = table[[self.rows[i] for i in indices], side]
+        chosen = table[[self.rows[i][1] for i in indices], side]
         mean, std = chosen.to(device, non_blocking=True).float().chunk(2, dim=1)
         return mean, std
 
@@ -68,44 +68,70 @@ class Latents:
         limit: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
-        """The latents of the set's first `limit` pictures, in squares of a side or in buckets; read
-        from the folder or made into it."""
-        count = min(limit or len(dataset), len(dataset))
-        sizes = [
-            (frame, frame) if isinstance(frame, int) else dataset.bucket(index, frame)
-            for index in range(count)
-        ]
-        codec, path = model.codec, None
-        if folder is not None:
-            facts = f"{dataset.fingerprint} {frame} {flip} {count} {_digest(codec.parts())}"
-            name = hashlib.sha256(facts.encode()).hexdigest()[:32]
-            path = folder / f"latents-{name}.safetensors"
-            if path.is_file():
-                return cls({_size(key): t for key, t in load_tensors(path).items()}, sizes)
+        """The latents of the set's first `limit` samples, in squares of a side or in buckets; read
+        from the folder or made into it, a piece after the other."""
+        pictures: dict[Size, list[int]] = {}
+        row_of: dict[str, int] = {}
+        rows: list[tuple[Size, int]] = []
+        for index in range(min(limit or len(dataset), len(dataset))):
+            size = (frame, frame) if isinstance(frame, int) else dataset.bucket(index, frame)
+            name = dataset.name(index)
+            if name not in row_of:
+                row_of[name] = len(pictures.setdefault(size, []))
+                pictures[size].append(index)
+            rows.append((size, row_of[name]))
+        digest = _digest(model.codec.parts()) if folder is not None else ""
         tables, done = {}, 0
-        for size in dict.fromkeys(sizes):
-            members, rows = [i for i in range(count) if sizes[i] == size], []
-            for first in range(0, len(members), BATCH):
-                indices, sides = members[first : first + BATCH], []
-                for mirrored in (False, True)[: 2 if flip else 1]:
-                    pictures = dataset.images(indices, size, [mirrored] * len(indices))
-                    mean, logvar = codec.posterior(to_signal(pictures, model.device))
-                    sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
-                rows.append(torch.stack(sides, dim=1).half().cpu())
-                done += len(indices)
-                if progress:
-                    progress(done, count)
-            tables[size] = torch.cat(rows)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            named = {f"{width}x{height}": table for (width, height), table in tables.items()}
-            save_tensors(path, named, {}, overwrite=True)
-        return cls(tables, sizes)
+        for size, indices in pictures.items():
+            table, each = [], max(1, PIECE_PIXELS // (size[0] * size[1]))
+            for first in range(0, len(indices), each):
+                piece, path, made = indices[first : first + each], None, []
+                if folder is not None:
+                    facts = f"{dataset.fingerprint} {size} {flip} {piece} {digest}"
+                    name = hashlib.sha256(facts.encode()).hexdigest()[:32]
+                    path = folder / f"latents-{name}.safetensors"
+                if (kept := _read(path)) is not None:
+                    table.append(kept)
+                    done += len(piece)
+                    continue
+                for some in _cut(piece, size):
+                    made.append(_encode(model, dataset, some, size, flip))
+                    done += len(some)
+                    if progress:
+                        progress(done, len(row_of))
+                table.append(torch.cat(made))
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_tensors(path, {"latents": table[-1]}, {}, overwrite=True)
+            tables[size] = torch.cat(table)
+        return cls(tables, rows)
 
 
-def _size(text: str) -> Size:
-    width, _, height = text.partition("x")
-    return int(width), int(height)
+def _read(path: Path | None) -> Tensor | None:
+    """The latents in a file; None where there is none, or none that can be read."""
+    if path is not None and path.is_file():
+        with suppress(InputError):
+            return load_tensors(path).get("latents")
+    return None
+
+
+def _cut(indices: Sequence[int], size: Size) -> Iterator[Sequence[int]]:
+    """Samples of a size, as many at a time as are encoded together."""
+    each = max(1, min(BATCH, BATCH_PIXELS // (size[0] * size[1])))
+    for first in range(0, len(indices), each):
+        yield indices[first : first + each]
+
+
+def _encode(
+    model: Model, dataset: Dataset, indices: Sequence[int], size: Size, flip: bool
+) -> Tensor:
+    """Mean and deviation of their latents, fp16 [n,1 or 2,2c,h,w]."""
+    sides = []
+    for mirrored in (False, True)[: 2 if flip else 1]:
+        pictures = dataset.images(indices, size, [mirrored] * len(indices))
+        mean, logvar = model.codec.posterior(to_signal(pictures, model.device))
+        sides.append(torch.cat([mean, (0.5 * logvar).exp()], dim=1))
+    return torch.stack(sides, dim=1).half().cpu()
 
 
 class Embeddings:

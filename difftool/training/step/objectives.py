@@ -151,7 +151,8 @@ class DenoisingObjective(Objective):
         size, preset = self.config.size, self.model.preset
         if not (size and preset.codec.learned and dataset.fixed):
             return None
-        with progress("encoding pictures", len(dataset)) as shown:
+        count = len({dataset.name(index) for index in range(len(dataset))})
+        with progress("encoding pictures", count) as shown:
             return Latents.make(
                 self.model, dataset, buckets_of(preset, size) or size, flip=flip, folder=folder,
                 progress=lambda done, _: shown.update(done),
