@@ -417,6 +417,60 @@ def test_a_picture_is_made_again_from_itself(sample):
     assert (item["negative"], item["sampler"], item["width"]) == ("bad", "euler_a", 32)
 
 
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_a_picture_of_a_format_without_text_chunks_is_made_again_from_itself(sample, format):
+    """Prompt syntax, eta and the picture that it was started from are no words of A1111's text."""
+    sample("a hill", "--seed", 2, "-o", "hill.png")
+    args = ("--negative", "bad", "--sampler", "euler_a", "--eta", 0.5, "--guidance", 3)
+    args = (*args, "--prompt-syntax", "a1111", "--init", "hill.png", "--strength", 0.7)
+    sample("a (red:1.4) fox", *args, "--seed", 11, "--steps", 4, "-o", f"fox.{format}")
+    assert sample("--from-image", f"fox.{format}", "-o", f"again.{format}").code == 0
+    assert Path(f"again.{format}").read_bytes() == Path(f"fox.{format}").read_bytes()
+
+
+def test_latents_of_a_masked_picture_decode_to_the_same_picture(sample):
+    sample("a hill", "--seed", 2, "-o", "hill.png")
+    with Image.open("hill.png") as image:
+        mask = Image.new("L", image.size)
+        mask.paste(255, (0, 0, image.width // 2, image.height))
+        mask.save("mask.png")
+    args = ("--init", "hill.png", "--mask", "mask.png", "--strength", 1)
+    sample("a fox", *args, "--seed", 1, "--save-latents", "-o", "fox.png")
+    ran = sample("--from-latents", "fox.latents.safetensors", "-o", "again.png")
+    assert ran.code == 0 and "warning" not in ran.err
+    assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+    Path("hill.png").unlink()
+    ran = sample("--from-latents", "fox.latents.safetensors", "-o", "alone.png")
+    assert ran.code == 0 and "around the mask is not put back" in ran.err
+
+
+def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
+    text = "a (red:1.2) fox\nSteps: 2, Sampler: Euler, Seed: 5, Size: 16x16, Hires upscale: 2, "
+    text += "Schedule type: Automatic, Denoising strength: 0.4, Version: v1.10.1"
+    Path("a.png").write_bytes(encode(Image.new("RGB", (8, 8)), "png", texts(text, None)))
+    ran = sample("--from-image", "a.png", "-o", "again.png", "--json")
+    (item,) = ran.objects
+    assert (item["prompt_syntax"], item["steps"], item["schedule"]) == ("a1111", 2, "normal")
+    assert ran.err.count("not taken over") == 1
+    assert "Hires upscale: 2" in ran.err and "RNG: GPU" in ran.err and "no effect" not in ran.err
+
+
+def test_a_schedule_that_a1111_would_choose(sample):
+    lines = [
+        '{"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Automatic", "steps": 2}',
+        '{"prompt": "b", "sampler_name": "LMS", "scheduler": "Automatic", "steps": 2}',
+        '{"prompt": "c", "scheduler": "Automatic", "steps": 2}',
+        '{"prompt": "d", "sampler_name": "DPM fast", "scheduler": "Automatic", "steps": 2}',
+        '{"prompt": "e", "sampler_name": "DPM adaptive", "steps": 2}',
+    ]
+    Path("p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ran = sample("--prompts", "p.jsonl", "-o", "out/", "--json")
+    assert [item.get("schedule") for item in ran.objects[:2]] == ["karras", "normal"]
+    assert "schedule" in ran.objects[2]
+    said = [item["error"]["message"] for item in ran.objects[3:]]
+    assert all("is not offered" in text and "nearest" in text for text in said)
+
+
 def test_files_that_a_picture_was_made_with_are_missed_before_anything_is_loaded(sample):
     sample("a fox", "--seed", 1, "-o", "fox.png")
     with Image.open("fox.png") as image:

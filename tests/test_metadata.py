@@ -123,7 +123,7 @@ def test_texts_of_other_tools():
         "steps": 20, "sampler": "dpmpp_2m", "schedule": "karras", "guidance": 7.0, "size": (64, 96),
     }  # fmt: skip
     automatic = "a fox\nSteps: 9, Sampler: Euler a, Schedule type: Automatic, Seed: 5"
-    assert "schedule" not in from_parameters(automatic, "new").settings
+    assert from_parameters(automatic, "new").settings["schedule"] == "normal"
     for line in ("", "Steps: x, Sampler: Euler, Seed: 1", "Steps: 1, Seed: 1, Size: 3"):
         with pytest.raises(InputError):
             from_parameters(f"a fox\n{line}", "bad")

@@ -41,6 +41,7 @@ __all__ = [
     "Noise",
     "Sampler",
     "Step",
+    "spelled",
     "split_spelling",
     "transition",
 ]
@@ -179,6 +180,9 @@ class Method:
 REFUSED = {
     "ipndm_v": "its orders 3 and 4 are published with a misplaced bracket; lms is that method",
     "sde-dpmsolver": "as published it does not preserve the variance; use sde-dpmsolver++",
+    "dpm_fast": "its order changes from step to step; dpm_solver is the nearest",
+    "dpm_adaptive": "it takes steps of its own and not --steps; dpm_solver is the nearest",
+    "restart": "it goes back and repeats steps; euler with s_churn is the nearest",
     "dpmpp_2m_sde order 3": "published with a wrong sign in diffusers; dpmpp_3m_sde is that method",
 }
 """Published methods that do not do what they say, and what to take instead."""
@@ -187,7 +191,7 @@ REFUSED = {
 def refuse(name: str) -> None:
     """UsageError for a method, or "method option value", that is known to be broken."""
     for broken, why in REFUSED.items():
-        if canonical(name) == canonical(broken):
+        if canonical(name) in (canonical(broken), f"k{canonical(broken)}"):
             raise UsageError(f'"{name}" is not offered', why)
 
 
@@ -325,5 +329,27 @@ def split_spelling(name: str) -> tuple[str, str | None]:
     return SAMPLERS.resolve(name), None
 
 
+def spelled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with a sampler's name, such as "DPM++ 2M Karras", taken apart; a schedule beside it
+    wins. "Automatic" is the schedule that A1111 gives that sampler, without one the model's own."""
+    sampler, schedule, implied = settings.get("sampler"), settings.get("schedule"), None
+    if sampler is not None:
+        sampler, implied = split_spelling(sampler)
+    if schedule is not None and canonical(schedule) == "automatic":
+        schedule = implied or (None if sampler is None else AUTOMATIC.get(sampler, "normal"))
+    elif schedule is not None:
+        schedule = GRIDS.resolve(schedule)
+    named = {"sampler": sampler, "schedule": schedule or implied}
+    rest = {name: value for name, value in settings.items() if name not in named}
+    return rest | {name: value for name, value in named.items() if value is not None}
+
+
+AUTOMATIC = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
+    **dict.fromkeys(("ddim", "plms"), "ddim_uniform"),
+    "lcm": "lcm",
+}
+"""What A1111's schedule "Automatic" is; of its other samplers it is "normal"."""
 SUFFIXES = {"k": "karras", "ka": "karras", "exp": "exponential"}
 """Of InvokeAI and A1111."""

@@ -35,11 +35,11 @@ OUTPUT_FORMATS: Registry[OutputFormat] = Registry("format of pictures")
 for row in (
     OutputFormat("png", "PNG", (".png",), "lossless, with all metadata", chunks=True),
     OutputFormat(
-        *("jpg", "JPEG", (".jpg", ".jpeg"), "quality 95, A1111's text as EXIF comment"),
+        *("jpg", "JPEG", (".jpg", ".jpeg"), "quality 95, all metadata in EXIF"),
         options={"quality": 95, "subsampling": 0},
     ),
     OutputFormat(
-        *("webp", "WEBP", (".webp",), "quality 95, A1111's text as EXIF comment"),
+        *("webp", "WEBP", (".webp",), "quality 95, all metadata in EXIF"),
         options={"quality": 95},
     ),
 ):

@@ -7,11 +7,12 @@ decoded; of every file that can be opened, colour is brought to plain RGB the wa
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
@@ -29,6 +30,11 @@ ORIENTATION = 0x0112
 """EXIF's tag; from 5 on, width and height are exchanged."""
 EXIF_FOLDER, EXIF_USER_COMMENT, EXIF_SOFTWARE = 0x8769, 0x9286, 0x0131
 """EXIF's sub-directory, its tag there for a text of any length, and its tag of what made it."""
+EXIF_KEYWORDS = (0x010F, 0x0110)
+"""Tags of EXIF's main directory, meant for cameras, in which tools write KEYWORD:TEXT."""
+EXIF_PACKED = 0xD1FF
+"""A private tag of the sub-directory: keyword, 0, and a text packed with zlib."""
+MAX_TEXT = 1 << 22
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
@@ -120,19 +126,23 @@ def read_mask(source: str | Path | Image.Image) -> Image.Image:
     return read_picture(source, "black").image.convert("L")
 
 
-def read_notes(source: str | Path) -> tuple[dict[str, Any], str | None]:
-    """What a picture's file says beside its pixels: text chunks by keyword, and the EXIF user
-    comment where there is one. Nothing is decoded. Raises as `read_picture` does."""
+def read_notes(source: str | Path) -> tuple[dict[str, str], str | None]:
+    """What a picture's file says beside its pixels: texts by keyword, of a PNG's chunks, a JPEG's
+    comment ("comment") and EXIF, and the EXIF user comment where there is one. Nothing is decoded.
+    Raises as `read_picture` does."""
     with _refusals(str(source)), _open(_read_file(Path(source))) as image:
-        return {str(key): value for key, value in image.info.items()}, _comment(image)
-
-
-def _comment(image: Image.Image) -> str | None:
-    """The EXIF user comment."""
-    comment = image.getexif().get_ifd(EXIF_FOLDER).get(EXIF_USER_COMMENT)
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return comment[8:].decode("utf-16-be", "replace")
-    return None
+        exif = image.getexif()
+        texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+        if isinstance(told := image.info.get("comment"), bytes):
+            texts["comment"] = _text(told)
+        for tag in EXIF_KEYWORDS:  # "prompt:{...}": ComfyUI's way in WebP
+            keyword, colon, value = str(exif.get(tag, "")).partition(":")
+            if colon:
+                texts.setdefault(keyword, value.rstrip("\0"))
+        if isinstance(told := exif.get_ifd(EXIF_FOLDER).get(EXIF_PACKED), bytes):
+            keyword, _, packed = told.partition(b"\0")
+            texts[_text(keyword)] = _text(zlib.decompressobj().decompress(packed, MAX_TEXT))
+        return texts, _comment(image)
 
 
 def _is_own(image: Image.Image) -> bool:
@@ -143,6 +153,30 @@ def _is_own(image: Image.Image) -> bool:
     if name in (info.get("Software"), image.getexif().get(EXIF_SOFTWARE)):
         return True
     return f"Version: {name}-" in f"{info.get(TEXT)} {_comment(image)}"
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("utf-8", "replace").strip("\0")
+
+
+def _comment(image: Image.Image) -> str | None:
+    """The EXIF user comment, whose first eight bytes name its encoding."""
+    value = image.getexif().get_ifd(EXIF_FOLDER).get(EXIF_USER_COMMENT)
+    if not isinstance(value, bytes):
+        return value
+    name, rest = value[:8].rstrip(b"\0 ").upper(), value[8:]
+    if name == b"JIS":
+        return rest.decode("iso2022_jp", "replace")
+    if name not in (b"UNICODE", b"ASCII", b""):
+        return _text(value)  # no encoding is named
+    if name != b"UNICODE" or b"\0" not in rest.rstrip(b"\0"):
+        with suppress(UnicodeDecodeError):  # whatever it is called
+            return rest.rstrip(b"\0").decode("utf-8")
+    # The standard has no byte order; of what is written in Latin letters every other byte is 0.
+    little = rest[1::2].count(0) > rest[::2].count(0)
+    if rest[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        little, rest = rest[:2] == b"\xff\xfe", rest[2:]
+    return rest.decode("utf-16-le" if little else "utf-16-be", "replace").rstrip("\0")
 
 
 class _Refused(Exception):

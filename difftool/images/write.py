@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import BinaryIO
 from PIL import Image, PngImagePlugin
 
 from difftool.errors import UsageError
-from difftool.images.formats import OUTPUT_FORMATS
-from difftool.images.read import EXIF_FOLDER, EXIF_USER_COMMENT
+from difftool.images.formats import CHUNK, OUTPUT_FORMATS
+from difftool.images.read import EXIF_FOLDER, EXIF_PACKED, EXIF_USER_COMMENT
 from difftool.storage.commit import write_whole
 
 
 def encode(
     image: Image.Image, format: str, chunks: Mapping[str, str] | None = None, text: str = ""
 ) -> bytes:
-    """The bytes of a picture's file, with the texts by keyword, or where the format has no room
-    for these the one text, that it carries. UsageError where that does not fit."""
+    """The bytes of a picture's file, with the texts by keyword; or where the format has no room
+    for these the one text, that it carries, and difftool's own packed. UsageError where that does
+    not fit."""
     row = OUTPUT_FORMATS[format]
     if row.chunks:
         return encode_png(image, chunks)
@@ -27,6 +29,9 @@ def encode(
     if text:
         comment = b"UNICODE\0" + text.encode("utf-16-be")
         exif.get_ifd(EXIF_FOLDER)[EXIF_USER_COMMENT] = comment
+    if chunks and CHUNK in chunks:
+        packed = zlib.compress(chunks[CHUNK].encode(), 9)
+        exif.get_ifd(EXIF_FOLDER)[EXIF_PACKED] = CHUNK.encode() + b"\0" + packed
     file = BytesIO()
     try:
         image.save(file, row.pillow, exif=exif, **row.options)

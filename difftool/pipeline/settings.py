@@ -18,7 +18,7 @@ from difftool.config.schema import SampleConfig
 from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, Level
-from difftool.diffusion.samplers import SAMPLERS, Sampler, split_spelling
+from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
 from difftool.errors import UsageError
 from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.pipeline.model import Model
@@ -60,13 +60,7 @@ def resolve_settings(
     sampler may be named with its schedule, as other tools do ("DPM++ 2M Karras"). match: another
     tool, whose numbers are wanted where it has its own. UsageError for what cannot be.
     """
-    given = {name: value for name, value in (asked or {}).items() if value is not None}
-    if "sampler" in given:
-        given["sampler"], schedule = split_spelling(given["sampler"])
-        if schedule:
-            given.setdefault("schedule", schedule)
-    if "schedule" in given:
-        given["schedule"] = GRIDS.resolve(given["schedule"])
+    given = spelled({name: value for name, value in (asked or {}).items() if value is not None})
     width, height = given.get("size", model.preset.sample.size)
     given["size"] = (given.pop("width", width), given.pop("height", height))
     values = to_values(model.preset.sample)

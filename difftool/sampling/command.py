@@ -20,13 +20,13 @@ from difftool.config.options import by_name, option_layers
 from difftool.config.schema import SampleConfig
 from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
-from difftool.diffusion.samplers import SAMPLERS
+from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Note, Started
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, read_requests, request_of
-from difftool.sampling.settings import SETTINGS, spelled
+from difftool.sampling.settings import SETTINGS
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -75,7 +75,7 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if values["from_image"]:
         from difftool.sampling.metadata.files import read
 
-        base = base.over(read(values["from_image"]))
+        base = _taken_over(values, base.over(read(values["from_image"])))
         if not loaded:
             _check_files(values, base)
     _check_plugins(base)
@@ -106,6 +106,15 @@ def _layers(values: Mapping[str, Any]) -> list[Layer]:
             raise UsageError(f"{layer.origin}: only sample.KEY is set here", why)
         layers.append(layer)
     return layers
+
+
+def _taken_over(values: Mapping[str, Any], request: Request) -> Request:
+    """The request of a picture, with what options that are given ask for no longer missing."""
+    missed = tuple((name, text) for name, text in request.missed if not values.get(name))
+    settings = dict(request.settings)
+    if any(name == "init" for name, _ in missed):
+        settings.pop("strength", None)  # which is said with the picture that is missing
+    return replace(request, missed=missed, settings=settings)
 
 
 def _check_files(values: Mapping[str, Any], request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,4 @@ def read_latents(path: Path, model: Model) -> tuple[Tensor, Request]:
     size = (x0.shape[2] * codec.factor, x0.shape[1] * codec.factor)
     text = header.metadata.get(KEY)
     asked = Request() if text is None else from_chunk(text, str(path))
-    return x0, Request(
-        prompt=asked.prompt, negative=asked.negative, label=asked.label, seeds=asked.seeds,
-        settings={**asked.settings, "size": size},
-    )  # fmt: skip
+    return x0, replace(asked, settings={**asked.settings, "size": size})

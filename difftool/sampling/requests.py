@@ -64,6 +64,10 @@ class Request:
     plugins: tuple[tuple[str, str], ...] = ()
     """Names and hashes of the plugins that it was made with."""
 
+    missed: tuple[tuple[str, str], ...] = ()
+    """What the picture that it is taken from was made by and it does not ask for, each with the
+    option that would, or ""."""
+
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):
             read_text(text or "")

@@ -200,6 +200,9 @@ class Resolver:
         for name, digest in request.plugins:
             if now.get(name, digest) != digest:
                 texts.append(f"the plugin {name} is not as it was when the picture was made")
+        if request.missed:
+            listed = ", ".join(text for _, text in request.missed)
+            texts.append(f"not taken over from {request.source or 'the picture'}: {listed}")
         for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
             count, limit = token_count(self.model, prompt) if prompt else (0, 0)
             if count > limit and (settings.prompt_syntax == "none" or self.strict):

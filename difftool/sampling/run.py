@@ -16,7 +16,7 @@ from difftool.errors import DifftoolError, ResourceError, out_of_memory
 from difftool.images.fit import tile, to_pil
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
-from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.inputs import SampleInput, load_init, load_mask
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.sampling.batches import Planned, batches, default_batch
@@ -26,7 +26,7 @@ from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.output import Output
-from difftool.sampling.requests import Lines
+from difftool.sampling.requests import Lines, Request
 from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
 
@@ -142,11 +142,8 @@ class SampleRun:
         except Exception as error:
             self._keep_latents(samples, x0, error)
             raise
-        for image, given in zip(images, inputs, strict=True):
-            if given.mask is not None and given.init is not None:  # what was not asked for stays
-                mask, init = given.mask.to(image), given.init.to(image)
-                image.copy_(mask * image + (1 - mask) * init)
-        return list(zip(x0.float().cpu(), images.cpu(), strict=True))
+        pasted = [_pasted(image, given) for image, given in zip(images, inputs, strict=True)]
+        return [(x, image.cpu()) for x, image in zip(x0.float().cpu(), pasted, strict=True)]
 
     def _keep_latents(self, samples: list[Sample], x0: Tensor, error: Exception) -> None:
         """Latents that could not be decoded, onto the disk: ResourceError that says where."""
@@ -159,7 +156,8 @@ class SampleRun:
             stem = sample.path or self.output.root / f"undecoded-{sample.seed}.png"
             stem.parent.mkdir(parents=True, exist_ok=True)
             files.append(latents_path(stem))
-            write_latents(files[-1], latent, None, overwrite=True)
+            told = chunk(sample) if self.metadata else None
+            write_latents(files[-1], latent, told, overwrite=True)
         what = f"the latents are kept in {files[0]}" + (" and beside it" if files[1:] else "")
         why, hint = str(error).splitlines()[0], "decode them with --from-latents"
         raise ResourceError(f"decoding failed; {what}", why, hint) from error
@@ -205,11 +203,16 @@ class SampleRun:
                 x0, request = read_latents(file, self.model)
                 plan = plan_sampling(self.model, resolve_settings(self.model, request.settings))
                 seed = request.seeds[0] if request.seeds else None
+                given, request, lacks = _pictures_of(request, plan.settings.size)
+                if lacks:
+                    yield Note(f"{file}: what was around the mask is not put back: {lacks}")
                 sample = Sample(
-                    index=index, request=request, plan=plan, input=SampleInput(), seed=seed
-                )
+                    index=index, request=request, plan=plan, input=given, seed=seed,
+                    embeddings=request.embeddings,
+                )  # fmt: skip
                 path = self.output.path(sample.values()) if self.output else None
                 image = decode(self.model, x0[None].to(self.model.device))[0].cpu()
+                image = _pasted(image, given)
             except DifftoolError as error:
                 yield Failure(index, error)
                 continue
@@ -221,6 +224,26 @@ class SampleRun:
                 continue
             seconds = time.perf_counter() - started
             yield self._written(replace(sample, path=path), x0, image, seconds)
+
+
+def _pasted(image: Tensor, given: SampleInput) -> Tensor:
+    """The image [3,H,W] where it was to be repainted; the rest of its picture stays."""
+    if given.mask is None or given.init is None:
+        return image
+    mask, init = given.mask.to(image), given.init.to(image)
+    return mask * image + (1 - mask) * init
+
+
+def _pictures_of(request: Request, size: tuple[int, int]) -> tuple[SampleInput, Request, str]:
+    """The picture and the mask that latents were made from, where they have one; without them,
+    what is said, and a request that no longer speaks of a mask."""
+    if not (request.init and request.mask):
+        return SampleInput(), request, ""
+    try:
+        init, mask = load_init(request.init, size), load_mask(request.mask, size)
+        return SampleInput(init=init, mask=mask), request, ""
+    except DifftoolError as error:
+        return SampleInput(), replace(request, mask=None), error.what
 
 
 def _unsound(sample: Sample, x0: Tensor, image: Tensor) -> Failure | None:

@@ -31,6 +31,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
+from difftool.registry import canonical
 from difftool.storage.strict_json import is_unicode
 
 PROMPT, PICTURE, SAMPLER, GUIDANCE = "Prompt", "Picture", "Sampler", "Guidance"
@@ -175,8 +176,21 @@ def _lora_hashes(loras: Iterable[Any]) -> str:
     return ", ".join(f"{applied.lora.path.stem}: {applied.lora.hash}" for applied in loras)
 
 
+def _schedule(name: str) -> str:
+    return name if canonical(name) == "automatic" else GRIDS.resolve(name)
+
+
+def _known_sampler(name: str) -> str | None:
+    try:
+        return _sampler(name)
+    except UsageError:
+        return None
+
+
 def _known_schedule(name: str) -> str | None:
-    return name if name in GRIDS else None  # A1111 has "Automatic" too
+    of_a1111 = {row.a1111: own for own, row in GRIDS.items()}
+    name = of_a1111.get(name) or {"Uniform": "normal", "DDIM": "ddim_uniform"}.get(name, name)
+    return name if name in GRIDS or name == "Automatic" else None
 
 
 def _size_of_text(text: str) -> tuple[int, int]:
@@ -298,9 +312,9 @@ SETTINGS: tuple[Setting, ...] = (
     _of_request("out", "Name of the picture below the output folder", PICTURE, short="f",
         option=False),
     _of_model("sampler", "Sampler", SAMPLER, read=_sampler, choices=lambda: SAMPLERS, always=True,
-        short="ss", a1111=A1111("Sampler", str, lambda name: SAMPLERS[name].a1111 or name),
-        also=("sampler_name",), bundled=True),
-    _of_model("schedule", "Grid of levels", SAMPLER, read=GRIDS.resolve, choices=lambda: GRIDS,
+        short="ss", also=("sampler_name",), bundled=True,
+        a1111=A1111("Sampler", _known_sampler, lambda name: SAMPLERS[name].a1111 or name)),
+    _of_model("schedule", "Grid of levels", SAMPLER, read=_schedule, choices=lambda: GRIDS,
         always=True,
         a1111=A1111("Schedule type", _known_schedule, lambda name: GRIDS[name].a1111 or name),
         also=("scheduler",), bundled=True),
@@ -405,13 +419,3 @@ def settings_of(values: Values) -> dict[str, Any]:
 
     layers = (layer["sample"] for _, layer in option_layers(SETTINGS, values))
     return merged(layers)
-
-
-def spelled(settings: Values) -> dict[str, Any]:
-    """Settings with a sampler's name, such as "DPM++ 2M Karras", taken apart; a schedule that is
-    given beside it wins."""
-    if settings.get("sampler") is None:
-        return dict(settings)
-    name, schedule = split_spelling(settings["sampler"])
-    implied = {} if schedule is None else {"schedule": schedule}
-    return implied | dict(settings) | {"sampler": name}

@@ -13,16 +13,20 @@ from difftool.storage.read import read_bytes
 MAX_BYTES = 16 << 20
 
 
-def parse_json(text: str | bytes, source: str, *, infinite: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, source: str, *, infinite: bool = False, lenient: bool = False
+) -> Any:
     """The value of a JSON text; InputError, naming the source, if it is not sound.
 
     Refused: duplicate keys, NaN (and, unless `infinite`, infinities), nesting without end, text
-    that is not Unicode.
+    that is not Unicode. lenient: NaN is null, as in what ComfyUI writes.
     """
 
-    def constant(name: str) -> float:
+    def constant(name: str) -> float | None:
         if infinite and name != "NaN":
             return float(name)
+        if lenient:
+            return None
         raise ValueError(f"{name} is not a JSON number")
 
     def number(text: str) -> float:

@@ -133,14 +133,19 @@ class Lora:
 
     @cached_property
     def hash(self) -> str:
-        """By which other tools know the file: of what follows a safetensors header."""
-        digest, start = hashlib.sha256(), 0
-        if looks_like_safetensors(self.path):
-            with open_file(self.path) as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-        for chunk in file_chunks(self.path, start, self.path.stat().st_size):
-            digest.update(chunk)
-        return digest.hexdigest()[:12]
+        """By which other tools know the file."""
+        return lora_hash(self.path)
+
+
+def lora_hash(path: Path) -> str:
+    """By which other tools know a LoRA: of what follows a safetensors header."""
+    digest, start = hashlib.sha256(), 0
+    if looks_like_safetensors(path):
+        with open_file(path) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+    for chunk in file_chunks(path, start, path.stat().st_size):
+        digest.update(chunk)
+    return digest.hexdigest()[:12]
 
 
 def changed_by(loras: Iterable[Lora]) -> set[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from difftool.diffusion.samplers import spelled
 from difftool.errors import InputError
+from difftool.sampling.metadata.found import Found, needs_a1111
 from difftool.sampling.requests import Request, request_of
-from difftool.sampling.settings import A1111_WORDS, Values, spelled
+from difftool.sampling.settings import A1111_WORDS, Values
 from difftool.version import __version__
 
 ORDER = (
@@ -69,8 +73,9 @@ def _unquoted(value: str) -> str:
 
 
 def from_parameters(text: str, source: str) -> Request:
-    """The request in the text, as far as it is understood here; InputError if it is not sound."""
-    words = parse_parameters(text)
+    """The request in the text; what is not understood is listed in it. InputError if it is not
+    sound."""
+    words, found = parse_parameters(text), Found(source)
     read: dict[str, Any] = {}
     try:
         for word, (row, dialect) in A1111_WORDS.items():
@@ -78,9 +83,68 @@ def from_parameters(text: str, source: str) -> Request:
                 continue
             if (value := dialect.read(words[word])) is not None:
                 read[row.name] = value
+            elif words[word]:
+                found.miss(f"{word}: {words[word]}")
         if "seed" not in read:
             raise ValueError("it has no seed")
     except ValueError as error:
         raise InputError(f"the parameters of {source} cannot be read", str(error)) from None
     read |= {"prompt": words["Prompt"], "negative": words["Negative prompt"]}
-    return request_of(spelled(read), model_hash=words.get("Model hash", ""))
+    if not words.get("Version", "").startswith("difftool"):
+        _as_a1111(words, read, found)
+    request = request_of(spelled(read), model_hash=words.get("Model hash", ""))
+    return replace(request, missed=tuple(found.missed), loras=tuple(found.loras))
+
+
+SILENT = frozenset(A1111_WORDS) | {
+    *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
+    *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
+    *("Civitai metadata", "Created Date", "Template", "Negative Template", "VAE", "Backend"),
+    *("Pipeline", "Operations", "Job timestamp"),
+}
+"""Words that change nothing, or are looked at one by one."""
+_NETWORK = re.compile(r"<(lora|lyco|hypernet):([^<>:]+)((?::[^<>:]*)*)>")
+
+
+def _as_a1111(words: Mapping[str, str], read: dict[str, Any], found: Found) -> None:
+    """What A1111's text says beyond the settings that difftool has, taken over or listed."""
+    version = re.search(r"v?1\.(\d+)", words.get("Version", ""))
+    if "Schedule type" not in words and version and "schedule" not in spelled(read):
+        read["schedule"] = "Automatic" if int(version[1]) >= 9 else "normal"
+    pairs = (pair.partition(":") for pair in words.get("Lora hashes", "").split(","))
+    digests = {name.strip(): digest.strip() for name, _, digest in pairs}
+    for kind, name, rest in _NETWORK.findall(read["prompt"]):
+        if kind == "hypernet":
+            found.miss(f"the hypernetwork {name}")
+            continue
+        weight, *others = _weights(rest)
+        found.lora(name, weight, digests.get(name, ""))
+        if any(other != weight for other in others):
+            found.miss(f"the weights {rest[1:]} of {name} but the first")
+    read["prompt"] = _NETWORK.sub("", read["prompt"]).strip()
+    if needs_a1111(read["prompt"], read["negative"]):
+        read["prompt_syntax"] = "a1111"
+    for word in words.get("TI hashes", "").split(","):
+        if name := word.partition(":")[0].strip():
+            found.miss(f"the embedding {name}: --embedding", "embedding")
+    if words.get("VAE") not in (None, "None", "Automatic"):
+        found.miss(f"the VAE {words['VAE']}: --vae", "vae")
+    if "strength" in read and not any(word.startswith("Hires") for word in words):
+        found.started_from()
+    elif "strength" in read:
+        found.miss(f"Denoising strength: {read.pop('strength'):g}")
+    noise = words.get("RNG", "GPU" if version else "CPU")
+    if noise != "CPU":
+        found.miss(f"RNG: {noise} (the noise is another)")
+    if words.get("Refiner"):
+        found.miss(f"Refiner: {words['Refiner']}: --refiner", "refiner")
+    for word, value in words.items():
+        if word not in SILENT and (word, value) != ("Emphasis", "Original"):
+            found.miss(f"{word}: {value[:60]}")
+
+
+def _weights(rest: str) -> list[float]:
+    """The numbers of <lora:NAME:0.8:...>; 1 where there are none."""
+    texts = [part.rpartition("=")[2] for part in rest.split(":")[1:]]
+    numbers = [float(t) for t in texts if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*", t)]
+    return numbers or [1.0]

@@ -32,6 +32,7 @@ def chunk(sample: Sample) -> dict[str, Any]:
     request |= {n: v for n in (*IMAGES, "refiner") if (v := values[n]) is not None}
     request |= {"embeddings": list(sample.embeddings)} if sample.embeddings else {}
     loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
+    loras = loras or [list(lora) for lora in sample.request.loras]  # of latents that are decoded
     request |= {"loras": loras} if loras else {}
     if plugins := used(_components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]

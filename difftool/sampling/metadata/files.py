@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,23 @@ from difftool.images.formats import CHUNK, TEXT
 from difftool.images.read import read_notes
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
+from difftool.sampling.metadata.comfy import from_graph
+from difftool.sampling.metadata.others import (
+    from_fooocus,
+    from_invoke,
+    from_novelai,
+    from_swarm,
+    object_in,
+)
 from difftool.sampling.requests import Request
 from difftool.storage.strict_json import to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+COMMENT = "EXIF comment"
+Notes = Mapping[str, str]
+Reader = Callable[[str, str, Notes], Request | None]
 
 
 def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:
@@ -27,21 +40,64 @@ def texts(text: str | None, values: Mapping[str, Any] | None) -> dict[str, str]:
 
 def encode(image: Image, format: str, chunks: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a picture's file with these text chunks; a format that has none has A1111's
-    text."""
+    text for all to read, and the chunk packed."""
     chunks = chunks or {}
     return write.encode(image, format, chunks, chunks.get(TEXT, ""))
 
 
 def read(path: Path) -> Request:
-    """The request that makes a picture again, from its `difftool` chunk or its A1111 text.
+    """The request that makes a picture again, from its `difftool` chunk or what other tools write.
 
     UsageError if there is no such file, InputError if it is no picture or says nothing.
     """
     check_file("picture", path)
-    info, comment = read_notes(path)
-    if isinstance(values := info.get(CHUNK), str):
-        return from_chunk(values, str(path))
-    text = info.get(TEXT) if comment is None else comment
-    if isinstance(text, str):
-        return from_parameters(text, str(path))
+    notes, comment = read_notes(path)
+    for keywords, reader in DIALECTS:
+        for keyword in keywords:
+            text = comment if keyword == COMMENT else notes.get(keyword)
+            if text and (request := _read(reader, text, str(path), notes)) is not None:
+                return request
     raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")
+
+
+def _read(reader: Reader, text: str, source: str, notes: Notes) -> Request | None:
+    """What a reader makes of a text, which may hold anything."""
+    try:
+        return reader(text, source, notes)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"what {source} says of itself cannot be read", repr(error)) from None
+
+
+def _text(text: str, source: str, notes: Notes) -> Request | None:
+    """A1111's text, or the JSON that others write in its place."""
+    if not text.lstrip().startswith("{"):
+        return from_parameters(text, source)
+    values = object_in(text, source)
+    if isinstance(swarm := values.get("sui_image_params"), dict):
+        return from_swarm(swarm, source)
+    if isinstance(graph := values.get("prompt"), dict):
+        return from_graph(to_json(graph), source)
+    return from_fooocus(values, source)
+
+
+def _remark(text: str, source: str, notes: Notes) -> Request | None:
+    """The same in a comment, which may well be about something else."""
+    return _text(text, source, notes) if re.search(r"\bSteps:|^\s*\{", text) else None
+
+
+def _novelai(text: str, source: str, notes: Notes) -> Request | None:
+    if "NovelAI" not in notes.get("Software", ""):
+        return None
+    return from_novelai(text, source, notes.get("Description", ""))
+
+
+DIALECTS: tuple[tuple[tuple[str, ...], Reader], ...] = (
+    ((CHUNK,), lambda text, source, _: from_chunk(text, source)),
+    (("invokeai_metadata", "sd-metadata"), lambda text, source, _: from_invoke(text, source)),
+    (("Comment",), _novelai),
+    ((COMMENT,), _remark),
+    ((TEXT,), _text),
+    (("prompt",), lambda text, source, _: from_graph(text, source)),
+    (("comment",), _remark),
+)
+"""Where a picture may say how it was made, the surest first, and what reads it."""
