@@ -66,6 +66,12 @@ class Stopped(DifftoolError):
         self.code = 128 + signum
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory gave out, of the machine or of a device."""
     text = str(error).lower()

@@ -28,7 +28,7 @@ def cases() -> list:
     found = []
     for command in COMMANDS:
         for row in import_module(f"difftool.cli.{command}").ROWS:
-            if row.type in (str, Path) and not row.blank and row.name != "list":
+            if row.type is not bool and not row.blank and row.name != "list":
                 found.append(pytest.param(command, row, id=f"{command} {row.flag}"))
     return found
 

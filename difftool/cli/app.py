@@ -21,6 +21,7 @@ from difftool.errors import (
     DifftoolError,
     ResourceError,
     UsageError,
+    first_line,
     out_of_memory,
     suggestion,
     unreadable,
@@ -186,10 +187,12 @@ def _report_usage(error: typer.TyperException) -> int:
     rows = getattr(context and context.command, "rows", ())
     if rows and hasattr(error, "possibilities"):  # flags of a similar name: there is no such one
         return _report(habits.answer(getattr(error, "option_name", ""), rows, called))
-    message = getattr(error, "format_message", lambda: str(error))()
+    message = getattr(error, "format_message", lambda: str(error))().rstrip(".")
     value = _value(getattr(getattr(error, "param", None), "opts", ()))
     why = f"got {value}" if value is not None and value not in message else None
-    return _report(UsageError(message.rstrip("."), why, f"see {called} --help"))
+    return _report(
+        UsageError(message or "the command line cannot be read", why, f"see {called} --help")
+    )
 
 
 def _value(options: Sequence[str]) -> str | None:
@@ -203,8 +206,8 @@ def _value(options: Sequence[str]) -> str | None:
 
 def _fault(error: Exception) -> DifftoolError:
     """The user-facing form of a mistake of ours."""
-    what = str(error).split("\n")[0]
-    why = f"{type(error).__name__}: {what}" if what else type(error).__name__
+    what, kind = first_line(error), type(error).__name__
+    why = kind if what == kind else f"{kind}: {what}"
     return DifftoolError("something went wrong inside difftool", why, "--debug shows where")
 
 
@@ -215,7 +218,7 @@ def _of_system(error: Exception) -> DifftoolError | None:
         return ResourceError("the disk is full", str(error), "free some space and run again")
     if out_of_memory(error):
         hint = "use a smaller --batch-size or --size"
-        return ResourceError("out of memory", str(error).split("\n")[0] or None, hint)
+        return ResourceError("out of memory", first_line(error), hint)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f'there can be no file "{error.filename}"', "its name is too long")
     if isinstance(error, OSError) and error.filename is not None:

@@ -44,7 +44,8 @@ def _escaped(text: str) -> str:
 
 def parameter(row: Option) -> inspect.Parameter:
     """Typer's parameter of an option."""
-    one: Any = str if row.type is Path else row.type  # a Path of "" would be the working folder
+    # As texts: a Path of "" would be the working folder, and what is no number is ours to say.
+    one: Any = bool if row.type is bool else str
     kind: Any = list[one] if row.many else one
     if row.argument:
         info: Any = typer.Argument(
@@ -72,6 +73,16 @@ def parameter(row: Option) -> inspect.Parameter:
 
 def _is_switch(row: Option) -> bool:
     return row.type is bool and not any("/" in flag for flag in row.flags)
+
+
+def _number(kind: type[int] | type[float], text: Any) -> Any:
+    """The number that a text is, or the texts of a list are; as they stand where they are none."""
+    if isinstance(text, list):
+        return [_number(kind, each) for each in text]
+    try:
+        return text if text is None else kind(text)
+    except ValueError:
+        return text
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,6 +115,8 @@ def command(
         given = {
             n: None if value is False and n in switches else value for n, value in given.items()
         }
+        numbers = {row.name: row.type for row in rows if row.type in (int, float)}
+        given |= {n: _number(kind, given[n]) for n, kind in numbers.items() if n in given}
         try:
             return run(read_options(rows, given))
         except KeyboardInterrupt as stop:  # which Typer would end in silence

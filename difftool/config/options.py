@@ -96,6 +96,8 @@ class Option:
         it was not given by its flag (a key of JSON, say)."""
         called = called or self.flag
         if self.type in (int, float):
+            if isinstance(given, str):
+                self._check_text(given, called)
             self._check_number(given, called)
         elif self.type is bool and not isinstance(given, bool):
             raise UsageError(f"{called} {given!r} is neither true nor false")
@@ -121,10 +123,12 @@ class Option:
             raise UsageError(f"{called} has a NUL character", repr(given)[:80])
 
     def _check_number(self, given: object, called: str) -> None:
-        if isinstance(given, bool) or not isinstance(given, int | float):
+        number = isinstance(given, int | float) and not isinstance(given, bool)
+        if self.type is int and not (number and isinstance(given, int)):
+            shown = given if number else repr(given)
+            raise UsageError(f"{called} {shown} is not a whole number")
+        if not isinstance(given, int | float) or not number:
             raise UsageError(f"{called} {given!r} is not a number")
-        if self.type is int and not isinstance(given, int):
-            raise UsageError(f"{called} {given} is not a whole number")
         (self.within or (within_of(self.key) if self.key else FINITE)).check(given, called)
 
     def check_files(self, value: Any) -> None:

@@ -21,6 +21,22 @@ from difftool.storage.yaml import dump_yaml
 T = TypeVar("T")
 
 
+WANTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "a text",
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    **dict.fromkeys(("dict_type", "dataclass_type"), "a mapping of keys to values"),
+    "literal_error": "{expected}",
+    "none_required": "null",
+}
+"""What a value is to be, in words, by pydantic's type of what is wrong with it."""
+
+
 @cache
 def _adapter(cls: type, kinds: tuple[type, ...]) -> Any:
     """What checks the values of a class while those kinds are registered."""
@@ -111,9 +127,15 @@ def _explain(cls: type, error: Any, source: str) -> tuple[str, str | None, str |
         known = _fields_at(cls, error["loc"][:-1])
         return f'{source}: there is no key "{where}"', None, suggestion(path[-1], known)
     if error["type"].startswith("missing"):
+        if isinstance(error["loc"][-1], int):
+            where = ".".join(path[:-1])
+            return f"{source}: {where} is not valid", "the list is too short", None
         return f'{source}: the key "{where}" is missing', None, None
-    got = json.dumps(error["input"], default=str)[:60]
-    return f"{source}: {where} is not valid", f"{error['msg']}, got {got}", None
+    what, got = f"{source}: {where} is not valid", json.dumps(error["input"], default=str)[:60]
+    if error["type"] in ("value_error", "assertion_error"):
+        return what, str(error["ctx"]["error"]), None
+    wanted = WANTED.get(error["type"], "something else").format(**error.get("ctx", {}))
+    return what, f"it is to be {wanted}, not {got}", None
 
 
 def _fields_at(cls: Any, loc: Sequence[Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from difftool.data.listing import read_json, sound_text
 from difftool.data.phrases import count
-from difftool.errors import InputError
+from difftool.errors import InputError, first_line
 
 SEPARATORS = ";\t|"
 """What stands between columns where no comma does: Europe's spreadsheets write semicolons."""
@@ -66,7 +66,7 @@ class Table:
         except InputError:
             raise
         except Exception as error:  # pyarrow raises many kinds on malformed data
-            raise InputError(f"{self.name} is not Parquet", str(error).splitlines()[0]) from None
+            raise InputError(f"{self.name} is not Parquet", first_line(error)) from None
 
     # --- CSV ---------------------------------------------------------------------------------
 

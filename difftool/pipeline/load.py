@@ -15,7 +15,7 @@ from difftool.config.families import family
 from difftool.config.kinds import CodecConfig
 from difftool.config.layers import load_preset
 from difftool.config.schema import Preset
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, UsageError, first_line
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
 from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource
@@ -35,7 +35,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UsageError(f'device "{name}" cannot be used', why, "try --device cpu") from None
     return device
 

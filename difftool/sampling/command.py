@@ -75,7 +75,9 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if values["from_image"]:
         from difftool.sampling.metadata.files import read
 
-        base = _taken_over(values, base.over(read(values["from_image"])))
+        picture = read(values["from_image"])
+        found = frozenset(picture.settings) - frozenset(base.settings)
+        base = replace(_taken_over(values, base.over(picture)), found=found)
         if not loaded:
             _check_files(values, base)
     _check_plugins(base)

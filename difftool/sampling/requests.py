@@ -61,6 +61,8 @@ class Request:
     """Paths of the learned words that it was made with."""
     loras: tuple[tuple[str, float], ...] = ()
     """Paths and strengths of the LoRAs that it was made with."""
+    found: frozenset[str] = frozenset()
+    """Names of the settings that a picture's metadata have, and nobody has typed."""
     plugins: tuple[tuple[str, str], ...] = ()
     """Names and hashes of the plugins that it was made with."""
 

@@ -239,8 +239,12 @@ class Resolver:
             if row.effect is None or row.effect(values) or not value:
                 continue
             if row.key is None or value != getattr(own, row.name):
+                name = row.name.replace("_", " ")
+                of_picture = row.name in sample.request.found
+                said = f"the picture's {name}" if of_picture else row.flag
+                said = name if sample.request.source else said  # a key of its line, it may be
                 number = f" {value:g}" if isinstance(value, int | float) else ""
-                yield f"{row.flag}{number} has no effect {row.without}"
+                yield f"{said}{number} has no effect {row.without}"
 
 
 def _folded(path: Path) -> str:

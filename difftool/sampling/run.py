@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from difftool.config.schema import SampleConfig
-from difftool.errors import DifftoolError, ResourceError, out_of_memory
+from difftool.errors import DifftoolError, ResourceError, first_line, out_of_memory
 from difftool.images.fit import tile, to_pil
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
@@ -159,7 +159,7 @@ class SampleRun:
             told = chunk(sample) if self.metadata else None
             write_latents(files[-1], latent, told, overwrite=True)
         what = f"the latents are kept in {files[0]}" + (" and beside it" if files[1:] else "")
-        why, hint = str(error).splitlines()[0], "decode them with --from-latents"
+        why, hint = first_line(error), "decode them with --from-latents"
         raise ResourceError(f"decoding failed; {what}", why, hint) from error
 
     # --- writing -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from difftool.config.schema import Part, TrainConfig
 from difftool.data import Dataset
 from difftool.engine.cpu import keep_memory
-from difftool.errors import ResourceError
+from difftool.errors import ResourceError, first_line
 from difftool.pipeline.model import Model
 from difftool.training.step import parallel
 from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher
@@ -231,7 +231,7 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None
 
 
