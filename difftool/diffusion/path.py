@@ -114,6 +114,15 @@ class Path(Protocol):
         return self.at_half_log_snr(-math.log(value))
 
 
+MAX_STEPS = 100_000
+"""Entries of a table: published ones have 1000."""
+
+
+def _check_steps(steps: int) -> None:
+    if not 2 <= steps <= MAX_STEPS:
+        raise UsageError(f"a noise path has 2 to {MAX_STEPS} steps", f"steps = {steps}")
+
+
 # --- discrete --------------------------------------------------------------------------------
 
 
@@ -167,8 +176,7 @@ class Discrete(Path):
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(map(float, self.betas)))
             object.__setattr__(self, "steps", len(self.betas))
-        if self.steps < 2:
-            raise UsageError("a discrete path needs at least 2 steps", f"steps = {self.steps}")
+        _check_steps(self.steps)
         ends = self.betas or (self.beta_start, self.beta_end)
         if not all(0 < beta <= 1 for beta in ends):
             raise UsageError("every beta of a noise schedule must lie in (0, 1]")
@@ -283,9 +291,9 @@ class Flow(Path):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not self.shift > 0 or self.steps < 2:
-            why = f"shift = {self.shift}, steps = {self.steps}"
-            raise UsageError("a flow path needs shift > 0 and steps >= 2", why)
+        _check_steps(self.steps)
+        if not self.shift > 0:
+            raise UsageError("a flow path needs shift > 0", f"shift = {self.shift}")
 
     def shifted(self, t: Any) -> Any:
         return self.shift * t / (1 + (self.shift - 1) * t)
@@ -335,9 +343,10 @@ class Edm(Path):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max or self.steps < 2:
+        _check_steps(self.steps)
+        if not 0 < self.sigma_min < self.sigma_max:
             why = f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}"
-            raise UsageError("an EDM path needs 0 < sigma_min < sigma_max and steps >= 2", why)
+            raise UsageError("an EDM path needs 0 < sigma_min < sigma_max", why)
 
     def level(self, t: float) -> Level:
         if not 0 <= t < math.inf:
