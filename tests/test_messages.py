@@ -113,10 +113,10 @@ def test_settings_of_a_picture_are_not_called_flags(monkeypatch, capsys, tmp_pat
     from difftool.images.write import write_png
 
     monkeypatch.chdir(tmp_path)
-    text = "a fox\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 7, Denoising strength: 0.6"
+    text = "a fox\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 7, Image CFG scale: 2"
     write_png(Image.new("RGB", (64, 64)), "p.png", {"parameters": text})
     code, said = run(monkeypatch, capsys, "sample", "--from-image", "p.png", "-o", "a.png")
-    assert code == 0 and "warning: the picture's strength 0.6 has no effect" in said
-    assert "--strength" not in said
+    assert code == 0 and "warning: the picture's image guidance 2 has no effect" in said
+    assert "--image-guidance" not in said
     fast = ("a fox", "--steps", "1", "--strength", "0.5", "-o", "b.png")
     assert "--strength 0.5 has no effect" in run(monkeypatch, capsys, "sample", *fast)[1]

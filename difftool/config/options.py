@@ -123,12 +123,11 @@ class Option:
             raise UsageError(f"{called} has a NUL character", repr(given)[:80])
 
     def _check_number(self, given: object, called: str) -> None:
-        number = isinstance(given, int | float) and not isinstance(given, bool)
-        if self.type is int and not (number and isinstance(given, int)):
-            shown = given if number else repr(given)
-            raise UsageError(f"{called} {shown} is not a whole number")
-        if not isinstance(given, int | float) or not number:
-            raise UsageError(f"{called} {given!r} is not a number")
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            kind = "whole number" if self.type is int and isinstance(given, str) else "number"
+            raise UsageError(f"{called} {given!r} is not a {kind}")
+        if self.type is int and not isinstance(given, int):
+            raise UsageError(f"{called} {given} is not a whole number")
         (self.within or (within_of(self.key) if self.key else FINITE)).check(given, called)
 
     def check_files(self, value: Any) -> None:
