@@ -14,9 +14,11 @@ from difftool.config.options import read_options
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.data import open_dataset
+from difftool.pipeline.model import Model
 from difftool.training.options import OPTIONS
 from difftool.training.run.estimate import estimate, fit, out_of_reach
 from difftool.training.run.plan import plan
+from difftool.training.run.stages import start_layers
 from difftool.training.run.start import prepare
 
 CPU = torch.device("cpu")
@@ -63,8 +65,27 @@ def test_that_pictures_are_enlarged_is_said(tmp_path):
     options = {"data": small, "from_": "emoji"}
     training = prepare(read_options(OPTIONS, options))
     [why] = [why for key, _, why in training.choices() if key == "train.size"]
-    assert "24 are enlarged" in why
+    assert "the model's own; pictures of about 24 are enlarged" in why
     assert training.preset.train.size == 64
+
+
+def test_how_a_model_was_trained_is_its_past(tmp_path, icons):
+    past = {
+        "steps": 9,
+        "batch_size": 2,
+        "accumulate": 7,
+        "flip": True,
+        "validation": 400,
+        "size": 32,
+    }
+    values = tiny.TRAIN | past
+    made = tiny.small("pixel-small", {"unet": tiny.UNET, "train": values})
+    Model.fresh(made, seed=0).save(tmp_path / "model.safetensors")
+    planned = plan(
+        open_dataset(icons), None, [], start=start_layers(tmp_path / "model.safetensors")
+    )
+    recipe = planned.complete("cpu")[0].train
+    assert not {(key, getattr(recipe, key)) for key in past} & set(past.items()) - {("size", 32)}
 
 
 def test_size_follows_pictures_and_device_from_nothing(tmp_path, icons):

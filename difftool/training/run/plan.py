@@ -168,8 +168,6 @@ def _size(plan: TrainingPlan, device: str) -> tuple[int, str]:
     if plan.tuned:
         width, height = preset.sample.size
         size = max(unit, round((width * height) ** 0.5 / unit) * unit)
-        if native is not None and native < size:
-            return size, f"the model's own; pictures of about {native} are enlarged to it"
         return size, "the model's own"
     largest = LARGEST[device] * max(1, preset.codec.factor // 2)
     native = native or largest

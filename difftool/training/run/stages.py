@@ -131,7 +131,7 @@ def start_layers(model: Path) -> list[Layer]:
     learning rate; how long and on what it was trained is its past."""
     source = open_model(model)
     values = dict(source.values)
-    past = {"steps", "batch_size", "flip", "size"}
+    past = {"steps", "batch_size", "accumulate", "flip", "size", "validation"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
     values |= {"train": train, "parts": ["unet"], "data": {}}
     row = family(source.preset.family)

@@ -288,15 +288,17 @@ class Training:
 
     def choices(self) -> list[tuple[str, Any, str]]:
         """(key, value, why) of what was chosen, and of what a run is told by in any case."""
-        recipes = {RECIPES[part] for part in self.preset.parts}
+        recipes, native = {RECIPES[part] for part in self.preset.parts}, self.dataset.native_size
         rows = []
         for key, value, origin in self.origins:
             recipe, _, name = key.rpartition(".")
             told = key in ("name", "target") or recipe == "path"
             if told or (recipe in recipes and name in TOLD) or origin.startswith(CHOSEN):
                 source, _, reason = origin.partition("chosen: ")
-                why = reason if reason and (key == "name" or not source) else source
-                rows.append((key, value, why.rstrip(", ")))
+                why = (reason if reason and (key == "name" or not source) else source).rstrip(", ")
+                if name == "size" and native is not None and native < value:
+                    why += f"; pictures of about {native} are enlarged"
+                rows.append((key, value, why))
         return rows
 
     def buckets(self) -> list[str]:
