@@ -202,7 +202,7 @@ def test_paths_are_built_from_presets():
         ({}, "no kind"),
         ({"kind": "lineer"}, 'did you mean "linear"'),
         ({"kind": "sd15", "zero_snrr": True}, 'did you mean "zero_snr"'),
-        ({"kind": "sd15", "steps": 1}, "at least 2"),
+        ({"kind": "sd15", "steps": 1}, "2 to 100000 steps"),
         ({"kind": "sd15", "beta_end": -1}, "beta"),
         ({"kind": "sd15", "beta_end": "much"}, "wrong option"),
         ({"kind": "sd15", "time": "now"}, "time = now"),
