@@ -455,6 +455,29 @@ def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
     assert "Hires upscale: 2" in ran.err and "RNG: GPU" in ran.err and "no effect" not in ran.err
 
 
+def test_a_picture_of_comfyui_is_made_again(sample):
+    links = {
+        "model": ["4", 0],
+        "positive": ["6", 0],
+        "negative": ["7", 0],
+        "latent_image": ["5", 0],
+    }
+    settings = {"seed": 7, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+    nodes = {
+        "3": ("KSampler", settings | links), "4": ("CheckpointLoaderSimple", {"ckpt_name": "x"}),
+        "5": ("EmptyLatentImage", {"width": 32, "height": 16}),
+        "6": ("CLIPTextEncode", {"text": "a fox", "clip": ["4", 1]}),
+        "7": ("CLIPTextEncode", {"text": "bad", "clip": ["4", 1]}),
+    }  # fmt: skip
+    graph = {name: {"class_type": kind, "inputs": given} for name, (kind, given) in nodes.items()}
+    data = encode(Image.new("RGB", (8, 8)), "png", {"prompt": json.dumps(graph)})
+    Path("a.png").write_bytes(data)
+    (item,) = sample("--from-image", "a.png", "-o", "again.png", "--json").objects
+    made = ("prompt", "negative", "seed", "width", "height", "guidance", "sampler", "schedule")
+    said = ["a fox", "bad", 7, 32, 16, 2.0, "euler", "normal"]
+    assert [item[name] for name in made] == said
+
+
 def test_a_schedule_that_a1111_would_choose(sample):
     lines = [
         '{"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "Automatic", "steps": 2}',

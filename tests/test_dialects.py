@@ -230,8 +230,8 @@ def test_comfyui_s_graph():
     assert (request.prompt, request.negative) == ("a (red:1.2) fox, NaN", "bad")
     assert request.seeds == (7,) and request.loras == (("ink.safetensors", 0.7),)
     assert request.settings == {
-        "steps": 12, "sampler": "dpmpp_2m", "schedule": "karras", "guidance": 6.5, "width": 512,
-        "height": 640, "clip_skip": 2, "prompt_syntax": "comfy",
+        "steps": 12, "sampler": "dpmpp_2m", "schedule": "karras", "guidance": 6.5,
+        "size": (512, 640), "clip_skip": 2, "prompt_syntax": "comfy",
     }  # fmt: skip
     assert request.missed == ()
 
@@ -338,7 +338,7 @@ def test_invokeai():
     request = read(picture(invokeai_metadata=json.dumps(INVOKE)))
     assert (request.prompt, request.negative, request.seeds) == ("a fox", "bad", (3,))
     assert request.settings == {
-        "width": 512, "height": 640, "guidance": 7.5, "steps": 30, "sampler": "dpmpp_2m",
+        "size": (512, 640), "guidance": 7.5, "steps": 30, "sampler": "dpmpp_2m",
         "schedule": "karras", "clip_skip": 2, "guidance_rescale": 0.0,
     }  # fmt: skip
     assert request.loras == (("ink.safetensors", 0.5),)
@@ -355,6 +355,18 @@ def test_invokeai_of_old():
     request = read(picture(**{"sd-metadata": json.dumps({"app_id": "invoke", "image": image})}))
     assert request.prompt == "a fox [bad]" and request.settings["sampler"] == "lms"
     assert missed(request) == "perlin 0.1"
+
+
+@pytest.mark.parametrize(
+    "options", ["-s 50 -S 9 -W 512 -H 640 -C 7.5 -A k_lms", "-s50 -S9 -W512 -H640 -C7.5 -Ak_lms"]
+)
+def test_invokeai_s_commands(options):
+    request = read(picture(Dream=f'"a fox [bad]" {options} -G0.5'))
+    assert (request.prompt, request.seeds) == ("a fox [bad]", (9,))
+    assert request.settings == {
+        "steps": 50, "size": (512, 640), "guidance": 7.5, "sampler": "lms",
+    }  # fmt: skip
+    assert missed(request) == "G 0.5"
 
 
 def test_novelai():
@@ -385,7 +397,7 @@ def test_json_in_the_place_of_a1111_s_text():
                "resolution": "(896, 1152)", "sampler": "dpmpp_2m_sde_gpu", "scheduler": "karras",
                "loras": [["pen.safetensors", 0.1, "ab"]], "version": "Fooocus v2"}  # fmt: skip
     request = read(picture(parameters=json.dumps(fooocus)))
-    assert request.seeds == (12,) and request.settings["width"] == 896
+    assert request.seeds == (12,) and request.settings["size"] == (896, 1152)
     assert request.settings["sampler"] == "dpmpp_2m_sde" and "pen" in missed(request)
 
 

@@ -15,6 +15,7 @@ from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.metadata.comfy import from_graph
 from difftool.sampling.metadata.others import (
+    from_dream,
     from_fooocus,
     from_invoke,
     from_novelai,
@@ -94,6 +95,7 @@ def _novelai(text: str, source: str, notes: Notes) -> Request | None:
 DIALECTS: tuple[tuple[tuple[str, ...], Reader], ...] = (
     ((CHUNK,), lambda text, source, _: from_chunk(text, source)),
     (("invokeai_metadata", "sd-metadata"), lambda text, source, _: from_invoke(text, source)),
+    (("Dream",), lambda text, source, _: from_dream(text, source)),
     (("Comment",), _novelai),
     ((COMMENT,), _remark),
     ((TEXT,), _text),

@@ -101,6 +101,9 @@ class Found:
             what = f"what {self.source} says of itself cannot be read"
             raise InputError(what, ": ".join(filter(None, (error.what, error.why)))) from None
         missed, settings = tuple(dict.fromkeys(self.missed)), spelled(request.settings)
+        sides = [settings.pop(side) for side in ("width", "height") if side in settings]
+        if len(sides) == 2:
+            settings["size"] = tuple(sides)
         return replace(request, settings=settings, missed=missed, loras=tuple(self.loras))
 
 

@@ -18,6 +18,9 @@ INVOKE = {
     "cfg_rescale_multiplier": "guidance_rescale", "scheduler": "sampler_name",
     "sampler": "sampler_name", "prompt": "prompt",
 }  # fmt: skip
+DREAM = {
+    "s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "A": "sampler_name",
+}  # fmt: skip
 NOVELAI = {
     "prompt": "prompt", "uc": "negative_prompt", "seed": "seed", "width": "width",
     "height": "height", "steps": "steps", "scale": "cfg_scale", "cfg_rescale": "guidance_rescale",
@@ -75,6 +78,17 @@ def from_invoke(text: str, source: str) -> Request:
     return found.request()
 
 
+def from_dream(text: str, source: str) -> Request:
+    """The request in the command that InvokeAI wrote before: "a fox" -s50 -S 7 -W512 -C7.5."""
+    prompt, _, rest = text.strip().removeprefix('"').rpartition('"')
+    found = Found(source, {"prompt": prompt})
+    options = dict(re.findall(r"(?:^|\s)-([A-Za-z])\s*([^\s-]\S*)", rest))
+    if options.pop("I", None):
+        found.started_from(options.pop("f", None))
+    table(found, options, DREAM, "n b f")
+    return found.request()
+
+
 def from_novelai(text: str, source: str, described: str = "") -> Request:
     """The request in NovelAI's `Comment`; the prompt of older ones is the `Description`."""
     values, found = object_in(text, source), Found(source)
@@ -83,8 +97,8 @@ def from_novelai(text: str, source: str, described: str = "") -> Request:
     values["sampler"] = "ddim" if sampler.startswith("ddim") else sampler
     if values.get("noise_schedule") == "native":
         values["noise_schedule"] = "normal"
-    strength, noise = values.pop("strength", None), values.pop("noise", None)
-    if "Img2Img" in str(values.get("request_type")) or (strength is not None and noise is not None):
+    strength, _ = values.pop("strength", None), values.pop("noise", None)  # always there
+    if "Img2Img" in str(values.get("request_type")):
         found.started_from(strength)
     skipped = (
         "request_type signed_hash version n_samples v4_prompt v4_negative_prompt legacy "
