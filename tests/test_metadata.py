@@ -214,3 +214,33 @@ def test_what_is_no_picture_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError):
             read(path)
+
+
+LONG = 300_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Steps: 20, " + "A" * LONG,
+        "Steps: 1," + " " * LONG + "x",
+        'x: "' * LONG,
+        'x:"a"b' * LONG,
+        'Steps: 20, x: "' + '\\"' * LONG,
+        "a " * LONG,
+        "Negative prompt:\n" * 10_000,
+    ],
+    ids=range(7),
+)
+def test_a_long_line_is_read_in_one_pass(text):
+    """Gone through again from each letter, these would take hours."""
+    assert {"Prompt", "Negative prompt"} <= parse_parameters(text).keys()
+
+
+def test_a_text_without_end_is_refused(tmp_path):
+    path, exif = tmp_path / "a.webp", Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "x".encode("utf-16-be") * (2 << 20)
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert "longer than" in str(caught.value)

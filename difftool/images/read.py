@@ -34,7 +34,7 @@ EXIF_KEYWORDS = (0x010F, 0x0110)
 """Tags of EXIF's main directory, meant for cameras, in which tools write KEYWORD:TEXT."""
 EXIF_PACKED = 0xD1FF
 """A private tag of the sub-directory: keyword, 0, and a text packed with zlib."""
-MAX_TEXT = 1 << 22
+MAX_TEXT = 1 << 20
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
@@ -142,7 +142,10 @@ def read_notes(source: str | Path) -> tuple[dict[str, str], str | None]:
         if isinstance(told := exif.get_ifd(EXIF_FOLDER).get(EXIF_PACKED), bytes):
             keyword, _, packed = told.partition(b"\0")
             texts[_text(keyword)] = _text(zlib.decompressobj().decompress(packed, MAX_TEXT))
-        return texts, _comment(image)
+        comment = _comment(image)
+        if max(map(len, [*texts.values(), comment or ""])) > MAX_TEXT:
+            raise _Refused(f"a text in it is longer than {MAX_TEXT} characters")
+        return texts, comment
 
 
 def _is_own(image: Image.Image) -> bool:
