@@ -9,6 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
+from difftool.config.schema import DataConfig
 from difftool.data import open_dataset
 from difftool.data.buckets import Buckets
 from difftool.networks.codecs import VaeCodec
@@ -121,6 +122,21 @@ def test_large_pictures_are_encoded_one_by_one_and_repeats_once(model, tmp_path:
     same = [i for i in range(30) if data.name(i) == data.name(0)]
     mean, _ = made.read(same, [False] * len(same), torch.device("cpu"))
     assert len(same) == 10 and torch.equal(mean, mean[:1].expand_as(mean))
+
+
+def test_other_captions_leave_latents_as_they_are(model, tmp_path: Path):
+    Image.new("RGBA", (16, 16), (200, 0, 0, 90)).save(tmp_path / "a.png")
+
+    def made(**options) -> int:
+        data = open_dataset(str(tmp_path), DataConfig(**options))
+        Latents.make(model, data, 16, flip=False, folder=tmp_path / "cache")
+        return len(list((tmp_path / "cache").iterdir()))
+
+    (tmp_path / "a.txt").write_text("red, square", encoding="utf-8")
+    assert made() == 1
+    (tmp_path / "a.txt").write_text("a square, red", encoding="utf-8")
+    assert made(shuffle_captions=True) == 1
+    assert made(background="black") == 2
 
 
 def test_moments_make_x0_of_unit_variance(model):

@@ -84,6 +84,8 @@ class Dataset(ABC):
     """Whether a picture is the same whatever its key, so that its latent can be kept."""
     held_out: Dataset | None = None
     """The set's own validation or test split; see also `split`."""
+    background: str = ""
+    """The colour that shows through transparent pictures."""
     asked: Mapping[str, Any] = {}
     """What the set's own configuration file asks of the training, by the keys of OptimConfig."""
     audit: Audit
@@ -187,6 +189,7 @@ class Subset(Dataset):
         self.whole, self.indices = whole, list(indices)
         self.kind, self.classes = whole.kind, whole.classes
         self.native_size, self.fixed, self.asked = whole.native_size, whole.fixed, whole.asked
+        self.background = whole.background
         names = {whole.name(index) for index in self.indices}
         self.audit = Audit(f"a part of {whole.audit.source}", len(names))
 

@@ -76,7 +76,7 @@ class FolderDataset(Dataset):
     ):
         self.files, self.rows, self.kind, self.classes = files, rows, kind, classes
         self.audit, self.config = audit, config
-        self.fixed = config.crop == "centre"
+        self.fixed, self.background = config.crop == "centre", config.background
         self.native_size = median_low(min(row.size) for row in rows)
         self.pool = pool
         self._samples = [number for number, row in enumerate(rows) for _ in range(row.repeats)]

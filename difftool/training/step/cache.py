@@ -1,7 +1,8 @@
 """What frozen networks make of a dataset, made once: latents of pictures, embeddings of captions.
 
 A file is named by the hash of all that it depends on (the pictures and size or the caption, and the
-weights), so a stale one is never read; it is written whole or not at all.
+weights), so a stale one is never read, and other captions leave latents as they are; it is written
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Latents:
             for first in range(0, len(indices), each):
                 piece, path, made = indices[first : first + each], None, []
                 if folder is not None:
-                    facts = f"{dataset.fingerprint} {size} {flip} {piece} {digest}"
+                    seen = [dataset.content(index) for index in piece]
+                    facts = f"{seen} {dataset.background} {size} {flip} {digest}"
                     name = hashlib.sha256(facts.encode()).hexdigest()[:32]
                     path = folder / f"latents-{name}.safetensors"
                 if (kept := _read(path)) is not None:
