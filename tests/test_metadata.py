@@ -198,8 +198,10 @@ def unsound(sample: Any = None, **changes: Any) -> str:
         unsound(seed=True),
         unsound(seed=1.5),
         unsound(sample=[]),
+        unsound(loras=[["x.safetensors", float("nan")]]),
+        unsound(loras=[["x.safetensors", float("inf")]]),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_unsound_chunks_are_refused(text):
     with pytest.raises(InputError):

@@ -209,6 +209,10 @@ def test_paths_are_built_from_presets():
         ({"kind": "discrete", "schedule": "cosin"}, 'did you mean "cosine"'),
         ({"kind": "flow", "shift": 0}, "shift"),
         ({"kind": "edm", "sigma_min": 90}, "sigma_min"),
+        ({"kind": "edm", "sigma_max": float("inf")}, "sigma_max"),
+        ({"kind": "edm", "sigma_data": 0}, "sigma_data"),
+        ({"kind": "flow", "shift": float("inf")}, "shift"),
+        ({"kind": "sd15", "terminal_alpha_bar": float("nan")}, "terminal_alpha_bar"),
     ],
 )
 def test_wrong_paths_are_the_users_error(options: dict, said: str):

@@ -180,6 +180,9 @@ class Discrete(Path):
         ends = self.betas or (self.beta_start, self.beta_end)
         if not all(0 < beta <= 1 for beta in ends):
             raise UsageError("every beta of a noise schedule must lie in (0, 1]")
+        if not 0 <= self.terminal_alpha_bar < 1:
+            why = f"terminal_alpha_bar = {self.terminal_alpha_bar}"
+            raise UsageError("alpha_bar lies in [0, 1)", why)
         for option, value, known in (
             ("lookup", self.lookup, ("log", "linear")),
             ("time", self.time, ("exact", "nearest", "floor")),
@@ -292,7 +295,7 @@ class Flow(Path):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise UsageError("a flow path needs shift > 0", f"shift = {self.shift}")
 
     def shifted(self, t: Any) -> Any:
@@ -344,9 +347,11 @@ class Edm(Path):
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
             why = f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}"
             raise UsageError("an EDM path needs 0 < sigma_min < sigma_max", why)
+        if not 0 < self.sigma_data < math.inf:
+            raise UsageError("an EDM path needs sigma_data > 0", f"sigma_data = {self.sigma_data}")
 
     def level(self, t: float) -> Level:
         if not 0 <= t < math.inf:

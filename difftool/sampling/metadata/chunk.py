@@ -3,15 +3,16 @@ resolved. Torch-free."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from difftool.config.numbers import FINITE
 from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
-from difftool.errors import InputError, UsageError
+from difftool.errors import DifftoolError, InputError
 from difftool.plugins import used
 from difftool.sampling.requests import Request, from_json
+from difftool.storage.strict_json import parse_json
 from difftool.version import __version__
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def from_chunk(text: str, source: str) -> Request:
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"{len(text)} characters")
-        values = json.loads(text)
+        values = parse_json(text, "it", infinite=True)
         request, settings = values["request"], values["preset"]["sample"]
         asked = {name: request[name] for name in ASKED}
         asked |= {name: request.get(name) for name in IMAGES}
@@ -71,11 +72,13 @@ def from_chunk(text: str, source: str) -> Request:
         if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
             raise ValueError("embeddings of the wrong type")
         loras = tuple((str(path), float(weight)) for path, weight in request.get("loras", []))
+        for path, weight in loras:
+            FINITE.check(weight, f"{path}: the weight")
         plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))
         if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
             raise ValueError("label or settings of the wrong type")
         found = from_json(asked)
-    except (KeyError, TypeError, ValueError, RecursionError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, DifftoolError) as error:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
     return replace(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from difftool.config.numbers import FINITE
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import spelled, split_spelling
 from difftool.errors import InputError, UsageError
@@ -96,6 +97,8 @@ class Found:
         try:
             if asked.get("seed") is None:
                 raise UsageError("it has no seed")
+            for path, weight in self.loras:
+                FINITE.check(weight, f"{path}: the weight")
             request = from_json(asked)
         except UsageError as error:
             what = f"what {self.source} says of itself cannot be read"
