@@ -64,6 +64,7 @@ def test_what_a_table_clearly_means_is_read_and_said(tmp_path, rows, captions, s
         ("file_name,text,width\n0.png,a cat, sitting,64\n", "line 2 has 4 values in 3 columns"),
         ("text,file_name\na cat, sitting,0.png\n", "line 2 has 3 values in 2 columns"),
         ("file_name,text,text\n0.png,a,b\n", 'the column "text" twice'),
+        ("0.png,a cat\n1.png,a dog\n", "has no header"),
     ],
 )
 def test_what_a_table_may_mean_in_two_ways_is_refused_by_its_line(tmp_path, rows, what):
@@ -124,3 +125,13 @@ def test_a_key_that_is_there_twice_is_refused_by_its_line(tmp_path):
 def test_a_table_without_rows_is_mentioned(tmp_path):
     found, told = read(tmp_path, "file_name,text\n")
     assert found == ["", "", ""] and "metadata.csv has no rows" in told
+
+
+def test_text_of_sixteen_bits_is_read_by_its_mark(tmp_path):
+    where = lay(tmp_path, {**THREE, "0.txt": "\ufeffein Bär".encode("utf-16-le"),
+                           "1.txt": "\ufeffein Hund".encode("utf-16-be"),
+                           "2.txt": "ein Fuchs".encode("utf-8-sig")})  # fmt: skip
+    assert list(captions_of(where).values()) == ["ein Bär", "ein Hund", "ein Fuchs"]
+    (tmp_path / "0.txt").write_bytes("Loïc\u2019s".encode("cp1252"))
+    with pytest.raises(InputError, match=r"0\.txt is not UTF-8"):
+        open_dataset(where)

@@ -12,7 +12,9 @@ from PIL import Image
 import difftool
 from difftool.cli.app import COMMANDS, main
 from difftool.config.options import Option
-from difftool.errors import UsageError
+from difftool.data import open_dataset
+from difftool.errors import InputError, UsageError
+from difftool.sampling.requests import parse_line
 
 FIRST = {
     "train": ["photos"],
@@ -109,3 +111,21 @@ def test_a_folder_is_not_there_for_a_picture(tmp_path, monkeypatch, capsys, word
         main()
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["init_images", "init", "mask", "sampler_name", "label", "out"])
+@pytest.mark.parametrize("value", ['""', '[""]', '"a\\u0000b"'])
+def test_so_do_lines_of_json(key, value):
+    with pytest.raises(UsageError):
+        parse_line(f'{{"prompt": "a", "{key}": {value}}}')
+    assert parse_line('{"prompt": "", "negative_prompt": ""}')
+
+
+@pytest.mark.parametrize("key", ["image_dir", "metadata_file", "caption_extension"])
+def test_so_do_files_of_kohya(tmp_path, key):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    lines = ["[[datasets]]", "[[datasets.subsets]]", f"{key} = ''"]
+    lines += [] if key == "image_dir" else ["image_dir = '.'"]
+    (tmp_path / "d.toml").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(InputError, match=f"{key} is empty"):
+        open_dataset(str(tmp_path / "d.toml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,9 +70,11 @@ class Listing:
 
 
 def sound_text(data: bytes, name: str) -> str:
-    """UTF-8 text, with or without a byte order mark; InputError if it is anything else."""
+    """UTF-8 text, with or without a byte order mark, or UTF-16 with one, which PowerShell writes;
+    InputError if it is anything else."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if marked and len(data) % 2 == 0 else "utf-8-sig")
     except UnicodeDecodeError as error:
         hint = "save it as UTF-8"
         raise InputError(f"{name} is not UTF-8 text", f"byte {error.start}", hint) from None

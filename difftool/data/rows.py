@@ -77,6 +77,9 @@ class Table:
         spaced = re.search(re.escape(separator) + ' +"', text) is not None
         rows = self._lines(text, separator, spaced)
         columns = [column.strip() for column in next(rows, (1, []))[1]]
+        if any(map(self.is_picture, columns)):
+            hint = 'let the first line be "file_name,text"'
+            raise InputError(f"{self.name} has no header", f"{separator.join(columns)}"[:60], hint)
         for column in columns:
             if column and columns.count(column) > 1:
                 raise InputError(f'{self.name} has the column "{column}" twice')

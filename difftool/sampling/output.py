@@ -147,7 +147,7 @@ class Output:
     def check_folder(self) -> None:
         """UsageError if pictures cannot be written to its folder, ResourceError if its disk is
         full: fails now, not after all the work."""
-        check_place(self.root / "picture")
+        check_place(self.root / (PurePath(self.template).name or "picture"))
 
     def check_tells_apart(self, images: int) -> None:
         """UsageError for a template that gives the pictures of one prompt one name."""

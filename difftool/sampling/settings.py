@@ -158,6 +158,8 @@ def read_path(given: Any) -> str:
         given = given[0]
     if not isinstance(given, str | Path):
         raise UsageError(f"{given!r} is not the path of one picture")
+    if not str(given).strip() or "\0" in str(given):
+        raise UsageError(f"{str(given)!r} is not the path of a picture")
     return str(given)
 
 

@@ -39,6 +39,8 @@ USED: dict[str, tuple[type, ...]] = {
     "batch_size": (int,),
 }
 """What is read, and the types of its values."""
+NAMES = {"image_dir", "metadata_file", "caption_extension", "caption_extention"}
+"""What cannot be empty: an image_dir of "" would be the folder of the file."""
 OFF: dict[str, tuple[Any, ...]] = {
     "alpha_mask": (False,),
     "color_aug": (False,),
@@ -153,6 +155,8 @@ def _table(content: Any, where: str, path: Path, unknown: dict[str, None]) -> di
             right = isinstance(value, USED[key])
             if not right or (isinstance(value, bool) and bool not in USED[key]):
                 raise InputError(f"{path}: {key} is not valid", f"{str(value)[:60]} in {where}")
+            if key in NAMES and not str(value).strip():
+                raise InputError(f"{path}: {key} is empty", f"in {where}")
             if isinstance(value, int | float) and value < 0:
                 raise InputError(f"{path}: {key} is negative", f"{value} in {where}")
             values[key] = value
