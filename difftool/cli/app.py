@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import inspect
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -106,12 +106,12 @@ def main() -> None:
     except typer.TyperException as error:
         code = _report_usage(error)
     except (typer.Abort, KeyboardInterrupt) as stop:
-        console.say("interrupted")
+        with suppress(BrokenPipeError):
+            console.say("interrupted")
         code = code_of(stop.__cause__ or stop)  # Typer's own is raised from what it stands for
     except BrokenPipeError:
-        # The reader went away (`| head`): nothing more can be said on stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        console.leave(sys.stdout, sys.stderr)  # a reader went away: `| head`
+        code = 128 + int(getattr(signal, "SIGPIPE", 13))
     except Exception as error:
         code = _report(_of_system(error) or _fault(error))
     sys.exit(code if isinstance(code, int) else 0)

@@ -15,9 +15,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from difftool.errors import DifftoolError, Stopped, UsageError
 
@@ -57,12 +57,17 @@ def interactive() -> bool:
 
 
 def _print(text: str, style: str | None = None) -> None:
-    if style is None or not interactive():
-        print(plain(text), file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
+    try:
+        if style is None or not interactive():
+            print(plain(text), file=sys.stderr, flush=True)
+            return
+        from rich.console import Console
 
-    Console(stderr=True).print(plain(text), style=style, markup=False, highlight=False)
+        Console(stderr=True).print(plain(text), style=style, markup=False, highlight=False)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # a log on a full disk: no reason to end the work that it tells of
 
 
 def say(text: str) -> None:
@@ -108,10 +113,20 @@ def _encodes(text: str) -> bool:
 
 
 def forgive() -> None:
-    """Let no character that the terminal cannot show end a command: it is shown as an escape."""
+    """Let no character that the terminal cannot show end a command: it is shown as an escape. What
+    goes to a stream that was closed before the start goes nowhere."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def leave(*streams: TextIO) -> None:
+    """Nothing more is said there: the reader went away, or what is written to is full."""
+    for stream in streams:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(error: DifftoolError) -> None:
@@ -121,12 +136,18 @@ def fail(error: DifftoolError) -> None:
     if mode.json:
         message = ": ".join(part for part in (error.what, error.why) if part)
         detail = {"code": error.code, "message": message, "hint": error.hint}
-        emit({"schema": SCHEMA, "error": detail})
-        return
-    _print(f"error: {error.what}", "bold red")
-    for line in (error.why, error.hint):
-        if line:
-            _print(f"  {line}")
+        try:
+            emit({"schema": SCHEMA, "error": detail})
+            return
+        except OSError:
+            leave(sys.stdout)  # said below to who still listens
+    try:
+        _print(f"error: {error.what}", "bold red")
+        for line in (error.why, error.hint):
+            if line:
+                _print(f"  {line}")
+    except BrokenPipeError:
+        leave(sys.stderr)
 
 
 class Alike:
