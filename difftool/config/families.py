@@ -1,16 +1,18 @@
 """The families of published models: a row each, with all that the package knows of one. Torch-free.
 
-A family is told by the structure of its networks alone. Their usual widths, and its usual way of
-sampling, are its preset's.
+A family is told by all that its networks show: what they are told (their structure), whose text
+encoders they have, how wide the context is, and the form of their transformers. Their other widths,
+and its usual way of sampling, are its preset's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
+from difftool.config.networks import TextConfig, UNetConfig
 
 OWN = "difftool"
 """The family of models that no row describes: whatever difftool trains from nothing."""
@@ -45,7 +47,13 @@ class Family:
     fits: Callable[[Any], bool] | None = None
     """Whether a network of that kind has its structure; None = it is not told by structure."""
     encoders: tuple[str, ...] | None = None
-    """Its text encoders; None = whatever they are."""
+    """Its text encoders, by `encoder_name`; None = whatever they are."""
+    width: int | None = None
+    """Of the context that its published models read."""
+    linear: bool = False
+    """Whether its transformers' projections are linear layers, and not 1x1 convolutions."""
+    deep: bool = False
+    """Whether its transformers are of several blocks each."""
     latent: bool = True
     """Whether its x0 is an autoencoder's latent."""
     concat: str | None = None
@@ -81,6 +89,8 @@ class Family:
     """Its architecture in ModelSpec's metadata, where there is a word."""
     modelspec_v: str = ""
     """The same of its models that predict v, where that is another."""
+    base_version: str = ""
+    """How sd-scripts' word for it, of what a LoRA was trained on, begins."""
     v_markers: bool = False
     """Whether other tools know its v-models by empty tensors."""
     ldm_blocks: bool = False
@@ -126,16 +136,9 @@ def _pruned(unet: Any) -> bool:
     return _sized(unet) and (not regular or halved)
 
 
-def _convolutional(unet: Any) -> bool:
-    """Told nothing beside the text, projections as 1x1 convolutions."""
-    plain = not unet.num_classes and not unet.vector_dim
-    return unet.attention == "transformer" and plain and not unet.linear_projection
-
-
-def _linear(unet: Any) -> bool:
-    """The same, projections as linear layers."""
-    plain = not unet.num_classes and not unet.vector_dim
-    return unet.attention == "transformer" and plain and unet.linear_projection
+def _plain(unet: Any) -> bool:
+    """Told nothing beside the text."""
+    return unet.attention == "transformer" and not unet.num_classes and not unet.vector_dim
 
 
 # --- the rows -------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ _GUIDED = {"guidance": "lcm"}
 
 def _sd1(id: str, concat: str, **more: Any) -> Family:
     row: dict[str, Any] = {
-        "fits": _convolutional, "encoders": ("clip",), "concat": concat, "heads": 8,
+        "fits": _plain, "encoders": ("clip",), "width": 768, "concat": concat, "heads": 8,
         "pipeline": "StableDiffusion{}Pipeline",
     }  # fmt: skip
     return Family(id=id, **row | more)
@@ -153,16 +156,18 @@ def _sd1(id: str, concat: str, **more: Any) -> Family:
 
 def _sd2(id: str, concat: str | None, **more: Any) -> Family:
     row: dict[str, Any] = {
-        "fits": _linear, "encoders": ("openclip",), "concat": concat, "preset": "sd21",
-        "variants": _GUIDED | {"v": "sd21-v"}, "pipeline": "StableDiffusion{}Pipeline",
+        "fits": _plain, "encoders": ("openclip",), "width": 1024, "linear": True,
+        "concat": concat, "preset": "sd21", "variants": _GUIDED | {"v": "sd21-v"},
+        "pipeline": "StableDiffusion{}Pipeline",
     }  # fmt: skip
     return Family(id=id, **row | more)
 
 
 def _sdxl(id: str, **more: Any) -> Family:
     row: dict[str, Any] = {
-        "fits": _sized, "encoders": ("clip", "openclip"), "preset": "sdxl", "scale": 0.13025,
-        "force_upcast": True, "pipeline": "StableDiffusionXL{}Pipeline",
+        "fits": _sized, "encoders": ("clip", "openclip"), "width": 2048, "linear": True,
+        "deep": True, "preset": "sdxl", "scale": 0.13025, "force_upcast": True,
+        "pipeline": "StableDiffusionXL{}Pipeline",
     }  # fmt: skip
     return Family(id=id, **row | more)
 
@@ -170,7 +175,12 @@ def _sdxl(id: str, **more: Any) -> Family:
 FAMILIES = {
     row.id: row
     for row in (
-        _sd1("sd1", "none", published=True, modelspec="stable-diffusion-v1"),
+        _sd1(
+            *("sd1", "none"),
+            published=True,
+            modelspec="stable-diffusion-v1",
+            base_version="sd_v1",
+        ),
         _sd1("pix2pix", "edit"),
         _sd1("sd1-inpaint", "inpaint", modelspec="stable-diffusion-v1-inpainting"),
         _sd2(
@@ -179,6 +189,7 @@ FAMILIES = {
             targets=("eps", "v"),
             modelspec="stable-diffusion-v2-512",
             modelspec_v="stable-diffusion-v2-768-v",
+            base_version="sd_v2",
         ),
         _sd2("sd2-inpaint", "inpaint", modelspec="stable-diffusion-v2-inpainting"),
         _sd2(
@@ -218,6 +229,7 @@ FAMILIES = {
             published=True,
             variants=_GUIDED | {"turbo": "sdxl-turbo"},
             modelspec="stable-diffusion-xl-v1-base",
+            base_version="sdxl",
             v_markers=True,
             ldm_blocks=True,
         ),
@@ -225,6 +237,7 @@ FAMILIES = {
             "sdxl-refiner",
             published=True,
             encoders=("openclip",),
+            width=1280,
             preset="sdxl-refiner",
             modelspec="stable-diffusion-xl-v1-refiner",
             pipeline="StableDiffusionXLImg2ImgPipeline",
@@ -234,7 +247,7 @@ FAMILIES = {
         Family(id=OWN, fine_tune_share=0.1, lora_lr=1e-3),
     )
 }
-"""By id; a model is of the first that its structure fits."""
+"""By id; a model is of the first that its structure fits, and that nothing fits better."""
 PUBLISHED = {row.id: row for row in FAMILIES.values() if row.published}
 
 
@@ -243,16 +256,73 @@ def family(id: str) -> Family:
     return FAMILIES.get(id) or Family(id=id)
 
 
+def encoder_name(config: EncoderConfig) -> str:
+    """Whose text encoder one is by its activation: OpenAI's ("clip"), OpenCLIP's ("openclip")."""
+    gelu = isinstance(config, TextConfig) and config.activation == "gelu"
+    return "openclip" if gelu else "clip"
+
+
+def has_structure(
+    row: Family, network: NetworkConfig, codec: CodecConfig, text: Sequence[EncoderConfig]
+) -> bool:
+    """Whether networks are told what a family's are, by as many text encoders, and make what its
+    make."""
+    same = row.network == network.kind and row.latent == codec.learned
+    if not same or row.fits is None or not row.fits(network):
+        return False
+    if row.concat is not None and not _joins(row.concat, network, codec):
+        return False
+    reads = len(text) == len(row.encoders or ()) and all(t.tokenizer == "clip" for t in text)
+    return reads or row.encoders is None
+
+
+class Verdict(NamedTuple):
+    """Of which family a model is."""
+
+    id: str
+    conflicts: tuple[str, ...] = ()
+    """What another family's networks have: it is doubtful whether it is a model of this one."""
+    odd: tuple[str, ...] = ()
+    """In what form its layers differ from the family's, though they can compute the same."""
+
+
+def judge(network: NetworkConfig, codec: CodecConfig, text: Sequence[EncoderConfig]) -> Verdict:
+    """The family of a model by all that its networks show, whatever else their widths are."""
+    best, least = Verdict(OWN), None
+    for row in FAMILIES.values():
+        if has_structure(row, network, codec, text):
+            found = Verdict(row.id, *_differences(row, network, text))
+            weight = 2 * len(found.conflicts) + len(found.odd)
+            if least is None or weight < least:
+                best, least = found, weight
+    return best
+
+
 def family_of(network: NetworkConfig, codec: CodecConfig, text: Sequence[EncoderConfig]) -> str:
-    """The family id of a model by the structure of its networks, whatever their widths."""
+    """The family id of a model; see `judge`."""
+    return judge(network, codec, text).id
 
-    def is_of(row: Family) -> bool:
-        same = row.network == network.kind and row.latent == codec.learned
-        if not same or row.fits is None or not row.fits(network):
-            return False
-        if row.concat is not None and not _joins(row.concat, network, codec):
-            return False
-        reads = len(text) == len(row.encoders or ()) and all(t.tokenizer == "clip" for t in text)
-        return reads or row.encoders is None
 
-    return next((id for id, row in FAMILIES.items() if is_of(row)), OWN)
+def _differences(
+    row: Family, network: NetworkConfig, text: Sequence[EncoderConfig]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """In what a model of a family's structure is not as its models are: what is another's, and what
+    is but another form."""
+    if row.encoders is None or not isinstance(network, UNetConfig):
+        return (), ()
+    conflicts, odd = [], []
+    names = tuple(map(encoder_name, text))
+    if names != row.encoders:
+        conflicts.append(
+            f"its text encoder is {' and '.join(names)}, not {' and '.join(row.encoders)}"
+        )
+    width = network.context_dim
+    if width != row.width and any(width == other.width for other in FAMILIES.values()):
+        conflicts.append(f"its context is {width} wide, not {row.width}")
+    if network.linear_projection != row.linear:
+        forms = ("1x1 convolutions", "linear layers")
+        odd.append(f"its projections are {forms[network.linear_projection]}")
+    depths = [depth for row in (*network.down_depths, *network.up_depths) for depth in row]
+    if (max(*depths, network.mid_depth) > 1) != row.deep:
+        odd.append(f"its transformers are of {'one block' if row.deep else 'several blocks'} each")
+    return tuple(conflicts), tuple(odd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -15,6 +16,22 @@ Depths = tuple[tuple[int, ...], ...]
 """Transformer depths by level and block."""
 
 T = TypeVar("T")
+
+MOST_LEVELS, MOST_LAYERS = 16, 2048
+"""More than any network has, residual and transformer blocks together: what names more is refused
+before anything is made of it. SDXL's U-Net has 3 and 95."""
+
+
+def _check_size(levels: Collection[int], *layers: Depth) -> None:
+    """ValueError for a network that is too large to be one. layers: by level or of all."""
+    if not 1 <= len(levels) <= MOST_LEVELS:
+        raise ValueError(f"{len(levels)} levels are not from 1 to {MOST_LEVELS}")
+    total = 0
+    for each in layers:
+        listed = each if isinstance(each, tuple) else (each,) * len(levels)
+        total += sum(abs(count) for count in listed)
+    if total > MOST_LAYERS:
+        raise ValueError(f"{total} layers are more than {MOST_LAYERS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +53,13 @@ class UNetConfig:
     attention: Literal["plain", "transformer"] = "plain"
     """"plain": one self-attention layer (DDPM, ADM). "transformer": self-attention, cross-attention
     to the context and a GEGLU feed-forward, `depth` times (Stable Diffusion)."""
-    depth: Annotated[tuple[Depth, ...], NOT_NEGATIVE] = ()
+    depth: Annotated[tuple[Depth, ...], DEPTH] = ()
     """Attention layers after each block, by level; () = none."""
-    up_depth: Annotated[tuple[Depth, ...] | None, NOT_NEGATIVE] = None
+    up_depth: Annotated[tuple[Depth, ...] | None, DEPTH] = None
     """The same for the way up, also listed from full resolution down; None = as `depth`."""
-    mid_blocks: Annotated[int, NOT_NEGATIVE] = 2
+    mid_blocks: Annotated[int, DEPTH] = 2
     """Residual blocks in the middle, attention between them; 1 in SSD-1B, 0 = no middle block."""
-    mid_depth: Annotated[int, NOT_NEGATIVE] = 1
+    mid_depth: Annotated[int, DEPTH] = 1
     """Attention layers between the middle's residual blocks."""
     context_dim: Annotated[int | None, WIDTH] = None
     """Width of the text context; None = no cross-attention."""
@@ -80,6 +97,10 @@ class UNetConfig:
     """1: symmetric; 0: one row and column at the far end (DDPM)."""
 
     def __post_init__(self) -> None:
+        _check_size(self.channels, self.blocks, (self.mid_blocks, self.mid_depth))
+        deep = (d if isinstance(d, tuple) else (d,) for d in (*self.depth, *(self.up_depth or ())))
+        most = max((abs(depth) for depths in deep for depth in depths), default=0)
+        _check_size(self.channels, (most * sum(self._by_level("blocks", self.blocks)),))
         levels, attends = len(self.channels), self.mid_blocks > 1 and self.mid_depth > 0
         for depths in (*self.down_depths, *self.up_depths):
             attends = attends or any(depths)
@@ -257,6 +278,7 @@ class VaeConfig:
         return True
 
     def __post_init__(self) -> None:
+        _check_size(self.widths, self.blocks)
         if self.patch < 1:
             raise ValueError(f"patch {self.patch} is less than 1")
         for width in self.widths:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from difftool.config.families import FAMILIES, OWN, has_structure
 from difftool.config.kinds import Kinds
 from difftool.config.numbers import FINITE, Within, annotated
 from difftool.config.schema import Preset, SampleConfig
@@ -70,6 +71,7 @@ def build_preset(
     try:
         preset = validate(Preset, values, source)
         check_names(preset)
+        check_parts(preset, source)
     except UsageError as found:
         raise error(found.what, found.why, found.hint) from None
     return preset
@@ -86,10 +88,15 @@ def validate(cls: type[T], values: Mapping[str, Any], source: str) -> T:
         raise UsageError(*_explain(cls, error.errors()[0], source)) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source} is not valid", str(error)) from None
-    for where, number, within in _numbers(made, FINITE, ""):
+    check_numbers(made, source)
+    return made
+
+
+def check_numbers(config: Any, source: str) -> None:
+    """UsageError for a number of a configuration that is not in its range."""
+    for where, number, within in _numbers(config, FINITE, ""):
         name = where if "." in where else where.replace("_", " ")
         within.check(number, f"{source}: {name}")
-    return made
 
 
 def within_of(key: str) -> Within:
@@ -163,6 +170,29 @@ def check_names(preset: Preset) -> None:
     TARGETS.resolve(preset.target)
     GRIDS.resolve(preset.sample.schedule)
     SAMPLERS[preset.sample.sampler](build_path(preset.path), **preset.sample.sampler_options)
+
+
+def check_parts(preset: Preset, source: str) -> None:
+    """UsageError for networks that do not fit together, or are not of the family that is named."""
+    what, unet, text = f"{source} does not fit together", preset.unet, preset.text
+    width, context = sum(encoder.width for encoder in text), getattr(unet, "context_dim", None)
+    if text and context and context != width:
+        raise UsageError(what, f"the text is {width} wide, and the network reads {context}")
+    pooled = sum(t.projection or t.width for t in text if t.pooled)
+    numbers = pooled + 256 * preset.size_numbers
+    if (
+        text
+        and getattr(unet, "vector_name", "") == "add_embedding"
+        and unet.vector_dim != (numbers or None)
+    ):
+        why = (
+            f"its vector is of {unet.vector_dim or 'no'} numbers, and the network is told {numbers}"
+        )
+        raise UsageError(what, why)
+    row = FAMILIES.get(preset.family)
+    if row and row.id != OWN and not has_structure(row, unet, preset.codec, text):
+        hint = f"family: {OWN} is any model that is of no published family"
+        raise UsageError(f"{source} is not of family {row.id}, which it names", hint=hint)
 
 
 def check_sampling(settings: SampleConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from difftool.adapters.lora.dialects import ENDS, kohya_names, peft_name
 from difftool.adapters.lora.file import (
     ADAPTER,
+    NUMBERS,
     Change,
     Lora,
     fits,
@@ -35,7 +36,6 @@ from difftool.storage.safetensors import DATA_HASH, digests, write_pieces
 from difftool.storage.shards import atomic_set
 from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import (
-    FLOATS,
     Located,
     Piece,
     load_located,
@@ -60,7 +60,7 @@ class Known(NamedTuple):
 def open_lora(path: Path) -> Known:
     """A LoRA of one of the published families; UsageError if there is no such file, InputError if
     it is none, or malformed."""
-    found = []
+    found: list[tuple[int, int, Known]] = []
     for family in PUBLISHED.values():
         layers, unet = _layers(family.id)
         lora = read_lora(path, dict.fromkeys(layers), unet)
@@ -68,7 +68,19 @@ def open_lora(path: Path) -> Known:
         found.append((len(lora.changes), -strange, Known(lora, family, unet, not strange)))
         if not lora.unused and not strange:
             break
-    return max(found, key=lambda entry: entry[:2])[2]
+    best = max(found, key=lambda entry: entry[:2])[2]
+    if not best.fits:  # by its widths it is for no family: its header may name one
+        whole = (known for *_, known in found if not known.lora.unused)
+        return next((k for k in whole if _is_named(k.family, k.lora.metadata)), best)
+    return best
+
+
+def _is_named(family: Family, metadata: Mapping[str, str]) -> bool:
+    """Whether a header says that a LoRA is of a family."""
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    base = metadata.get("ss_base_model_version", "")
+    named = architecture and architecture in (family.modelspec, family.modelspec_v)
+    return bool(named or (family.base_version and base.startswith(family.base_version)))
 
 
 @cache
@@ -114,9 +126,9 @@ def convert_lora(
         source=str(path),
         target=str(target),
         kinds=(lora.dialect, kind),
-        evidence=[{"source": "layers", "says": f"{len(lora.changes)} of {known.family.id}"}],
+        evidence=[{"source": "layers", "says": f"{len(lora.changes)} {_whose(known)}"}],
         warnings=[f"left out {name}: {why}" for name, why in lora.unused.items()],
-        family=known.family.id,
+        family=known.family.id if known.fits else None,
         layers=len(lora.changes),
     )
     hashes: dict[str, str] = {}
@@ -129,6 +141,13 @@ def convert_lora(
                 ledger.verified = "identical, tensor by tensor, after reading back"
     ledger.entries = [*_entries(lora, pieces, origins, hashes)]
     return ledger
+
+
+def _whose(known: Known) -> str:
+    """Of which family the layers are; where their widths are no family's, which has such names."""
+    return (
+        f"of {known.family.id}" if known.fits else f"named as {known.family.id}'s, of other widths"
+    )
 
 
 def _entries(
@@ -181,7 +200,7 @@ def _kept(lora: Lora) -> dict[str, Any]:
     )
     dtypes = notes.get("alphas") if sound else None
     dtypes = dtypes.values() if isinstance(dtypes, dict) else [dtypes]
-    if not sound or not {d for d in dtypes if d is not None} <= set(FLOATS):
+    if not sound or not {d for d in dtypes if d is not None} <= set(NUMBERS):
         raise InputError(f"{lora.path} is malformed", f"its header's {NOTES} is")
     return notes
 
@@ -364,7 +383,7 @@ def describe(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
     kinds = Counter(c.kind + "+dora" * ("magnitude" in c.tensors) for c in lora.changes.values())
     says = [
         f"{lora.dialect}'s names",
-        f"{'' if known.fits else 'narrower or wider '}layers of {known.family.id}",
+        f"layers {_whose(known)}",
     ]
     says += [f"{count} layers by {kind}" for kind, count in kinds.most_common()]
     says += [f"rank {rank} in {count} layers" for rank, count in ranks.most_common(4)]

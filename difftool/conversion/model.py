@@ -65,6 +65,8 @@ def convert_model(
     """
     refuse_existing(target, options.overwrite)
     _refuse_inside(source, target)
+    if expected is not None:
+        _check_expected(source, expected)
     plan = FORMATS[kind].plan(source, options.keep_metadata)
     is_file = "" in plan.files
     if is_file:
@@ -82,8 +84,6 @@ def convert_model(
         family=source.preset.family,
     )
     _check_complete(source, plan)
-    if expected is not None:
-        _check_expected(source, expected)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     work = Conversion(source, plan, dtype, loras, ledger.casts)
     sizes = (
@@ -143,17 +143,17 @@ def _check_complete(source: ModelSource, plan: Plan) -> None:
 def _check_expected(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -> None:
     """CheckError unless the tensors are those that the configured networks have."""
     what = f"the tensors of {source.path} are not those of its configuration"
-    for name, shape in expected.items():
+    wanted = dict(expected)
+    if any(name.startswith(EMA) for name in source.tensors):  # averages are of a whole U-Net
+        unet = (item for item in expected.items() if item[0].startswith("unet."))
+        wanted |= {f"{EMA}{name}": shape for name, shape in unet}
+    for name, shape in wanted.items():
         if name not in source.tensors:
             raise CheckError(what, f"{name} is missing")
         found = source.tensors[name].info.shape
         if found != tuple(shape):
             raise CheckError(what, f"{name} is {list(found)}, not {list(shape)}")
-    beside = {name for name in source.tensors if name.startswith(EXTRA)}
-    for name in (name for name in source.tensors if name.startswith(EMA)):
-        if source.tensors[name].info.shape == expected.get(name.removeprefix(EMA)):
-            beside.add(name)
-    if extra := [n for n in source.tensors if n not in expected and n not in beside]:
+    if extra := [n for n in source.tensors if n not in wanted and not n.startswith(EXTRA)]:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         name = source.tensors[extra[0]].name
         raise CheckError(what, f"no network has the tensor {name}{more}")

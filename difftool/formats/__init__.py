@@ -15,7 +15,7 @@ A format is what it has to be able to do, and a line here.
 
 from difftool.formats.diffusers.read import open_diffusers, recognises_diffusers
 from difftool.formats.diffusers.write import plan_diffusers
-from difftool.formats.ldm.read import open_ldm, recognises_ldm
+from difftool.formats.ldm.read import lacks_codec, open_ldm, recognises_ldm
 from difftool.formats.ldm.write import plan_ldm
 from difftool.formats.model_source import FORMATS, Evidence, Format, ModelSource, open_model
 from difftool.formats.native import open_native, plan_native, recognises_native
@@ -25,4 +25,4 @@ __all__ = ["FORMATS", "Evidence", "ModelSource", "TensorSource", "open_model", "
 
 FORMATS.add("diffusers", Format(recognises_diffusers, open_diffusers, plan_diffusers))
 FORMATS.add("difftool", Format(recognises_native, open_native, plan_native))
-FORMATS.add("ldm", Format(recognises_ldm, open_ldm, plan_ldm))
+FORMATS.add("ldm", Format(recognises_ldm, open_ldm, plan_ldm, lacks_codec))

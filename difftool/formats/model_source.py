@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from difftool.config.kinds import CodecConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import check_names, to_values
 from difftool.errors import InputError, UsageError, missing
@@ -43,6 +44,13 @@ class Overrides(NamedTuple):
     prediction: str | None = None
     """The target: eps, v, ..."""
     zero_snr: bool | None = None
+    codec: CodecConfig | None = None
+    """A learned one, for a model that has none."""
+
+    @property
+    def decide(self) -> bool:
+        """Whether anything is said of what the model predicts."""
+        return self.prediction is not None or self.zero_snr is not None
 
 
 NO_OVERRIDES = Overrides()
@@ -119,6 +127,8 @@ class Format:
     """The model at a place that it recognises; InputError if it is malformed or not supported."""
     plan: Callable[[ModelSource, bool], Plan]
     """What a model (and, if asked, its free metadata) becomes; CheckError if it cannot be held."""
+    lacks_codec: Callable[[Place], bool] = lambda place: False
+    """Whether a place is of this kind but for an autoencoder."""
 
 
 FORMATS: Registry[Format] = Registry("model format")
@@ -168,13 +178,17 @@ def open_model(path: Path, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
 def model_at(opened: Opened, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
     """The model that was opened; InputError if it is not a sound one."""
     path, place = opened.path, opened.place
-    if opened.format is not None:
-        source = _overridden(opened.format.open(place, overrides), overrides)
+    bare = next((each for each in FORMATS.values() if each.lacks_codec(place)), None)
+    format = opened.format or (bare if overrides.codec else None)
+    if format is not None:
+        source = _overridden(format.open(place, overrides), overrides)
         return replace(source, warnings=(*opened.notes, *source.warnings))
     if isinstance(place, TensorSource):
         kind, says = kind_of(place.tensors)
         why = f"it is a {kind}, no whole model: {says}" if kind else "no family that is known to it"
         hint = "difftool convert FILE --inspect lists what is in it"
+        if bare:
+            why, hint = f"it has no autoencoder; {why}", "--vae FILE gives it one to sample with"
         raise InputError(f"{path} is a file of tensors unknown to this version", why, hint)
     why = f"formats of this version: {', '.join(FORMATS)}"
     if path.is_dir():
@@ -193,7 +207,7 @@ def _overridden(source: ModelSource, overrides: Overrides) -> ModelSource:
         findings.append(Evidence("--zero-snr", f"zero terminal SNR {zero_snr}"))
     if target != preset.target:
         findings.append(Evidence("--prediction", f"target {target}"))
-    if overrides != NO_OVERRIDES and target == "eps" and path.get("zero_snr"):
+    if overrides.decide and target == "eps" and path.get("zero_snr"):
         why = "at zero SNR the picture holds no signal, and eps says nothing"
         raise UsageError("target eps and zero terminal SNR exclude each other", why)
     if len(findings) == len(source.findings):
@@ -209,7 +223,7 @@ def _overridden(source: ModelSource, overrides: Overrides) -> ModelSource:
 def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
     """The same model with its live or its averaged (ema) weights alone; None keeps what is there.
 
-    UsageError if it has no such weights.
+    UsageError if it has no such weights, InputError if the averaged ones are not whole.
     """
     if which is None or source.weights == (which,):
         return source
@@ -217,6 +231,11 @@ def choose_weights(source: ModelSource, which: str | None) -> ModelSource:
         hint = "it has " + " and ".join(source.weights)
         raise UsageError(f"{source.path} has no {which} weights", hint=hint)
     tensors, dropped = dict(source.tensors), list(source.dropped)
+    unet = {name for name in tensors if name.startswith("unet.")}
+    averaged = {name.removeprefix(EMA) for name in tensors if name.startswith(EMA)}
+    if which == "ema" and (odd := sorted(unet ^ averaged)):
+        what = f"the averaged weights of {source.path} are not those of its U-Net"
+        raise InputError(what, f"{odd[0]} is only in one of them")
     counters = f"{EXTRA}ldm.model_ema."
     for name in [name for name in tensors if name.startswith((EMA, counters))]:
         place = tensors.pop(name)

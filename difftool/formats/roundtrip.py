@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from difftool.diffusion.path import Discrete
+from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import InputError
 from difftool.formats.model_source import LAYOUT, Evidence, ModelSource
 from difftool.version import __version__
@@ -44,6 +46,13 @@ def make_extra(
 def differing(derived: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """Sections that other files give, and give otherwise."""
     return [n for n in derived if n not in NO_COUNTERPART and derived[n] != values[n]]
+
+
+def same_path(one: NoisePath, other: NoisePath) -> bool:
+    """Whether two noise paths are the same at the entries of their tables."""
+    if isinstance(one, Discrete) and isinstance(other, Discrete) and one.steps == other.steps:
+        return all(one.level(t) == other.level(t) for t in range(one.steps))
+    return one == other
 
 
 def checked_extra(extra: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from difftool.config.networks import CLIP_MEAN, CLIP_STD, VisionConfig
 from difftool.diffusion.path import Path, build_path
 from difftool.errors import InputError
-from difftool.formats.diffusers.fields import VERSION
+from difftool.formats.diffusers.fields import VERSION, build
 from difftool.formats.diffusers.schedulers import CLASSES, read_scheduler
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.tables import vision_rules
@@ -51,10 +51,7 @@ def read_vision(configs: Mapping[str, Any]) -> Vision | None:
     activation = given.get("hidden_act", "quick_gelu")
     if not all(type(v) is int for v in values.values()) or activation not in ("quick_gelu", "gelu"):
         raise InputError(f"{ENCODER} is not a picture encoder of CLIP's kind")
-    try:
-        config = VisionConfig(**values, activation=activation)
-    except ValueError as error:
-        raise InputError(f"{ENCODER} contradicts itself", str(error)) from None
+    config = build(VisionConfig, ENCODER, **values, activation=activation)
     return Vision(config, build_path(read_scheduler(configs[NOISING], NOISING).path))
 
 

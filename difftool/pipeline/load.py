@@ -14,11 +14,12 @@ from difftool.adapters.lora.file import changed_by
 from difftool.config.families import family
 from difftool.config.kinds import CodecConfig
 from difftool.config.layers import load_preset
+from difftool.config.networks import VaeConfig
 from difftool.config.schema import Preset
 from difftool.errors import InputError, UsageError, first_line
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
-from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource
+from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource, Overrides
 from difftool.formats.unclip import read_vision
 from difftool.hub.find import find_model
 from difftool.networks.vision import ClipVision, Normalizer
@@ -64,11 +65,15 @@ def load_model(
         dtype = "fp32" if target.type != "cuda" else "fp16"
     half = dtype != "fp32"
     path = find_model(where, half=half)
-    source = open_model(path)
+    theirs = None if vae is None else find_model(vae, half=half)
+    # a model may have none of its own, whose structure is then that of the other
+    codec = None if theirs is None else open_autoencoder(theirs, VaeConfig())[0]
+    learned = codec if codec is not None and codec.learned else None
+    source = open_model(path, Overrides(codec=learned))
     preset, vae_source = source.preset, source
     _check_whole(source, preset, path)
-    if vae is not None:
-        codec, vae_source = open_autoencoder(find_model(vae, half=half), preset.codec)
+    if vae is not None and theirs is not None:
+        codec, vae_source = open_autoencoder(theirs, preset.codec)
         preset = _with_codec(preset, codec, vae)
     if recipe is not None:
         chosen = load_preset(recipe)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import isfinite, nan, prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +56,10 @@ ALLOWED: dict[LoraKind, frozenset[str]] = {
     "full": frozenset({"alpha"}),
 }
 """Tensors that may be there besides."""
+
+
+NUMBERS = (*FLOATS, "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+"""Dtypes of an alpha, which some tools write as a whole number."""
 
 
 class Change(NamedTuple):
@@ -180,12 +184,12 @@ def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: NetworkConfi
         role = next(role for role in ROLES if found[role] is not None)
         if role in grouped.setdefault(layer, {}):
             raise InputError(f"{path} is malformed", f"it changes {layer} twice ({name})")
-        if place.info.dtype not in FLOATS:
+        if place.info.dtype not in (NUMBERS if role == "alpha" else FLOATS):
             raise InputError(f"{path} is malformed", f"{name} is {place.info.dtype}")
         grouped[layer][role], names[layer] = place, spelled
     if not any(PATTERN.fullmatch(name) for name in source.tensors):
         raise InputError(f"{path} is no LoRA", "none of its tensors is one of a LoRA")
-    changes = {}
+    changes, alphas = {}, _plain_alphas(source, known)
     for layer, tensors in grouped.items():
         kind = _kind(tensors)
         if kind is None:
@@ -194,10 +198,31 @@ def read_lora(path: Path, layers: Mapping[str, Shape | None], unet: NetworkConfi
                 assert role
             continue
         alpha, rooted = scale_of(config, names[layer]) if kind == "lora" else (None, False)
+        if layer in alphas:
+            alpha, rooted = alphas[layer], False
         changes[layer] = Change(kind, tensors, alpha, rooted)
         _check(path, layer, changes[layer], layers[layer])
     dialect, encoders = dialect_of(source.tensors), encoders_of(layers, unet)
     return Lora(source.path, dialect, changes, unused, source.metadata, names, encoders)
+
+
+def _plain_alphas(source: TensorSource, known: Mapping[str, str | None]) -> dict[str, float]:
+    """Alphas by layer that a pickled file holds as numbers of Python's, and not as tensors."""
+    found: dict[str, float] = {}
+    for name, text in source.metadata.items() if source.kind == "pickle" else ():
+        match = PATTERN.fullmatch(name)
+        if match is None or match["alpha"] is None:
+            continue
+        layer = next((known[n] for n in variants(match["layer"]) if n in known), None)
+        try:
+            alpha = float(text)
+        except ValueError:
+            alpha = nan
+        if not isfinite(alpha):
+            raise InputError(f"{source.path} is malformed", f"{name} is {text:.40}")
+        if layer is not None:
+            found[layer] = alpha
+    return found
 
 
 def _open(path: Path) -> tuple[TensorSource, dict[str, Any]]:

@@ -56,17 +56,24 @@ class Meaning(NamedTuple):
 
 
 def derive_preset(
-    configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, name: str
+    configs: Configs,
+    pads: Mapping[str, int | None],
+    shapes: Shapes,
+    name: str,
+    stand_in: CodecConfig | None = None,
 ) -> Meaning:
     """The preset that the configuration files mean; InputError if difftool has no such model.
 
-    pads: the padding token of each tokenizer that is there, None for the end mark.
+    pads: the padding token of each tokenizer that is there, None for the end mark. stand_in: an
+    autoencoder, where a pipeline that has one lacks it.
     """
     index = configs[INDEX]
     kind = index["_class_name"]
     pipeline = PIPELINES[kind]
     unet = read_network(configs["unet/config.json"], "unet/config.json")
     codec: CodecConfig = IdentityConfig(channels=unet.in_channels)
+    if pipeline.text and stand_in is not None:
+        codec = stand_in
     if "vae/config.json" in configs:
         codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
@@ -105,6 +112,25 @@ def derive_preset(
     return Meaning(preset, findings, scheduling.warnings)
 
 
+def check_pipeline(preset: Preset, index: Mapping[str, Any], where: str) -> None:
+    """InputError where a pipeline could not run the networks that its folder holds."""
+    kind, what = index["_class_name"], f"{where} contradicts itself"
+    reads = PIPELINES[kind].text
+    if not reads:
+        return
+    unet, count = preset.unet, len(preset.text)
+    sized = unet.vector_dim is not None and getattr(unet, "vector_name", "") == "add_embedding"
+    if sized != (reads == "xl"):
+        has = "has" if sized else "lacks"
+        raise InputError(what, f"{kind} is for another network: its U-Net {has} SDXL's vector")
+    if reads == "sd" and count != 1:
+        raise InputError(what, f"{kind} reads one text encoder, and there are {count}")
+    if unet.in_channels < preset.codec.latent_channels:
+        channels = preset.codec.latent_channels
+        why = f"the U-Net takes {unet.in_channels} channels, and its latents have {channels}"
+        raise InputError(what, why)
+
+
 def _derive_text(
     configs: Configs, pads: Mapping[str, int | None], shapes: Shapes, pipeline: PipelineClass
 ) -> Iterator[TextConfig]:
@@ -117,7 +143,9 @@ def _derive_text(
         projected = projection is not None or named[1] == "CLIPTextModelWithProjection"
         use: dict[str, Any] = {"pad_id": pads.get(TOKENIZERS[ENCODERS.index(name)])}
         if xl:
-            use |= {"hidden": -2, "final_norm": False, "pooled": projected}
+            # a projection of the first of two is of no use, and stops diffusers' pipeline
+            pooled = projected and i == len(present) - 1
+            use |= {"hidden": -2, "final_norm": False, "pooled": pooled}
         config = networks.read_text(configs[where], where, projected=projected, **use)
         if projection:  # published configurations are wrong about it, the tensors are not
             config = replace(config, projection=projection[0])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from difftool.errors import InputError
+from difftool.config.validate import check_numbers
+from difftool.errors import InputError, UsageError
 
 T = TypeVar("T")
 
@@ -68,10 +69,15 @@ class Fields:
 
 def build(cls: type[T], where: str, **values: Any) -> T:
     """A configuration of difftool's; InputError if its values do not fit together."""
+    what = f"{where} describes what difftool does not have"
     try:
-        return cls(**values)
+        made = cls(**values)
+        check_numbers(made, "it")
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{where} describes what difftool does not have", str(error)) from None
+        raise InputError(what, str(error)) from None
+    except UsageError as error:
+        raise InputError(what, error.what.removeprefix("it: ")) from None
+    return made
 
 
 class FieldKind(NamedTuple):

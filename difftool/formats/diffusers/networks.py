@@ -426,7 +426,7 @@ def read_text(config: Mapping[str, Any], where: str, *, projected: bool, **use: 
 
 def write_text(config: TextConfig) -> dict[str, Any]:
     """The config.json of a text encoder, as transformers writes it."""
-    kind = "CLIPTextModel" if config.projection is None else "CLIPTextModelWithProjection"
+    kind = "CLIPTextModelWithProjection" if config.pooled else "CLIPTextModel"
     written = {"architectures": [kind], "model_type": "clip_text_model"} | TEXT
     written |= write_rows(vars(config), TEXT_ROWS)
     written |= {"projection_dim": config.projection or config.width, "eos_token_id": config.end_id}

@@ -27,6 +27,7 @@ from difftool.formats.diffusers.components import (
 from difftool.formats.diffusers.configs import (
     SCHEDULER,
     Configs,
+    check_pipeline,
     derive_preset,
     encoder_names,
     foreign_index,
@@ -56,41 +57,21 @@ def recognises_diffusers(place: Place) -> bool:
     return isinstance(place, Path) and (place / INDEX).is_file()
 
 
-def open_diffusers(folder: Path, _overrides: Overrides = NO_OVERRIDES) -> ModelSource:
+def open_diffusers(folder: Path, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
     """A folder of diffusers as a source; InputError if it is malformed or not supported."""
     index = read_json(folder / INDEX)
     components = _components(index, folder)
+    if PIPELINES[index["_class_name"]].text and "vae" not in components and not overrides.codec:
+        hint = "--vae FILE gives it one to sample with"
+        raise InputError(f"{folder} has no autoencoder", f"{INDEX} names none", hint)
     warnings = [
         f"{path.name} in {folder} is code, which difftool never runs"
         for path in sorted(folder.glob("**/*.py"))
     ]
     scheduler = read_json(folder / SCHEDULER, infinite=True)  # diffusers writes -Infinity
     configs: dict[str, Any] = {INDEX: index, SCHEDULER: scheduler}
-    tensors: dict[str, Located] = {}
-    dropped: list[Drop] = []
-    encoders = 0
-    if (folder / "unet_ema" / "config.json").is_file():
-        components.add("unet_ema")  # diffusers' training scripts put it there, and in no index
-    for name in (n for n in (*WEIGHTS, *FOREIGN) if n in components):
-        configs[f"{name}/config.json"] = read_json(folder / name / "config.json")
-        prefix = f"{name}."
-        if name == "unet_ema":
-            prefix = f"{EMA}unet."
-        elif name in FOREIGN:
-            prefix = f"{EXTRA}diffusers.{name}."
-        if name in ENCODERS:
-            prefix, encoders = f"text.{encoders}.", encoders + 1
-        source = component_tensors(folder / name, stem_of(name))
-        warnings += source.warnings
-        dropped += [Drop(place, "no part of the model") for place in source.beside.values()]
-        for their, place in source.tensors.items():
-            ours = our_name(name, their)
-            if ours is None:
-                dropped.append(Drop(place, _positions(place, warnings)))
-            elif prefix + ours in tensors:
-                raise InputError(f"{place.file} holds the tensor {ours} under two names")
-            else:
-                tensors[prefix + ours] = place
+    tensors, dropped, odd = _tensors(folder, components, configs)
+    warnings += odd
     for name in components & PLAIN_FILES.keys() - {"scheduler"}:
         if (folder / name / PLAIN_FILES[name]).is_file():
             file = f"{name}/{PLAIN_FILES[name]}"
@@ -109,7 +90,9 @@ def open_diffusers(folder: Path, _overrides: Overrides = NO_OVERRIDES) -> ModelS
             tensors[name] = place
     pads = {n: pad_id(folder / n) for n in TOKENIZERS if n in components}
     shapes = {name: place.info.shape for name, place in tensors.items()}
-    meaning = derive_preset(configs, pads, shapes, _name(folder))
+    meaning = derive_preset(configs, pads, shapes, _name(folder), overrides.codec)
+    if not extra:
+        check_pipeline(meaning.preset, index, str(folder))
     values, notes = with_extra(to_values(meaning.preset), extra, EXTRA_JSON)
     preset = build_preset(values, f"the preset in {folder}", InputError)
     for config, name in zip(meaning.preset.text, TOKENIZERS, strict=False):
@@ -133,6 +116,40 @@ def open_diffusers(folder: Path, _overrides: Overrides = NO_OVERRIDES) -> ModelS
         dropped=tuple(dropped),
         warnings=(*warnings, *meaning.warnings),
     )
+
+
+def _tensors(
+    folder: Path, components: set[str], configs: dict[str, Any]
+) -> tuple[dict[str, Located], list[Drop], list[str]]:
+    """The tensors of all components by difftool's names, those that are no part of a model, and
+    warnings; each component's configuration file joins `configs`."""
+    tensors: dict[str, Located] = {}
+    dropped: list[Drop] = []
+    warnings: list[str] = []
+    encoders = 0
+    if (folder / "unet_ema" / "config.json").is_file():
+        components.add("unet_ema")  # diffusers' training scripts put it there, and in no index
+    for name in (n for n in (*WEIGHTS, *FOREIGN) if n in components):
+        configs[f"{name}/config.json"] = read_json(folder / name / "config.json")
+        prefix = f"{name}."
+        if name == "unet_ema":
+            prefix = f"{EMA}unet."
+        elif name in FOREIGN:
+            prefix = f"{EXTRA}diffusers.{name}."
+        if name in ENCODERS:
+            prefix, encoders = f"text.{encoders}.", encoders + 1
+        source = component_tensors(folder / name, stem_of(name))
+        warnings += source.warnings
+        dropped += [Drop(place, "no part of the model") for place in source.beside.values()]
+        for their, place in source.tensors.items():
+            ours = our_name(name, their)
+            if ours is None:
+                dropped.append(Drop(place, _positions(place, warnings)))
+            elif prefix + ours in tensors:
+                raise InputError(f"{place.file} holds the tensor {ours} under two names")
+            else:
+                tensors[prefix + ours] = place
+    return tensors, dropped, warnings
 
 
 def _foreign(configs: Configs, preset: Preset) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any, TypeGuard
 
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
-from difftool.diffusion.path import Discrete, build_path
-from difftool.diffusion.path import Path as NoisePath
+from difftool.diffusion.path import build_path
 from difftool.errors import DifftoolError
 from difftool.formats.diffusers.components import (
     ENCODERS,
@@ -39,7 +38,7 @@ from difftool.formats.model_source import (
     ModelSource,
     Plan,
 )
-from difftool.formats.roundtrip import differing, make_extra
+from difftool.formats.roundtrip import differing, make_extra, same_path
 from difftool.formats.rules import Rule
 
 
@@ -86,8 +85,11 @@ def _placed(source: ModelSource, encoders: list[str]) -> Iterator[tuple[str, str
     prefixes |= {
         f"{EXTRA}diffusers.{n}.": n for n in FOREIGN if f"{n}/config.json" in source.configs
     }
+    unused = {f"text.{i}.text_projection.weight" for i, t in enumerate(source.preset.text)
+              if not t.pooled}  # fmt: skip
     for name in source.tensors:
-        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        found = (p for p in prefixes if name.startswith(p) and name not in unused)
+        prefix = next(found, None)
         yield (name, "", name) if prefix is None else (name, prefixes[prefix], name[len(prefix) :])
 
 
@@ -156,7 +158,7 @@ def _losses(preset: Preset, derived: Mapping[str, Any], configs: Configs) -> Ite
         yield f"diffusers has no codec {preset.codec.kind}: {kept}, and its pictures are bare x0"
     if derived["target"] != preset.target:
         yield f"no scheduler of diffusers has the target {preset.target}: {kept}"
-    if not _same_path(build_path(preset.path), build_path(derived["path"])):
+    if not same_path(build_path(preset.path), build_path(derived["path"])):
         yield f"no scheduler of diffusers has the noise path {preset.path['kind']}: {kept}"
     if preset.text and not preset.codec.learned:
         yield "diffusers has no pipeline from text to pixels: its components load one by one"
@@ -167,10 +169,3 @@ def _losses(preset: Preset, derived: Mapping[str, Any], configs: Configs) -> Ite
         yield f"diffusers' pipeline wants components that are not there: {', '.join(missing)}"
     if preset.unet.num_classes and configs[INDEX]["_class_name"] == "DDPMPipeline":
         yield "diffusers' DDPMPipeline asks for no class, which this model needs"
-
-
-def _same_path(one: NoisePath, other: NoisePath) -> bool:
-    """Whether two noise paths are the same at the entries of their tables."""
-    if isinstance(one, Discrete) and isinstance(other, Discrete) and one.steps == other.steps:
-        return all(one.level(t) == other.level(t) for t in range(one.steps))
-    return one == other

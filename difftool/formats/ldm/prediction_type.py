@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any, NamedTuple
 
-from difftool.config.families import Family
+from difftool.config.families import FAMILIES, Family
 from difftool.errors import InputError, UsageError
 from difftool.formats.model_source import Evidence, Overrides
 from difftool.formats.values import MAX_NUMBERS, numbers
@@ -77,6 +77,10 @@ def decide(
 ) -> NoiseTable:
     """Target and noise path of a single file; InputError if its evidence contradicts itself."""
     path, findings, warnings = {}, [], []
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    if stranger := _architecture_of_another(architecture, family):
+        warnings.append(f"modelspec.architecture says {stranger}; its tensors are of {family.id}")
+        metadata = {k: v for k, v in metadata.items() if k != "modelspec.architecture"}
     words = [*_words(metadata, params, find)]
     edm = _edm(find)
     target = overrides.prediction or (edm[0] if edm else None)
@@ -119,6 +123,15 @@ def decide(
         path |= {"kind": "discrete", "betas": betas}
         findings.append(Evidence("alphas_cumprod", "a noise schedule of its own"))
     return NoiseTable(target, path, findings, warnings)
+
+
+def _architecture_of_another(architecture: str, family: Family) -> str | None:
+    """ModelSpec's word for a family of other networks than a file's."""
+    for row in FAMILIES.values():
+        named = architecture and architecture in (row.modelspec, row.modelspec_v)
+        if named and family.id in FAMILIES and row.encoders != family.encoders:
+            return architecture
+    return None
 
 
 def _words(metadata: Mapping[str, str], params: Mapping[str, Any], find: Find) -> Iterator[_Word]:

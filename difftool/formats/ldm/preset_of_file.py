@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from difftool.config import families
-from difftool.config.families import PUBLISHED, Family
+from difftool.config.families import PUBLISHED, Family, Verdict
 from difftool.config.kinds import NetworkConfig
 from difftool.config.layers import load_preset
 from difftool.config.networks import TextConfig, VaeConfig
@@ -36,6 +36,8 @@ class FileMeaning:
     """The preset's, complete but not checked."""
     findings: tuple[Evidence, ...]
     warnings: tuple[str, ...]
+    refusal: InputError | None = None
+    """Why that is doubtful: for files that do not themselves say how they are meant."""
 
 
 def derive(
@@ -53,22 +55,11 @@ def derive(
     params: of the configuration file beside it.
     """
     params = params or {}
-
-    def part(prefix: str) -> dict[str, Shape]:
-        return {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-
-    try:
-        text, tensors = _text(shapes), part(UNET)
-        layout = next((n for n in NETWORKS.values() if n.mark in tensors), NETWORKS["unet"])
-        unet = layout.detect(tensors, any(t.pooled for t in text))
-        codec = detect.vae_config(part(VAE))
-        family = families.family(families.family_of(unet, codec, text))
-        unet, guesses = layout.settle(unet, family, network_of(params))
-    except (KeyError, IndexError, ValueError, StopIteration) as error:
-        raise unknown_family(where, part(UNET), str(error)) from None
+    made = _networks(where, shapes, overrides, network_of(params))
+    unet, text, family = made.unet, made.text, made.family
     noise = decide(where, family, metadata, params, find, overrides)
     base = load_preset(_base(family, unet, noise.target, metadata))
-    codec = _codec(codec, family, params, find)
+    codec = _codec(made.codec, family, params, find)
     path = noise.path if "kind" in noise.path else base.path | noise.path
     if family.path:
         path = {**family.path, **noise.path}
@@ -86,7 +77,8 @@ def derive(
     if not any(t.pooled for t in text):
         numbered = rest = 0
     if rest or not 0 <= numbered <= 6:
-        why = f"label_emb takes {unet.vector_dim}, which is not {pooled} and some sizes of 256"
+        takes = f"takes {unet.vector_dim}" if unet.vector_dim else "is missing"
+        why = f"label_emb {takes}: SDXL's is of {pooled} and some sizes of 256"
         raise InputError(f"{where} does not fit together", why)
     layer = metadata.get("modelspec.encoder_layer", "")
     if family.encoders == ("clip",) and layer.isdecimal():
@@ -109,8 +101,51 @@ def derive(
     return FileMeaning(
         values=values,
         findings=(Evidence("tensor names and shapes", says), *noise.findings),
-        warnings=(*noise.warnings, *guesses),
+        warnings=(*noise.warnings, *made.warnings),
+        refusal=made.refusal,
     )
+
+
+class _Networks(NamedTuple):
+    unet: NetworkConfig
+    codec: VaeConfig
+    text: tuple[TextConfig, ...]
+    family: Family
+    warnings: list[str]
+    refusal: InputError | None
+
+
+def _networks(
+    where: str, shapes: Mapping[str, Shape], overrides: Overrides, told: Mapping[str, Any]
+) -> _Networks:
+    """The networks that the tensors make, and of which family they are.
+
+    told: what a configuration file beside it says of the U-Net.
+    """
+
+    def part(prefix: str) -> dict[str, Shape]:
+        return {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+
+    try:
+        text, tensors, autoencoder = _text(shapes), part(UNET), part(VAE)
+        layout = next((n for n in NETWORKS.values() if n.mark in tensors), NETWORKS["unet"])
+        unet = layout.detect(tensors, any(t.pooled for t in text))
+        codec: Any = overrides.codec
+        if autoencoder or codec is None:
+            codec = detect.vae_config(autoencoder)
+        verdict = families.judge(unet, codec, text)
+        family = families.family(verdict.id)
+        unet, guesses = layout.settle(unet, family, told)
+    except (KeyError, IndexError, ValueError, StopIteration) as error:
+        raise unknown_family(where, part(UNET), str(error)) from None
+    _check_text(where, shapes)
+    refusal = _refusal(where, verdict, tensors, unet, told)
+    heads = {"num_heads", "num_head_channels"} & told.keys()
+    warnings = [*guesses, *(verdict.conflicts if heads else ())]
+    if verdict.odd and not heads:
+        as_many = f"that {where} attends by as many heads as {verdict.id} is a guess"
+        warnings.append(f"{as_many}: {'; '.join(verdict.odd)}, unlike that")
+    return _Networks(unet, codec, text, family, warnings, refusal)
 
 
 def _text(shapes: Mapping[str, Shape]) -> tuple[TextConfig, ...]:
@@ -132,6 +167,41 @@ def _text(shapes: Mapping[str, Shape]) -> tuple[TextConfig, ...]:
                 config = replace(config, projection=None)
             found.append(config)
     return tuple(found)
+
+
+def _check_text(where: str, shapes: Mapping[str, Shape]) -> None:
+    """InputError for SDXL's text encoders where they are not whole: without the second one, or its
+    projection, nothing tells what they are of."""
+    stage = "conditioner.embedders."
+    names = [name for name in shapes if name.startswith(stage)]
+    last = 0 if any(name.startswith(f"{stage}0.model.") for name in names) else 1
+    needed = f"{stage}{last}.model.text_projection"
+    if names and needed not in shapes:
+        raise InputError(f"{where} is not a whole model", f"{needed} is missing")
+
+
+def _refusal(
+    where: str,
+    verdict: Verdict,
+    tensors: Mapping[str, Shape],
+    unet: NetworkConfig,
+    told: Mapping[str, Any],
+) -> InputError | None:
+    """Why it is doubtful which model a file holds; None where it is not."""
+    if verdict.id == families.OWN:
+        return unknown_family(where, tensors, "no family has networks like these together")
+    what = f"{where} contradicts itself about its family"
+    for name, ours in (("context_dim", "context_dim"), ("in_channels", "in_channels"),
+                       ("adm_in_channels", "vector_dim")):  # fmt: skip
+        wanted, there = told.get(name), getattr(unet, ours, None)
+        if isinstance(wanted, int) and wanted != there:
+            hint = "the .yaml is another model's: remove it"
+            return InputError(what, f"{name} is {there}, and {wanted} in the .yaml beside it", hint)
+    if verdict.conflicts and not {"num_heads", "num_head_channels"} & told.keys():
+        why = f"it is most like {verdict.id}, but {'; '.join((*verdict.conflicts, *verdict.odd))}"
+        hint = "a .yaml of the same name beside it, with num_heads or num_head_channels, settles it"
+        return InputError(what, why, hint)
+    return None
 
 
 def _has_spare_layer(shapes: Mapping[str, Shape]) -> bool:

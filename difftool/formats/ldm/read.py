@@ -14,8 +14,11 @@ from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
 from difftool.formats.ldm import detect
 from difftool.formats.ldm.names import (
+    AVERAGE,
     UNET,
+    VAE,
     ema_rules,
+    is_averaged,
     model_rules,
     text_places,
     usual_names,
@@ -59,13 +62,23 @@ KNOWN = re.compile(
 
 def recognises_ldm(place: Place) -> bool:
     """Whether a file has a U-Net, an autoencoder and a text encoder by such names."""
+    return _parts(place) == {"unet", "text", "vae"}
+
+
+def lacks_codec(place: Place) -> bool:
+    """Whether it has the same but for an autoencoder."""
+    return _parts(place) == {"unet", "text"}
+
+
+def _parts(place: Place) -> set[str]:
+    """Which networks a file holds by such names."""
     if isinstance(place, Path) or "difftool" in place.metadata:
-        return False
-    parts = {name.split(".")[0] for name in place.tensors}
-    text = {"cond_stage_model", "conditioner"} & parts
-    vae = {"first_stage_model", "vae"} & parts
-    unet = any(name.startswith((f"{UNET}input", f"{UNET}out")) for name in place.tensors)
-    return bool(text and vae) and unet
+        return set()
+    first = {name.split(".")[0] for name in place.tensors}
+    kinds = {"text": {"cond_stage_model", "conditioner"}, "vae": {"first_stage_model", "vae"}}
+    blocks = tuple(f"{prefix}{way}" for prefix in (UNET, AVERAGE) for way in ("input", "out"))
+    unet = any(name.startswith(blocks) for name in place.tensors)
+    return {kind for kind, names in kinds.items() if names & first} | ({"unet"} if unet else set())
 
 
 def open_ldm(header: TensorSource, overrides: Overrides = NO_OVERRIDES) -> ModelSource:
@@ -90,12 +103,16 @@ def open_ldm(header: TensorSource, overrides: Overrides = NO_OVERRIDES) -> Model
         overrides=settled(header.metadata, overrides),
         params=yaml_beside(path),
     )
+    if meaning.refusal is not None and not extra:
+        raise meaning.refusal
     values, notes = with_extra(meaning.values, extra, f"metadata {OURS}")
     preset = build_preset(values, f"the preset in {path}", InputError)
     try:
         rules = model_rules(preset)
     except CheckError as error:
         raise InputError(f"{path} is malformed", error.what) from None
+    if not any(name.startswith(VAE) for name in places):
+        rules = [rule for rule in rules if not rule.theirs.startswith(VAE)]
     tensors, flat = mapped(rules, places, str(path))
     averaged = [*ema_rules(rules)]
     has_ema = averaged[0].theirs in places
@@ -107,6 +124,7 @@ def open_ldm(header: TensorSource, overrides: Overrides = NO_OVERRIDES) -> Model
     tensors |= more
     dropped = [Drop(place, "no part of the model") for place in header.beside.values()]
     warnings = [*header.warnings, *vision.warnings]
+    kept = "ema" if is_averaged(header.tensors) else "live"
     taken = (*rules, *(averaged if has_ema else ()), *vision.rules)
     used = {id(places[rule.theirs]) for rule in taken}
     for name, place in places.items():
@@ -127,7 +145,7 @@ def open_ldm(header: TensorSource, overrides: Overrides = NO_OVERRIDES) -> Model
         preset=preset,
         tensors=tensors,
         findings=(*meaning.findings, *notes),
-        weights=(*extra.get("weights", ("live",))[:1], *(("ema",) if has_ema else ())),
+        weights=(*extra.get("weights", (kept,))[:1], *(("ema",) if has_ema else ())),
         tokenizer_json=extra.get("tokenizer"),
         metadata=free_metadata(header.metadata),
         configs=vision.configs
@@ -150,10 +168,10 @@ def _read_extra(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 def settled(metadata: Mapping[str, str], overrides: Overrides) -> Overrides:
     """What the user says now, or has said when the file was written."""
-    if overrides != NO_OVERRIDES or SETTLED not in metadata:
+    if overrides.decide or SETTLED not in metadata:
         return overrides
     target, _, zero_snr = metadata[SETTLED].partition(" ")
-    return Overrides(target, zero_snr == "zero-snr")
+    return overrides._replace(prediction=target, zero_snr=zero_snr == "zero-snr")
 
 
 def mapped(
@@ -249,7 +267,11 @@ def _record(
     spec = {k: v for k, v in header.metadata.items() if k.startswith("modelspec.")}
     form = {k: v for k, v in header.metadata.items() if k in ("format", ADDED, SETTLED)}
     return {
-        "names": {new: old for old, new in usual.items() if old != new},
+        "names": {
+            new: old
+            for old, new in usual.items()
+            if old != new and not old.startswith(AVERAGE)  # no tool reads these alone
+        },
         "flat": flat,
         "metadata": spec | form,
         "target": preset.target,

@@ -9,12 +9,13 @@ from typing import Any
 
 from difftool.config.families import family
 from difftool.config.schema import Preset
+from difftool.diffusion.path import build_path
 from difftool.errors import CheckError, DifftoolError, InputError
 from difftool.formats.ldm.names import (
     ema_rules,
     model_rules,
 )
-from difftool.formats.ldm.preset_of_file import derive
+from difftool.formats.ldm.preset_of_file import FileMeaning, derive
 from difftool.formats.ldm.read import ADDED, IMPLEMENTATION, KEPT, OURS, SETTLED, settled
 from difftool.formats.model_source import (
     EXTRA,
@@ -24,7 +25,7 @@ from difftool.formats.model_source import (
     Plan,
 )
 from difftool.formats.native import modelspec
-from difftool.formats.roundtrip import make_extra
+from difftool.formats.roundtrip import make_extra, same_path
 from difftool.formats.rules import Rule
 from difftool.formats.unclip import vision_of_file, vision_rules_of
 from difftool.storage.tensors import Info, Located
@@ -143,15 +144,16 @@ def _complete(
             return None
         return source.tensors[here[0]] if here else Located(Path(), name, Info("F32", (0,), 0, 0))
 
-    def derived() -> dict[str, Any]:
+    def derived() -> FileMeaning:
         overrides, name = settled(metadata, NO_OVERRIDES), source.preset.name
-        return derive("it", shapes, metadata, find, name=name, overrides=overrides).values
+        return derive("it", shapes, metadata, find, name=name, overrides=overrides)
 
     zero, target = bool(source.preset.path.get("zero_snr")), source.preset.target
     try:
-        found = derived()
+        meaning = derived()
+        found = meaning.values
     except InputError:
-        found = {}
+        meaning, found = None, {}
     decided = (found.get("target"), bool(found.get("path", {}).get("zero_snr")))
     if decided != (target, zero):
         spec = modelspec(source.preset, IMPLEMENTATION)
@@ -159,17 +161,25 @@ def _complete(
         metadata |= {key: spec[key] for key in keys if key in spec and key in metadata}
         metadata[SETTLED] = f"{target}{' zero-snr' * zero}"
         try:
-            found = derived()
+            meaning = derived()
         except DifftoolError as error:
             what = "LDM's single files cannot hold this model"
             raise CheckError(what, error.why or error.what) from None
+    assert meaning is not None
+    found = meaning.values
     extra = make_extra(source, found, keep_metadata=False)
     same = not extra["sections"] and all(found[k] == v for k, v in extra["plain"].items())
+    same = same and meaning.refusal is None
     usual = vision_of_file(shapes).configs if family(source.preset.family).vision else {}
     configs = {k: v for k, v in source.configs.items() if k != LAYOUT and v != usual.get(k)}
     configs = configs if keep_metadata else {}
     if same and not configs and source.tokenizer_json is None and source.weights[0] == "live":
         return
     metadata[OURS] = json.dumps(extra | {"configs": configs}, ensure_ascii=False)
-    if found["target"] != target or found["path"]["kind"] != source.preset.path["kind"]:
-        yield f"other tools take it for target {found['target']}: a single file has no other word"
+    for section, other in (
+        ("target", found["target"] != target),
+        ("path", not same_path(build_path(found["path"]), build_path(source.preset.path))),
+    ):
+        if other:
+            word = found[section] if section == "target" else found[section]["kind"]
+            yield f"other tools take it for {section} {word}: a single file has no other word"
