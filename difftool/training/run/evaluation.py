@@ -17,7 +17,7 @@ FIRST, FIRST_SECONDS = 50, 60.0
 NOMINAL = {"cpu": 5e10, "cuda": 2e13, "mps": 2e12}
 """Floating-point operations a second that a slow device of a kind does, so that what is chosen does
 not depend on how fast this one happens to be."""
-FREE_SECONDS = 10.0
+FREE_SECONDS = 2.0
 """What takes no longer, all together, on such a device needs no share."""
 
 
@@ -110,6 +110,6 @@ def _sizes(full: Evaluation, held: int) -> Iterator[Evaluation]:
     for pictures, samples, growth in SIZES:
         yield full._replace(
             pictures=max(1, round(pictures * full.pictures)),
-            samples=max(1, round(samples * max(full.samples, held))),
+            samples=max(full.samples, held) if samples == 1 else round(samples * full.samples),
             growth=growth,
         )
