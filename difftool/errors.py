@@ -98,7 +98,7 @@ def missing(what: object, hint: str | None = None) -> UsageError:
 def check_file(kind: str, path: Path, folder: bool = False) -> None:
     """UsageError if there is no file, or where it may be one no folder, of that kind at a path."""
     if path.is_dir() and not folder:
-        raise UsageError(f"{path} is a folder and no {kind}")
+        raise UsageError(f"{path} is a folder and no {kind}", hint="name a file in it")
     if not path.exists():
         raise UsageError(f"there is no {kind} {path}")
 

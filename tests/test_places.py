@@ -14,6 +14,7 @@ from PIL import Image
 
 import difftool
 from difftool.cli.app import main
+from difftool.errors import ResourceError
 from difftool.storage.places import check_place
 
 WRITES = {
@@ -80,6 +81,19 @@ def test_a_full_disk_and_a_read_only_one_are_found_first(monkeypatch, capsys, co
     code, said = run(monkeypatch, capsys, *WRITES[command], name)
     assert code == (5 if fault == "full" else 2), said
     assert "loading" not in said and ("the disk is full" if fault == "full" else "not here") in said
+
+
+@pytest.mark.parametrize("command", ["noise", "sample"])
+def test_a_disk_that_fills_up_meanwhile_ends_the_run(monkeypatch, capsys, command):
+    def full(*_: object) -> None:
+        raise ResourceError("the disk is full") from OSError(errno.ENOSPC, "full")
+
+    room = "forward.outputs" if command == "noise" else "sampling.output"
+    monkeypatch.setattr(f"difftool.{room}.write_whole", full)
+    Path("q.png").write_bytes(Path("p.png").read_bytes())
+    asked = ["p.png", "q.png"] if command == "noise" else ["a fox", "a dog", "--steps", "1"]
+    code, said = run(monkeypatch, capsys, command, *asked, "-o", "there/")
+    assert code == 5 and said.count("the disk is full") == 1
 
 
 def test_room_is_there_for_the_whole_model(monkeypatch, capsys):

@@ -17,7 +17,7 @@ from difftool.config.layers import merge, override_layers
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Level, build_path
 from difftool.diffusion.path import Path as NoisePath
-from difftool.errors import DifftoolError, UsageError
+from difftool.errors import DifftoolError, ResourceError, UsageError
 from difftool.forward.levels import LevelRow, even_levels, finite
 from difftool.forward.options import DEFAULT_PATH
 from difftool.forward.outputs import CURVES, OUTPUTS, curve_target, format_of, save, targets_of
@@ -210,6 +210,8 @@ def noise(task: NoiseTask, progress: Progress = silent) -> Iterator[ShownPicture
             figure, facts = figure_of(task, picture.image, progress)
             save(target, OUTPUTS[task.kind].encode(figure), bool(task.values["overwrite"]))
         except DifftoolError as error:
+            if isinstance(error, ResourceError) and isinstance(error.__cause__, OSError):
+                raise  # a disk that is full is full for the next picture too
             yield error
         else:
             yield ShownPicture(image, target, figure, facts, picture.notes)
