@@ -221,6 +221,9 @@ def _of_system(error: Exception) -> DifftoolError | None:
         return ResourceError("out of memory", first_line(error), hint)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f'there can be no file "{error.filename}"', "its name is too long")
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        why = f"names of files are {error.encoding} here"
+        return UsageError(f'there can be no file "{error.object}"', why, "set LC_ALL=C.UTF-8")
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error.filename, error)
     return None
