@@ -14,6 +14,7 @@ import pytest
 import torch
 from conversions import convert
 from ldm_models import small
+from peft import LoraConfig
 from pipelines import build, diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -366,6 +367,17 @@ def test_an_alpha_that_is_a_whole_number_scales_as_any_other(alpha, end, tmp_pat
     convert_lora(tmp_path / "peft.safetensors", tmp_path / "back.safetensors", "kohya")
     back = load_file(tmp_path / "back.safetensors")[f"{LAYER}.alpha"]
     assert float(back) == 2 and (not isinstance(alpha, Tensor) or back.dtype == alpha.dtype)
+
+
+def test_an_alpha_that_pefts_configuration_leaves_out_is_pefts_own(tmp_path):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = f"base_model.model.{layer}.lora"
+    tensors = {f"{name}_A.weight": torch.ones(4, 320), f"{name}_B.weight": torch.ones(320, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}', encoding="utf-8")
+    unet = load_preset("sd15").unet
+    lora = read_lora(tmp_path, {f"unet.{layer}": (320, 320)}, unet)
+    assert lora.changes[f"unet.{layer}"].alpha == LoraConfig().lora_alpha
 
 
 def test_an_alpha_that_is_no_number_is_refused(tmp_path):

@@ -35,6 +35,8 @@ from difftool.storage.tensors import FLOATS, Located, file_chunks
 LoraKind = Literal["lora", "loha", "lokr", "full"]
 ADAPTER = "lora_adapter_metadata"
 """Key of diffusers' headers for PEFT's configuration, a prefix of a component before each key."""
+PEFT_ALPHA = 8
+"""Of an adapter_config.json that does not say: the default of PEFT's LoraConfig."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
 
@@ -240,7 +242,8 @@ def _open(path: Path) -> tuple[TensorSource, dict[str, Any]]:
     if ADAPTER in source.metadata:
         config = parse_json(source.metadata[ADAPTER], f"{ADAPTER} of {path}")
     elif path.name in (FILES[1], "adapter_model.bin") and beside.is_file():
-        config = {f".{key}": value for key, value in read_json(beside).items()}
+        config = {".lora_alpha": PEFT_ALPHA}
+        config |= {f".{key}": value for key, value in read_json(beside).items()}
     else:
         config = {}
     if not isinstance(config, dict):
