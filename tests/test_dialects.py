@@ -149,6 +149,15 @@ def test_a_picture_that_was_started_from_another_says_so():
     assert "Mask blur: 4" in missed(request)
 
 
+@pytest.mark.parametrize(("sampler", "word"), [("Euler a", "Eta"), ("DDIM", "Eta DDIM")])
+def test_eta_is_taken_over_where_the_sampler_has_it(sampler, word):
+    text = f"a fox\nSteps: 9, Sampler: {sampler}, Seed: 5, {word}: 0.5, Version: v1.10.1, RNG: CPU"
+    request = read(picture(parameters=text))
+    assert request.settings["sampler_options"] == {"eta": 0.5} and request.missed == ()
+    request = read(picture(parameters=text.replace(sampler, "Euler", 1)))
+    assert missed(request) == f"{word}: 0.5" and "sampler_options" not in request.settings
+
+
 def test_a_plain_prompt_needs_no_syntax():
     request = read(picture(parameters="a fox\nSteps: 9, Sampler: Euler, Seed: 5"))
     assert "prompt_syntax" not in request.settings and request.missed == ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +45,7 @@ def run(values: dict[str, Any]) -> None:
     from difftool.storage.commit import refuse_existing, write_whole
     from difftool.storage.places import check_ending, check_place
     from difftool.storage.shards import written_at
+    from difftool.storage.strict_json import to_json
 
     report, overwrite = values["report"], bool(values["overwrite"])
     if report is not None:
@@ -55,7 +55,7 @@ def run(values: dict[str, Any]) -> None:
     ledger = convert(values, console.progress, partial(_opened, values["source"]))
     _say(ledger)
     if report is not None:
-        write_whole(report, json.dumps(ledger.report(), indent=1), overwrite)
+        write_whole(report, to_json(ledger.report(), indent=1), overwrite)
     path = None if values["dry_run"] else str(written_at(values["target"]))
     if values["json"]:
         shown = {key: value for key, value in ledger.report().items() if key != "entries"}

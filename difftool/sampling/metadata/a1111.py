@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from difftool.diffusion.samplers import spelled
+from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import InputError
 from difftool.sampling.metadata.found import Found, needs_a1111
 from difftool.sampling.requests import Request, request_of
@@ -101,7 +101,7 @@ SILENT = frozenset(A1111_WORDS) | {
     *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
     *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
     *("Civitai metadata", "Created Date", "Template", "Negative Template", "VAE", "Backend"),
-    *("Pipeline", "Operations", "Job timestamp"),
+    *("Pipeline", "Operations", "Job timestamp", "Eta", "Eta DDIM"),
 }
 """Words that change nothing, or are looked at one by one."""
 _NETWORK = re.compile(r"<(lora|lyco|hypernet):([^<>:]+)((?::[^<>:]*)*)>")
@@ -134,6 +134,12 @@ def _as_a1111(words: Mapping[str, str], read: dict[str, Any], found: Found) -> N
         found.started_from()
     elif "strength" in read:
         found.miss(f"Denoising strength: {read.pop('strength'):g}")
+    options = SAMPLERS[spelled(read)["sampler"]].options if "sampler" in read else {}
+    for word in (word for word in ("Eta", "Eta DDIM") if word in words):
+        if "eta" in options and re.fullmatch(r"[01](\.\d+)?", words[word]):
+            read["eta"] = float(words[word])
+        else:
+            found.miss(f"{word}: {words[word]}")
     noise = words.get("RNG", "GPU" if version else "CPU")
     if noise != "CPU":
         found.miss(f"RNG: {noise} (the noise is another)")
