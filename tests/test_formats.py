@@ -1261,8 +1261,8 @@ def test_zero_terminal_snr_is_read():
 def test_options_that_difftool_has_not_are_said():
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
     assert any("use_dynamic_shifting" in w for w in schedulers.read_scheduler(config, "").warnings)
-    config = {"_class_name": "DDIMScheduler", "clip_sample_range": 3.0}
-    assert any("clip_sample_range" in w for w in schedulers.read_scheduler(config, "").warnings)
+    config = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}
+    assert any("interpolation_type" in w for w in schedulers.read_scheduler(config, "").warnings)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ class SampleConfig:
     """Guidance only where log SNR lies in this range; None = everywhere."""
     clip: Literal["none", "static", "dynamic"] = "none"
     """Thresholding of the predicted x0: none, to [-1, 1], or dynamic (Imagen)."""
+    clip_range: Annotated[float | None, Within(above=0)] = None
+    """Bound of static thresholding, in place of 1; or the largest one of dynamic thresholding, in
+    place of none."""
+    clip_quantile: Annotated[float, Within(above=0, high=1)] = 0.995
+    """Share of |x0| that dynamic thresholding leaves below its bound."""
     rederive_eps: bool | None = None
     """Whether eps follows a thresholded x0; None = as published: with every sampler but ddim."""
     start_noise: Literal["unit", "sigma", "hypot"] = "unit"

@@ -7,6 +7,7 @@ GRIDS[name](path, n, **options) gives n levels, and the level where the last ste
     terminal_alpha_bar   lower bound of alpha_bar at the noisiest entry (2^-24 in diffusers)
     lookup               how noise scales run between the table's entries: "log" or "linear"
     time                 what the network is told of a fractional time: "exact", "nearest", "floor"
+    lam_min              of an index grid: lowest log(alpha / sigma) of the entries that it divides
 
 Index grids divide the table's indices, 0 .. T-1, and fit every path through `path.at_index`. Scale
 grids divide the noise scale `path.k_sigma`; their options are the ends of the range,
@@ -60,6 +61,7 @@ class Grid:
         terminal_alpha_bar: float | None = None,
         lookup: str | None = None,
         time: str | None = None,
+        lam_min: float | None = None,
         **options: Any,
     ) -> list[Level]:
         """n levels and the end, noisy to clean; UsageError if the path has no such levels."""
@@ -72,6 +74,10 @@ class Grid:
             if not isinstance(path, Discrete):
                 raise UsageError(f"{next(iter(table))} belongs to discrete noise paths")
             path = call(what, partial(replace, path), **table)
+        if lam_min is not None:
+            if self.kind != "index":
+                raise UsageError("lam_min belongs to schedules that divide the table's indices")
+            options["lam_min"] = lam_min
         divided = {"index": self._indices, "scale": self._scales, "level": self._levels}[self.kind]
         levels = [_at_network_time(level, time) for level in divided(what, path, n, options)]
         return _checked(what, _ended(levels, path, end), n)
@@ -80,7 +86,10 @@ class Grid:
         return call(what, self.function, path, n, **options)
 
     def _indices(self, what: str, path: Path, n: int, options: dict[str, Any]) -> Sequence[Level]:
-        given = (path.steps, n)
+        entries, lam_min = path.steps, options.pop("lam_min", None)
+        if lam_min is not None:
+            entries = sum(path.at_index(i).half_log_snr >= lam_min for i in range(entries))
+        given = (entries, n)
         if self.rounds:
             given = (*given, (lambda index: index) if path.continuous else round)
         return [path.at_index(index) for index in call(what, self.function, *given, **options)]
@@ -90,7 +99,7 @@ class Grid:
         hi, lo = options.pop("sigma_max", None), options.pop("sigma_min", None)
         hi = path.k_sigma(noisy) if hi is None else hi
         lo = path.k_sigma(clean) if lo is None else lo
-        if not 0 < lo < hi < math.inf:
+        if not 0 < lo <= hi < math.inf or (lo == hi and n > 1):
             hint = "set terminal_alpha_bar or sigma_max, or choose another schedule"
             raise UsageError(f"{what} needs a finite range", f"{lo:g} to {hi:g}", hint)
         scales = call(what, self.function, hi, lo, n, **options)
@@ -112,11 +121,17 @@ def _at_network_time(level: Level, time: str | None) -> Level:
     return level if whole is None else level._replace(t=float(whole(level.t)))
 
 
+ROUNDING = 1e-9
+"""The length of a step, in log(alpha / sigma), under which it is none."""
+
+
 def _ended(levels: list[Level], path: Path, end: str) -> list[Level]:
     if end not in ("clean", "first", "none"):
         raise UsageError(f'a schedule cannot end at "{end}"', hint="choose clean, first or none")
     last = {"clean": path.clean, "first": path.at_index(0), "none": levels[-1]}[end]
-    return levels if last == levels[-1] else [*levels, last]  # a step of length 0 is no step
+    step = last.half_log_snr - levels[-1].half_log_snr
+    # A step of length 0 is no step, whatever rounding makes of it.
+    return levels if last == levels[-1] or abs(step) < ROUNDING else [*levels, last]
 
 
 def _checked(what: str, levels: list[Level], n: int) -> list[Level]:
@@ -125,6 +140,8 @@ def _checked(what: str, levels: list[Level], n: int) -> list[Level]:
     for here, there in pairwise(levels):
         if not here.half_log_snr < there.half_log_snr:
             why = f"steps = {n}: from t = {here.t:g} to t = {there.t:g}"
+            if here.half_log_snr == there.half_log_snr:
+                why = f"steps = {n}: two levels fall together at t = {here.t:g}"
             raise UsageError(f"{what} does not go from noisy to clean", why, "take fewer steps")
     return levels
 
@@ -192,10 +209,17 @@ def _ddim_uniform(T: int, n: int) -> Sequence[float]:
     return list(range(1, T, T // n))[::-1]
 
 
-def _lcm(T: int, n: int, original_steps: int = 50) -> Sequence[float]:
-    """Every so many of the steps that an LCM was distilled on (2310.04378)."""
-    stride = T // original_steps
-    return [stride * (original_steps - original_steps * i // n) - 1 for i in range(n)]
+def _lcm(T: int, n: int, original_steps: int = 50, strength: float = 1.0) -> Sequence[float]:
+    """Every so many of the steps that an LCM was distilled on (2310.04378); strength: of the
+    cleanest such share of them."""
+    stride, steps = T // original_steps, int(original_steps * strength)
+    if n > steps or not stride:
+        why = f"steps = {n}, and it was distilled on {original_steps}"
+        why += f", of which strength {strength:g} leaves {steps}" if strength != 1 else ""
+        raise UsageError(
+            "an LCM does not go from noisy to clean in so many steps", why, "take fewer"
+        )
+    return [stride * (steps - steps * i // n) - 1 for i in range(n)]
 
 
 def _beta(T: int, n: int, alpha: float = 0.6, beta: float = 0.6) -> Sequence[float]:

@@ -7,7 +7,7 @@ flow. Classifier-free guidance is the terms [(cond, g), (uncond, 1 - g)].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from difftool.diffusion.path import Level
 from difftool.diffusion.prediction import Prediction, recover
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Denoise = Callable[["Tensor", Level], Prediction]
 """x_t [B,C,H,W] and its level -> x0 and eps."""
+Clip = Callable[["Tensor"], "Tensor"]
+"""x0 [B,C,H,W] -> x0 within bounds."""
 GuidanceWeight = float | Callable[[Level], float]
 
 
@@ -28,14 +30,14 @@ def guided(
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
-    clip: Literal["static", "dynamic"] | None = None,
+    clip: Clip | None = None,
     rederive_eps: bool = False,
 ) -> Denoise:
     """The sum of weight * F over the terms, their weights adding up to 1.
 
     rescale: share phi of the guided output's deviation that is set back to the first term's.
     interval: log SNR range outside of which the first term counts alone (2404.07724).
-    clip: x0 to [-1, 1] ("static"), or by its own quantile ("dynamic", Imagen 2205.11487).
+    clip: what becomes of x0 once it is predicted: `static_threshold`, `dynamic_threshold`.
     rederive_eps: whether eps follows the clipped x0, so that both still mix to x_t.
     """
 
@@ -52,7 +54,7 @@ def guided(
             output = output * (rescale * _std(outputs[0]) / _std(output) + 1 - rescale)
         x0, eps = recover(x_t.float(), output, level, denoiser.target)
         if clip:
-            x0 = x0.clamp(-1, 1) if clip == "static" else dynamic_threshold(x0)
+            x0 = clip(x0)
             if rederive_eps:
                 eps = (x_t.float() - level.alpha * x0) / level.sigma
         return Prediction(x0, eps)
@@ -60,8 +62,14 @@ def guided(
     return denoise
 
 
+def static_threshold(x0: Tensor, largest: float = 1.0) -> Tensor:
+    """x0 clamped to [-largest, largest]."""
+    return x0.clamp(-largest, largest)
+
+
 def dynamic_threshold(x0: Tensor, quantile: float = 0.995, largest: float = float("inf")) -> Tensor:
-    """x0 clamped to its own quantile s of |x0|, image by image, and divided by it where s > 1."""
+    """x0 clamped to its own quantile s of |x0|, image by image, and divided by it where s > 1
+    (Imagen 2205.11487)."""
     import torch
 
     s = torch.stack([image.abs().quantile(quantile) for image in x0])  # torch limits one call

@@ -22,6 +22,7 @@ from difftool.diffusion.solvers import (
     Noise,
     Pndm,
     Sampler,
+    Singlestep,
     Step,
     TwoStage,
     UniPC,
@@ -229,6 +230,10 @@ ORDER: dict[str, SamplerOption] = {"order": one_of(1, 2, 3, 4)}
 SOLVER_TYPE: dict[str, SamplerOption] = {"solver_type": one_of("midpoint", "heun")}
 D2_SCALE: dict[str, SamplerOption] = {"d2_scale": one_of(0.5, 1.0)}
 FINAL: dict[str, SamplerOption] = {"lower_order_final": one_of("never", "final", "short", "always")}
+SINGLE: dict[str, SamplerOption] = SOLVER_TYPE | {
+    "order": one_of(1, 2, 3),
+    "lower_order_final": one_of("never", "always"),
+}
 CLOCK: dict[str, SamplerOption] = {"clock": one_of("lam", "log_sigma")}
 UNIPC: dict[str, SamplerOption] = FINAL | {
     "order": one_of(1, 2, 3),
@@ -251,7 +256,8 @@ _row("euler_a", FirstOrder, "Euler ancestral", "euler_ancestral EulerAncestralDi
 _row("euler_a_rf", FirstOrder, "Euler ancestral of rectified flows",
      "euler_ancestral_rf LTXEulerAncestralRFScheduler", NOISE, kappa=rectified)
 _row("lcm", Consistency, "latent consistency models", "LCMScheduler FlowMatchLCMScheduler",
-     {"boundary_scalings": one_of(True, False), "s_noise": ANY}, kappa=full, a1111="LCM")
+     {"boundary_scalings": one_of(True, False), "timestep_scaling": ANY, "s_noise": ANY},
+     kappa=full, a1111="LCM")
 _row("tcd", FirstOrder, "trajectory consistency distillation, eta its gamma", "TCDScheduler",
      {"eta": Range(0.0, 1.0)}, kappa=tcd, eta=0.3)
 
@@ -295,9 +301,19 @@ _row("lms", Multistep, "linear multistep in rho, or in t = sigma / (alpha + sigm
      target="eps", order=4, clock="rho", a1111="LMS")
 _row("ipndm", Multistep, "Adams-Bashforth in the number of the step", "IPNDMScheduler",
      ORDER, target="eps", order=4, clock="index")
-_row("plms", Pndm, "PNDM without its Runge-Kutta start; target: the network's own",
-     "pndm PNDMScheduler", {"target": one_of("eps", "v", "x0", "flow")},
+_row("plms", Pndm, "PNDM, begun by Heun or Runge-Kutta; target: the network's own",
+     "pndm PNDMScheduler",
+     {"target": one_of("eps", "v", "x0", "flow"), "start": one_of("heun", "runge_kutta")},
      target="eps", order=4, clock="index", a1111="PLMS")
+
+# Several steps that end a run, and begin the next one afresh.
+_row("dpmpp_single", Singlestep, "DPM-Solver++ in runs of up to `order` steps of the grid",
+     "dpmsingle DPMSolverSinglestepScheduler", SINGLE,
+     order=2, solver_type="midpoint", lower_order_final="always")
+_row("dpmpp_single_sde", Singlestep, "dpmpp_single of the reverse SDE", "", SINGLE | NOISE,
+     order=2, solver_type="midpoint", lower_order_final="always", kappa=reverse_sde)
+_row("dpm_solver_single", Singlestep, "DPM-Solver in runs of up to `order` steps of the grid",
+     "", SINGLE, target="eps", order=2, solver_type="midpoint", lower_order_final="always")
 
 # Two stages.
 _row("heun", TwoStage, "Heun in rho (EDM, with churn if asked), or in t = sigma / (alpha + sigma)",
@@ -308,7 +324,7 @@ _row("dpm2", TwoStage, "DPM-Solver-2, with churn if asked", "dpm_2 KDPM2Discrete
 _row("dpm2_a", TwoStage, "DPM-Solver-2 ancestral",
      "dpm_2_a dpm_2_ancestral KDPM2AncestralDiscreteScheduler",
      NOISE, target="eps", kappa=posterior, a1111="DPM2 a")
-_row("dpmpp_2s", TwoStage, "DPM-Solver++(2S)", "dpmsingle DPMSolverSinglestepScheduler", {})
+_row("dpmpp_2s", TwoStage, "DPM-Solver++(2S)", "", {})
 _row("dpmpp_2s_a", TwoStage, "DPM-Solver++(2S) ancestral", "dpmpp_2s_ancestral",
      NOISE, kappa=posterior, a1111="DPM++ 2S a")
 _row("dpmpp_sde", TwoStage, "DPM-Solver++ with fresh noise in both stages",

@@ -226,11 +226,13 @@ class Consistency(FirstOrder):
     boundary_scalings: bool = True
     """Whether x0 = x_t at t = 0 (consistency models 2303.01469 eq. 5, with the scalings of LCM),
     on paths with a table."""
+    timestep_scaling: float = 10.0
+    """Factor on t in these scalings."""
 
     def _bounded(self, predicted: Prediction, x: Tensor, here: Level) -> Prediction:
         if not self.boundary_scalings or self.path.continuous:
             return predicted
-        s = 10 * here.t
+        s = self.timestep_scaling * here.t
         mixed = s / math.hypot(s, 0.5) * predicted.x0 + 0.25 / (s**2 + 0.25) * x
         return predicted._replace(x0=mixed)
 
@@ -298,10 +300,10 @@ class Multistep(Sampler):
             nodes = [node]
             if math.isfinite(u[i + 1] - u[i]) and u[i + 1] != u[i]:
                 nodes += history[: self._order(steps - i, steps) - 1]
-            if any(math.isfinite(past.u) for past in nodes[1:]):
+            if started := self._start(i, denoise, x, predicted, here, there):
+                mean = started
+            elif any(math.isfinite(past.u) for past in nodes[1:]):
                 mean = recover(x, self.mean_output(nodes, u[i], u[i + 1]), here, self.target)
-            elif i == 0:
-                mean = self._start(denoise, x, predicted, here, there) or mean
             history = [node, *history][: self.order - 1]
             last = Begun(i, x, here, nodes)
             x = self._step(mean, here, there, noise)
@@ -321,9 +323,9 @@ class Multistep(Sampler):
         return x, predicted
 
     def _start(
-        self, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
+        self, i: int, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
     ) -> Prediction | None:
-        """The mean x0 and eps of the first step; None = the network's own."""
+        """The mean x0 and eps of a step, if it is one that makes the history; None = it is not."""
         return None
 
     def _order(self, left: int, steps: int) -> int:
@@ -386,17 +388,75 @@ class UniPC(Multistep):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Singlestep(Multistep):
+    """Runs of 1, 2, ... `order` steps (DPM-Solver 2206.00927, algorithms 1 and 2, on a given grid).
+
+    A run begins afresh: each of its steps goes again from where the run began, with the outputs
+    made since. So they need no history, and only a run's end is of the full order.
+    """
+
+    grid_steps: int = 0
+    """Steps of the whole grid, of which the last ones are taken; 0 = those that there are."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
+    ) -> Iterator[Step]:
+        clock, steps = CLOCKS[self.clock], len(levels) - 1
+        u = [clock.time(level, i) for i, level in enumerate(levels)]
+        orders = self.orders(self.grid_steps or steps, clean=not levels[-1].sigma)[-steps:]
+        start, nodes = (x, levels[0]), []
+        for i, (here, there) in enumerate(pairwise(levels)):
+            predicted = mean = denoise(x, here)
+            node = Node(u[i], self._output(predicted, here))
+            if i and orders[i] > 1 and math.isfinite(nodes[0].u) and math.isfinite(u[i + 1]):
+                nodes.append(node)
+                F = self.mean_output(nodes, nodes[0].u, u[i + 1])
+                mean = recover(start[0], F, start[1], self.target)
+            else:
+                start, nodes = (x, here), [node]
+            x = self._step(mean, start[1], there, noise)
+            yield Step(i, there, x, predicted.x0)
+
+    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
+        return replace(self, grid_steps=steps) if last else replace(self, lower_order_final="never")
+
+    def orders(self, steps: int, *, clean: bool) -> list[int]:
+        """The order of each step of a grid; clean: whether it ends without noise."""
+        orders = [1 + i % self.order for i in range(steps)]
+        if clean or (self.lower_order_final != "never" and steps % self.order == 0):
+            orders[-1] = 1
+        return orders
+
+    def mean_output(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
+        if len(nodes) == 3 and self.solver_type == "midpoint":  # by its ends alone
+            ends = (nodes[0], nodes[-1])
+            return replace(self, solver_type="heun").mean_output(ends, u, u_next)
+        return super().mean_output(nodes, u, u_next)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pndm(Multistep):
-    """A Multistep whose first step takes one more evaluation, at its end (PNDM 2202.09778)."""
+    """A Multistep whose first steps take more evaluations (PNDM 2202.09778)."""
+
+    start: str = "heun"
+    """Heun's method for the first step (one more evaluation, at its end), or Runge and Kutta's for
+    the first three (three more each, in the middle and at the end)."""
 
     def _start(
-        self, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
+        self, i: int, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
     ) -> Prediction | None:
-        if not there.sigma or not self._recovers(here):
+        whole = self.start == "runge_kutta"
+        if i >= (3 if whole else 1) or not there.sigma or not self._recovers(here):
             return None
-        ahead = denoise(transition(*predicted, there), there)
-        F = (self._output(predicted, here) + self._output(ahead, there)) / 2
-        return recover(x, F, here, self.target)
+        t = (here.t + there.t) / 2
+        mid = self.path.level(t if self.path.continuous else math.floor(t))
+        stages = [(mid, 2), (mid, 2), (there, 1)] if whole else [(there, 1)]
+        total = F = self._output(predicted, here)
+        for level, weight in stages:
+            ahead = denoise(transition(*recover(x, F, here, self.target), level), level)
+            F = self._output(ahead, level)
+            total = total + weight * F
+        return recover(x, total / (6 if whole else 2), here, self.target)
 
 
 @dataclass(frozen=True, kw_only=True)

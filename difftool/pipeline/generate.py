@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
-from difftool.diffusion.guidance import Denoise, guided
+from difftool.diffusion.guidance import Clip, Denoise, dynamic_threshold, guided, static_threshold
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import Level
 from difftool.diffusion.samplers import SAMPLERS, Step
@@ -70,10 +71,19 @@ def _guided(model: Model, settings: SampleConfig, conds: list[Cond]) -> Denoise:
         model.denoiser,
         list(zip(conds, weights, strict=True)),
         rescale=settings.guidance_rescale,
-        clip=None if settings.clip == "none" else settings.clip,
+        clip=_clip(settings),
         interval=settings.guidance_interval,
         rederive_eps=SAMPLERS.resolve(settings.sampler) != "ddim" if follows is None else follows,
     )
+
+
+def _clip(settings: SampleConfig) -> Clip | None:
+    bound = {} if settings.clip_range is None else {"largest": settings.clip_range}
+    return {
+        "none": None,
+        "static": partial(static_threshold, **bound),
+        "dynamic": partial(dynamic_threshold, quantile=settings.clip_quantile, **bound),
+    }[settings.clip]
 
 
 def _variation(

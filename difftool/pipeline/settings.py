@@ -66,7 +66,7 @@ def resolve_settings(
     values = to_values(model.preset.sample)
     if follows_scheduler(model) and (match or {"sampler", "schedule"} & given.keys()):
         names = (given.get("sampler"), given.get("schedule"))
-        values |= switched(model.preset, *names, floor=match == "diffusers")
+        values |= switched(model.preset, *names, exact=match == "diffusers")
     settings = validate(SampleConfig, merge(values, given), "the sampling settings")
     _check(model, settings)
     return settings
@@ -106,13 +106,18 @@ def plan_sampling(
     """
     path, steps = model.denoiser.path, settings.steps
     sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
-    levels = GRIDS[settings.schedule](path, steps, **settings.schedule_options)
-    if from_picture and model.concat != "edit":
+    options = dict(settings.schedule_options)
+    cut = from_picture and model.concat != "edit"
+    if cut and settings.schedule == "lcm" and model.preset.unet.guidance_dim:
+        options["strength"], cut = settings.strength, False  # all steps, on the cleaner part
+    levels = GRIDS[settings.schedule](path, steps, **options)
+    if cut:
         run = min(int(steps * settings.strength), steps)
-        if run < 1:
+        # A last step of length 0 is not there, but is counted.
+        levels = levels[max(steps, len(levels) - 1) - run :]
+        if len(levels) < 2:
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
             raise UsageError("no step would be run", why, "give more --steps or --strength")
-        levels = levels[steps - run :] if len(levels) == steps + 1 else levels[-run - 1 :]
     if refiner is None:
         return SamplePlan(model, settings, sampler.part_of(steps), levels)
     taking_over = plan_sampling(refiner.model, refiner.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from difftool.formats.diffusers.pipelines import (
     pipeline_family,
 )
 from difftool.formats.diffusers.schedulers import CLASSES as CLASSES_OF_SCHEDULERS
-from difftool.formats.diffusers.schedulers import read_scheduler, write_scheduler
+from difftool.formats.diffusers.schedulers import kept, read_scheduler, write_scheduler
 from difftool.formats.layouts import read_network, write_codec, write_encoder, write_network
 from difftool.formats.model_source import Evidence
 
@@ -75,9 +76,10 @@ def derive_preset(
     if pipeline.text and stand_in is not None:
         codec = stand_in
     if "vae/config.json" in configs:
-        codec = networks.read_vae(configs["vae/config.json"], "vae/config.json")
+        codec = networks.read_vae(configs["vae/config.json"] | pipeline.vae, "vae/config.json")
     text = tuple(_derive_text(configs, pads, shapes, pipeline))
-    scheduling = read_scheduler(configs[SCHEDULER], SCHEDULER)
+    said = configs[SCHEDULER]
+    scheduling = read_scheduler({**said, **pipeline.scheduler}, SCHEDULER)
     family = family_of(unet, codec, text)
     sees = family_row(family).vision
     numbers = 0
@@ -88,7 +90,7 @@ def derive_preset(
         if rest or not 0 <= numbers <= 6:
             why = f"{unet.vector_dim} is not {pooled} and some numbers of 256 sinusoids each"
             raise InputError("unet/config.json does not fit the text encoders", why)
-    size = _size(configs["unet/config.json"].get("sample_size"), codec)
+    size = _size(configs["unet/config.json"], codec, pipeline)
     preset = Preset(
         name=name,
         about=f"a model of family {family}",
@@ -102,7 +104,8 @@ def derive_preset(
         sample=SampleConfig(
             size=size, steps=pipeline.steps, guidance=pipeline.guidance, **scheduling.sample
         ),
-        scheduler=scheduling.scheduler,
+        # What is not said is left open: see scheduler_switch.
+        scheduler=kept({name: pipeline.scheduler.get(name, said[name]) for name in said}),
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
         # A pretrained model is fine-tuned, which wants a small learning rate.
         train=TrainConfig(lr=1e-5, size=size[0]) if codec.learned else TrainConfig(),
@@ -152,11 +155,14 @@ def _derive_text(
         yield config
 
 
-def _size(sample_size: Any, codec: CodecConfig) -> tuple[int, int]:
+def _size(unet: Mapping[str, Any], codec: CodecConfig, pipeline: PipelineClass) -> tuple[int, int]:
     """Width and height in pixels of the x0 size that a U-Net's file names."""
     factor = codec.factor
-    match sample_size:
+    match unet.get("sample_size"):
         case int(side):
+            old = re.match(r"0\.[0-8]\.", str(unet.get("_diffusers_version")))
+            if pipeline.old_sizes and old:
+                side = max(side, 64)
             return side * factor, side * factor
         case [int(height), int(width)]:
             return width * factor, height * factor

@@ -35,6 +35,10 @@ class Fields:
             self.refuse(name)
         return value
 
+    def number(self, name: str) -> float:
+        """A number, with a point or without."""
+        return float(self.get(name, (int, float)))
+
     def ints(self, name: str) -> tuple[int, ...]:
         """A list of whole numbers."""
         return tuple(self._int(name, item) for item in self.get(name, list))
@@ -136,7 +140,7 @@ def _uniform(f: Fields, name: str) -> int:
 INT = FieldKind(lambda f, name: f.get(name, int))
 INT_OR_NONE = FieldKind(lambda f, name: f.get(name, (int, type(None))))
 BOOL = FieldKind(lambda f, name: f.get(name, bool))
-FLOAT = FieldKind(lambda f, name: float(f.get(name, (int, float))))
+FLOAT = FieldKind(lambda f, name: f.number(name))
 WHOLE = FieldKind(FLOAT.read, lambda value: int(value) if value == int(value) else value)
 """A number that is written without a point where it has no fraction."""
 ZERO_OR_NONE = FieldKind(

@@ -93,18 +93,39 @@ ORDER = Row("solver_order", "order", choice({1: 1, 2: 2, 3: 3}))
 LOWERS = Row(
     "lower_order_final", "lower_order_final", FieldKind(_lowers, lambda lowers: lowers != "never")
 )
+_WORDS = {"midpoint": "midpoint", "heun": "heun"} | dict.fromkeys(
+    ("logrho", "bh1", "bh2"), "midpoint"
+)
+"""Of DPM-Solver; what it makes of other classes' words."""
 DPM = (
-    Row("solver_type", "solver_type", choice({"midpoint": "midpoint", "heun": "heun"})),
+    Row("solver_type", "solver_type", choice(_WORDS)),
     ORDER,
     LOWERS,
     Row(
         "euler_at_final", "lower_order_final", FieldKind(_lowers, lambda lowers: lowers == "final")
     ),
 )
-DEIS = (ORDER, Row("solver_type", "variant", choice({"logrho": "log_rho"})), LOWERS)
+SINGLE = (
+    ORDER,
+    Row("solver_type", "solver_type", choice(_WORDS)),
+    Row("lower_order_final", "lower_order_final", choice({True: "always", False: "never"})),
+)
+DEIS = (
+    ORDER,
+    Row(
+        "solver_type",
+        "variant",
+        choice(dict.fromkeys(("logrho", "midpoint", "heun", "bh1", "bh2"), "log_rho")),
+    ),
+    LOWERS,
+)
 UNIPC = (
     ORDER,
-    Row("solver_type", "solver_type", choice({"bh2": "bh2", "bh1": "bh1"})),
+    Row(
+        "solver_type",
+        "solver_type",
+        choice({"bh2": "bh2", "bh1": "bh1"} | dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")),
+    ),
     Row("predict_x0", "target", choice({True: "x0", False: "eps"})),
     Row("lower_order_final", "lower_order_final", choice({True: "always", False: "never"})),
     Row(
@@ -185,6 +206,18 @@ CLASSES: dict[str, Class] = {
         },
         DPM,
     ),
+    "DPMSolverSinglestepScheduler": Class(
+        "dpmpp_single",
+        "dpm",
+        {name: value for name, value in _DPM.items()
+         if name not in ("timestep_spacing", "steps_offset")}
+        | {
+            "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
+            "final_sigmas_type": "zero", "lambda_min_clipped": -float("inf"),
+            "variance_type": None,
+        },
+        SINGLE,
+    ),
     "DEISMultistepScheduler": Class(
         "deis", "dpm", _DPM | {"algorithm_type": "deis", "solver_type": "logrho"}, DEIS
     ),
@@ -199,7 +232,9 @@ CLASSES: dict[str, Class] = {
         },
         UNIPC,
     ),
-    "LCMScheduler": Class("lcm", "lcm", _LCM),
+    "LCMScheduler": Class(
+        "lcm", "lcm", _LCM, (Row("timestep_scaling", "timestep_scaling", FLOAT),)
+    ),
     "TCDScheduler": Class("tcd", "lcm", _LCM),
     "FlowMatchEulerDiscreteScheduler": Class(
         "euler",
@@ -248,6 +283,11 @@ SOLVERS = {
     ),
     "dpmpp_2m_sde": Solver("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "dpm_solver": Solver("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
+    "dpmpp_single": Solver("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_single_sde": Solver(
+        *("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"})
+    ),
+    "dpm_solver_single": Solver("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver"}),
     "unipc": Solver("UniPCMultistepScheduler", {}),
 }
 

@@ -9,6 +9,7 @@ from difftool.config.schema import Preset
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, build_path
 from difftool.diffusion.samplers import SAMPLERS
+from difftool.formats.diffusers.pipelines import PIPELINES, pipeline_class
 from difftool.formats.diffusers.scheduler_classes import CLASSES, FLOOR, SOLVERS, SPACINGS, class_of
 from difftool.formats.diffusers.schedulers import path_fields, read_scheduler
 
@@ -17,19 +18,22 @@ FLAGS = {schedule: flag for flag, (schedule, _) in reversed(SPACINGS.items())}
 
 
 def switched(
-    preset: Preset, sampler: str | None, schedule: str | None, floor: bool = False
+    preset: Preset, sampler: str | None, schedule: str | None, exact: bool = False
 ) -> dict[str, Any]:
     """SampleConfig's fields for a sampler, or a grid, or both, of a model that carries a scheduler.
 
-    A sampler without a class in diffusers gets Euler's grid. floor: diffusers' alpha_bar = 2^-24
-    where its class has it for zero terminal SNR, in place of 0.
+    A sampler without a class in diffusers gets Euler's grid. What the model's scheduler does not
+    say is what its pipeline sets, then the class's default. exact: diffusers to the number, which
+    is alpha_bar = 2^-24 where the class has it for zero terminal SNR, in place of 0; and, for a
+    sampler, the class's default first, as in pipe.scheduler = X.from_config(pipe.scheduler.config).
     """
     path = build_path(preset.path)
     assert isinstance(path, Discrete)
+    usual = {} if exact and sampler else PIPELINES[pipeline_class(preset)].scheduler
     sampler = SAMPLERS.resolve(sampler or preset.sample.sampler)
     schedule = None if schedule is None else GRIDS.resolve(schedule)
     name = class_of(sampler) or "EulerDiscreteScheduler"
-    config = {**preset.scheduler, **path_fields(path, preset.target), "_class_name": name}
+    config = {**usual, **preset.scheduler, **path_fields(path, preset.target), "_class_name": name}
     config |= SOLVERS[sampler].fields if sampler in SOLVERS else {}
     if sampler == "dpmpp_2m_sde":
         config["solver_order"] = 2
@@ -54,7 +58,7 @@ def switched(
         if schedule == "normal" and CLASSES[name].grids == "k":
             ends["lookup"] = "linear"
         sample["schedule"], sample["schedule_options"] = schedule, ends
-    if path.zero_snr and floor and "rescale_betas_zero_snr" in CLASSES[name].defaults:
+    if path.zero_snr and exact and "rescale_betas_zero_snr" in CLASSES[name].defaults:
         if CLASSES[name].grids in ("k", "dpm"):
             sample["schedule_options"]["terminal_alpha_bar"] = FLOOR
     return {"rederive_eps": None, "start_noise": "unit"} | sample

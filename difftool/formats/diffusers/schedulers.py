@@ -7,6 +7,7 @@ difftool does not have is said and left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,17 +21,24 @@ from difftool.formats.diffusers.fields import VERSION, Fields, read_rows, write_
 from difftool.formats.diffusers.scheduler_classes import (
     BETA_ROWS,
     CLASSES,
+    DEIS,
     DPM,
     EDM_ROWS,
     FLOOR,
     FLOW_ROWS,
     PATH_FIELDS,
+    SINGLE,
     SOLVERS,
     SPACINGS,
     TARGET,
     Class,
     class_of,
 )
+
+ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++", "deis")
+"""Of DPM-Solver; the last is another class's word, for which it takes dpmsolver++."""
+UNBOUNDED = 1e6
+"""A bound of x0 that is none."""
 
 
 class Scheduling(NamedTuple):
@@ -39,8 +47,6 @@ class Scheduling(NamedTuple):
     path: dict[str, Any]
     target: str
     sample: dict[str, Any]
-    scheduler: dict[str, Any]
-    """What it says beside path and target, for other classes too: see Preset.scheduler."""
     says: str
     warnings: tuple[str, ...]
 
@@ -68,20 +74,22 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     defaults = SAMPLERS[sampler].defaults
     sample["sampler"] = sampler
     sample["sampler_options"] = {k: v for k, v in options.items() if v != defaults[k]}
-    sample["clip"] = _clip(fields)
+    sample |= _clip(fields)
     if sampler == "ddim" and name != "DDIMScheduler" and sample["clip"] != "none":
         sample["rederive_eps"] = True  # a solver of first order, which goes by x0
     for option, value in fields.values.items():
         if option not in fields.seen and value != fields.defaults[option]:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
     says = f"{name}: target {target}, path {path['kind']}"
-    return Scheduling(path, target, sample, kept(config), says, tuple(notes))
+    return Scheduling(path, target, sample, says, tuple(notes))
 
 
 def kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's file says beside path and target, as far as any class knows it."""
+    """What a scheduler's file says beside path and target, as far as any class knows it: what
+    Preset.scheduler holds, which is empty where there is no scheduler, and only there."""
     known = set().union(*(kind.defaults for kind in CLASSES.values())) - PATH_FIELDS
-    return {k: v for k, v in config.items() if k in known and v != -float("inf")}
+    says = {k: v for k, v in config.items() if k in known and v != -math.inf}
+    return says or {"thresholding": False}  # as it is in every class that has it
 
 
 def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -107,8 +115,10 @@ def _read_discrete(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], s
 
 def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings that say which levels are visited."""
-    spacing = f.one_of("timestep_spacing", "leading", "trailing", "linspace")
-    offset = f.get("steps_offset", int)
+    spacing, offset = "linspace", 0
+    if "timestep_spacing" in f.values:
+        spacing = f.one_of("timestep_spacing", "leading", "trailing", "linspace")
+        offset = f.get("steps_offset", int)
     if kind.grids == "lcm":
         original = f.get("original_inference_steps", int)
         # TCD's last step ends at entry 0 of the table, LCM's at x0.
@@ -125,11 +135,17 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
         "trailing": {"kind": "trailing"},
     }[spacing]
     options = {}
+    if f.values.get("lambda_min_clipped", -math.inf) > -math.inf and spacing != "trailing":
+        grid["lam_min"] = f.number("lambda_min_clipped")
     for option, (schedule, time) in SPACINGS.items():
         if option in f.values and f.get(option, bool):
+            if name == "DPMSolverMultistepScheduler" and path.get("schedule") == "cosine":
+                time = "floor"
             options = {"range": grid} if kind.grids == "k" else {"time": time}
+            if name.startswith("KDPM2") and schedule == "karras":
+                options["time"] = time
             options |= {
-                key: float(f.get(key, (int, float)))
+                key: f.number(key)
                 for key in ("sigma_min", "sigma_max")
                 if f.values.get(key) is not None
             }
@@ -161,14 +177,14 @@ def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, 
     path = {"kind": "flow"} | _without_usual_steps(read_rows(f, FLOW_ROWS))
     options: dict[str, Any] = {}
     if f.values.get("shift_terminal") is not None:
-        options["shift_terminal"] = float(f.get("shift_terminal", (int, float)))
+        options["shift_terminal"] = f.number("shift_terminal")
     f.ignore("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     f.ignore("shift_terminal", "time_shift_type")
     return path, "flow", {"schedule": "sd3", "schedule_options": options}
 
 
 def _read_flow_dpm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    path = {"kind": "flow", "shift": float(f.get("flow_shift", (int, float)))}
+    path = {"kind": "flow", "shift": f.number("flow_shift")}
     f.ignore("use_flow_sigmas", *PATH_FIELDS, "steps_offset", "time_shift_type")
     f.ignore("timestep_spacing", "final_sigmas_type")
     schedule = "sgm_uniform" if name.startswith("UniPC") else "flow_dpm"
@@ -185,7 +201,7 @@ def _read_edm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, d
     if path["sigma_data"] != data:
         f.refuse("sigma_data")
     schedule = f.one_of("sigma_schedule", "karras", "exponential")
-    rho = float(f.get("rho", (int, float)))
+    rho = f.number("rho")
     options: dict[str, Any] = {"rho": rho} if schedule == "karras" and rho != 7.0 else {}
     if f.one_of("final_sigmas_type", "zero", "sigma_min") == "sigma_min":
         options["end"] = "none"
@@ -202,30 +218,28 @@ def _read_continuous(
     if f.values["prediction_type"] != "v_prediction" or not f.values["use_karras_sigmas"]:
         f.refuse("timestep_type")
     path: dict[str, Any] = {"kind": "edm", "sigma_data": 1.0}
-    path |= {key: float(f.get(key, (int, float))) for key in ("sigma_min", "sigma_max")}
+    path |= {key: f.number(key) for key in ("sigma_min", "sigma_max")}
     options = {"end": "none"} if f.values["final_sigmas_type"] == "sigma_min" else {}
     f.ignore("final_sigmas_type")
     sample = {"schedule": "karras", "schedule_options": options, "start_noise": "hypot"}
     return path, "edm_v", sample
 
 
-def _clip(f: Fields) -> str:
-    """Thresholding of x0."""
-    clip = "none"
-    if f.values.get("clip_sample"):
-        clip = "static"
+def _clip(f: Fields) -> dict[str, Any]:
+    """Thresholding of x0: dynamic, where both kinds are asked for."""
+    numbers = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
+    bound, ratio, largest = (f.number(name) if name in f.values else 1.0 for name in numbers)
+    if "thresholding" in f.values and f.get("thresholding", bool):
         f.ignore("clip_sample")
-        if f.values["clip_sample_range"] == 1.0:
-            f.ignore("clip_sample_range")
-    if f.values.get("thresholding"):
-        f.ignore("thresholding", "sample_max_value")
-        clip = "static" if f.values["sample_max_value"] == 1.0 else "dynamic"
-    f.ignore("clip_sample", "thresholding")
-    if not f.values.get("clip_sample"):
-        f.ignore("clip_sample_range")
-    if clip != "dynamic":
-        f.ignore("dynamic_thresholding_ratio", "sample_max_value")
-    return clip
+        if largest < 1:
+            f.refuse("sample_max_value")
+        if largest == 1:
+            return {"clip": "static"}
+        quantile = {} if ratio == 0.995 else {"clip_quantile": ratio}
+        return {"clip": "dynamic", "clip_range": largest} | quantile
+    if "clip_sample" in f.values and f.get("clip_sample", bool):
+        return {"clip": "static"} | ({} if bound == 1 else {"clip_range": bound})
+    return {"clip": "none"}
 
 
 def _sampler(
@@ -233,9 +247,8 @@ def _sampler(
 ) -> tuple[str, dict[str, Any]]:
     """The sampler, where a class stands for several, and its options."""
     if name == "PNDMScheduler":
-        if not f.get("skip_prk_steps", bool):
-            notes.append("PNDM's Runge-Kutta start (skip_prk_steps = False) is left out")
-        return "plms", {"target": target}
+        start = "heun" if f.get("skip_prk_steps", bool) else "runge_kutta"
+        return "plms", {"target": target, "start": start}
     if f.values.get("stochastic_sampling"):
         f.ignore("stochastic_sampling")
         return "lcm", {}
@@ -243,14 +256,20 @@ def _sampler(
         return "heun", {"variable": "t"}
     if str(f.values.get("variance_type")).startswith("learned"):
         notes.append("the learned variance is not used in sampling")
-    if kind.options is not DPM:
-        return kind.sampler, read_rows(f, kind.options)
-    return _dpm_solver(f)
+    if name == "TCDScheduler":
+        f.ignore("timestep_scaling")
+        return "tcd", {"eta": 0.0}  # what every pipeline passes, whatever the class's own 0.3
+    if kind.options is DEIS:
+        f.ignore("algorithm_type")
+    if kind.options is SINGLE:
+        return _single(name, f)
+    return _dpm_solver(f) if kind.options is DPM else (kind.sampler, read_rows(f, kind.options))
 
 
 def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     order = f.one_of("solver_order", 1, 2, 3)
-    f.one_of("algorithm_type", "dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+    if f.one_of("algorithm_type", *ALGORITHMS) == "deis":
+        f.values["algorithm_type"] = "dpmsolver++"
     stochastic = f.values["algorithm_type"] == "sde-dpmsolver++"
     if order == 1 and not stochastic:
         f.ignore("solver_type", "lower_order_final", "euler_at_final")
@@ -260,10 +279,23 @@ def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     options = read_rows(f, DPM)
     if stochastic:  # of order 2 at most, the last step is of order 1 whatever these say
         options |= {"brownian": False, "lower_order_final": "short"}
-    sampler = next(
-        name for name, solver in SOLVERS.items() if solver.fields.items() <= f.values.items()
-    )
+    sampler = _solver("DPMSolverMultistepScheduler", f)
     return sampler, {k: v for k, v in options.items() if k in SAMPLERS[sampler].options}
+
+
+def _single(name: str, f: Fields) -> tuple[str, dict[str, Any]]:
+    if f.one_of("algorithm_type", *ALGORITHMS) == "deis":
+        f.values["algorithm_type"] = "dpmsolver++"
+    sampler, options = _solver(name, f), read_rows(f, SINGLE)
+    if sampler == "dpmpp_single_sde" and (options["order"], options["solver_type"]) == (3, "heun"):
+        f.refuse("solver_order")
+    return sampler, options
+
+
+def _solver(scheduler: str, f: Fields) -> str:
+    """The sampler that a class is, by the fields that tell it from the others of the class."""
+    rows = ((name, solver) for name, solver in SOLVERS.items() if solver.scheduler == scheduler)
+    return next(name for name, solver in rows if solver.fields.items() <= f.values.items())
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -347,10 +379,14 @@ def _write_discrete(
         "sigma_max": options.get("sigma_max"),
         "set_alpha_to_one": not first,
         "final_sigmas_type": "sigma_min" if first else "zero",
+        "lambda_min_clipped": options.get("lam_min", -math.inf),
         "original_inference_steps": options.get("original_steps", 50),
-        "skip_prk_steps": True,
+        "skip_prk_steps": sample.sampler_options.get("start") != "runge_kutta",
         "clip_sample": sample.clip == "static",
+        "clip_sample_range": sample.clip_range or 1.0,
         "thresholding": sample.clip == "dynamic",
+        "sample_max_value": (sample.clip_range or UNBOUNDED) if sample.clip == "dynamic" else 1.0,
+        "dynamic_thresholding_ratio": sample.clip_quantile,
     }
     if path.schedule == "sigmoid" and name != "DDPMScheduler" and path.betas is None:
         betas = SCHEDULES["sigmoid"](path.steps, path.beta_start, path.beta_end)
