@@ -757,6 +757,7 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("lcm", {}, {"timestep_scaling": 0.1}),
     ("dpmpp_2m", {}, {"solver_type": "heun"}),
     ("dpmpp_2m", {}, {"clock": "log_sigma"}),
+    ("dpmpp_2m", {}, {"order": 1}),
     ("dpmpp_2m", {}, {"lower_order_final": "never"}),
     ("dpmpp_3m", {}, {"solver_type": "heun"}),
     ("dpmpp_3m", {}, {"clock": "log_sigma"}),

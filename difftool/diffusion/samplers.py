@@ -264,7 +264,7 @@ _row("tcd", FirstOrder, "trajectory consistency distillation, eta its gamma", "T
 # Several steps, x0 in lam.
 _row("dpmpp_2m", Multistep, "DPM-Solver++(2M)",
      "dpmsolver++ DPMSolverMultistepScheduler EDMDPMSolverMultistepScheduler",
-     SOLVER_TYPE | CLOCK | FINAL,
+     SOLVER_TYPE | CLOCK | FINAL | {"order": one_of(1, 2)},
      order=2, solver_type="midpoint", lower_order_final="short", a1111="DPM++ 2M")
 _row("dpmpp_3m", Multistep,
      "DPM-Solver++(3M); published: of second order, d2_scale = 1: of third", "",

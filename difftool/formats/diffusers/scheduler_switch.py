@@ -16,6 +16,14 @@ from difftool.formats.diffusers.schedulers import path_fields, read_scheduler
 FLAGS = {schedule: flag for flag, (schedule, _) in reversed(SPACINGS.items())}
 """Grids that are a flag of most classes, and the flag."""
 
+RESET = {
+    "rederive_eps": None,
+    "start_noise": "unit",
+    "clip_range": None,
+    "clip_quantile": 0.995,
+}
+"""What a sampler that is switched to does not take over."""
+
 
 def switched(
     preset: Preset, sampler: str | None, schedule: str | None, exact: bool = False
@@ -30,13 +38,15 @@ def switched(
     path = build_path(preset.path)
     assert isinstance(path, Discrete)
     usual = {} if exact and sampler else PIPELINES[pipeline_class(preset)].scheduler
-    sampler = SAMPLERS.resolve(sampler or preset.sample.sampler)
+    named, sampler = sampler is not None, SAMPLERS.resolve(sampler or preset.sample.sampler)
     schedule = None if schedule is None else GRIDS.resolve(schedule)
     name = class_of(sampler) or "EulerDiscreteScheduler"
-    config = {**usual, **preset.scheduler, **path_fields(path, preset.target), "_class_name": name}
-    config |= SOLVERS[sampler].fields if sampler in SOLVERS else {}
+    solver = SOLVERS[sampler].fields if sampler in SOLVERS else {}
     if sampler == "dpmpp_2m_sde":
-        config["solver_order"] = 2
+        solver = {**solver, "solver_order": 2}
+    # A name says what its class has fields for; the model's own sampler is what the fields say.
+    says = {**preset.scheduler, **solver} if named else {**solver, **preset.scheduler}
+    config = {**usual, **says, **path_fields(path, preset.target), "_class_name": name}
     # What solver_type means differs: a class takes its default for the words of others.
     kinds = [row.kind for row in CLASSES[name].options if row.name == "solver_type"]
     if not any(config.get("solver_type") in kind.words for kind in kinds):
@@ -61,7 +71,7 @@ def switched(
     if path.zero_snr and exact and "rescale_betas_zero_snr" in CLASSES[name].defaults:
         if CLASSES[name].grids in ("k", "dpm"):
             sample["schedule_options"]["terminal_alpha_bar"] = FLOOR
-    return {"rederive_eps": None, "start_noise": "unit"} | sample
+    return RESET | sample
 
 
 def _options(sampler: str, sample: Mapping[str, Any]) -> dict[str, Any]:

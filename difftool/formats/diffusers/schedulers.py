@@ -75,8 +75,6 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     sample["sampler"] = sampler
     sample["sampler_options"] = {k: v for k, v in options.items() if v != defaults[k]}
     sample |= _clip(fields)
-    if sampler == "ddim" and name != "DDIMScheduler" and sample["clip"] != "none":
-        sample["rederive_eps"] = True  # a solver of first order, which goes by x0
     for option, value in fields.values.items():
         if option not in fields.seen and value != fields.defaults[option]:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
@@ -270,16 +268,16 @@ def _dpm_solver(f: Fields) -> tuple[str, dict[str, Any]]:
     order = f.one_of("solver_order", 1, 2, 3)
     if f.one_of("algorithm_type", *ALGORITHMS) == "deis":
         f.values["algorithm_type"] = "dpmsolver++"
-    stochastic = f.values["algorithm_type"] == "sde-dpmsolver++"
-    if order == 1 and not stochastic:
-        f.ignore("solver_type", "lower_order_final", "euler_at_final")
-        return "ddim", {}
+    algorithm = f.values["algorithm_type"]
+    stochastic = algorithm == "sde-dpmsolver++"
     if order == 3 and stochastic:
         f.refuse("solver_order")
     options = read_rows(f, DPM)
     if stochastic:  # of order 2 at most, the last step is of order 1 whatever these say
         options |= {"brownian": False, "lower_order_final": "short"}
-    sampler = _solver("DPMSolverMultistepScheduler", f)
+    sampler = "dpmpp_2m"  # that has an option for order 1
+    if order != 1 or algorithm != "dpmsolver++":
+        sampler = _solver("DPMSolverMultistepScheduler", f)
     return sampler, {k: v for k, v in options.items() if k in SAMPLERS[sampler].options}
 
 
@@ -326,9 +324,9 @@ def write_scheduler(
         assert isinstance(path, Discrete)
         name, fields = _write_discrete(path, target, sample, sampler, grid)
     options = SAMPLERS[sampler].defaults | sample.sampler_options
-    fields |= write_rows(options, [row for row in CLASSES[name].options if row.ours in options])
     if sampler in SOLVERS and CLASSES[name].options is CLASSES[SOLVERS[sampler].scheduler].options:
         fields |= SOLVERS[sampler].fields
+    fields |= write_rows(options, [row for row in CLASSES[name].options if row.ours in options])
     defaults = CLASSES[name].defaults
     values = defaults | {key: value for key, value in fields.items() if key in defaults}
     values |= {key: value for key, value in (scheduler or {}).items() if key not in defaults}
