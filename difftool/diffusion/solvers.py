@@ -147,8 +147,11 @@ class Sampler(ABC):
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]: ...
 
-    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
-        """The same method for a part of a grid of `steps` steps, with its last step or without."""
+    def part_of(self, steps: int, *, last: bool = True, still: bool = False) -> Sampler:
+        """The same method for a part of a grid of `steps` steps, with its last step or without.
+
+        still: whether that step is of no length, and left out.
+        """
         return self
 
     def _kappa(self, here: Level, there: Level) -> float:
@@ -283,11 +286,13 @@ class Multistep(Sampler):
     lower_order_final: str = "never"
     """Whether the order falls to 1 towards the end: never, final (the last step only), always,
     or short (as always, if there are less than 15 steps)."""
+    ends_still: bool = False
+    """Whether a step of no length comes after the last, which is not run but counts as the end."""
 
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]:
-        steps, clock = len(levels) - 1, CLOCKS[self.clock]
+        steps, clock = len(levels) - 1 + self.ends_still, CLOCKS[self.clock]
         u = [clock.time(level, i) for i, level in enumerate(levels)]
         history: list[Node] = []  # newest first
         last: Begun | None = None
@@ -309,12 +314,12 @@ class Multistep(Sampler):
             x = self._step(mean, here, there, noise)
             yield Step(i, there, x, predicted.x0)
 
-    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
+    def part_of(self, steps: int, *, last: bool = True, still: bool = False) -> Sampler:
         # Whether steps are few is meant of the whole grid, and so is its end.
         falls = self.lower_order_final
         if (falls == "short" and steps >= 15) or (falls != "final" and not last):
             return replace(self, lower_order_final="never")
-        return self
+        return replace(self, ends_still=still)
 
     def _corrected(
         self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
@@ -417,7 +422,7 @@ class Singlestep(Multistep):
             x = self._step(mean, start[1], there, noise)
             yield Step(i, there, x, predicted.x0)
 
-    def part_of(self, steps: int, *, last: bool = True) -> Sampler:
+    def part_of(self, steps: int, *, last: bool = True, still: bool = False) -> Sampler:
         return replace(self, grid_steps=steps) if last else replace(self, lower_order_final="never")
 
     def orders(self, steps: int, *, clean: bool) -> list[int]:

@@ -107,19 +107,19 @@ def plan_sampling(
     path, steps = model.denoiser.path, settings.steps
     sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
     options = dict(settings.schedule_options)
-    cut = from_picture and model.concat != "edit"
-    if cut and settings.schedule == "lcm" and model.preset.unet.guidance_dim:
-        options["strength"], cut = settings.strength, False  # all steps, on the cleaner part
+    shortened = from_picture and model.concat != "edit"
+    if shortened and settings.schedule == "lcm" and model.preset.unet.guidance_dim:
+        options["strength"], shortened = settings.strength, False  # all steps, on the cleaner part
     levels = GRIDS[settings.schedule](path, steps, **options)
-    if cut:
+    still = len(levels) == steps and options.get("end") == "first"
+    if shortened:
         run = min(int(steps * settings.strength), steps)
-        # A last step of length 0 is not there, but is counted.
         levels = levels[max(steps, len(levels) - 1) - run :]
         if len(levels) < 2:
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
             raise UsageError("no step would be run", why, "give more --steps or --strength")
     if refiner is None:
-        return SamplePlan(model, settings, sampler.part_of(steps), levels)
+        return SamplePlan(model, settings, sampler.part_of(steps, still=still), levels)
     taking_over = plan_sampling(refiner.model, refiner.settings)
     cut = round(path.steps * (1 - refiner.start))
     first = sum(level.t >= cut for level in levels[:-1])
