@@ -248,7 +248,7 @@ class Node(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A step that is done: where it began, and what its mean was taken of."""
+    """A step that is done: its number in the grid, where it began, and what its mean was of."""
 
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     x: Tensor
@@ -286,6 +286,8 @@ class Multistep(Sampler):
     lower_order_final: str = "never"
     """Whether the order falls to 1 towards the end: never, final (the last step only), always,
     or short (as always, if there are less than 15 steps)."""
+    grid_steps: int = 0
+    """Steps of the whole grid, of which the last ones are taken; 0 = those that there are."""
     ends_still: bool = False
     """Whether a step of no length comes after the last, which is not run but counts as the end."""
 
@@ -310,7 +312,7 @@ class Multistep(Sampler):
             elif any(math.isfinite(past.u) for past in nodes[1:]):
                 mean = recover(x, self.mean_output(nodes, u[i], u[i + 1]), here, self.target)
             history = [node, *history][: self.order - 1]
-            last = Begun(i, x, here, nodes)
+            last = Begun(i + max(self.grid_steps - steps, 0), x, here, nodes)
             x = self._step(mean, here, there, noise)
             yield Step(i, there, x, predicted.x0)
 
@@ -318,8 +320,9 @@ class Multistep(Sampler):
         # Whether steps are few is meant of the whole grid, and so is its end.
         falls = self.lower_order_final
         if (falls == "short" and steps >= 15) or (falls != "final" and not last):
-            return replace(self, lower_order_final="never")
-        return replace(self, ends_still=still)
+            falls = "never"
+        whole = steps if last else 0
+        return replace(self, lower_order_final=falls, ends_still=still, grid_steps=whole)
 
     def _corrected(
         self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
@@ -400,15 +403,13 @@ class Singlestep(Multistep):
     made since. So they need no history, and only a run's end is of the full order.
     """
 
-    grid_steps: int = 0
-    """Steps of the whole grid, of which the last ones are taken; 0 = those that there are."""
-
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]:
         clock, steps = CLOCKS[self.clock], len(levels) - 1
         u = [clock.time(level, i) for i, level in enumerate(levels)]
-        orders = self.orders(self.grid_steps or steps, clean=not levels[-1].sigma)[-steps:]
+        orders = self.orders(self.grid_steps or steps, clean=not levels[-1].sigma)
+        orders = orders[-steps - self.ends_still :]
         start, nodes = (x, levels[0]), []
         for i, (here, there) in enumerate(pairwise(levels)):
             predicted = mean = denoise(x, here)
@@ -421,9 +422,6 @@ class Singlestep(Multistep):
                 start, nodes = (x, here), [node]
             x = self._step(mean, start[1], there, noise)
             yield Step(i, there, x, predicted.x0)
-
-    def part_of(self, steps: int, *, last: bool = True, still: bool = False) -> Sampler:
-        return replace(self, grid_steps=steps) if last else replace(self, lower_order_final="never")
 
     def orders(self, steps: int, *, clean: bool) -> list[int]:
         """The order of each step of a grid; clean: whether it ends without noise."""
