@@ -126,7 +126,7 @@ def _plan(training: Training, warnings: Sequence[str]) -> dict[str, Any]:
         "memory": costs.memory,
         "memory_free": training.free,
         "disk": costs.disk,
-        "seconds": round(training.seconds, 1),
+        "seconds": round(training.seconds[1], 1),
         "forecast": {
             name: f"{value} {words}".strip() for name, value, words in training.forecast()
         },

@@ -11,6 +11,7 @@ steps done). What else it has says what it is:
     a key of METRICS             what is measured whenever samples are shown
 
 Lines are a function of the configuration and the data alone: a resumed run writes the same ones.
+But where no interval is set, the first measure comes after a while as well as after a step.
 
 A metric of samples is a row in METRICS, which has it read, reported and judged, and its function in
 run.previews.MEASURES. A term of the loss is what an objective returns.

@@ -245,18 +245,20 @@ class Training:
         return {part: work_of(self.preset, part, cost, cached=cached) for part, cost in costs}
 
     @cached_property
-    def seconds(self) -> float:
-        """About how long it will take on this device, as fast as it is now."""
+    def seconds(self) -> tuple[float, float]:
+        """About how long it will take on this device, as fast as it is now: to encode pictures
+        first, and in all."""
         from difftool.training.run.costs import is_cached, speed
 
-        total, images = 0.0, len(self.dataset)
+        total, beforehand, rate = 0.0, 0.0, speed(self.device)
         for part, work in self.work.items():
             steps = self.preset.recipe(part).steps or 1
             total += steps * work.step / (1 - self.evaluations[part].share)
-        if is_cached(self.preset, images) and "unet" in self.costs.parts:
+        if "unet" in self.costs.parts and is_cached(self.preset, len(self.dataset)):
+            pictures = len({self.dataset.name(index) for index in range(len(self.dataset))})
             sides = 1 + bool(self.preset.train.flip)
-            total += images * sides * self.costs.parts["unet"].encode
-        return total / speed(self.device)
+            beforehand = pictures * sides * self.costs.parts["unet"].encode
+        return beforehand / rate, (beforehand + total) / rate
 
     @cached_property
     def free(self) -> int | None:
@@ -270,14 +272,18 @@ class Training:
         from difftool.training.report.page import duration
 
         sums = [f"{part}: {e.words(self._held_out(part))}" for part, e in self.evaluations.items()]
-        time = ("time", f"about {duration(self.seconds)}", "as fast as the device is now")
+        beforehand, seconds = self.seconds
+        words = "as fast as the device is now"
+        if beforehand >= 1:
+            words += f"; {duration(beforehand)} of it encode the pictures, before the first step"
+        time = ("time", f"about {duration(seconds)}", words)
         return [*self.estimate.rows(self.free), time, ("shown", "", "; ".join(sums))]
 
     def out_of_reach(self) -> list[str]:
         """What of it this machine will not do."""
         from difftool.training.run.estimate import out_of_reach
 
-        return out_of_reach(self.estimate, self.free, self.seconds)
+        return out_of_reach(self.estimate, self.free, self.seconds[1])
 
     def _held_out(self, part: Part) -> int:
         """How many pictures are measured and never trained on."""
