@@ -64,5 +64,12 @@ def check_place(path: Path, needed: int = 0, *, makes: bool = True) -> None:
     if (free := shutil.disk_usage(above).free) < needed:
         why = f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
         raise ResourceError(f"the disk has no room for {path}", why, "free some space")
-    with hidden_folder(above / path.name) as place:
-        write_whole(place / "trial", bytes(TRIAL))
+    try:
+        with hidden_folder(above / path.name) as place:
+            write_whole(place / "trial", bytes(TRIAL))
+    except (UsageError, ResourceError) as error:  # which tell of the trial, and not of the path
+        system = error.__cause__ or error.__context__
+        reason = f"in the folder {above}: {getattr(system, 'strerror', None) or error.why}"
+        if isinstance(error, ResourceError):
+            raise ResourceError(error.what, reason, error.hint) from system
+        raise UsageError(f"cannot write {path}", reason) from None
