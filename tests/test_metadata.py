@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,20 @@ def test_without_metadata_nothing_is_said(tmp_path, format):
 def test_what_does_not_fit_is_a_usage_error():
     with pytest.raises(UsageError, match="jpg"):
         encode(Image.new("RGB", (8, 8)), "jpg", texts("🦊" * 40_000, None))
+
+
+def test_a_long_text_goes_before_the_chunk(tmp_path):
+    """Both are more than a JPEG has room for: the text alone was written before, and still is."""
+    generator = random.Random(0)
+    prompt = "".join(chr(generator.randrange(0x4E00, 0x9FFF)) for _ in range(9_999))
+    made = picture(prompt, prompt, None, 123)
+    for format in ("jpg", "webp"):
+        data = encode(
+            Image.new("RGB", (8, 8)), format, texts(parameters(made.values()), chunk(made))
+        )
+        (tmp_path / f"x.{format}").write_bytes(data)
+        request = read(tmp_path / f"x.{format}")
+        assert (request.prompt, request.negative, request.seeds) == (prompt, prompt, (123,))
 
 
 def unsound(sample: Any = None, **changes: Any) -> str:

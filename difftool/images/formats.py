@@ -27,7 +27,9 @@ class OutputFormat:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of Pillow's encoder."""
     chunks: bool = False
-    """Whether it has text chunks by keyword; without, one text goes into its EXIF comment."""
+    """Whether it has text chunks by keyword; without, they go into its EXIF data."""
+    room: int | None = None
+    """Bytes that its EXIF data may have."""
 
 
 OUTPUT_FORMATS: Registry[OutputFormat] = Registry("format of pictures")
@@ -37,6 +39,7 @@ for row in (
     OutputFormat(
         *("jpg", "JPEG", (".jpg", ".jpeg"), "quality 95, all metadata in EXIF"),
         options={"quality": 95, "subsampling": 0},
+        room=65_000,
     ),
     OutputFormat(
         *("webp", "WEBP", (".webp",), "quality 95, all metadata in EXIF"),

@@ -20,8 +20,8 @@ def encode(
     image: Image.Image, format: str, chunks: Mapping[str, str] | None = None, text: str = ""
 ) -> bytes:
     """The bytes of a picture's file, with the texts by keyword; or where the format has no room
-    for these the one text, that it carries, and difftool's own packed. UsageError where that does
-    not fit."""
+    for these the one text, that it carries, and difftool's own packed, if that fits too.
+    UsageError where the text does not."""
     row = OUTPUT_FORMATS[format]
     if row.chunks:
         return encode_png(image, chunks)
@@ -30,8 +30,9 @@ def encode(
         comment = b"UNICODE\0" + text.encode("utf-16-be")
         exif.get_ifd(EXIF_FOLDER)[EXIF_USER_COMMENT] = comment
     if chunks and CHUNK in chunks:
-        packed = zlib.compress(chunks[CHUNK].encode(), 9)
-        exif.get_ifd(EXIF_FOLDER)[EXIF_PACKED] = CHUNK.encode() + b"\0" + packed
+        packed = CHUNK.encode() + b"\0" + zlib.compress(chunks[CHUNK].encode(), 9)
+        if row.room is None or 2 * len(text) + len(packed) < row.room:
+            exif.get_ifd(EXIF_FOLDER)[EXIF_PACKED] = packed
     file = BytesIO()
     try:
         image.save(file, row.pillow, exif=exif, **row.options)
