@@ -40,11 +40,13 @@ def handling(answer: Callable[[int, Any], Any], names: Sequence[str]) -> Iterato
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """In the block SIGTERM and SIGHUP end the work as SIGINT does."""
+def ended_by_signals() -> Iterator[list[int]]:
+    """In the block SIGTERM and SIGHUP end the work as SIGINT does, and are put into the list."""
+    received: list[int] = []
 
     def end(signum: int, _frame: Any) -> None:
+        received.append(signum)
         raise Interrupted(signum)
 
     with handling(end, ("SIGTERM", "SIGHUP")):
-        yield
+        yield received

@@ -126,7 +126,15 @@ def test_sigterm_saves_and_resume_goes_on(pictures):
     [checkpoint] = (pictures / "run/checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
     done = spawn(
-        "train", "photos", "--out", "run", "--resume", "--steps", str(step + 2), cwd=pictures
+        "train",
+        "photos",
+        "--out",
+        "run",
+        "--resume",
+        "--steps",
+        str(step + 2),
+        "--allow-change",
+        cwd=pictures,
     )
     assert done.returncode == 0, done.stderr
     assert f"resumed from run/checkpoints/{checkpoint.name}" in done.stderr

@@ -52,6 +52,17 @@ def test_a_signal_while_a_file_is_written_leaves_nothing(
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
 
 
+def test_a_signal_before_a_command_is_under_way_has_its_own_code(difftool, monkeypatch):
+    def parsed(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("difftool.cli.options.read_options", parsed)
+    assert difftool("noise", "a.png").code == 143
+    monkeypatch.setattr("difftool.cli.options.Command.make_context", parsed)
+    ran = difftool("noise", "a.png")
+    assert (ran.code, ran.err) == (143, "interrupted\n")
+
+
 def test_what_is_ignored_stays_so():
     """nohup difftool train ... &"""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

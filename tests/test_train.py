@@ -38,7 +38,7 @@ def test_a_run_is_an_object(tmp_path, values):
     assert run.report.is_file()
     with pytest.raises(UsageError, match="not empty"):
         train(values(out=tmp_path / "run"))
-    again = train(values(out=tmp_path / "run", resume=True, steps=4))
+    again = train(values(out=tmp_path / "run", resume=True, steps=4, allow_change=True))
     assert [line["step"] for line in again.metrics.training] == [3, 4]
 
 

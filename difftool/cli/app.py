@@ -98,8 +98,11 @@ def main() -> None:
     """Run the command line; every failure ends in the exit code that the contract names."""
     try:
         console.forgive()
-        with ended_by_signals():
+        with ended_by_signals() as received:
             code = _run()
+        if received and code == 128 + signal.SIGINT:  # as which Typer ends by any interrupt
+            console.say("interrupted")
+            code = 128 + received[0]
         sys.stdout.flush()
     except DifftoolError as error:
         code = _report(error)

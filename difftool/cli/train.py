@@ -57,7 +57,9 @@ def run(values: dict[str, Any]) -> None:
     warnings = training.out_of_reach()
     for warning in warnings:
         console.warn(warning)
+    console.table([(c.key, _short(c.now), f"it was {c.before}") for c in training.changes])
     if values["dry_run"]:
+        training.check()
         if values["json"]:
             console.emit(_plan(training, [*notes, *warnings]))
         return

@@ -119,15 +119,16 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> Preset:
 
 def origins(preset: Preset, layers: Sequence[Layer]) -> Iterator[tuple[str, Any, str]]:
     """(key path, value, origin) of every value of a preset that the layers make."""
-    for path, value in _leaves(to_values(preset)):
+    for path, value in leaves(to_values(preset)):
         setters = [layer.origin for layer in layers if _has(layer.values, path)]
         yield ".".join(path), value, setters[-1] if setters else "default"
 
 
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of everything in nested mappings that is no mapping, or an empty one."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, (*path, key))
+            yield from leaves(item, (*path, key))
     else:
         yield path, value
 

@@ -105,6 +105,20 @@ def load_part_from(model: Model, path: Path, part: str) -> None:
             _load_weights(model, prefix, source, torch.float32)
 
 
+def check_part_of(model: Model, path: Path, part: str) -> None:
+    """InputError if `load_part_from` would not find what it needs; no tensor is loaded."""
+    source = open_model(path)
+    for prefix in model.parts():
+        if prefix.partition(".")[0] == part:
+            start = f"{prefix}."
+            shapes = {
+                name.removeprefix(start): place.info.shape
+                for name, place in source.tensors.items()
+                if name.startswith(start)
+            }
+            model.check_weights(prefix, shapes, str(source.path))
+
+
 def _check_whole(source: ModelSource, preset: Preset, path: Path) -> None:
     """InputError for a part of a model, or one with tensors that nobody knows."""
     if not any(name.startswith("unet.") for name in source.tensors):

@@ -5,7 +5,7 @@ What is done with it lies beside it: `load`, `condition`, `settings`, `generate`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -154,16 +154,13 @@ class Model:
         """With little memory, drop all weights until they are needed again."""
         self.load_part("none")
 
-    def set_weights(
-        self, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str
-    ) -> None:
-        """Weights for the part of that prefix, strictly: InputError, naming the source, for
-        missing, unknown or misshapen ones."""
-        part = self.all_parts()[prefix]
-        wanted = part.state_dict()
-        missing = [name for name in wanted if name not in tensors]
-        unknown = [name for name in tensors if name not in wanted]
-        misshapen = [n for n in wanted if n in tensors and wanted[n].shape != tensors[n].shape]
+    def check_weights(self, prefix: str, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+        """InputError, naming the source, unless weights of those names and shapes are those that
+        the part of that prefix has."""
+        wanted = self.all_parts()[prefix].state_dict()
+        missing = [name for name in wanted if name not in shapes]
+        unknown = [name for name in shapes if name not in wanted]
+        misshapen = [n for n in wanted if n in shapes and wanted[n].shape != tuple(shapes[n])]
         for problem, names in (
             ("lacks", missing),
             ("has an unknown", unknown),
@@ -172,6 +169,14 @@ class Model:
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise InputError(f"{source} {problem} tensor {prefix}.{names[0]}{more}")
+
+    def set_weights(
+        self, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str
+    ) -> None:
+        """Weights for the part of that prefix, strictly: InputError, naming the source, for
+        missing, unknown or misshapen ones."""
+        self.check_weights(prefix, {name: t.shape for name, t in tensors.items()}, source)
+        part = self.all_parts()[prefix]
         moved = {name: t.to(self.device, dtype) for name, t in tensors.items()}
         part.load_state_dict(moved, assign=True)
         part.eval().requires_grad_(False)

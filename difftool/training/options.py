@@ -50,6 +50,8 @@ class RunOptions:
     """For the report: what the user calls the data."""
     choices: Sequence[tuple[str, Any, str]] = ()
     """For the report: (key, value, origin) of the configuration that is not the preset's."""
+    changes: Sequence[tuple[str, Any, Any]] = ()
+    """For run.json: (key, value before, value now) of what a resumed run does otherwise."""
     progress: Progress = silent
     """Shows how pictures are read and encoded."""
     stopping: Stopping = interrupt_again
@@ -130,6 +132,8 @@ OPTIONS = (
          needs=("out",), why="needs the run to continue"),
     _row("resume_from", FOLDER, "Continue from this checkpoint", type=Path, needs=("out",),
          why="needs the run to continue"),
+    _row("allow_change", FOLDER, "Continue with settings that change what is learned", type=bool,
+         needs=RESUMES, why="needs a run to continue"),
     _row("save_every", FOLDER, "Steps between checkpoints", type=int, within=COUNT,
          default=str(RunOptions.save_every)),
     _row("save_minutes", FOLDER, "Minutes of work that a kill may cost, at most", type=float,

@@ -27,6 +27,7 @@ from difftool.training.run.evaluation import SHARE, Evaluation
 from difftool.training.run.facts import facts_of
 from difftool.training.run.folder import RunFolder
 from difftool.training.run.previews import Previews
+from difftool.training.run.resume import START
 from difftool.training.run.saving import TRIES, Saves
 from difftool.training.run.stop import Abandoned, graceful_stop, heeding
 from difftool.training.run.validation import hold_out
@@ -75,8 +76,8 @@ class Run:
         assert recipe.size
         self.dataset, self.held = hold_out(dataset, recipe.validation)
         model = _model(preset, recipe.seed, tokenizer_json, options.device, adopt or {})
-        if resume is None:
-            folder.write_config(preset)
+        own = preset if folder.root == folder.path else replace(preset, parts=(part,))
+        folder.write_config(own)
         frame = buckets_of(preset, recipe.size) or recipe.size
         with options.progress("reading pictures", len(dataset)) as shown:
             dataset.prepare(frame, lambda done, _: shown.update(done))
@@ -99,9 +100,16 @@ class Run:
         folder.forget_after(self.trainer.step)
         self._shown = folder.last_shown()
         self.facts = facts_of(self.previews, dataset.audit, self.held, options)
-        if self.trainer.step and (before := folder.facts()):
-            self.facts |= {key: before[key] for key in ("choices", "sessions")}
-        self._began, self._session = time.monotonic(), {"from": self.trainer.step}
+        before = folder.facts() or {}
+        self.facts[START] = before.get(START, {})
+        if self.trainer.step:
+            rows = {key: row for row in before.get("choices", []) for key in row[:1]}
+            rows |= {key: row for row in self.facts["choices"] for key in row[:1]}
+            self.facts |= {"choices": [*rows.values()], "sessions": before.get("sessions", [])}
+        self._began = time.monotonic()
+        self._session: dict[str, Any] = {"from": self.trainer.step}
+        if options.changes:
+            self._session["changes"] = [list(change) for change in options.changes]
         self.facts["sessions"].append(self._session)
 
     @property

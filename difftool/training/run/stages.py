@@ -17,8 +17,11 @@ from difftool.config.schema import Part, Preset
 from difftool.config.validate import to_values
 from difftool.errors import UsageError, missing
 from difftool.formats import open_model
+from difftool.storage.commit import sweep
 from difftool.storage.runs import (
+    CHECKPOINTS,
     CONFIG,
+    FACTS,
     LOCK,
     MODEL,
     checkpoint_to_resume,
@@ -46,7 +49,12 @@ def is_used(folder: Path) -> bool:
     """Whether a run folder already holds something."""
     if not folder.is_dir():
         return folder.exists()
-    return any(entry.name != LOCK for entry in folder.iterdir())
+    return any(p.name != FACTS and not p.name.startswith(".") for p in folder.iterdir())
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run folder tells how the run in it was made; not if that was killed at once."""
+    return is_used(folder) or not (folder / LOCK).exists()
 
 
 def new_folder(data: str) -> Path:
@@ -75,7 +83,8 @@ def survey(
 ) -> tuple[list[Stage], list[str]]:
     """How far each part of the run in `out` is, and notes on damaged checkpoints.
 
-    UsageError if there is nothing to resume.
+    UsageError if there is nothing to resume; a run that was stopped before its first checkpoint
+    starts anew.
     """
     stages, notes = [], []
     for part in parts:
@@ -85,12 +94,16 @@ def survey(
         done = written_at(model) if resume and not last else None
         if resume_from is not None and last:
             checkpoint = _sound(resume_from)
-        elif resume and not done and (len(parts) == 1 or checkpoints(folder)):
-            checkpoint, more = checkpoint_to_resume(folder)
-            notes += more
+        elif resume and not done:
+            sweep(folder / CHECKPOINTS)
+            if checkpoints(folder):  # if all are damaged, it does not start anew unasked
+                checkpoint, more = checkpoint_to_resume(folder)
+                notes += more
         stages.append(Stage(part, folder, checkpoint, done))
-    if (resume or resume_from) and not any(s.checkpoint or s.done for s in stages):
-        raise nothing_to_resume(out)
+    if resume and not any(s.checkpoint or s.done for s in stages):
+        if not (out / CONFIG).is_file():
+            raise nothing_to_resume(out)
+        notes.append("there is no checkpoint yet: the run starts anew")
     return stages, notes
 
 

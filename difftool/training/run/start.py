@@ -27,12 +27,21 @@ from difftool.formats import open_model
 from difftool.hub.find import find_model, place_of_model
 from difftool.progress import Progress, silent
 from difftool.storage import runs
+from difftool.storage.locks import Lock
 from difftool.storage.places import check_ending, check_place
+from difftool.storage.runs import checkpoints
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.run import stages as staged
 from difftool.training.run.evaluation import Evaluation, Work, plan_evaluation
 from difftool.training.run.plan import TrainingPlan, plan
+from difftool.training.run.resume import (
+    START,
+    SettingChange,
+    changes_of,
+    check_start,
+    recorded_start,
+)
 from difftool.training.run.stages import Stage
 from difftool.training.run.stop import Stopping, interrupt_again
 from difftool.training.step.frames import buckets_of
@@ -64,6 +73,8 @@ class Sources(NamedTuple):
     """The model to fine-tune."""
     overrides: list[Layer]
     """What --set says."""
+    resumes: bool
+    """Whether a run goes on."""
 
 
 def find_sources(values: Mapping[str, Any]) -> Sources:
@@ -71,7 +82,7 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
     there, and for a run folder that is not the one to begin or to go on with. Downloads nothing.
     """
     preset, base, out = values["preset"], values["from_"], values["out"] or Path()
-    data, resumes = values["data"], values["resume"] or values["resume_from"]
+    data, resumes = values["data"], bool(values["resume"] or values["resume_from"])
     if not Path(data).exists() and data not in BUILTIN:
         open_dataset(data)  # which refuses it
     if values["lora"] and values["part"] not in (None, "unet"):
@@ -82,13 +93,16 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
     if not resumes and values["out"] and staged.is_used(out):
         hint = "give --resume to continue it, or another --out"
         raise UsageError(f"the run folder {out} is not empty", hint=hint)
-    if resumes and preset is None:
-        preset, base = staged.preset_of_run(out), None
+    if values["resume"] and not staged.has_begun(out):
+        resumes = False  # it was killed at once: all that it was to be is given again
+    if resumes:
+        check_start(out, {"unet": base, "vae": values["vae"]})
+        preset, base = preset or staged.preset_of_run(out), None
     for model in (base, values["vae"]):
         if model is not None:
             place_of_model(model)
     layers = preset_layers(preset) if preset is not None else []
-    return Sources(layers, preset, base, override_layers(values["set"] or []))
+    return Sources(layers, preset, base, override_layers(values["set"] or []), resumes)
 
 
 def prepare(
@@ -103,7 +117,6 @@ def prepare(
     models that cannot be used.
     """
     sources, out = find_sources(values), values["out"] or Path()
-    resumes = bool(values["resume"] or values["resume_from"])
     part: Part | None = values["part"]
     given = option_layers(values, part or "unet")
     config = data_config([*sources.layers, *given, *sources.overrides])
@@ -129,18 +142,22 @@ def prepare(
         given.append(staged.vae_layer(f"--vae {values['vae']}", adopt["vae"]))
         part = part or "unet"
     planned = plan(
-        dataset, sources.preset, [*given, *sources.overrides], part, begin, begun=resumes
+        dataset, sources.preset, [*given, *sources.overrides], part, begin, begun=sources.resumes
     )
     stages, notes = staged.survey(
         out,
         planned.preset.parts,
-        resume=bool(values["resume"]),
+        resume=sources.resumes and bool(values["resume"]),
         resume_from=values["resume_from"],
     )
+    seen = [checkpoints(stage.folder) for stage in stages]
+    if sources.resumes and not all(stage.checkpoint or stage.done for stage in stages):
+        adopt = {part: find_model(str(path)) for part, path in recorded_start(out).items()} | adopt
     if base := planned.preset.train.lora_base:
         adopt = dict.fromkeys(PARTS, find_model(base))
 
     from difftool.pipeline.load import pick_device
+    from difftool.training.run.rehearsal import rehearse
     from difftool.training.step import parallel
     from difftool.training.step.objectives import times_and_weight
 
@@ -149,6 +166,8 @@ def prepare(
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
     preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
+    changes = changes_of(stages, preset, allowed=bool(values["allow_change"]))
+    rehearse(preset, dataset, tokenizer, adopt)
     return Training(
         values=values,
         dataset=dataset,
@@ -160,6 +179,9 @@ def prepare(
         adopt=adopt,
         costs=costs,
         notes=[*odd, *notes],
+        resumes=sources.resumes,
+        seen=seen,
+        changes=changes,
     )
 
 
@@ -208,6 +230,12 @@ class Training:
     """What a picture takes in training each part."""
     notes: list[str]
     """What the user should be told."""
+    resumes: bool
+    """Whether a run goes on."""
+    seen: list[list[Path]]
+    """The checkpoints that each part had."""
+    changes: list[SettingChange]
+    """What it does otherwise than until now."""
     folder: Path | None = None
     """Of the run, once it has begun."""
     path: Path | None = None
@@ -313,12 +341,20 @@ class Training:
         sizes = map(self.dataset.picture_size, range(len(self.dataset)))
         return frames.lines(size for size in sizes if size) if frames else []
 
+    def check(self) -> None:
+        """ResourceError if the disk has no room, UsageError if another run has the folder."""
+        from difftool.training.run.estimate import check_disk
+
+        out = self.values["out"]
+        check_disk(out or Path("runs"), self.estimate.disk)
+        if out and (out / runs.LOCK).exists():
+            Lock(out / runs.LOCK, f"another run is at work in {out}").close()
+
     def begin(self, progress: Progress = silent, stopping: Stopping = interrupt_again) -> Path:
         """Create and lock the run folder; its path. progress, stopping: see RunOptions.
 
         ResourceError if the disk has no room, UsageError if another run has the folder.
         """
-        from difftool.training.run.estimate import check_disk
         from difftool.training.run.folder import RunFolder
         from difftool.training.step import parallel
         from difftool.training.step.loop import compiler_problem
@@ -328,21 +364,25 @@ class Training:
         given = {k: v for k, v in self.values.items() if k in names and v is not None}
         choices = [row for row in self.origins if not row[2].startswith(("default", "preset"))]
         given |= {"device": str(self.device), "choices": choices}
-        given |= {"evaluations": self.evaluations}
+        given |= {"evaluations": self.evaluations, "changes": self.changes}
         if given.get("compile") and (problem := compiler_problem(self.device)):
             self.notes.append(f"going on without --compile: {problem}")
             given["compile"] = False
         self._options = RunOptions(**given, progress=progress, stopping=stopping)
-        check_disk(out or Path("runs"), self.estimate.disk)
+        self.check()
         self.folder = folder = parallel.from_first(lambda: out or staged.new_folder(data))
-        fresh = not any(stage.checkpoint or stage.done for stage in self.stages)
         self.stages = [
             stage._replace(folder=folder / stage.folder.relative_to(out or Path()))
             for stage in self.stages
         ]
-        self._files = files = RunFolder(folder, fresh=fresh)
-        if fresh and len(self.stages) > 1:  # to resume by, before the last part writes its own
-            files.write_config(self.preset)
+        self._files = files = RunFolder(folder, fresh=not self.resumes)
+        if self.resumes and self.seen != [checkpoints(stage.folder) for stage in self.stages]:
+            files.close()
+            raise UsageError(f"another run was at work in {folder}", hint="run again")
+        if not self.resumes:
+            start = {part: str(path.absolute()) for part, path in self.adopt.items()}
+            files.write_facts({"schema": 1, START: start})
+        files.write_config(self.preset)  # to resume by, whatever comes
         parallel.wait()  # nobody writes into the folder before it is found to be empty
         return folder
 
@@ -379,6 +419,11 @@ class Training:
                 adopt["text" if stage.part == "clip" else stage.part] = model
                 if stage.part == "vae":
                     self.preset = staged.with_codec_of(self.preset, model)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._files is not None:
+            self._files.close()
 
     def _folder_of(self, stage: Stage, files: RunFolder) -> RunFolder:
         from difftool.training.run.folder import RunFolder

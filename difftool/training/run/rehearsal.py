@@ -1,0 +1,47 @@
+"""What a run would meet later, met before its folder is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from difftool.config.schema import Preset
+from difftool.data import Dataset
+from difftool.errors import UsageError
+from difftool.pipeline.load import check_part_of
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.training.run.validation import hold_out
+from difftool.training.step import parallel
+from difftool.training.step.ema import Ema
+from difftool.training.step.objectives import OBJECTIVES
+from difftool.training.step.optim import OPTIMIZERS
+
+
+def rehearse(
+    preset: Preset, dataset: Dataset, tokenizer_json: str | None, adopt: Mapping[str, Path]
+) -> None:
+    """Make all that the parts of a run are made of, but for weights; UsageError or InputError for
+    what cannot be.
+
+    adopt: the models that parts start from.
+    """
+    model = Model(preset, tokenizer_json)
+    for part in preset.parts:
+        recipe = preset.recipe(part)
+        assert recipe.batch_size
+        hold_out(dataset, recipe.validation)
+        try:
+            objective = OBJECTIVES[part](model, recipe)
+            Ema.of(recipe, {})
+            OPTIMIZERS[recipe.optimizer]({"a": torch.zeros(2, 2, requires_grad=True)}, recipe)
+        except (ValueError, TypeError, RuntimeError) as error:
+            why = str(error).split("\n")[0]
+            raise UsageError(f"the {part} cannot be trained so", why) from None
+        if objective.by_sample:
+            parallel.local_slice(recipe.batch_size)
+    plan_sampling(model, resolve_settings(model))  # of the sheets
+    for part, path in adopt.items():
+        check_part_of(model, path, part)
