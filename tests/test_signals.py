@@ -53,7 +53,7 @@ def test_a_signal_while_a_file_is_written_leaves_nothing(
 
 
 def test_a_signal_before_a_command_is_under_way_has_its_own_code(difftool, monkeypatch):
-    def parsed(*_: object) -> None:
+    def parsed(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("difftool.cli.options.read_options", parsed)
