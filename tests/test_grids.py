@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import AysSchedules
 
 from difftool.diffusion import GRIDS, PATHS, Path
 from difftool.diffusion.grids import beta_quantile
-from difftool.diffusion.path import Discrete, Flow
+from difftool.diffusion.path import Discrete, Flow, build_path
 from difftool.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers
@@ -330,3 +330,36 @@ def test_beta_quantile(a: float, b: float):
     for share in np.linspace(0, 1, 41):
         expected = scipy.stats.beta.ppf(share, a, b)
         assert beta_quantile(share, a, b) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_the_whole_product_goes_down_or_says_why():
+    """Distinct levels for every schedule, path, end and number of steps, or the real reason."""
+    reasons = (
+        "belongs to flow models", "needs a finite range", "has no step to take",
+        "two levels fall together", "it was distilled on",
+    )  # fmt: skip
+    paths = [
+        {"kind": "scaled_linear"}, {"kind": "linear"}, {"kind": "cosine"}, {"kind": "flow"},
+        {"kind": "sd21-zsnr"}, {"kind": "edm"},
+    ]  # fmt: skip
+    for options in paths:
+        path = build_path(options)
+        for name in GRIDS.keys() - {"explicit"}:
+            for end in ("clean", "first", "none"):
+                for n in (1, 2, 7, 20):
+                    try:
+                        levels = GRIDS[name](path, n, end=end)
+                    except UsageError as error:
+                        assert any(why in str(error) for why in reasons), (name, options, end, n)
+                        # What a single step leaves no room for is the only thing refused there.
+                        if "no step" in str(error) or "fall together" in str(error):
+                            assert n == 1, (name, options, end, n)
+                        continue
+                    lams = [level.half_log_snr for level in levels]
+                    assert all(a < b for a, b in pairwise(lams))
+
+
+def test_a_terminal_level_belongs_to_more_than_one_step():
+    for n, times in ((1, [1.0, 0.0]), (2, [1.0, 0.1, 0.0])):
+        levels = GRIDS["sd3"](PATHS["flow"](shift=3.0), n, shift_terminal=0.1)
+        assert [level.t for level in levels] == pytest.approx(times)

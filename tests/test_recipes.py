@@ -75,6 +75,17 @@ def test_every_sampler_can_be_switched_to():
             assert chosen["sampler"] == sampler
 
 
+def test_every_sampler_with_every_schedule_at_any_number_of_steps():
+    known = preset("sd15")
+    path = build_path(known.path)
+    for sampler in SAMPLERS:
+        for schedule in GRIDS.keys() - {"explicit", "sd3", "flow_dpm"}:
+            chosen = switched(known, sampler, schedule)
+            for steps in (1, 2, 7):
+                levels = GRIDS[chosen["schedule"]](path, steps, **chosen["schedule_options"])
+                assert len(levels) > 1 and levels[0].sigma > levels[-1].sigma
+
+
 def test_schedules_replace_the_grid_alone():
     known = preset("sd15")
     chosen = switched(known, "ddim", "trailing")

@@ -291,7 +291,7 @@ def _sd3(
     flow = _flow(path)
     last = flow.shifted(1 / flow.steps) if twice else 1 / flow.steps
     times = [flow.shifted(1 + share * (last - 1)) for share in _ramp(n)]
-    if shift_terminal is not None:
+    if shift_terminal is not None and n > 1:  # a single one is the noisy end
         stretch = (1 - shift_terminal) / (1 - times[-1])
         times = [1 - (1 - t) * stretch for t in times]
     return [flow.level(t) for t in times]

@@ -65,6 +65,8 @@ def switched(
     if schedule and schedule != sample["schedule"]:
         options = sample["schedule_options"]
         ends = {"end": options["end"]} if "end" in options else {}
+        if schedule in ("leading", "leading_open") and config.get("steps_offset"):
+            ends["offset"] = config["steps_offset"]
         if schedule == "normal" and CLASSES[name].grids == "k":
             ends["lookup"] = "linear"
         sample["schedule"], sample["schedule_options"] = schedule, ends
