@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from difftool.training.step.cache import Embeddings, Latents
 PRESET = tiny.preset(
     channels=2,
     codec=tiny.VAE | {"latent_channels": 2},
-    unet={"depth": [0, 1], "attention": "transformer", "context_dim": 16},
+    unet={"depth": [0, 1], "attention": "transformer", "context_dim": 16, "vector_dim": 8},
     text=[{"width": 16, "layers": 1, "heads": 2, "mlp": 16, "projection": 8, "pooled": True}],
     path={"kind": "flow"},
     target="flow",
@@ -166,3 +168,15 @@ def test_latents_of_many_shapes(model, tmp_path: Path):
             kept, _ = latents.read([index], [False], torch.device("cpu"))
             assert kept.shape[2:] == (height // 2, width // 2)
             assert torch.allclose(kept, mean, atol=5e-3)
+
+
+def test_a_disk_that_takes_nothing_ends_no_run(model, tmp_path: Path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    made, _ = Embeddings(model, tmp_path)(["a red fox"])
+    context, _ = encode_prompts(model, ["a red fox"])
+    assert made is not None and context is not None
+    assert torch.allclose(made, context, atol=2e-3)
+    assert not list(tmp_path.rglob("*.*"))

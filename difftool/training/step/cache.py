@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from difftool.data import Dataset
 from difftool.data.buckets import Buckets, Size
-from difftool.errors import InputError
+from difftool.errors import InputError, ResourceError, UsageError
 from difftool.pipeline.condition import EncodedPrompts, encode_prompts
 from difftool.pipeline.model import Model
 from difftool.storage.safetensors import load_tensors, save_tensors
@@ -103,8 +103,7 @@ class Latents:
                         progress(done, len(row_of))
                 table.append(torch.cat(made))
                 if path is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    save_tensors(path, {"latents": table[-1]}, {}, overwrite=True)
+                    _keep(path, {"latents": table[-1]})
             tables[size] = torch.cat(table)
         return cls(tables, rows)
 
@@ -168,12 +167,18 @@ class Embeddings:
             else:
                 texts = encode_prompts(self.model, [prompt])._asdict().items()
                 row = {name: t[0].half().cpu() for name, t in texts if t is not None}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(path, row, {}, overwrite=True)
+                _keep(path, row)
         self.held[prompt] = row  # last in, last out
         if len(self.held) > self.HELD:
             del self.held[next(iter(self.held))]
         return row
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file if the disk takes it: a run does without, and makes it anew when it goes on."""
+    with suppress(OSError, ResourceError, UsageError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, tensors, {}, overwrite=True)
 
 
 def _digest(networks: Mapping[str, nn.Module]) -> str:
