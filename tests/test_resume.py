@@ -13,6 +13,7 @@ from difftool.config.options import read_options
 from difftool.config.validate import build_preset
 from difftool.errors import DifftoolError, UsageError
 from difftool.pipeline.load import load_model
+from difftool.storage.runs import save_checkpoint
 from difftool.storage.yaml import read_yaml
 from difftool.training.options import OPTIONS
 from difftool.training.run.folder import RunFolder
@@ -223,3 +224,19 @@ def test_what_would_stop_a_run_later_stops_it_before_there_is_a_folder(values, w
         prepare(values(**given))
     assert caught.value.code in (2, 3)
     assert not Path("run").exists()
+
+
+# --- other runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["from_", "vae"])
+def test_a_run_to_start_from_is_its_newest_good_checkpoint(values, option):
+    codec = tiny.VAE | {"patch": 1, "latent_channels": 4}
+    model = tiny.model(tiny.preset(4, codec=codec, sample={"steps": 1, "size": [16, 16]}))
+    for step in (1, 2):
+        save_checkpoint(Path("other"), step, lambda p: model.save(p / "model.safetensors"), 2)
+    Path("other/checkpoints/step-000002/model.safetensors").write_bytes(b"")
+    small = {} if option == "from_" else SMALL
+    given = {option: "other", "steps": 1, "batch_size": 2, "size": 16, "set": small}
+    notes = prepare(values(**given)).notes
+    assert any("step-000002 is damaged and was passed over" in note for note in notes)

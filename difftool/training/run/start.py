@@ -139,6 +139,7 @@ def prepare(
         given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
     if values["vae"] is not None:
         adopt["vae"] = find_model(values["vae"])
+        odd = (*odd, *open_model(adopt["vae"]).warnings)
         given.append(staged.vae_layer(f"--vae {values['vae']}", adopt["vae"]))
         part = part or "unet"
     planned = plan(
