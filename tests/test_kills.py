@@ -198,10 +198,10 @@ def test_a_killed_conversion_leaves_the_old_model_or_the_new_one(commands, kind)
     assert not left(place)
 
 
-@pytest.mark.parametrize("names", ["out", "out/[seed].png"])
+@pytest.mark.parametrize("names", ["out/", "out/[seed].png"])
 def test_killed_sampling_leaves_whole_pictures(commands, names):
     words = ["sample", "-m", "a.safetensors", "--size", "16x16", "--steps", "2", "-n", "4"]
-    words += ["--seed", "1", "--batch-size", "1", "--latents", "-o", names]
+    words += ["--seed", "1", "--batch-size", "1", "--save-latents", "-o", names]
     words += ["--overwrite"] if "[" in names else []
     seconds, out = commands.run(*words), commands.folder / "out"
     before: dict[str, str] = {}
