@@ -266,6 +266,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "log interpolation": {"interpolation_type": "log_linear"},
     "lcm 100": {"original_inference_steps": 100}, "lcm scaling": {"timestep_scaling": 0.1},
     "lambda": {"lambda_min_clipped": -2.0},
+    "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     "own seed": {"noise_sampler_seed": SEED},
 }  # fmt: skip
 
@@ -324,6 +325,7 @@ DIFFERENCES: dict[str, Any] = {
         case.scheduler == "DPMSolverSDEScheduler"
         and (case.override != "own seed" or case.strength is not None)
     ),
+    "whole numbers of 1000 t": lambda case: case.override == "flow",
     "log_linear": lambda case: case.override == "log interpolation",
 }
 """Words of the documentation, and the cases that they are about."""
