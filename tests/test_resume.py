@@ -103,6 +103,14 @@ def test_more_steps_at_a_constant_rate_are_no_other_run(values):
     assert [change.key for change in training.changes] == ["train.steps"]
 
 
+def test_the_whole_command_can_be_given_again(values):
+    given = {"preset": "pixel-small", "steps": 3, "batch_size": 2, "size": 16, "set": SMALL}
+    train(values(sample_every=0, **given))
+    assert prepare(values(resume=True, **given)).changes == []
+    with pytest.raises(UsageError, match="another preset"):
+        prepare(values(resume=True, **{**given, "preset": "text-small"}))
+
+
 # --- from nothing ----------------------------------------------------------------------------
 
 

@@ -97,7 +97,11 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
         resumes = False  # it was killed at once: all that it was to be is given again
     if resumes:
         check_start(out, {"unet": base, "vae": values["vae"]})
-        preset, base = preset or staged.preset_of_run(out), None
+        begun = staged.preset_of_run(out)  # with all that was chosen for it
+        if preset and load_preset(preset).name != (was := load_preset(begun).name):
+            what, hint = f"cannot resume {out} with another preset", "start a new run"
+            raise UsageError(what, f"it was {was}, now {preset}", hint)
+        preset, base = begun, None
     for model in (base, values["vae"]):
         if model is not None:
             place_of_model(model)
