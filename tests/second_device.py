@@ -40,7 +40,7 @@ class OnDevice(torch.Tensor):
     def __new__(cls, raw: torch.Tensor) -> OnDevice:
         made = torch.Tensor._make_wrapper_subclass(
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(),
-            dtype=raw.dtype, device=f"{NAME}:0", requires_grad=False,
+            dtype=raw.dtype, device=torch.device(NAME, 0), requires_grad=False,
         )  # fmt: skip
         made.raw = raw
         return made

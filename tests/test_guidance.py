@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from difftool.diffusion import PATHS, Level, recover
 from difftool.diffusion.denoiser import Cond, Denoiser
-from difftool.diffusion.guidance import dynamic_threshold, guided
+from difftool.diffusion.guidance import dynamic_threshold, guided, static_threshold
 
 
 class Net(nn.Module):
@@ -138,10 +138,12 @@ def test_weights_that_follow_the_level(denoiser: Denoiser):
 def test_static_clip_keeps_or_rederives_eps(denoiser: Denoiser):
     free = denoiser.predict(3 * X, LEVEL, prompt(1.0))
     assert free.x0.abs().max() > 1
-    kept = guided(denoiser, [(prompt(1.0), 1.0)], clip="static")(3 * X, LEVEL)
+    kept = guided(denoiser, [(prompt(1.0), 1.0)], clip=static_threshold)(3 * X, LEVEL)
     assert torch.equal(kept.x0, free.x0.clamp(-1, 1))
     assert torch.equal(kept.eps, free.eps)
-    again = guided(denoiser, [(prompt(1.0), 1.0)], clip="static", rederive_eps=True)(3 * X, LEVEL)
+    again = guided(denoiser, [(prompt(1.0), 1.0)], clip=static_threshold, rederive_eps=True)(
+        3 * X, LEVEL
+    )
     torch.testing.assert_close(LEVEL.mix(again.x0, again.eps), 3 * X, rtol=1e-5, atol=1e-6)
 
 
@@ -155,5 +157,5 @@ def test_dynamic_threshold_is_diffusers():
 
 def test_dynamic_clip_is_used(denoiser: Denoiser):
     free = denoiser.predict(3 * X, LEVEL, prompt(1.0))
-    clipped = guided(denoiser, [(prompt(1.0), 1.0)], clip="dynamic")(3 * X, LEVEL)
+    clipped = guided(denoiser, [(prompt(1.0), 1.0)], clip=dynamic_threshold)(3 * X, LEVEL)
     assert torch.equal(clipped.x0, dynamic_threshold(free.x0))

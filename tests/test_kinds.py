@@ -37,7 +37,7 @@ from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
-from difftool.training.run.estimate import activation_bytes
+from difftool.training.run.costs import costs_of
 from difftool.training.step.loop import Trainer
 
 
@@ -120,7 +120,7 @@ def test_a_new_backbone_is_trained_sampled_saved_and_loaded(tmp_path):
         "dropout": 0.0,
     }  # fmt: skip
     assert family_of(chosen.unet, chosen.codec, ()) == "toy"
-    assert activation_bytes(Model(chosen), "unet") > 0
+    assert costs_of(chosen).parts["unet"].activations > 0
     model = Model.fresh(chosen, seed=0)
     assert len(model.network.attention_layers()) == 4
     before = model.network.get_parameter("conv_out.bias").clone()

@@ -37,7 +37,7 @@ def _closed() -> Iterator[None]:
 
 
 def start(folder: Path, data: str, values: dict, preset: str | None = None, resume: bool = False):
-    options = {"save_every": 5, "keep": 9, "sample_every": 6}
+    options: dict[str, Any] = {"save_every": 5, "keep": 9, "sample_every": 6}
     return start_run(folder, data, TINY, values, preset=preset, resume=resume, **options)
 
 
