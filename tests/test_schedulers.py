@@ -326,6 +326,9 @@ DIFFERENCES: dict[str, Any] = {
         and (case.override != "own seed" or case.strength is not None)
     ),
     "whole numbers of 1000 t": lambda case: case.override == "flow",
+    "leaves the noise of the last step": lambda case: (
+        case.scheduler == "DDPMScheduler" and case.override == "large"
+    ),
     "log_linear": lambda case: case.override == "log interpolation",
 }
 """Words of the documentation, and the cases that they are about."""
@@ -372,6 +375,7 @@ SLICE = [
     Case("UniPCMultistepScheduler", "no corrector", 7, 0.5),
     Case("DPMSolverMultistepScheduler", "order 1", 3),
     Case("LCMScheduler", "lcm scaling", 3),
+    Case("TCDScheduler", "dynamic", 3),
 ]
 
 

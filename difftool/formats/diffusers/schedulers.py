@@ -74,7 +74,7 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     defaults = SAMPLERS[sampler].defaults
     sample["sampler"] = sampler
     sample["sampler_options"] = {k: v for k, v in options.items() if v != defaults[k]}
-    sample |= _clip(fields)
+    sample |= _clip(fields, name)
     for option, value in fields.values.items():
         if option not in fields.seen and value != fields.defaults[option]:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
@@ -223,8 +223,11 @@ def _read_continuous(
     return path, "edm_v", sample
 
 
-def _clip(f: Fields) -> dict[str, Any]:
+def _clip(f: Fields, name: str) -> dict[str, Any]:
     """Thresholding of x0: dynamic, where both kinds are asked for."""
+    if name == "TCDScheduler":  # it has the fields and minds none of them
+        f.ignore("clip_sample", "clip_sample_range", "thresholding")
+        return {"clip": "none"}
     numbers = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
     bound, ratio, largest = (f.number(name) if name in f.values else 1.0 for name in numbers)
     if "thresholding" in f.values and f.get("thresholding", bool):
