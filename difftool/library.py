@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from os.path import abspath
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from difftool.pipeline.model import Model
     from difftool.sampling.command import SampleTask
     from difftool.training.run.start import Training
-
-PICTURES = ("init", "mask", "image_prompt")
-"""Options that are pictures to go by: files, or Pillow's in memory."""
 
 
 def load(
@@ -156,19 +154,27 @@ class Pipeline:
         """What is asked for, read by the command's rows."""
         from difftool.config.options import read_options
         from difftool.sampling.command import prepare
-        from difftool.sampling.settings import OPTIONS
+        from difftool.sampling.settings import OPTIONS, PICTURES
 
         for name in options.keys() & _about_models():
             raise UsageError(f'"{name}" is about the model', hint="give it to difftool.load")
         given = {**self.given, "prompt": prompt, **options}
         given |= {n: self._path(n, given[n]) for n in PICTURES if given.get(n) is not None}
         task = prepare(read_options(OPTIONS, given), loaded=True)
-        applied = {(str(each.lora.path), each.strength) for each in self.model.loras}
-        if lacking := set(task.base.loras) - applied:
+        if lacking := [lora for lora in task.base.loras if not self._has(lora, task.base.hashes)]:
             files = ", ".join(f"{path}:{strength:g}" for path, strength in sorted(lacking))
             hint = "give them to difftool.load"
             raise UsageError("the picture was made with LoRAs that are not there", files, hint)
         return task
+
+    def _has(self, lora: tuple[str, float], hashes: Mapping[str, str]) -> bool:
+        """Whether a LoRA of that path, or of its hash, and strength is applied."""
+        path, strength = lora
+        return any(
+            each.lora.hash == hashes[path] if hashes.get(path)
+            else abspath(each.lora.path) == abspath(path)
+            for each in self.model.loras if each.strength == strength
+        )  # fmt: skip
 
     def _path(self, name: str, picture: Image | str | Path) -> str | Path:
         """Where the picture of an option is, one in memory in a file of its own as long as the

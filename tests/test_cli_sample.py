@@ -444,6 +444,44 @@ def test_latents_of_a_masked_picture_decode_to_the_same_picture(sample):
     assert ran.code == 0 and "around the mask is not put back" in ran.err
 
 
+def test_pictures_and_latents_name_files_from_their_folder_and_open_others_if_trusted(sample):
+    sample("a hill", "--seed", 2, "-o", "in/hill.png")
+    Image.new("L", (16, 16), 128).save("in/mask.png")
+    args = ("--init", Path("in/hill.png").absolute(), "--mask", "in/mask.png", "--strength", 1)
+    sample("a fox", *args, "--seed", 1, "--save-latents", "-o", "out/fox.png")
+    data = Path("out/fox.png").read_bytes()
+    for file in ("out/fox.png", "out/fox.latents.safetensors"):
+        assert os.getcwd().encode() not in Path(file).read_bytes()
+    with Image.open("out/fox.png") as image:
+        asked = json.loads(image.info["difftool"])["request"]
+    assert (asked["init"], asked["mask"]) == ("../in/hill.png", "../in/mask.png")
+    assert all(len(digest) == 12 for digest in asked["hashes"].values())
+    for source in (
+        ("--from-image", "out/fox.png"),
+        ("--from-latents", "out/fox.latents.safetensors"),
+    ):
+        ran = sample(*source, "-o", "out/again.png")
+        assert ran.code == 2 and not Path("out/again.png").exists()
+        for part in ("../in/hill.png (--init", "../in/mask.png (--mask", "--trust-image"):
+            assert part in ran.err
+        ran = sample(*source, "--trust-image", "-o", "out/again.png", "--overwrite")
+        assert ran.code == 0 and "warning" not in ran.err
+        assert ("opened because" in ran.err) == (source[0] == "--from-image")
+        assert Path("out/again.png").read_bytes() == data
+        Path("out/again.png").unlink()
+    Path("in").rename("out/in")
+    Path("out").rename("moved")
+    for name in ("hill.png", "mask.png"):
+        Path("moved/in", name).rename(Path("moved", name))
+    ran = sample("--from-image", "moved/fox.png", "-o", "moved/again.png")
+    assert ran.code == 0, "by name and hash"
+    with Image.open("moved/again.png") as first, Image.open("moved/fox.png") as second:
+        assert first.tobytes() == second.tobytes()
+    Image.new("RGB", (16, 16)).save("moved/hill.png")
+    ran = sample("--from-image", "moved/fox.png", "-o", "moved/other.png")
+    assert ran.code == 0 and "warning" in ran.err and "hill.png is not as it was" in ran.err
+
+
 def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
     text = "a (red:1.2) fox\nSteps: 2, Sampler: Euler, Seed: 5, Size: 16x16, Hires upscale: 2, "
     text += "Schedule type: Automatic, Denoising strength: 0.4, Version: v1.10.1"

@@ -114,6 +114,22 @@ def test_pictures_can_be_written_too_and_made_again(model, tmp_path, monkeypatch
     assert third.tobytes() == made[1].tobytes()
 
 
+def test_a_picture_that_names_files_elsewhere_needs_trust(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    disc().save("p.png")
+    asked: dict[str, Any] = {"init": "p.png", "seed": 1, "steps": 2, "output": "out/a.png"}
+    (made,) = model.sample("a red heart", **asked)
+    with pytest.raises(difftool.UsageError, match="--trust-image"):
+        model.sample(from_image="out/a.png")
+    (again,) = model.sample(from_image="out/a.png", trust_image=True)
+    assert again.tobytes() == made.tobytes()
+    (other,) = model.sample(from_image="out/a.png", init=disc())
+    assert other.tobytes() == made.tobytes()
+    Path("p.png").rename("out/p.png")
+    (again,) = model.sample(from_image="out/a.png")
+    assert again.tobytes() == made.tobytes()
+
+
 OWN = """
 from dataclasses import dataclass
 from itertools import pairwise

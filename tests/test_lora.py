@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difftool import load
 from difftool.adapters.lora.algebra import open_loras
 from difftool.adapters.lora.dialects import PATTERN, spellings
-from difftool.adapters.lora.file import ADAPTER, parse_lora
+from difftool.adapters.lora.file import ADAPTER, lora_hash, parse_lora
 from difftool.config.families import PUBLISHED
 from difftool.config.layers import load_preset
 from difftool.conversion.lora import convert_lora, open_lora
@@ -708,6 +709,17 @@ def test_the_commands(families, difftool, tmp_path):
     from PIL import Image
 
     assert Image.open("lora.png").tobytes() == Image.open("again.png").tobytes()
+    asked = json.loads(Image.open("lora.png").info["difftool"])["request"]
+    assert asked["loras"] == [["fox.safetensors", 0.8]]
+    assert asked["hashes"] == {"loras": [lora_hash(tmp_path / "fox.safetensors")]}
+    (tmp_path / "fox.safetensors").rename(tmp_path / "renamed.safetensors")
+    again = difftool("sample", "--from-image", "lora.png", "-m", folder, "-o", "b.png")
+    assert again.code == 0 and "renamed.safetensors (--lora)" in again.err, "by its hash"
+    with pytest.raises(UsageError, match="LoRAs that are not there"):
+        load(folder, device="cpu").sample(from_image="lora.png")
+    applied = load(folder, device="cpu", lora=["renamed.safetensors:0.8"])
+    assert applied.sample(from_image="lora.png")[0].tobytes() == Image.open("b.png").tobytes()
+    (tmp_path / "renamed.safetensors").rename(tmp_path / "fox.safetensors")
     assert "fox:" in Image.open("lora.png").info["parameters"]
 
     merged = difftool("convert", folder, "merged", "--lora", "fox.safetensors:0.8", "--json")

@@ -9,7 +9,7 @@ The command and the library both work so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Note, Started
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, read_requests, request_of
-from difftool.sampling.settings import SETTINGS
+from difftool.sampling.settings import PICTURES, SETTINGS
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -74,12 +74,15 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
     if values["from_image"]:
         from difftool.sampling.metadata.files import read
+        from difftool.sampling.metadata.named import locate
 
+        opened = {name for name in (*PICTURES, "lora", "embedding") if not values[name]}
+        opened -= {"lora", "embedding"} if loaded else set()
         picture = read(values["from_image"])
+        picture = locate(picture, values["from_image"], opened, trusted=bool(values["trust_image"]))
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
-        if not loaded:
-            _check_files(values, base)
+        _check_files(opened, base)
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [
@@ -119,15 +122,23 @@ def _taken_over(values: Mapping[str, Any], request: Request) -> Request:
     return replace(request, missed=missed, settings=settings)
 
 
-def _check_files(values: Mapping[str, Any], request: Request) -> None:
-    """UsageError for a file that a picture's metadata name, that no option replaces and that is not
+def _check_files(opened: Collection[str], request: Request) -> None:
+    """UsageError for a file of these options that a picture's metadata name and that is not
     there."""
-    rows = by_name(SETTINGS)
-    named = {"lora": request.loras, "embedding": request.embeddings}
-    named |= {"init": request.init, "mask": request.mask, "image_prompt": request.image_prompt}
-    for name, value in named.items():
-        if value and not values[name]:
-            rows[name].check_files(value)
+    paths = [(name, path) for name in PICTURES if (path := getattr(request, name))]
+    paths += [("embedding", path) for path in request.embeddings]
+    paths += [("lora", path) for path, _ in request.loras]
+    for row, path in ((by_name(SETTINGS)[name], path) for name, path in paths if name in opened):
+        try:
+            row.check_files([path] if row.many else path)
+        except UsageError as error:
+            why, hint = "the picture names it", f"give {row.flag}"
+            if digest := request.hashes.get(path):
+                why += f", of hash {digest}"
+                hint += (
+                    "; with --trust-image it is looked for by its hash in the working folder too"
+                )
+            raise UsageError(error.what, why, hint) from None
 
 
 def _check_plugins(request: Request) -> None:
@@ -210,6 +221,7 @@ def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> Samp
         match=values["match"],
         refiner=refiner,
         refiner_start=REFINER_START if start is None else start,
+        trusted=bool(values["trust_image"]),
     )
 
 

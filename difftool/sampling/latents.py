@@ -35,7 +35,8 @@ def write_latents(
 
 
 def read_latents(path: Path, model: Model) -> tuple[Tensor, Request]:
-    """x0 [C,h,w] of a file, and the request of its picture, as far as it says, at x0's size.
+    """x0 [C,h,w] of a file, and the request of its picture, as far as it says, at x0's size; the
+    files that it names are yet to be found.
 
     UsageError if there is no such file, InputError for one that does not fit the model.
     """

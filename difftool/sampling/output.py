@@ -205,6 +205,11 @@ class Output:
             raise _exists(path)
         return path
 
+    def folder(self, path: Path | None) -> Path:
+        """The folder of a picture of that path, or of one that is numbered when it is written; the
+        working folder where it goes to stdout."""
+        return Path() if self.stdout else path.parent if path else self.root
+
     def write(self, data: bytes, path: Path | None, tail: int | str) -> Path | None:
         """Write a picture's bytes whole or not at all; returns its path, None for stdout.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from difftool.config.layers import merge
 from difftool.errors import DifftoolError, InputError, UsageError, suggestion
@@ -30,6 +30,19 @@ from difftool.storage.strict_json import parse_json
 MAX_LINE = 1 << 20
 FACTS = ("path", "index", "model", "seconds", "latents", "refiner")
 """What a printed picture says beside its settings, which its line does not ask for."""
+
+
+class NamedFile(NamedTuple):
+    """A file that a picture's metadata name."""
+
+    option: str
+    """Name of the row that would give another: "lora"."""
+    name: str
+    """As it is written."""
+    digest: str = ""
+    """See `digest_of`; "" where it is not said."""
+    weight: float = 1.0
+    """Of a LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +78,14 @@ class Request:
     """Names of the settings that a picture's metadata have, and nobody has typed."""
     plugins: tuple[tuple[str, str], ...] = ()
     """Names and hashes of the plugins that it was made with."""
-
+    named: tuple[NamedFile, ...] = ()
+    """Files that the picture names, which `locate` makes paths of: no other field has them yet."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """What is known of the files that it named, by their paths."""
+    opened: tuple[str, ...] = ()
+    """The files that are opened because it named them, as they are told."""
+    changed: tuple[str, ...] = ()
+    """What is to be warned of in them."""
     missed: tuple[tuple[str, str], ...] = ()
     """What the picture that it is taken from was made by and it does not ask for, each with the
     option that would, or ""."""

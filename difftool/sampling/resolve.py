@@ -186,6 +186,12 @@ class Resolver:
         settings, texts = plan.settings, [*self._idle(sample)]
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
+        if request.opened:
+            text = f"opened because the picture names them: {', '.join(request.opened)}"
+            if text not in self._noted:
+                yield Note(text, warning=False)
+                self._noted.add(text)
+        texts += request.changed
         partial = request.init is not None or self.refiner is not None
         if partial and plan.steps != settings.steps:
             run = f"{plan.steps} of {settings.steps} steps are run"

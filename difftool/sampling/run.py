@@ -25,6 +25,7 @@ from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
+from difftool.sampling.metadata.named import locate
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request
 from difftool.sampling.resolve import Resolver
@@ -62,6 +63,8 @@ class SampleRun:
     refiner: Model | None = None
     """Takes over for the last steps."""
     refiner_start: float = 0.8
+    trusted: bool = False
+    """Open what files of latents name outside of their folders."""
     limit: int = field(default=1 << 30, init=False)
     """Images that fit in memory, as far as is known."""
     resolver: Resolver = field(init=False)
@@ -156,7 +159,7 @@ class SampleRun:
             stem = sample.path or self.output.root / f"undecoded-{sample.seed}.png"
             stem.parent.mkdir(parents=True, exist_ok=True)
             files.append(latents_path(stem))
-            told = chunk(sample) if self.metadata else None
+            told = chunk(sample, stem.parent) if self.metadata else None
             write_latents(files[-1], latent, told, overwrite=True)
         what = f"the latents are kept in {files[0]}" + (" and beside it" if files[1:] else "")
         why, hint = first_line(error), "decode them with --from-latents"
@@ -167,7 +170,8 @@ class SampleRun:
     def _written(
         self, sample: Sample, x0: Tensor, image: Tensor, seconds: float
     ) -> Result | Failure:
-        values = chunk(sample) if self.metadata else None
+        folder = self.output.folder(sample.path) if self.output else Path()
+        values = chunk(sample, folder) if self.metadata else None
         text = parameters(sample.values()) if self.metadata else None
         pixels, path, latents = to_pil(image), None, None
         pixels.info.update(texts(text, values))
@@ -201,6 +205,10 @@ class SampleRun:
             started = time.perf_counter()
             try:
                 x0, request = read_latents(file, self.model)
+                both = {"init", "mask"} <= {each.option for each in request.named}
+                opened = ("init", "mask") if both else ()
+                request = locate(request, file, opened, trusted=self.trusted)
+                yield from map(Note, request.changed)
                 plan = plan_sampling(self.model, resolve_settings(self.model, request.settings))
                 seed = request.seeds[0] if request.seeds else None
                 given, request, lacks = _pictures_of(request, plan.settings.size)

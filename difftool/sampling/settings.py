@@ -284,6 +284,8 @@ def _of_model(
     return _setting(name, help, panel, key=f"sample.{name}", **more)
 
 
+PICTURES = ("init", "mask", "image_prompt")
+"""Pictures that one goes by: options, and fields of a request."""
 ALONE = ("prompt", "prompts", "from_image", "init", "image_prompt", "refiner", "save_latents")
 """What does not go with latents to decode."""
 
@@ -359,6 +361,8 @@ SETTINGS: tuple[Setting, ...] = (
         effect=_varies),
     _setting("from_image", "Start from what a picture's metadata say", IMAGES, type=Path,
         file="picture", metavar="PICTURE"),
+    _setting("trust_image", "Open what it names outside of its folder: LoRAs, pictures, words",
+        IMAGES, type=bool, needs=("from_image", "from_latents"), why="is about a picture's files"),
     _setting("from_latents", "Decode a file of --save-latents; repeatable", IMAGES, type=Path,
         many=True, file="file of latents", metavar="FILE", excludes=ALONE),
     _setting("model", "Model file, run folder, diffusers folder or name", MODEL,

@@ -94,7 +94,9 @@ def from_parameters(text: str, source: str) -> Request:
     if not words.get("Version", "").startswith("difftool"):
         _as_a1111(words, read, found)
     request = request_of(spelled(read), model_hash=words.get("Model hash", ""))
-    return replace(request, missed=tuple(found.missed), loras=tuple(found.loras))
+    return replace(
+        request, missed=tuple(found.missed), loras=tuple(found.loras), named=tuple(found.named)
+    )
 
 
 SILENT = frozenset(A1111_WORDS) | {

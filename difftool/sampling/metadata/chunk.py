@@ -3,7 +3,10 @@ resolved. Torch-free."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool.config.numbers import FINITE
@@ -11,7 +14,9 @@ from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import DifftoolError, InputError
 from difftool.plugins import used
-from difftool.sampling.requests import Request, from_json
+from difftool.sampling.metadata.named import digest_of, written
+from difftool.sampling.requests import NamedFile, Request, from_json
+from difftool.sampling.settings import PICTURES, read_path
 from difftool.storage.strict_json import parse_json
 from difftool.version import __version__
 
@@ -22,19 +27,28 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20
 ASKED = ("prompt", "negative", "label", "seed")
 """What is asked for of any picture."""
-IMAGES = ("init", "mask", "image_prompt")
-"""Paths of pictures that one goes by."""
+LISTS = {"embedding": "embeddings", "lora": "loras"}
+"""Keys of files of which there may be several, by their options; any other is called as it is."""
+MAX_FILES = 100
+"""So many of a kind one picture names."""
 
 
-def chunk(sample: Sample) -> dict[str, Any]:
-    """Plain values for JSON."""
+def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
+    """Plain values for JSON, in which files are named as a picture in that folder names them."""
     model, values = sample.plan.model, sample.values()
     request = {name: values[name] for name in ASKED}
-    request |= {n: v for n in (*IMAGES, "refiner") if (v := values[n]) is not None}
-    request |= {"embeddings": list(sample.embeddings)} if sample.embeddings else {}
-    loras = [[str(applied.lora.path), applied.strength] for applied in model.loras]
-    loras = loras or [list(lora) for lora in sample.request.loras]  # of latents that are decoded
-    request |= {"loras": loras} if loras else {}
+    request |= {"refiner": values["refiner"]} if values["refiner"] is not None else {}
+    hashes: dict[str, Any] = {}
+    for option, path, more in _files(sample):
+        told = sample.request.hashes.get(path)
+        digest = digest_of(option, path) if told is None else told
+        name = written(path, folder)
+        if option in LISTS:
+            request.setdefault(LISTS[option], []).append([name, *more] if more else name)
+            hashes.setdefault(LISTS[option], []).append(digest)
+        else:
+            request[option], hashes[option] = name, digest
+    request |= {"hashes": hashes} if hashes else {}
     if plugins := used(_components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
     return {
@@ -45,6 +59,15 @@ def chunk(sample: Sample) -> dict[str, Any]:
         "request": request,
         "preset": to_values(model.preset) | {"sample": to_values(sample.plan.settings)},
     }
+
+
+def _files(sample: Sample) -> Iterator[tuple[str, str, list[float]]]:
+    """The files that it goes by: the option that gives it, its path, and a LoRA's strength."""
+    values, loras = sample.values(), sample.request.loras  # of latents that are decoded
+    yield from ((name, values[name], []) for name in PICTURES if values[name] is not None)
+    yield from (("embedding", path, []) for path in sample.embeddings)
+    applied = [(str(each.lora.path), each.strength) for each in sample.plan.model.loras]
+    yield from (("lora", path, [strength]) for path, strength in applied or loras)
 
 
 def _components(sample: Sample) -> list[tuple[str, str]]:
@@ -59,29 +82,42 @@ def _components(sample: Sample) -> list[tuple[str, str]]:
 
 
 def from_chunk(text: str, source: str) -> Request:
-    """The request that a chunk holds; InputError if it is not sound."""
+    """The request that a chunk holds, whose files are yet to be found; InputError if it is not
+    sound."""
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"{len(text)} characters")
         values = parse_json(text, "it", infinite=True)
         request, settings = values["request"], values["preset"]["sample"]
         asked = {name: request[name] for name in ASKED}
-        asked |= {name: request.get(name) for name in IMAGES}
-        asked["image_prompt"] = asked["image_prompt"] or request.get("image")  # as it was called
-        words = request.get("embeddings", [])
-        if not isinstance(words, list) or not all(isinstance(path, str) for path in words):
-            raise ValueError("embeddings of the wrong type")
-        loras = tuple((str(path), float(weight)) for path, weight in request.get("loras", []))
-        for path, weight in loras:
-            FINITE.check(weight, f"{path}: the weight")
+        named = tuple(_named(request))
         plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))
         if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
             raise ValueError("label or settings of the wrong type")
         found = from_json(asked)
-    except (KeyError, TypeError, ValueError, DifftoolError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            DifftoolError) as error:  # fmt: skip
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
-    return replace(
-        found, settings=settings, model_hash=made_by, embeddings=tuple(words), loras=loras,
-        plugins=plugins,
-    )  # fmt: skip
+    return replace(found, settings=settings, model_hash=made_by, plugins=plugins, named=named)
+
+
+def _named(request: Mapping[str, Any]) -> Iterator[NamedFile]:
+    """The files that it names; ValueError and others if they are not sound."""
+    image = request.get("image_prompt") or request.get("image")  # as it was called
+    request, hashes = {**request, "image_prompt": image}, request.get("hashes", {})
+    for option in (*PICTURES, *LISTS):
+        key = LISTS.get(option, option)
+        if (files := request.get(key)) is None:
+            continue
+        digests = hashes.get(key)
+        if option not in LISTS:
+            files, digests = [files], [digests or ""]
+        elif not isinstance(files, list) or len(files) > MAX_FILES:
+            raise ValueError(f"{key} of the wrong type, or too many")
+        for file, digest in zip(files, digests or [""] * len(files), strict=True):
+            name, weight = file if option == "lora" else (file, 1.0)
+            if not isinstance(name, str) or not re.fullmatch("([0-9a-f]{12})?", digest):
+                raise ValueError(f"{key} of the wrong type")
+            FINITE.check(float(weight), f"{name}: the weight")
+            yield NamedFile(option, read_path(name), digest, float(weight))

@@ -3,6 +3,7 @@ listed. Torch-free."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,18 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import spelled, split_spelling
 from difftool.errors import InputError, UsageError
 from difftool.registry import canonical
-from difftool.sampling.requests import Request, from_json
+from difftool.sampling.metadata.named import (
+    LORA_FOLDERS,
+    MAX_HASHED,
+    digest_of,
+    files_in,
+    lies_in,
+)
+from difftool.sampling.requests import NamedFile, Request, from_json
 from difftool.sampling.settings import KEYS
 
-LORA_FOLDERS = ("", "lora", "loras", "models/Lora", "models/loras")
-"""Where files of LoRAs are looked for, below the working folder and the picture's."""
 NO_HASHES = ("e3b0c44298fc", "000000000000")
 """What tools write that could not read the file: the first is the hash of nothing."""
-MAX_HASHED = 64
-"""So many files are looked through for one of another name."""
 
 
 @dataclass
@@ -37,7 +41,8 @@ class Found:
     missed: list[tuple[str, str]] = field(default_factory=list)
     """See `Request.missed`."""
     loras: list[tuple[str, float]] = field(default_factory=list)
-    _hashes: dict[Path, str] = field(default_factory=dict, repr=False)
+    named: list[NamedFile] = field(default_factory=list)
+    """LoRAs of the name that links lead to, out of the folders that are looked through."""
 
     def miss(self, text: str, option: str = "") -> None:
         """List what is not taken over; `option` would ask for it."""
@@ -49,6 +54,8 @@ class Found:
         digest = "" if digest in NO_HASHES else digest
         if path := self._file(stem, digest.lower()[:12]):
             self.loras.append((str(path), weight))
+        elif path := next((path for path in self.links if path.stem == stem), None):
+            self.named.append(NamedFile("lora", os.path.abspath(path), weight=weight))
         else:
             known = f" ({digest})" if digest else ""
             self.miss(f"the LoRA {stem}{known} at {weight:g}, which is not here: --lora", "lora")
@@ -56,29 +63,31 @@ class Found:
     def _file(self, stem: str, digest: str) -> Path | None:
         """The file of a LoRA: of that name, unless its hash is another, else of that hash."""
         for path in self.files:
-            if path.stem == stem and (not digest or self._hash(path).startswith(digest)):
+            if path.stem == stem and (not digest or digest_of("lora", path).startswith(digest)):
                 return path
         others = self.files[:MAX_HASHED] if digest else []
-        return next((path for path in others if self._hash(path).startswith(digest)), None)
+        return next((p for p in others if digest_of("lora", p).startswith(digest)), None)
 
     @cached_property
     def files(self) -> list[Path]:
         """The files that may be LoRAs, those of the working folder first."""
-        places = dict.fromkeys((Path("."), Path(self.source).parent))
-        folders = [place / folder for place in places for folder in LORA_FOLDERS]
-        return [
-            path
-            for each in folders
-            for path in sorted(each.glob("*.safetensors"))
-            if path.is_file()
-        ]
+        return [path for path in self._there if self._lies_here(path)]
 
-    def _hash(self, path: Path) -> str:
-        from difftool.adapters.lora.file import lora_hash
+    @cached_property
+    def links(self) -> list[Path]:
+        """Of those, the links out of both folders."""
+        return [path for path in self._there if not self._lies_here(path)]
 
-        if path not in self._hashes:
-            self._hashes[path] = lora_hash(path)
-        return self._hashes[path]
+    @cached_property
+    def _there(self) -> list[Path]:
+        return files_in(self._places, LORA_FOLDERS, ".safetensors")
+
+    @property
+    def _places(self) -> tuple[Path, Path]:
+        return Path(), Path(self.source).parent
+
+    def _lies_here(self, path: Path) -> bool:
+        return any(lies_in(path, place) for place in self._places)
 
     def started_from(self, strength: Any = None) -> None:
         """It was made from a picture, which the metadata do not hold."""
@@ -107,7 +116,10 @@ class Found:
         sides = [settings.pop(side) for side in ("width", "height") if side in settings]
         if len(sides) == 2:
             settings["size"] = tuple(sides)
-        return replace(request, settings=settings, missed=missed, loras=tuple(self.loras))
+        return replace(
+            request, settings=settings, missed=missed, loras=tuple(self.loras),
+            named=tuple(self.named),
+        )  # fmt: skip
 
 
 def _schedule(name: str) -> None:
