@@ -466,7 +466,7 @@ def test_pictures_and_latents_name_files_from_their_folder_and_open_others_if_tr
             assert part in ran.err
         ran = sample(*source, "--trust-image", "-o", "out/again.png", "--overwrite")
         assert ran.code == 0 and "warning" not in ran.err
-        assert ("opened because" in ran.err) == (source[0] == "--from-image")
+        assert f"opened because {source[1]} names them" in ran.err
         assert Path("out/again.png").read_bytes() == data
         Path("out/again.png").unlink()
     Path("in").rename("out/in")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def test_what_lies_outside_of_the_picture_s_folder_needs_trust(key, form):
     assert "outside of its folder" in said and path in said and flag in said
     assert "--trust-image" in said
     request = made_from(picture, trust_image=True)
-    assert f"other{ending}" in request.opened[0] and flag in request.opened[0]
+    assert f"other{ending}" in request.opened and flag in request.opened
     put(f"mine{ending}")
     own = made_from(picture, **{option: f"mine{ending}"})
-    assert own.opened == ()
+    assert own.opened == ""
 
 
 def test_every_file_is_listed_and_none_of_it_is_read(monkeypatch):
@@ -119,7 +120,10 @@ def test_what_lies_in_the_picture_s_folder_is_opened(path):
     put("shared/" + path.replace("\\", "/"))
     request = made_from(naming(init=path))
     assert Path(request.init or "") == Path("shared", *path.replace("\\", "/").split("/"))
-    assert request.opened == (f"picture {request.init} (--init)",) and not request.changed
+    assert (
+        request.opened.endswith(f"names them: picture {request.init} (--init)")
+        and not request.changed
+    )
 
 
 def test_files_are_found_by_name_and_hash():
@@ -142,6 +146,36 @@ def test_files_are_found_by_name_and_hash():
     )
     put("pen.safetensors", 3)
     assert "outside" in refused(picture), "that of its name in the working folder"
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_hashes():
+    digests = [put(f"shared/loras/{name}.safetensors", i) for i, name in enumerate("ab")]
+    picture = naming({"loras": digests}, loras=[["v.safetensors", 0.5], ["v.safetensors", 0.7]])
+    names = [(Path(path).name, weight) for path, weight in made_from(picture).loras]
+    assert names == [("a.safetensors", 0.5), ("b.safetensors", 0.7)]
+
+
+def test_a_folder_is_looked_through_once_for_all_that_is_named():
+    for i in range(300):
+        Path(f"shared/{i}.pt").write_bytes(bytes([i % 256]))
+    names = [f"none{i}.pt" for i in range(100)]
+    picture = naming({"embeddings": ["0123456789ab"] * 100}, embeddings=names)
+    start = time.perf_counter()
+    assert "none0.pt" in refused(picture)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes in folders")
+def test_a_pipe_is_not_waited_for():
+    os.mkfifo("shared/hill.png")
+    request = made_from(naming({"init": "0123456789ab"}, init="hill.png"))
+    assert "is not as it was" in request.changed[0]
+
+
+def test_the_hash_of_a_file_that_the_user_gives_is_its_own():
+    put("shared/hill.png")
+    request = made_from(naming({"init": "0123456789ab"}, init="hill.png"), init="shared/hill.png")
+    assert not request.hashes and not request.changed
 
 
 def test_what_is_nowhere_is_named_with_its_hash_and_its_option():

@@ -76,13 +76,14 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         from difftool.sampling.metadata.files import read
         from difftool.sampling.metadata.named import locate
 
-        opened = {name for name in (*PICTURES, "lora", "embedding") if not values[name]}
-        opened -= {"lora", "embedding"} if loaded else set()
+        opened = PICTURES if loaded else (*PICTURES, "lora", "embedding")
         picture = read(values["from_image"])
+        named = (f for f in picture.named if f.option not in opened or not values[f.option])
+        picture = replace(picture, named=tuple(named))
         picture = locate(picture, values["from_image"], opened, trusted=bool(values["trust_image"]))
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
-        _check_files(opened, base)
+        _check_files({name for name in opened if not values[name]}, base)
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [

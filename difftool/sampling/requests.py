@@ -82,8 +82,8 @@ class Request:
     """Files that the picture names, which `locate` makes paths of: no other field has them yet."""
     hashes: Mapping[str, str] = field(default_factory=dict)
     """What is known of the files that it named, by their paths."""
-    opened: tuple[str, ...] = ()
-    """The files that are opened because it named them, as they are told."""
+    opened: str = ""
+    """What is said of the files that are opened because it named them."""
     changed: tuple[str, ...] = ()
     """What is to be warned of in them."""
     missed: tuple[tuple[str, str], ...] = ()

@@ -186,11 +186,9 @@ class Resolver:
         settings, texts = plan.settings, [*self._idle(sample)]
         if settings.guidance == 0:
             texts.append("guidance 0 is read as 1, which is off")
-        if request.opened:
-            text = f"opened because the picture names them: {', '.join(request.opened)}"
-            if text not in self._noted:
-                yield Note(text, warning=False)
-                self._noted.add(text)
+        if request.opened and request.opened not in self._noted:
+            yield Note(request.opened, warning=False)
+            self._noted.add(request.opened)
         texts += request.changed
         partial = request.init is not None or self.refiner is not None
         if partial and plan.steps != settings.steps:

@@ -208,6 +208,7 @@ class SampleRun:
                 both = {"init", "mask"} <= {each.option for each in request.named}
                 opened = ("init", "mask") if both else ()
                 request = locate(request, file, opened, trusted=self.trusted)
+                yield from (Note(request.opened, warning=False),) if request.opened else ()
                 yield from map(Note, request.changed)
                 plan = plan_sampling(self.model, resolve_settings(self.model, request.settings))
                 seed = request.seeds[0] if request.seeds else None

@@ -39,15 +39,14 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     request = {name: values[name] for name in ASKED}
     request |= {"refiner": values["refiner"]} if values["refiner"] is not None else {}
     hashes: dict[str, Any] = {}
-    for option, path, more in _files(sample):
-        told = sample.request.hashes.get(path)
-        digest = digest_of(option, path) if told is None else told
-        name = written(path, folder)
-        if option in LISTS:
-            request.setdefault(LISTS[option], []).append([name, *more] if more else name)
-            hashes.setdefault(LISTS[option], []).append(digest)
+    for file in _files(sample):
+        key, name = LISTS.get(file.option, file.option), written(file.name, folder)
+        if key == file.option:
+            request[key], hashes[key] = name, file.digest
         else:
-            request[option], hashes[option] = name, digest
+            each = [name, file.weight] if file.option == "lora" else name
+            request.setdefault(key, []).append(each)
+            hashes.setdefault(key, []).append(file.digest)
     request |= {"hashes": hashes} if hashes else {}
     if plugins := used(_components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
@@ -61,13 +60,17 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     }
 
 
-def _files(sample: Sample) -> Iterator[tuple[str, str, list[float]]]:
-    """The files that it goes by: the option that gives it, its path, and a LoRA's strength."""
-    values, loras = sample.values(), sample.request.loras  # of latents that are decoded
-    yield from ((name, values[name], []) for name in PICTURES if values[name] is not None)
-    yield from (("embedding", path, []) for path in sample.embeddings)
-    applied = [(str(each.lora.path), each.strength) for each in sample.plan.model.loras]
-    yield from (("lora", path, [strength]) for path, strength in applied or loras)
+def _files(sample: Sample) -> Iterator[NamedFile]:
+    """The files that it goes by, by their paths."""
+    values, request = sample.values(), sample.request
+    paths = [(name, values[name]) for name in PICTURES if values[name] is not None]
+    for option, path in (*paths, *(("embedding", path) for path in sample.embeddings)):
+        known = request.hashes.get(path)
+        yield NamedFile(option, path, digest_of(option, path) if known is None else known)
+    for each in sample.plan.model.loras:
+        yield NamedFile("lora", str(each.lora.path), each.lora.hash, each.strength)
+    for path, weight in () if sample.plan.model.loras else request.loras:  # of decoded latents
+        yield NamedFile("lora", path, request.hashes.get(path, ""), weight)
 
 
 def _components(sample: Sample) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 
 from difftool.config.options import by_name
@@ -76,7 +77,7 @@ def locate(request: Request, picture: Path, opened: Collection[str], *, trusted:
         hint = f"--trust-image opens them, {flags} gives another"
         listed = "\n  ".join(map(described, search.outside))
         raise UsageError(f"{picture} names files outside of its folder", listed, hint)
-    changed, hashes, told = [], dict(request.hashes), []
+    changed, hashes, told = [], {}, []
     for file, path in zip(request.named, paths, strict=True):
         now = file.digest
         if file.option in opened and os.path.exists(path):
@@ -92,7 +93,8 @@ def locate(request: Request, picture: Path, opened: Collection[str], *, trusted:
     loras = [(path, file.weight) for file, path in found if file.option == "lora"]
     return replace(
         request, **images, embeddings=(*request.embeddings, *words), named=(), hashes=hashes,
-        loras=(*request.loras, *loras), changed=tuple(changed), opened=tuple(told),
+        loras=(*request.loras, *loras), changed=tuple(changed),
+        opened=f"opened because {picture} names them: {', '.join(told)}" if told else "",
     )  # fmt: skip
 
 
@@ -114,6 +116,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.outside: list[NamedFile] = []
         """What would be opened and may not be."""
+        self._listed: dict[tuple[str, bool], list[Path]] = {}
 
     def path(self, file: NamedFile, opened: bool) -> str:
         """Where a file is, or would be."""
@@ -148,11 +151,12 @@ class _Search:
 
     def _of_hash(self, file: NamedFile) -> Path | None:
         """A file of another name that is the same."""
-        places = [self.folder, Path()] if self.trusted else [self.folder]
-        ending = PureWindowsPath(file.name).suffix
-        folders = LORA_FOLDERS if file.option == "lora" else ("",)
-        there = [path for path in files_in(places, folders, ending) if self._allowed(path)]
-        same = (p for p in there[:MAX_HASHED] if digest_of(file.option, p) == file.digest)
+        kind = ending, is_lora = PureWindowsPath(file.name).suffix, file.option == "lora"
+        if kind not in self._listed:
+            places = [self.folder, Path()] if self.trusted else [self.folder]
+            there = files_in(places, LORA_FOLDERS if is_lora else ("",), ending)
+            self._listed[kind] = list(islice(filter(self._allowed, there), MAX_HASHED))
+        same = (p for p in self._listed[kind] if digest_of(file.option, p) == file.digest)
         return next(same, None)
 
     def _allowed(self, path: Path) -> bool:
