@@ -184,6 +184,7 @@ def test_what_is_nowhere_is_named_with_its_hash_and_its_option():
             naming({"mask": "0123456789ab"}, mask="none.png"), trust_image=trusted or None
         )
         assert all(word in said for word in ("none.png", "0123456789ab", "--mask"))
+        assert ("--trust-image" in said) != trusted
 
 
 def test_a_lora_of_another_tool_s_picture_is_no_link_out_of_the_folders():

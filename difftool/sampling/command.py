@@ -83,7 +83,7 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         picture = locate(picture, values["from_image"], opened, trusted=bool(values["trust_image"]))
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
-        _check_files({name for name in opened if not values[name]}, base)
+        _check_files(values, opened, base)
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [
@@ -123,22 +123,23 @@ def _taken_over(values: Mapping[str, Any], request: Request) -> Request:
     return replace(request, missed=missed, settings=settings)
 
 
-def _check_files(opened: Collection[str], request: Request) -> None:
-    """UsageError for a file of these options that a picture's metadata name and that is not
-    there."""
+def _check_files(values: Mapping[str, Any], opened: Collection[str], request: Request) -> None:
+    """UsageError for a file of the options to be opened that a picture's metadata name, that no
+    option replaces and that is not there."""
     paths = [(name, path) for name in PICTURES if (path := getattr(request, name))]
     paths += [("embedding", path) for path in request.embeddings]
     paths += [("lora", path) for path, _ in request.loras]
-    for row, path in ((by_name(SETTINGS)[name], path) for name, path in paths if name in opened):
+    rows = by_name(SETTINGS)
+    named = [(rows[name], path) for name, path in paths if name in opened and not values[name]]
+    for row, path in named:
         try:
             row.check_files([path] if row.many else path)
         except UsageError as error:
             why, hint = "the picture names it", f"give {row.flag}"
             if digest := request.hashes.get(path):
                 why += f", of hash {digest}"
-                hint += (
-                    "; with --trust-image it is looked for by its hash in the working folder too"
-                )
+            if digest and not values["trust_image"]:
+                hint += ", or --trust-image to look for its hash in the working folder too"
             raise UsageError(error.what, why, hint) from None
 
 
