@@ -176,13 +176,15 @@ class Pipeline:
             for each in self.model.loras if each.strength == strength
         )  # fmt: skip
 
-    def _path(self, name: str, picture: Image | str | Path) -> str | Path:
+    def _path(self, name: str, picture: object) -> object:
         """Where the picture of an option is, one in memory in a file of its own as long as the
-        model is used."""
+        model is used; anything else as it is, which its row refuses."""
+        from PIL import Image
+
         from difftool.images.read import read_mask, read_picture
         from difftool.images.write import encode_png
 
-        if isinstance(picture, str | Path):
+        if not isinstance(picture, Image.Image):
             return picture
         read = read_mask(picture) if name == "mask" else read_picture(picture).image
         data = encode_png(read)

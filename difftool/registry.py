@@ -21,9 +21,9 @@ ADDITIONS: list[tuple[Registry[Any], str]] = []
 plugins know what a file of a user's has added."""
 
 
-def canonical(name: str) -> str:
+def canonical(name: object) -> str:
     """The form in which names are compared: lower case, "+" spelled "p", no separators."""
-    return re.sub(r"[\s_\-./()]+", "", name.lower().replace("+", "p"))
+    return re.sub(r"[\s_\-./()]+", "", str(name).lower().replace("+", "p"))
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -88,7 +88,7 @@ class Registry(Mapping[str, T], Generic[T]):
             return self._names[canonical(name)]
         except KeyError:
             what = f'there is no {self.kind} "{name}"'
-            raise UsageError(what, hint=suggestion(name, self._entries)) from None
+            raise UsageError(what, hint=suggestion(str(name), self._entries)) from None
 
     def __getitem__(self, name: str) -> T:
         return self._entries[self.resolve(name)]

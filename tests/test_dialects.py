@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from difftool.adapters.lora.file import lora_hash
 from difftool.errors import DifftoolError, InputError
+from difftool.sampling.metadata.comfy import from_graph
 from difftool.sampling.metadata.files import read
 from difftool.sampling.requests import Request
 
@@ -303,6 +304,17 @@ def test_the_sampler_of_parts():
     assert request.seeds == (11,) and request.prompt == "a fox" and request.missed == ()
     assert request.settings["guidance"] == 3.5 and request.settings["schedule"] == "simple"
     assert request.settings["steps"] == 9 and request.settings["sampler"] == "euler"
+
+
+def test_a_graph_whose_nodes_are_linked_without_end_is_refused():
+    sampler = {"seed": 1, "sampler_name": "euler"}
+    nodes = {
+        str(n): {"class_type": "KSampler", "inputs": sampler | {"model": [str(n + 1), 0]}}
+        for n in range(9_000)
+    }
+    with pytest.raises(InputError) as caught:
+        from_graph(json.dumps(nodes), "a picture")
+    assert caught.value.why == "its nodes are linked without end"
 
 
 def test_comfyui_s_webp():

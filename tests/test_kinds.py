@@ -59,6 +59,9 @@ class PatchConfig:
     def multiple(self) -> int:
         return self.patch
 
+    def kept(self, height: int, width: int) -> int:
+        return height * width // self.patch**2 * self.width
+
 
 class PatchNetwork(Network):
     """One layer of attention, told the time and the class."""

@@ -17,6 +17,7 @@ from folders import lay, pictures
 from PIL import Image, ImageDraw
 
 import difftool
+from difftool.pipeline import settings
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,22 @@ class Plain(Sampler):
 
 SAMPLERS.add("plain", Method("plain", "DDIM, written out", Plain, {}, {}))
 """
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"sampler": True}, {"schedule": ["karras"]}, {"init": 1}, {"mask": [1, 2]}, {"size": {}}],
+)
+def test_values_of_another_type_are_refused(model, given):
+    with pytest.raises(difftool.UsageError):
+        model.sample("a fox", steps=1, **given)
+
+
+def test_a_picture_that_no_memory_holds_is_refused_before_it_is_begun(command, monkeypatch):
+    monkeypatch.setattr(settings, "free_memory", lambda device: 8 << 30)
+    ran = command("sample", "a fox", "--size", "16384x16384", "--steps", "1", "--seed", "1")
+    assert ran.code == 5 and "no memory for a picture of 16384x16384" in ran.err
+    assert "smaller --size" in ran.err
 
 
 @pytest.mark.usefixtures("forget")

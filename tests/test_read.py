@@ -9,6 +9,7 @@ import pytest
 
 from difftool.errors import InputError, shortened
 from difftool.storage.read import open_file, read_bytes, read_text
+from difftool.storage.strict_json import parse_json
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
@@ -92,3 +93,11 @@ def test_what_a_file_says_of_itself_is_cut_in_messages():
     assert shortened("short\nlines") == "short\nlines"
     assert len(shortened("x" * 10**6)) < 500
     assert len(str(InputError("x" * 10**5, "y" * 10**5))) < 1000
+
+
+@pytest.mark.parametrize("value", ["{}", "[[[]]]", "1e308", '""'])
+def test_json_of_values_without_end_is_refused_before_they_are_made(value):
+    text = '{"a": [' + ",".join([value] * 1_100_000) + "]}"
+    with pytest.raises(InputError) as caught:
+        parse_json(text, "a file")
+    assert caught.value.why and "more than 1000000 values" in caught.value.why

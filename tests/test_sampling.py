@@ -50,7 +50,7 @@ class FakeModel:
 
     name, hash, preset, null_label = "fake", "0123456789", PRESET, None
     concat, vision, words, loras = "none", None, (), ()
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
     codec = SimpleNamespace(channels=3, factor=2)
     denoiser = SimpleNamespace(path=build_path(PRESET.path))
     guidable = True

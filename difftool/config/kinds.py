@@ -98,6 +98,11 @@ class NetworkConfig(Protocol):
         """What they are best multiples of, so that nothing is rounded within the network."""
         ...
 
+    def kept(self, height: int, width: int) -> int:
+        """Values of feature maps that are in memory together for an x_t [C,height,width], at the
+        least."""
+        ...
+
 
 class CodecConfig(Protocol):
     """What is asked of every kind of codec between pictures and x0, a frozen dataclass."""

@@ -138,6 +138,11 @@ class UNetConfig:
         """Below it a level has no even number of rows to halve, and rounds."""
         return 2 ** (len(self.channels) - 1)
 
+    def kept(self, height: int, width: int) -> int:
+        """What the way down keeps for the way up of the highest level, and what the first block of
+        that works on: both joined, the same normalised, and its output."""
+        return height * width * self.channels[0] * (self._by_level("blocks", self.blocks)[0] + 5)
+
     @property
     def down_depths(self) -> Depths:
         """Attention layers after each block on the way down, by level and block."""

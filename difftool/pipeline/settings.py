@@ -19,9 +19,12 @@ from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
-from difftool.errors import UsageError
+from difftool.engine.memory import free_memory
+from difftool.errors import ResourceError, UsageError
 from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.pipeline.model import Model
+
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ def _check(model: Model, settings: SampleConfig) -> None:
         raise UsageError(f"the model {model.name} cannot be guided", why, "use --guidance 1")
 
 
+def _check_memory(model: Model, settings: SampleConfig) -> None:
+    """ResourceError where not one picture fits: where memory is promised before it is there, the
+    process would be killed."""
+    (width, height), codec = settings.size, model.preset.codec
+    maps = model.preset.unet.kept(height // codec.factor, width // codec.factor)
+    guided = settings.guidance not in (0, 1) and not model.preset.unet.guidance_dim
+    needed = model.dtype.itemsize * maps * (2 if guided else 1)
+    needed += FP32 * codec.channels * width * height
+    free = free_memory(model.device)
+    if free is not None and needed > free:
+        what = f"there is no memory for a picture of {width}x{height}"
+        why = f"it needs more than {needed >> 20:,} MiB, and {free >> 20:,} are free"
+        raise ResourceError(what, why, "use a smaller --size")
+
+
 def plan_sampling(
     model: Model,
     settings: SampleConfig,
@@ -102,8 +120,9 @@ def plan_sampling(
 
     from_picture: a picture is started from, which leaves out the first levels (and does not where
     the model edits pictures). UsageError for options that sampler or schedule lack, and where no
-    step would be run.
+    step would be run; ResourceError where there is no memory for a picture of that size.
     """
+    _check_memory(model, settings)
     path, steps = model.denoiser.path, settings.steps
     sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
     options = dict(settings.schedule_options)

@@ -21,7 +21,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB; UsageError for anything else."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMG]I?)?B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMG]I?)?B?", str(text).strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if not size:
         raise UsageError(f"{text!r} is not a size", hint="write it as 5GB, 500MB or 2GiB")

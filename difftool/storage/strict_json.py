@@ -11,6 +11,7 @@ from difftool.errors import InputError
 from difftool.storage.read import read_bytes
 
 MAX_BYTES = 16 << 20
+MAX_VALUES = 1_000_000
 
 
 def parse_json(
@@ -18,8 +19,9 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text; InputError, naming the source, if it is not sound.
 
-    Refused: duplicate keys, NaN (and, unless `infinite`, infinities), nesting without end, text
-    that is not Unicode. lenient: NaN is null, as in what ComfyUI writes.
+    Refused: duplicate keys, NaN (and, unless `infinite`, infinities), nesting without end, more
+    values than any honest file has, text that is not Unicode. lenient: NaN is null, as in what
+    ComfyUI writes.
     """
 
     def constant(name: str) -> float | None:
@@ -38,6 +40,8 @@ def parse_json(
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if sum(map(text.count, "[{,")) > MAX_VALUES:  # at least: those within texts count too
+            raise ValueError(f"it holds more than {MAX_VALUES} values")
         value = json.loads(
             text, object_pairs_hook=unique, parse_float=number, parse_constant=constant
         )

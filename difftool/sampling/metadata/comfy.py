@@ -3,6 +3,7 @@ Torch-free."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,12 +24,15 @@ KNOWN = frozenset(
 """The nodes that are understood."""
 SCHEDULERS = {"KarrasScheduler": "karras"}
 MAX_NODES = 10_000
+MAX_LINKS = 1_000_000
+"""Followed in reading one graph; a large one of a person's has a hundredth."""
 
 
 class _Graph:
     """Nodes by name, each with its class and its inputs: values, or links to nodes."""
 
     def __init__(self, nodes: Mapping[str, Any], source: str):
+        self.source, self.followed = source, 0
         self.nodes = {
             str(name): (str(node.get("class_type")), node["inputs"])
             for name, node in nodes.items()
@@ -42,16 +46,22 @@ class _Graph:
         link = value[0] if isinstance(value, list) and len(value) == 2 else None
         return str(link) if str(link) in self.nodes else None
 
-    def above(self, start: str | None) -> Iterator[str]:
-        """A node and all that it is made of, the nearest first."""
-        ahead, seen = [start], set()
-        while ahead:
-            name = ahead.pop(0)
-            if name is None or name in seen:
-                continue
-            seen.add(name)
-            yield name
-            ahead += [self.linked(value) for value in self.nodes[name][1].values()]
+    def above(self, *starts: str | None) -> Iterator[str]:
+        """Nodes and all that they are made of, the nearest to the first one first."""
+        seen: set[str] = set()
+        for start in starts:
+            ahead = deque([start])
+            while ahead:
+                name = ahead.popleft()
+                if name is None or name in seen:
+                    continue
+                seen.add(name)
+                yield name
+                self.followed += len(self.nodes[name][1]) + 1
+                if self.followed > MAX_LINKS:
+                    what = f"the ComfyUI graph of {self.source} cannot be read"
+                    raise InputError(what, "its nodes are linked without end")
+                ahead += [self.linked(value) for value in self.nodes[name][1].values()]
 
     def value(self, start: str, *keys: str, kind: Any = object) -> Any:
         """The first input of such a name and type, of a node or of what it is made of."""
@@ -79,7 +89,7 @@ def from_graph(text: str, source: str) -> Request:
     nodes = parse_json(text, f"the ComfyUI graph of {source}", infinite=True, lenient=True)
     graph, found = _Graph(nodes if isinstance(nodes, dict) else {}, source), Found(source)
     ends = [n for n, (kind, _) in graph.nodes.items() if kind.startswith(("Save", "Preview"))]
-    used = dict.fromkeys(name for end in ends or graph.nodes for name in graph.above(end))
+    used = dict.fromkeys(graph.above(*(ends or graph.nodes)))
     samplers = [name for name in used if _samples(graph.nodes[name][1])]
     if not samplers:
         what = f"the ComfyUI graph of {source} cannot be read"
