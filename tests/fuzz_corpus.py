@@ -673,6 +673,12 @@ TEXTS_OF_PICTURES: dict[str, Callable[[], str]] = {
          for n in range(99)} | {"s": GRAPH["5"] | {"inputs": {"positive": ["0", 0]}}}
     ),
 }  # fmt: skip
+
+
+def _one_picture() -> dict[str, bytes]:
+    return {"0.png": SOUND["p.png"][""]}
+
+
 TABLES: dict[str, Callable[[], bytes]] = {
     "metadata.jsonl": lambda: _filled(b'{"file_name": "0.png", "text": "a"}\n'),
     "metadata.csv": lambda: b"file_name,text\n0.png," + _filled(b'"'),
@@ -681,9 +687,17 @@ TABLES: dict[str, Callable[[], bytes]] = {
     "meta.toml": lambda: _filled(b"[[datasets]]\n"),
     "metadata.parquet": lambda: b"PAR1" + _filled(b"\0") + b"PAR1",
     "9.png": lambda: b"\x89PNG\r\n\x1a\n" + _filled(b"\0"),
-    "a.zip": lambda: _archive({"metadata.jsonl": bytes(400 << 20)}),
-    "b.zip": lambda: _archive({"0.txt": bytes(400 << 20), "0.png": SOUND["p.png"][""]}),
-    "c.zip": lambda: _archive({f"{n}": b"" for n in range(120_000)}),
+}
+ARCHIVES: dict[str, Callable[[], bytes]] = {
+    "table": lambda: _archive({"metadata.jsonl": b" " * (400 << 20), **_one_picture()}),
+    "rows": lambda: _archive({"metadata.csv": b"a\n" * (200 << 20), **_one_picture()}),
+    "parquet": lambda: _archive({"metadata.parquet": bytes(400 << 20), **_one_picture()}),
+    "caption": lambda: _archive({"0.txt": b"a" * (400 << 20), **_one_picture()}),
+    "picture": lambda: _archive({"1.png": bytes(400 << 20), **_one_picture()}),
+    "pictures": lambda: _archive({f"{n}.png": bytes(15 << 20) for n in range(30)}),
+    "members": lambda: _archive({f"{n}.png": b"" for n in range(40_000)}),
+    "toml": lambda: _archive({"dataset.toml": b"#" * (400 << 20), **_one_picture()}),
+    "labels": lambda: _archive({"dataset.json": b"[" * (400 << 20), **_one_picture()}),
 }
 
 
@@ -733,6 +747,8 @@ def large(files: Files) -> dict[str, Callable[[], list[str]]]:
     for name, told in TEXTS_OF_PICTURES.items():
         for key in ("parameters", "prompt", "Comment", "difftool"):
             made[f"{key} {name}"] = partial(_of_picture, files, key, told)
+    for name, data in ARCHIVES.items():
+        add(f"zip {name}", lambda path: ["train", path, "--dry-run"], "set.zip", data)
     for name, data in TABLES.items():
         made[f"table {name}"] = partial(beside, name, data)
     return made

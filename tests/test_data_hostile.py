@@ -65,6 +65,28 @@ def test_unsafe_names_are_not_read(tmp_path, name, kind):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.parquet", "1.png"])
+def test_a_file_that_unpacks_to_more_than_its_archive_is_not_read(tmp_path, name):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("good.png", png())
+        made.writestr(name, bytes(17 << 20))
+    data = open_dataset(str(path))
+    assert [data.name(i) for i in range(len(data))] == ["good.png"]
+    (skipped,) = data.audit.skipped
+    assert (skipped.name, skipped.reason) == (name, "larger than the archive that it is in")
+
+
+def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for n in range(3):
+            made.writestr(f"{n}.png", bytes(8 << 20))
+    with pytest.raises(InputError) as caught:
+        open_dataset(str(path))
+    assert caught.value.why and "more than 16 times its size" in caught.value.why
+
+
 def test_names_from_windows_and_with_dots_are_made_plain(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as made:
@@ -261,7 +283,7 @@ TABLES: dict[str, Callable[[], str | bytes]] = {
     "nul": lambda: '{"file_name": "a.png", "text": "x\\u0000"}',
     "no name": lambda: '{"file_name": 3, "text": "x"}',
     "object": lambda: '{"file_name": "a.png", "text": {"a": 1}}',
-    "utf-16": lambda: '{"file_name": "a.png", "text": "x"}'.encode("utf-16"),
+    "utf-16": lambda: '{"file_name": "a.png", "text": "x"}'.encode("utf-16-le"),
     "outside": lambda: '{"file_name": "../../etc/passwd.png", "text": "x"}',
     "absolute": lambda: '{"file_name": "/etc/passwd.png", "text": "x"}',
     "huge": lambda: json.dumps({"file_name": "a.png", "text": "x" * 100_000}),

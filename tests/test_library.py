@@ -154,7 +154,15 @@ SAMPLERS.add("plain", Method("plain", "DDIM, written out", Plain, {}, {}))
 
 @pytest.mark.parametrize(
     "given",
-    [{"sampler": True}, {"schedule": ["karras"]}, {"init": 1}, {"mask": [1, 2]}, {"size": {}}],
+    [
+        {"seed": 10**5000},
+        {"label": [10**5000]},
+        {"sampler": True},
+        {"schedule": ["karras"]},
+        {"init": 1},
+        {"mask": [1, 2]},
+        {"size": {}},
+    ],
 )
 def test_values_of_another_type_are_refused(model, given):
     with pytest.raises(difftool.UsageError):

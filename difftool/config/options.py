@@ -83,6 +83,7 @@ class Option:
 
     def value(self, given: Any) -> Any:
         """The value that is meant by one as it was typed or passed; UsageError if it is not one."""
+        _check_shown(given, self.flag)
         if self.many and isinstance(given, Mapping):
             given = [f"{key}={json.dumps(value)}" for key, value in given.items()]
         if given is None or (self.many and isinstance(given, list | tuple) and not given):
@@ -95,6 +96,7 @@ class Option:
         """The value that is meant by a single one; `called` is what messages call the option where
         it was not given by its flag (a key of JSON, say)."""
         called = called or self.flag
+        _check_shown(given, called)
         if self.type in (int, float):
             if isinstance(given, str):
                 self._check_text(given, called)
@@ -137,6 +139,14 @@ class Option:
         for each in value if self.many else [value]:
             path = each[0] if isinstance(each, tuple) else each
             check_file(self.file, Path(path), self.folder)
+
+
+def _check_shown(given: object, called: str) -> None:
+    """UsageError for what no message can show, as no value is: numbers of thousands of digits."""
+    try:
+        repr(given)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{called} cannot be read", str(error)) from None
 
 
 def by_name(rows: Iterable[Option]) -> dict[str, Option]:

@@ -16,6 +16,10 @@ from difftool.storage.read import open_file
 
 MAX_MEMBERS = 2_000_000
 MAX_NAME = 1024
+SMALL = 16 << 20
+"""Bytes of which a packed file may have more than its archive."""
+MAX_GROWTH = 16
+"""How many times its size an archive may unpack to: pictures hardly shrink."""
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".gz", ".7z", ".rar")
 JUNK = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}
 """What Macs, network disks and Windows leave behind; so are names that begin with a dot."""
@@ -127,7 +131,7 @@ class Zip:
 
     def __init__(self, path: Path):
         self._zip = zipfile.ZipFile(path)
-        names, members, packed = _Members(), {}, 0
+        names, members, packed, size = _Members(), {}, 0, path.stat().st_size
         for info in self._zip.infolist():
             packed += info.compress_size
             if info.filename.endswith("/") or (name := names.accept(info.filename)) is None:
@@ -136,10 +140,14 @@ class Zip:
                 names.skipped.append(SkippedFile(name, "encrypted"))
             elif stat.S_ISLNK(info.external_attr >> 16):
                 names.skipped.append(SkippedFile(name, "a link"))
+            elif info.file_size > max(SMALL, size):
+                names.skipped.append(SkippedFile(name, "larger than the archive that it is in"))
             else:
                 members[name] = info
-        if packed > path.stat().st_size:
+        if packed > size:
             raise ValueError("its files overlap, as in a decompression bomb")
+        if sum(info.file_size for info in members.values()) > MAX_GROWTH * size + SMALL:
+            raise ValueError(f"it unpacks to more than {MAX_GROWTH} times its size, as a bomb does")
         self._members, self.skipped = members, names.skipped
         self.sizes = {name: members[name].file_size for name in sorted(members)}
 

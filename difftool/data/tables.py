@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import PurePosixPath
 
 from difftool.data.captions import Caption, add
@@ -53,6 +54,7 @@ def _metadata(listing: Listing, name: str) -> dict[str, Caption]:
     column = listing.config.caption_column
     wanted = (column,) if column else COLUMNS
 
+    @cache  # as it is asked for several times a row
     def place(file: str) -> str:
         return (folder / file.replace("\\", "/").removeprefix("./")).as_posix()
 
