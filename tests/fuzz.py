@@ -435,6 +435,7 @@ def fuzz(make: Make, first: int, count: int, verbose: bool = False) -> list[str]
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     what, first, count = sys.argv[1:4]
     findings = fuzz(MAKES[what], int(first), int(count), "-v" in sys.argv)
     for finding in findings:

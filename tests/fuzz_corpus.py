@@ -695,7 +695,7 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "caption": lambda: _archive({"0.txt": b"a" * (400 << 20), **_one_picture()}),
     "picture": lambda: _archive({"1.png": bytes(400 << 20), **_one_picture()}),
     "pictures": lambda: _archive({f"{n}.png": bytes(15 << 20) for n in range(30)}),
-    "members": lambda: _archive({f"{n}.png": b"" for n in range(40_000)}),
+    "members": lambda: _archive({f"{n}.png": b"" for n in range(10_000)}),
     "toml": lambda: _archive({"dataset.toml": b"#" * (400 << 20), **_one_picture()}),
     "labels": lambda: _archive({"dataset.json": b"[" * (400 << 20), **_one_picture()}),
 }
