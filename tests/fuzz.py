@@ -2,7 +2,7 @@
 
     python fuzz.py small FIRST COUNT    the cases from FIRST on, and what is wrong with them
     python fuzz.py small FIRST 1 -v     one case alone, with all that it says
-    python fuzz.py large 0 500          files of 16 MB, each of which has 3 seconds
+    python fuzz.py large 0 500          files of 16 MB
     python fuzz.py faults 0 5           a case of each kind of fault, which has to be found
 
 A case is a command line or a call of the library, over files that are sound, or made by code, or
@@ -40,8 +40,8 @@ COMMANDS = ("train", "sample", "noise", "convert")
 ROWS: dict[str, tuple[Option, ...]] = {
     name: tuple(import_module(f"difftool.cli.{name}").ROWS) for name in COMMANDS
 }
-SECONDS, STUCK = (5, 3), 60
-"""Of the processor, for a case and for a large file, and of the clock, after which it hangs."""
+SECONDS, STUCK = 5, 60
+"""Of the processor, and of the clock, after which a case hangs."""
 MEMORY = 1 << 30
 SPACE = 4 << 30
 """Of addresses, more than before: what asks for more at once is told that there is none."""
@@ -356,7 +356,7 @@ def attempt(make: Make, seed: int, watch: Watch, verbose: bool = False) -> list[
             file.write("5")  # the highest use of memory is measured anew
         before, start = _memory("VmRSS"), time.process_time()
         watch.seen, watch.folder = [], str(folder.resolve())
-        signal.setitimer(signal.ITIMER_PROF, SECONDS[make is large])
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, STUCK)
         code, said = 0, ""
         try:

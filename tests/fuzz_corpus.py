@@ -681,6 +681,9 @@ def _one_picture() -> dict[str, bytes]:
 
 TABLES: dict[str, Callable[[], bytes]] = {
     "metadata.jsonl": lambda: _filled(b'{"file_name": "0.png", "text": "a"}\n'),
+    "metadata.tsv": lambda: (
+        b"file_name\ttext\n" + b"".join(b"0.png\t%d\n" % n for n in range(1_000_000))
+    ),
     "metadata.csv": lambda: b"file_name,text\n0.png," + _filled(b'"'),
     "0.txt": lambda: _filled(b"a,"),
     "meta.json": lambda: _as_json(b'{"a":{}},'),

@@ -77,6 +77,13 @@ def test_a_file_that_unpacks_to_more_than_its_archive_is_not_read(tmp_path, name
     assert (skipped.name, skipped.reason) == (name, "larger than the archive that it is in")
 
 
+def test_a_picture_of_captions_without_end_is_refused(tmp_path):
+    rows = "".join(f"a.png,caption {n}\n" for n in range(20_000))
+    where = lay(tmp_path, {**pictures("a.png"), "metadata.csv": "file_name,text\n" + rows})
+    with pytest.raises(InputError, match="more than 1000 captions"):
+        open_dataset(where)
+
+
 def test_an_archive_that_unpacks_to_many_times_its_size_is_refused(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:

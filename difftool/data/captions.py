@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from difftool.data.dice import Dice
+from difftool.errors import InputError
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
@@ -23,9 +24,15 @@ class Caption(NamedTuple):
     source: str
 
 
+MAX_CAPTIONS = 1000
+"""Of one picture."""
+
+
 def add(found: dict[str, Caption], picture: str, caption: Caption) -> None:
-    """Give a picture captions beside those that it has, each once."""
+    """Give a picture captions beside those that it has, each once; InputError for too many."""
     before = found[picture].texts if picture in found else ()
+    if len(before) > MAX_CAPTIONS:
+        raise InputError(f"{picture} has more than {MAX_CAPTIONS} captions", caption.source)
     if texts := tuple(dict.fromkeys((*before, *caption.texts))):
         found[picture] = caption._replace(texts=texts)
 
