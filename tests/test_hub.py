@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT
 from conversions import convert
+from ldm_models import write
 
 from difftool.errors import UsageError
 from difftool.formats import open_model
@@ -170,8 +171,10 @@ def test_models_in_the_cache_are_opened(cache, folder, tmp_path, monkeypatch):
     assert find_model("org/tiny") == Path("org/tiny"), "what is here wins"
 
 
-def test_a_model_is_called_as_at_the_hub(cache, folder):
-    files = {n: p for n, p in listing(folder).items() if not n.startswith("difftool_extra")}
+def test_a_model_is_called_as_at_the_hub(cache, tmp_path):
+    write(tmp_path / "m.safetensors", "sd1")
+    convert(open_model(tmp_path / "m.safetensors"), tmp_path / "m", "diffusers")
+    files = {n: p for n, p in listing(tmp_path / "m").items() if not n.startswith("difftool_extra")}
     put(cache, "org/some--model", files)
     assert open_model(find_model("org/some--model")).values["name"] == "model"
     put(cache, "org/tiny", files)

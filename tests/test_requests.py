@@ -117,6 +117,8 @@ def test_every_key_of_a_json_line():
         "guidance_rescale": 0.7,
         "guidance_interval": "-2,inf",
         "clip": "static",
+        "clip_range": 2.0,
+        "clip_quantile": 0.9,
         "rederive_eps": True,
     }
     assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
@@ -144,6 +146,8 @@ def test_every_key_of_a_json_line():
             "guidance_rescale": 0.7,
             "guidance_interval": (-2.0, float("inf")),
             "clip": "static",
+            "clip_range": 2.0,
+            "clip_quantile": 0.9,
             "rederive_eps": True,
             "steps": 5,
             "guidance": 4.0,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
@@ -16,7 +17,7 @@ from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
 from difftool.training.step.ema import Ema
-from difftool.training.step.objectives import OBJECTIVES
+from difftool.training.step.objectives import OBJECTIVES, Objective
 from difftool.training.step.optim import OPTIMIZERS
 
 
@@ -29,6 +30,8 @@ def rehearse(
     adopt: the models that parts start from.
     """
     model = Model(preset, tokenizer_json)
+    if rank := preset.train.lora_rank:
+        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
     for part in preset.parts:
         recipe = preset.recipe(part)
         assert recipe.batch_size
@@ -36,7 +39,7 @@ def rehearse(
         try:
             objective = OBJECTIVES[part](model, recipe)
             Ema.of(recipe, {})
-            OPTIMIZERS[recipe.optimizer]({"a": torch.zeros(2, 2, requires_grad=True)}, recipe)
+            OPTIMIZERS[recipe.optimizer](_small(objective), recipe)
         except (ValueError, TypeError, RuntimeError) as error:
             why = str(error).split("\n")[0]
             raise UsageError(f"the {part} cannot be trained so", why) from None
@@ -45,3 +48,13 @@ def rehearse(
     plan_sampling(model, resolve_settings(model))  # of the sheets
     for part, path in adopt.items():
         check_part_of(model, path, part)
+
+
+def _small(objective: Objective) -> dict[str, torch.Tensor]:
+    """A small tensor for each parameter that learns, of its name and number of sides: optimisers
+    tell parameters apart by these, and the model here has no weights."""
+    return {
+        f"{part}.{name}": torch.zeros((2,) * p.dim(), requires_grad=True)
+        for part, network in (objective.trained() | objective.helpers()).items()
+        for name, p in network.named_parameters()
+    }
