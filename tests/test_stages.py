@@ -80,6 +80,7 @@ def whole(place: Path) -> Path:
     return place / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_is_the_run_that_never_stopped(place: Path, whole: Path):
     first = ["--preset", "tiny.yaml"]
     for waited, arguments in (

@@ -76,7 +76,9 @@ def state(run: Run) -> dict[str, torch.Tensor]:
         (TINY_TEXT, "shapes"),
     ],
 )
-@pytest.mark.parametrize(("stop_at", "from_step"), [(6, 5), (11, 10)])
+@pytest.mark.parametrize(
+    ("stop_at", "from_step"), [(11, 10), pytest.param(6, 5, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(
     tmp_path, pictures, values, data, stop_at, from_step
 ):
@@ -151,6 +153,7 @@ def test_a_run_folder_holds_what_is_promised(tmp_path, pictures):
     assert load_model(str(tmp_path / "run"), device="cpu").hash == model.hash
 
 
+@pytest.mark.slow
 def test_training_learns_the_classes(tmp_path, pictures):
     values = {
         "train": {"steps": 200, "batch_size": 12, "lr": 5e-3, "warmup": 10, "ema": 0.9},

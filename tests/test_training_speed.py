@@ -351,6 +351,7 @@ def farthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains_and_go_on_from_each_other(pictures):
     folder = pictures.parent
     for name, processes, steps in (("one", 1, 5), ("two", 2, 5), ("begun", 2, 2)):
@@ -376,6 +377,7 @@ def test_two_processes_train_what_one_trains_and_go_on_from_each_other(pictures)
         assert (a is None and b is None) or a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(pictures):
     done = train(2, pictures.parent, "photos", *ARGUMENTS, "--batch-size", "3", "--out", "odd",
                  "--steps", "2")  # fmt: skip
