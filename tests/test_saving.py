@@ -139,8 +139,8 @@ def test_the_time_is_the_user_s(tmp_path, pictures):
     ],
 )
 def test_no_single_error_of_a_save_ends_a_run(tmp_path, pictures, number, stride):
-    """Every call of the system fails once, or every so many-th: it is told, nothing half written is left, and the next
-    save comes through."""
+    """Every call of the system fails once, or every so many-th: it is told, nothing half written is
+    left, and the next save comes through."""
     run = start(tmp_path / "run", pictures)
     steps: Any = run.trainer.run()
     next(steps)
