@@ -113,6 +113,7 @@ def test_an_error_is_json_where_json_is_asked_for(pictures):
     assert "--steps" in error["message"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(pictures):
     arguments = [*TINY[:-6], "--steps", "100000", "--batch-size", "2", "--size", "16"]
     command = [sys.executable, "-m", "difftool", "train", "photos", "--out", "run", *arguments]

@@ -80,6 +80,7 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, pictures):
     assert run.previews.validation.batches.dataset is run.held
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_and_gives_the_same_twice(tmp_path, pictures):
     values = {"train": {"validation": 5}, "unet": {"dropout": 0.2}}
     often = start(tmp_path / "often", pictures, values, every=3)

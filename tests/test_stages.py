@@ -134,6 +134,7 @@ def test_a_part_alone_is_no_model_to_sample(whole: Path):
         load_model(str(whole / "vae"), device="cpu")
 
 
+@pytest.mark.slow
 def test_the_vae_of_another_model_is_taken_as_it_is(place: Path, whole: Path):
     done = train(place, "second", "--preset", "tiny.yaml", "--vae", "whole/vae", "--steps", "5")
     _, err = done.communicate()
