@@ -38,6 +38,15 @@ def difftool(tmp_path, monkeypatch, capsys) -> Callable[..., Ran]:
 
 
 @pytest.fixture
+def closed_runs():
+    """The folders of runs that a test begins are let go of after it."""
+    yield
+    from runs import close_runs
+
+    close_runs()
+
+
+@pytest.fixture
 def forget():
     """Plugins of a test are taken back after it."""
     before = plugins.loaded()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -28,6 +28,14 @@ def lay(root: Path, files: Mapping[str, str | bytes | None]) -> str:
         else:
             path.write_text(content, encoding="utf-8")
     return str(root)
+
+
+def solid(folder: Path, colours: Iterable[tuple[int, int, int]]) -> str:
+    """A new folder of pictures of 16 by 16 pixels, each of a colour."""
+    folder.mkdir()
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+    return str(folder)
 
 
 def caption_by_picture(where: str, **options) -> dict[int, str]:

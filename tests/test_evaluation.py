@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tiny
-from PIL import Image
-from runs import close_runs, start_run
+from folders import solid
+from runs import start_run
 
 from difftool.config.schema import Part
 from difftool.errors import Stopped
@@ -29,19 +28,13 @@ LATENT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_runs()
+pytestmark = pytest.mark.usefixtures("closed_runs")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data") / "pictures"
-    folder.mkdir()
-    for i in range(20):
-        Image.new("RGB", (16, 16), (12 * i, 220, 240 - i)).save(folder / f"{i}.png")
-    return str(folder)
+    return solid(folder, ((12 * i, 220, 240 - i) for i in range(20)))
 
 
 def few(part: Part, every: int) -> dict[Part, Evaluation]:

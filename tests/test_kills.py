@@ -35,12 +35,7 @@ PRELOADED = (
 )
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGHUP]
 STEPS = {"steps": 6, "batch_size": 2, "warmup": 1}
-PARTS = {
-    "extends": "ldm-small",
-    "about": "for tests",
-    "codec": tiny.VAE | {"patch": 1, "latent_channels": 4, "widths": [8, 16, 16]},
-    "unet": tiny.TEXT_UNET | {"in_channels": 4, "out_channels": 4},
-    "text": [tiny.TEXT],
+PARTS = tiny.LATENT | {
     "sample": {"size": [16, 16], "steps": 1},
     "train_vae": STEPS,
     "train_clip": STEPS | {"width": 8},

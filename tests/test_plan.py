@@ -14,6 +14,7 @@ from difftool.config.options import read_options
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.data import open_dataset
+from difftool.formats import open_model
 from difftool.pipeline.model import Model
 from difftool.training.options import OPTIONS
 from difftool.training.run.estimate import estimate, fit, out_of_reach
@@ -69,6 +70,20 @@ def test_that_pictures_are_enlarged_is_said(tmp_path):
     assert training.preset.train.size == 64
 
 
+def test_the_model_one_starts_from_is_opened_once(tmp_path, monkeypatch):
+    """Of a run folder that is its checkpoint's bytes, hashed."""
+    opened = []
+
+    def counted(path: Path):
+        opened.append(path)
+        return open_model(path)
+
+    monkeypatch.setattr("difftool.training.run.start.open_model", counted)
+    options = {"data": folder(tmp_path / "small", 64, 4), "from_": "emoji", "lora": True}
+    prepare(read_options(OPTIONS, options))
+    assert len(opened) == 1
+
+
 def test_how_a_model_was_trained_is_its_past(tmp_path, icons):
     past = {
         "steps": 9,
@@ -81,9 +96,8 @@ def test_how_a_model_was_trained_is_its_past(tmp_path, icons):
     values = tiny.TRAIN | past
     made = tiny.small("pixel-small", {"unet": tiny.UNET, "train": values})
     Model.fresh(made, seed=0).save(tmp_path / "model.safetensors")
-    planned = plan(
-        open_dataset(icons), None, [], start=start_layers(tmp_path / "model.safetensors")
-    )
+    path = tmp_path / "model.safetensors"
+    planned = plan(open_dataset(icons), None, [], start=start_layers(path, open_model(path)))
     recipe = planned.complete("cpu")[0].train
     assert not {(key, getattr(recipe, key)) for key in past} & set(past.items()) - {("size", 32)}
 

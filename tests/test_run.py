@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from folders import solid
 from PIL import Image
-from runs import close_runs, start_run
+from runs import start_run
 
 from difftool.config.layers import Layer
 from difftool.data.shapes import ShapesDataset
@@ -40,19 +40,13 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_runs()
+pytestmark = pytest.mark.usefixtures("closed_runs")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data") / "pictures"
-    folder.mkdir()
-    for i in range(20):
-        Image.new("RGB", (16, 16), (215 + 2 * i, 220, 240 - i)).save(folder / f"{i}.png")
-    return str(folder)
+    return solid(folder, ((215 + 2 * i, 220, 240 - i) for i in range(20)))
 
 
 def start(folder: Path, data: str, values: dict, *, every: int = 6, resume: bool = False) -> Run:

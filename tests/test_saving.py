@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 import tiny
 import torch
 from faults import Faults
-from PIL import Image
-from runs import close_runs, start_run
+from folders import solid
+from runs import start_run
 
 from difftool.errors import ResourceError, Stopped
 from difftool.storage.runs import newest_checkpoint
@@ -30,19 +29,13 @@ from difftool.training.run.saving import FIRST, Saves
 TINY = {"unet": tiny.UNET, "train": tiny.TRAIN | {"flip": False}, "sample": {"steps": 1}}
 
 
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_runs()
+pytestmark = pytest.mark.usefixtures("closed_runs")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data") / "pictures"
-    folder.mkdir()
-    for i in range(4):
-        Image.new("RGB", (16, 16), (60 * i, 100, 200)).save(folder / f"{i}.png")
-    return str(folder)
+    return solid(folder, ((60 * i, 100, 200) for i in range(4)))
 
 
 def start(folder: Path, data: str, resume: bool = False, every: int = 4, **values: object) -> Run:

@@ -29,12 +29,7 @@ from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.storage.yaml import dump_yaml
 
 STEPS = {"steps": 20, "batch_size": 4, "warmup": 2}
-TINY = {
-    "extends": "ldm-small",
-    "about": "for tests",
-    "codec": tiny.VAE | {"patch": 1, "latent_channels": 4, "widths": [8, 16, 16]},
-    "unet": tiny.TEXT_UNET | {"in_channels": 4, "out_channels": 4},
-    "text": [tiny.TEXT],
+TINY = tiny.LATENT | {
     "sample": {"size": [16, 16], "steps": 2},
     "train_vae": STEPS | {"adversarial": 0.1, "adversarial_from": 8},
     "train_clip": STEPS | {"width": 8},

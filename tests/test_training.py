@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from runs import close_runs, start_run
+from runs import start_run
 
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
@@ -30,10 +29,7 @@ TINY = {
 TINY_TEXT = {"text": [tiny.TEXT], "unet": tiny.TEXT_UNET}
 
 
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    close_runs()
+pytestmark = pytest.mark.usefixtures("closed_runs")
 
 
 def start(folder: Path, data: str, values: dict, preset: str | None = None, resume: bool = False):

@@ -23,6 +23,14 @@ TEXT = {
     "length": 16, "tokenizer": "learned", "pooled": True, "projection": 8,
 }  # fmt: skip
 VAE = {"kind": "vae", "widths": [8, 8], "blocks": 1, "groups": 4}
+LATENT = {
+    "extends": "ldm-small",
+    "about": "for tests",
+    "codec": VAE | {"patch": 1, "latent_channels": 4, "widths": [8, 16, 16]},
+    "unet": TEXT_UNET | {"in_channels": 4, "out_channels": 4},
+    "text": [TEXT],
+}
+"""A preset's file of three parts to train, but for how they are trained."""
 BLOCKS = {"kind": "space_to_depth", "block": 2}
 """A codec without weights, from 3 channels to 12."""
 TRAIN = {"size": 16, "batch_size": 4, "steps": 12, "warmup": 2}

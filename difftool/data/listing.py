@@ -12,7 +12,7 @@ from typing import Any
 from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.dataset import Audit
-from difftool.errors import InputError
+from difftool.errors import InputError, unreadable
 from difftool.storage.strict_json import is_unicode, unique
 
 MAX_CAPTION = 64 << 10
@@ -59,7 +59,7 @@ class Listing:
         try:
             data = self.files.read(name, limit)
         except OSError as error:
-            raise InputError(f"cannot read {name}", error.strerror or str(error)) from None
+            raise unreadable(name, error) from None
         if len(data) > limit:
             raise InputError(f"{name} is too large", f"the limit is {limit} bytes")
         return data

@@ -19,7 +19,7 @@ from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import MEMORY_CAP, Audit, DataKind, Dataset, OnProgress, SkippedFile
 from difftool.data.dice import Dice, uniforms
 from difftool.data.phrases import count, named
-from difftool.errors import InputError
+from difftool.errors import InputError, unreadable
 from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
 from difftool.images.read import MAX_BYTES, probe, read_picture
 
@@ -245,7 +245,7 @@ def read_file(files: Files, name: str) -> bytes:
     try:
         return files.read(name, MAX_BYTES)
     except OSError as error:
-        raise InputError(f"cannot read {name}", error.strerror or str(error)) from None
+        raise unreadable(name, error) from None
 
 
 class Checked(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, UsageError, unreadable
 from difftool.images.formats import CHUNK, OWN, TEXT
 from difftool.storage.read import open_file
 
@@ -193,7 +193,7 @@ def _read_file(path: Path) -> bytes:
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+        raise unreadable(path, error) from None
 
 
 def _open(data: bytes) -> Image.Image:

@@ -97,17 +97,15 @@ def load_model(
     return model
 
 
-def load_part_from(model: Model, path: Path, part: str) -> None:
+def load_part_from(model: Model, source: ModelSource, part: str) -> None:
     """Give a model the weights of a part ("vae", "text", "unet") of another one."""
-    source = open_model(path)
     for prefix in model.parts():
         if prefix.partition(".")[0] == part:
             _load_weights(model, prefix, source, torch.float32)
 
 
-def check_part_of(model: Model, path: Path, part: str) -> None:
+def check_part_of(model: Model, source: ModelSource, part: str) -> None:
     """InputError if `load_part_from` would not find what it needs; no tensor is loaded."""
-    source = open_model(path)
     for prefix in model.parts():
         if prefix.partition(".")[0] == part:
             start = f"{prefix}."

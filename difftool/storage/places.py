@@ -25,6 +25,13 @@ TRIAL = 4096
 """Bytes that are written to see whether any can be."""
 
 
+def there(path: Path) -> Path:
+    """What there is of a path: itself, or the nearest above it."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def check_ending(path: Path, what: str, own: Collection[str] = ()) -> None:
     """UsageError for a name that promises something else than is written there. own: the endings
     that promise what is."""
@@ -51,9 +58,7 @@ def check_place(path: Path, needed: int = 0, *, makes: bool = True) -> None:
             pass  # the file in the way is named below
         except OSError as error:
             raise UsageError(f"cannot write {path}", error.strerror) from None
-    above = path.absolute().parent
-    while not os.path.lexists(above):
-        above = above.parent
+    above = there(path.absolute().parent)
     if not above.is_dir():
         kind = "a link to nothing" if above.is_symlink() and not above.exists() else "a file"
         raise UsageError(f"cannot write {path}", f"{above} is {kind} and no folder")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from difftool.adapters.lora.dialects import kohya_names
 from difftool.config.families import family
-from difftool.config.schema import Preset
+from difftool.config.schema import Preset, TrainConfig
 from difftool.errors import UsageError
 from difftool.formats.native import modelspec
 from difftool.networks.base import Network
@@ -57,6 +57,12 @@ class Adapters(nn.Module):
                 adapter = Adapter(layer.in_features, layer.out_features, rank, self.alpha)
             layer.register_forward_hook(adapter.add)
             self.layers.append(adapter)
+
+    @classmethod
+    def of(cls, network: Network, config: TrainConfig) -> Adapters | None:
+        """The adapters that a recipe trains; None where it trains the network itself."""
+        rank = config.lora_rank
+        return cls(network, rank, config.lora_alpha) if rank else None
 
     def init_weights(self, generator: torch.Generator) -> None:
         """At first nothing is added: down is random, up is zero."""

@@ -12,7 +12,7 @@ from difftool.config.schema import DataConfig
 from difftool.data.beside import SIDECARS
 from difftool.data.captions import Syntax
 from difftool.data.listing import MAX_METADATA, sound_text
-from difftool.errors import InputError, UsageError
+from difftool.errors import InputError, UsageError, unreadable
 from difftool.storage.read import open_file
 
 USED: dict[str, tuple[type, ...]] = {
@@ -99,7 +99,7 @@ def read_toml(path: Path, config: DataConfig) -> TomlDataset:
             text = sound_text(file.read(MAX_METADATA + 1)[:MAX_METADATA], str(path))
         content = tomllib.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read {path}", error.strerror) from None
+        raise unreadable(path, error) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not TOML", str(error)) from None
     unknown: dict[str, None] = {}

@@ -51,8 +51,7 @@ class Costs(NamedTuple):
 def costs_of(preset: Preset, tokenizer_json: str | None = None) -> Costs:
     """Counted by running the networks, without weights, on no memory at all."""
     model = Model(preset, tokenizer_json)
-    if rank := preset.train.lora_rank:
-        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
+    model.adapters = Adapters.of(model.network, preset.train)
     counts = {n: sum(p.numel() for p in m.parameters()) for n, m in model.parts().items()}
     return Costs(counts, {part: _cost(model, part, counts) for part in preset.parts})
 

@@ -16,6 +16,7 @@ from difftool.data import Dataset
 from difftool.data.dataset import MEMORY_CAP
 from difftool.engine.memory import free_memory
 from difftool.errors import ResourceError
+from difftool.storage.places import there
 from difftool.training.run.costs import Costs, costs_of
 from difftool.training.step import parallel
 
@@ -185,9 +186,7 @@ def size(count: float) -> str:
 
 def check_disk(folder: Path, needed: int) -> None:
     """ResourceError where the disk below a run folder has no room for the run."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(there(folder)).free
     if free < needed:
         why = f"the run writes {size(needed)}, {size(free)} are free"
         raise ResourceError("the disk is too full for this run", why, "free some, or --keep 1")

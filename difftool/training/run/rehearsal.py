@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -11,18 +10,20 @@ from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Preset
 from difftool.data import Dataset
 from difftool.errors import UsageError
+from difftool.formats.model_source import ModelSource
 from difftool.pipeline.load import check_part_of
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
 from difftool.training.step.ema import Ema
+from difftool.training.step.loop import parameters_of
 from difftool.training.step.objectives import OBJECTIVES, Objective
 from difftool.training.step.optim import OPTIMIZERS
 
 
 def rehearse(
-    preset: Preset, dataset: Dataset, tokenizer_json: str | None, adopt: Mapping[str, Path]
+    preset: Preset, dataset: Dataset, tokenizer_json: str | None, adopt: Mapping[str, ModelSource]
 ) -> None:
     """Make all that the parts of a run are made of, but for weights; UsageError or InputError for
     what cannot be.
@@ -30,8 +31,7 @@ def rehearse(
     adopt: the models that parts start from.
     """
     model = Model(preset, tokenizer_json)
-    if rank := preset.train.lora_rank:
-        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
+    model.adapters = Adapters.of(model.network, preset.train)
     for part in preset.parts:
         recipe = preset.recipe(part)
         assert recipe.batch_size
@@ -46,15 +46,12 @@ def rehearse(
         if objective.by_sample:
             parallel.local_slice(recipe.batch_size)
     plan_sampling(model, resolve_settings(model))  # of the sheets
-    for part, path in adopt.items():
-        check_part_of(model, path, part)
+    for part, source in adopt.items():
+        check_part_of(model, source, part)
 
 
 def _small(objective: Objective) -> dict[str, torch.Tensor]:
     """A small tensor for each parameter that learns, of its name and number of sides: optimisers
     tell parameters apart by these, and the model here has no weights."""
-    return {
-        f"{part}.{name}": torch.zeros((2,) * p.dim(), requires_grad=True)
-        for part, network in (objective.trained() | objective.helpers()).items()
-        for name, p in network.named_parameters()
-    }
+    learning = parameters_of(objective.trained() | objective.helpers())
+    return {n: torch.zeros((2,) * p.dim(), requires_grad=True) for n, p in learning.items()}

@@ -16,6 +16,7 @@ from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Part, Preset
 from difftool.data import Dataset
 from difftool.errors import ResourceError, Stopped
+from difftool.formats import open_model
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
 from difftool.progress import Progress, silent
@@ -264,11 +265,12 @@ def _model(
 ) -> Model:
     """The model that a run begins with."""
     model = Model.fresh(preset, seed=seed, tokenizer_json=tokenizer_json, device=str(device))
+    sources = {path: open_model(path) for path in dict.fromkeys(adopt.values())}
     for name, path in adopt.items():
-        load_part_from(model, path, name)
-    if rank := preset.train.lora_rank:
-        model.adapters = Adapters(model.network, rank, preset.train.lora_alpha)
-        model.adapters.init_weights(torch.Generator().manual_seed(seed))
+        load_part_from(model, sources[path], name)
+    if adapters := Adapters.of(model.network, preset.train):
+        adapters.init_weights(torch.Generator().manual_seed(seed))
+        model.adapters = adapters
     return model
 
 

@@ -17,6 +17,7 @@ from difftool.config.schema import Part, Preset
 from difftool.config.validate import to_values
 from difftool.errors import UsageError, missing
 from difftool.formats import open_model
+from difftool.formats.model_source import ModelSource
 from difftool.storage.commit import sweep
 from difftool.storage.runs import (
     CHECKPOINTS,
@@ -129,9 +130,9 @@ def with_codec_of(preset: Preset, model: Path) -> Preset:
     return replace(preset, codec=open_model(model).preset.codec)
 
 
-def vae_layer(flag: str, model: Path) -> Layer:
+def vae_layer(flag: str, model: Path, source: ModelSource) -> Layer:
     """What --vae MODEL says: its autoencoder, and a U-Net with as many channels."""
-    preset = open_model(model).preset
+    preset = source.preset
     if not preset.codec.learned:
         raise UsageError(f"{model} has no autoencoder", f"its codec is {preset.codec.kind}")
     channels = preset.codec.latent_channels
@@ -139,10 +140,9 @@ def vae_layer(flag: str, model: Path) -> Layer:
     return Layer(flag, values)
 
 
-def start_layers(model: Path) -> list[Layer]:
+def start_layers(model: Path, source: ModelSource) -> list[Layer]:
     """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
     learning rate; how long and on what it was trained is its past."""
-    source = open_model(model)
     values = dict(source.values)
     past = {"steps", "batch_size", "accumulate", "flip", "size", "validation"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
@@ -155,9 +155,9 @@ def start_layers(model: Path) -> list[Layer]:
     return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
 
 
-def lora_layers(model: Path, rank: int) -> list[Layer]:
+def lora_layers(model: Path, source: ModelSource, rank: int) -> list[Layer]:
     """What --lora says: small matrices are trained by AdamW, and the model stays as it is."""
-    lr = family(open_model(model).preset.family).lora_lr
+    lr = family(source.preset.family).lora_lr
     values = {"lora_rank": rank, "lora_base": str(model)}
     gentle = {"optimizer": "adamw", "lr": lr}
     return [Layer("chosen: usual of a LoRA", {"train": gentle}), Layer("--lora", {"train": values})]

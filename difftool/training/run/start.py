@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,31 +129,31 @@ def prepare(
     audited(dataset.audit)
     if values["ema"] is not None:
         given.append(_ema_layer(values["ema"], sources.preset, RECIPES[part or "unet"]))
+    opened = cache(open_model)  # a run folder's checkpoint is hashed each time
     adopt: dict[str, Path] = {}
     begin: list[Layer] = []
     tokenizer, odd = None, ()
     if sources.base is not None:
         base = find_model(sources.base)
-        opened = open_model(base)
-        begin, tokenizer, odd = staged.start_layers(base), opened.tokenizer_json, opened.warnings
+        source = opened(base)
+        begin = staged.start_layers(base, source)
+        tokenizer, odd = source.tokenizer_json, source.warnings
         adopt = dict.fromkeys(PARTS, base)
         if values["lora"]:
-            begin += staged.lora_layers(base, values["rank"] or LORA_RANK)
+            begin += staged.lora_layers(base, source, values["rank"] or LORA_RANK)
     elif values["rank"]:  # of a run that goes on
         given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
     if values["vae"] is not None:
-        adopt["vae"] = find_model(values["vae"])
-        odd = (*odd, *open_model(adopt["vae"]).warnings)
-        given.append(staged.vae_layer(f"--vae {values['vae']}", adopt["vae"]))
+        vae = adopt["vae"] = find_model(values["vae"])
+        odd = (*odd, *opened(vae).warnings)
+        given.append(staged.vae_layer(f"--vae {values['vae']}", vae, opened(vae)))
         part = part or "unet"
     planned = plan(
         dataset, sources.preset, [*given, *sources.overrides], part, begin, begun=sources.resumes
     )
+    newest = sources.resumes and bool(values["resume"])
     stages, notes = staged.survey(
-        out,
-        planned.preset.parts,
-        resume=sources.resumes and bool(values["resume"]),
-        resume_from=values["resume_from"],
+        out, planned.preset.parts, resume=newest, resume_from=values["resume_from"]
     )
     seen = [checkpoints(stage.folder) for stage in stages]
     if sources.resumes and not all(stage.checkpoint or stage.done for stage in stages):
@@ -172,7 +172,7 @@ def prepare(
     tokenizer = staged.vocabulary(stages) or tokenizer
     preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
     changes = changes_of(stages, preset, allowed=bool(values["allow_change"]))
-    rehearse(preset, dataset, tokenizer, adopt)
+    rehearse(preset, dataset, tokenizer, {part: opened(path) for part, path in adopt.items()})
     return Training(
         values=values,
         dataset=dataset,

@@ -98,9 +98,9 @@ class Trainer:
         trained, helpers = objective.trained(), objective.helpers()
         for name, network in model.parts().items():
             network.requires_grad_(name in trained).train(name in trained)
-        self.parameters = _parameters(trained)
+        self.parameters = parameters_of(trained)
         """What the model keeps, by its names in a model file."""
-        self.helper_parameters = _parameters(helpers)
+        self.helper_parameters = parameters_of(helpers)
         """What is left behind."""
         self.learning = self.parameters | self.helper_parameters
         for network in (*model.parts().values(), *helpers.values()):
@@ -244,6 +244,7 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(test() for test in tests if test)
 
 
-def _parameters(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def parameters_of(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The parameters of networks by their names in a model file."""
     named = ((prefix, network.named_parameters()) for prefix, network in networks.items())
     return {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
