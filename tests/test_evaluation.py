@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import tiny
-from folders import solid
+from folders import lay, solid
+from folders import pictures as named_pictures
 from runs import start_run
 
 from difftool.config.schema import Part
+from difftool.data import open_dataset
 from difftool.errors import Stopped
 from difftool.networks.codecs import VaeCodec
 from difftool.training.metrics import Metrics
 from difftool.training.run.evaluation import FIRST, SHARE, Evaluation, Work, plan_evaluation
+from difftool.training.run.validation import count_held_out, hold_out
 
 LATENT = {
     "codec": tiny.VAE | {"latent_channels": 4},
@@ -173,3 +176,14 @@ def test_what_is_asked_for_stands():
     assert (none.pictures, none.samples) == (0, 0)
     assert "none" in none.words(12)
     assert math.isfinite(none.share)
+
+
+@pytest.mark.parametrize("wanted", [None, 0, 2, 0.5])
+def test_as_many_are_planned_as_will_be_held_out(tmp_path, wanted):
+    """Of a set's own validation split no more than a measure looks at."""
+    names = [f"train/{i}.png" for i in range(4)] + [f"val/{i}.png" for i in range(260)]
+    dataset = open_dataset(lay(tmp_path, named_pictures(*names)))
+    held = hold_out(dataset, wanted)[1]
+    count = count_held_out(dataset, wanted)
+    assert count == (256 if wanted is None else 2 if wanted else 0)
+    assert wanted == 0.5 or count == len(held or ())

@@ -320,10 +320,9 @@ class Training:
 
     def _held_out(self, part: Part) -> int:
         """How many pictures are measured and never trained on."""
-        wanted, held = self.preset.recipe(part).validation, self.dataset.held_out
-        if wanted is None:
-            return len(held) if held else 0
-        return round(wanted if wanted >= 1 else wanted * len(self.dataset))
+        from difftool.training.run.validation import count_held_out
+
+        return count_held_out(self.dataset, self.preset.recipe(part).validation)
 
     def choices(self) -> list[tuple[str, Any, str]]:
         """(key, value, why) of what was chosen, and of what a run is told by in any case."""

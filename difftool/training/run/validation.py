@@ -38,6 +38,13 @@ def hold_out(dataset: Dataset, wanted: float | None) -> tuple[Dataset, Dataset |
     return dataset, held
 
 
+def count_held_out(dataset: Dataset, wanted: float | None) -> int:
+    """How many pictures `hold_out` sets apart, of a share about; none of them is looked at."""
+    if wanted is not None:
+        return round(wanted if wanted >= 1 else wanted * len(dataset))
+    return min(len(dataset.held_out or ()), MOST_OWN)
+
+
 class Validation:
     """Measures a trainer's loss on held-out pictures."""
 
