@@ -488,7 +488,7 @@ def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
     Path("a.png").write_bytes(encode(Image.new("RGB", (8, 8)), "png", texts(text, None)))
     ran = sample("--from-image", "a.png", "-o", "again.png", "--json")
     (item,) = ran.objects
-    assert (item["prompt_syntax"], item["steps"], item["schedule"]) == ("a1111", 2, "normal")
+    assert (item["steps"], item["schedule"]) == (2, "normal")
     assert ran.err.count("not taken over") == 1
     assert "Hires upscale: 2" in ran.err and "RNG: GPU" in ran.err and "no effect" not in ran.err
 
@@ -594,8 +594,10 @@ def test_no_metadata_and_quiet(sample):
         assert image.info == {}
 
 
-def test_long_prompts_are_cut_with_a_warning(sample):
+def test_long_prompts_are_cut_with_a_warning_where_they_are_read_as_they_stand(sample):
     ran = sample("x " * 50, "--seed", 1)
+    assert ran.code == 0 and "warning" not in ran.err
+    ran = sample("x " * 50, "--seed", 1, "--prompt-syntax", "none")
     assert ran.code == 0 and "warning: the prompt" in ran.err and "are cut" in ran.err
 
 
@@ -604,3 +606,11 @@ def test_help_lists_choices_and_examples(sample):
     text = " ".join(ran.out.replace("│", " ").split())
     for part in (*SAMPLERS, *GRIDS, "[seed]", "difftool sample --from-image castle.png"):
         assert part in text, part
+
+
+def test_tokens_show_how_a_prompt_is_read_and_make_no_picture(sample):
+    ran = sample("a (red:1.3) fox", "--tokens", "-o", "fox.png")
+    assert ran.code == 0 and "red*1.3" in ran.out and not Path("fox.png").exists()
+    (item,) = sample("a fox AND [a|b]:0.5", "--tokens", "--steps", 2, "--json").objects
+    told = [(part["share"], part["evaluations"], part["text"]) for part in item["read"][:3]]
+    assert told == [(1.0, [1, 2], "a fox "), (0.5, [1, 2], " a"), (1.0, [1, 2], "")]

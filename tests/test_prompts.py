@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from difftool.config.layers import load_preset
-from difftool.errors import UsageError
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
+from difftool.text.a1111 import weighted
+from difftool.text.comfy import nested
 from difftool.text.constructs import unread
-from difftool.text.syntax import chunks, nested, weighted
+from difftool.text.syntax import SYNTAXES, chunks
 from difftool.text.tokenizer import Tokenizer
 
 CLIP = Tokenizer.clip()
@@ -30,7 +31,10 @@ LENGTH = 77
         ("([red])", [("red", 1)]),
         ("(red:1.3)", [("red", 1.3)]),
         ("(a (red:1.5) b)", [("a ", 1.1), ("red", 1.65), (" b", 1.1)]),
-        ("[red:1.3]x", None),
+        (r"a \b", [("a b", 1)]),
+        ("(a [b) c]", [("a ", 1.1), ("b", 1), (" c", 1 / 1.1)]),
+        ("(red:1.2.3)", [("red:1.2.3", 1.1)]),
+        ("(a BREAK b:1.2)", [("a", 1.2), ("b", 1.2)]),
         (r"\(red\)", [("(red)", 1)]),
         (r"a \\ b", [("a \\ b", 1)]),
         ("(red", [("red", 1.1)]),
@@ -41,10 +45,6 @@ LENGTH = 77
     ],
 )
 def test_a1111_weights(prompt, pieces):
-    if pieces is None:
-        with pytest.raises(UsageError, match="change with the step"):
-            chunks(CLIP, prompt, LENGTH, "a1111")
-        return
     found = weighted(prompt)
     assert [text for text, _ in found] == [text for text, _ in pieces]
     assert [w for _, w in found] == pytest.approx([w for _, w in pieces])
@@ -73,7 +73,7 @@ def test_without_a_syntax_brackets_are_text_and_the_rest_is_cut():
     assert len(chunks(CLIP, "fox " * 200, LENGTH)) == 1
 
 
-@pytest.mark.parametrize("syntax", ["none", "a1111", "comfy"])
+@pytest.mark.parametrize("syntax", SYNTAXES)
 def test_a_short_prompt_is_read_alike(syntax):
     for prompt in ("", "a red fox, on a hill"):
         (chunk,) = chunks(CLIP, prompt, LENGTH, syntax)
@@ -115,12 +115,6 @@ def test_comfy_parts_no_short_word():
     assert found[0].ids[75] == CLIP.end_id and found[1].ids[1:4] == CLIP.tokens(word)[:3]
 
 
-@pytest.mark.parametrize("prompt", ["a <lora:x:1>", "a AND b", "[fox|owl]", "[fox:owl:0.5]"])
-def test_what_a1111_has_more_is_refused(prompt):
-    with pytest.raises(UsageError, match="not supported"):
-        chunks(CLIP, prompt, LENGTH, "a1111")
-
-
 UNREAD = [
     ("a (red:1.2) fox", "(red:1.2)", "comfy a1111"),
     ("a (red (dark) x:.5) fox", "(red (dark) x:.5)", "comfy a1111"),
@@ -135,16 +129,17 @@ UNREAD = [
     ("a fox <hypernet:ink:1>", "<hypernet:ink:1>", ""),
     ("a fox in embedding:ink", "embedding:ink", ""),
     ("a <cat-toy> fox", "<cat-toy>", ""),
-    ("a fox AND a hill", "AND", ""),
-    ("a [fox:owl:0.5]", "[fox:owl:0.5]", ""),
-    ("a [fox|owl]", "[fox|owl]", ""),
+    ("a fox AND a hill", "AND", "a1111"),
+    ("a [fox:owl:0.5]", "[fox:owl:0.5]", "a1111"),
+    ("a [fox|owl]", "[fox|owl]", "a1111"),
     ("a fox --ar 3:2", "--ar 3:2", ""),
     ("a fox --no hills", "--no", ""),
     ("hot:: dog::2", "::", ""),
     ("1.5::fox::, hill", "1.5::", ""),
-    ("a fox++ on a hill", "fox++", ""),
-    ("a (red fox)1.3", ")1.3", ""),
-    ('("a fox", "a hill").and()', ").and(", ""),
+    ("a fox++ on a hill", "fox++", "compel"),
+    ("a (red fox)1.3", ")1.3", "compel"),
+    ('("a fox", "a hill").and()', ").and()", "compel"),
+    ('("a fox", "a hill").blend(1, 2)', ").blend(", ""),
 ]
 WORDS = [
     *("a fox (smiling), 3d", r"a fox \(red:1.2\)", "C++ for a book, 10:30", "a -- b - c"),
@@ -155,7 +150,7 @@ WORDS = [
 
 @pytest.mark.parametrize(("prompt", "text", "readers"), UNREAD)
 def test_what_is_not_read_is_found_in_every_syntax_but_its_own(prompt, text, readers):
-    for syntax in ("none", "a1111", "comfy"):
+    for syntax in SYNTAXES:
         found = [said for _, said in unread(prompt, syntax)]
         assert (text in found) == (syntax not in readers.split()), syntax
 

@@ -203,7 +203,7 @@ def test_drawn_seeds_are_said():
 
 def test_cut_prompts_are_said_once_or_refused():
     long = "one two three four five six seven"
-    events, _ = make([ask(long, 1), ask(long, 2)])
+    events, _ = make([ask(long, 1, prompt_syntax="none"), ask(long, 2, prompt_syntax="none")])
     notes = [event.text for event in events if isinstance(event, Note)]
     assert len(notes) == 1 and "7 tokens" in notes[0] and "last 2 are cut" in notes[0]
     events, _ = make([ask(long, 3), ask("short", 4)], strict=True)
@@ -279,11 +279,14 @@ def test_options_without_effect_are_said():
 
 
 def test_syntax_of_other_tools_is_said_once_a_kind_and_names_what_stands_there():
-    events, _ = make([ask("a (red:1.2) fox", 1), ask("a (blue:1.3) fox BREAK", 2)])
+    plain = {"prompt_syntax": "none"}
+    events, _ = make(
+        [ask("a (red:1.2) fox", 1, **plain), ask("a (blue:1.3) fox BREAK", 2, **plain)]
+    )
     texts = [event.text for event in events if isinstance(event, Note) and event.warning]
     assert [text.split(" is not understood")[0] for text in texts] == ["(red:1.2)", "BREAK"]
     assert all("drawn as words" in text and "a1111" in text for text in texts)
-    events, _ = make([ask("a (blue:1.3) fox", 3, prompt_syntax="a1111")])
+    events, _ = make([ask("a (blue:1.3) fox", 3)])
     assert not [event for event in events if isinstance(event, Note) and event.warning]
 
 

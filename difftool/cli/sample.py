@@ -15,6 +15,7 @@ from difftool.signals import code_of
 
 if TYPE_CHECKING:
     from difftool.sampling.command import SampleTask
+    from difftool.sampling.reading import Reading
 
 ABOUT = """
 Make pictures. Prints the path of each as soon as it is written.
@@ -34,7 +35,7 @@ ROWS = (*OPTIONS, PRINT_CONFIG, *TALK)
 
 def run(values: dict[str, Any]) -> int:
     """Make the pictures; the exit code."""
-    from difftool.sampling.command import configuration, prepare, sample
+    from difftool.sampling.command import configuration, prepare, readings, sample
 
     task = prepare(values)
     _doubt(values["prompt"] or ())
@@ -42,7 +43,26 @@ def run(values: dict[str, Any]) -> int:
     if values["print_config"]:
         console.print_config(configuration(task))
         return 0
+    if values["tokens"]:
+        return _tell(readings(task))
     return _Show(task).all(sample(task))
+
+
+def _tell(found: Iterator[Reading | events.Note | events.Failure]) -> int:
+    """Print how prompts are read; the exit code."""
+    told, codes = console.Alike(), {0}
+    for each in found:
+        match each:
+            case events.Failure(_, error):
+                console.fail(error)
+                codes.add(error.code)
+            case events.Note(text, warning):
+                if warning and told.is_news(text):
+                    console.warn(text)
+            case _:
+                report = {"schema": console.SCHEMA} | each.report()
+                console.emit(report if console.mode.json else "\n".join(each.lines()))
+    return max(codes)
 
 
 def _doubt(prompts: Sequence[str]) -> None:

@@ -70,8 +70,10 @@ class SampleConfig:
     clip_skip: int | None = None
     """The hidden state of the text encoders that is told, counted from the end as A1111 does: 1 =
     the last one; None = the model's own."""
-    prompt_syntax: Literal["none", "a1111", "comfy"] = "none"
-    """Whether brackets in prompts are weights, and by whose arithmetic."""
+    prompt_syntax: str = "a1111"
+    """Whose weights, breaks and schedules prompts have; none: every character is a word's."""
+    prompt_weighting: str | None = None
+    """By whose arithmetic the weights are applied; None = the syntax's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

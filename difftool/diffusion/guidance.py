@@ -30,13 +30,15 @@ def guided(
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
+    unguided: Sequence[float] | None = None,
     clip: Clip | None = None,
     rederive_eps: bool = False,
 ) -> Denoise:
     """The sum of weight * F over the terms, their weights adding up to 1.
 
     rescale: share phi of the guided output's deviation that is set back to the first term's.
-    interval: log SNR range outside of which the first term counts alone (2404.07724).
+    interval: log SNR range outside of which the terms have the weights `unguided` (2404.07724);
+    None = the first one counts alone.
     clip: what becomes of x0 once it is predicted: `static_threshold`, `dynamic_threshold`.
     rederive_eps: whether eps follows the clipped x0, so that both still mix to x_t.
     """
@@ -44,7 +46,7 @@ def guided(
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         weights = [float(w(level) if callable(w) else w) for _, w in terms]
         if interval and not interval[0] <= 2 * level.half_log_snr <= interval[1]:
-            weights = [1.0] + [0.0] * (len(terms) - 1)
+            weights = list(unguided or [1.0] + [0.0] * (len(terms) - 1))
         used = [k for k, weight in enumerate(weights) if weight]
         outputs = _outputs(denoiser, x_t, level, [terms[k][0] for k in used])
         output = outputs[0] * weights[used[0]]

@@ -58,6 +58,10 @@ def _read_about(header: TensorSource) -> dict[str, Any]:
             why = f"it was written by difftool {by if isinstance(by, str) else 'of a later time'}"
             raise InputError(f"{path} needs a newer difftool", why)
         case {"schema": 1, "preset": dict(values)}:
+            sample = values.get("sample")
+            # The default of older versions, which nobody chose: prompts are read as by today's.
+            if isinstance(sample, dict) and sample.get("prompt_syntax") == "none":
+                del sample["prompt_syntax"]
             return values
     raise InputError(f"the metadata of {path} is malformed", "it does not hold a preset")
 

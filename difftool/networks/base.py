@@ -38,8 +38,11 @@ class TextEncoder(nn.Module, ABC):
     """Token ids [B,L] to the context [B,L,width] and, if configured, the pooled text [B,P]."""
 
     @abstractmethod
-    def forward(self, ids: Tensor, hidden: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """hidden: another hidden state than the configured one, from the end: -1 is the last."""
+    def forward(
+        self, ids: Tensor, hidden: int | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: another hidden state than the configured one, from the end: -1 is the last.
+        seen [B,L]: the tokens that others attend to; None = all."""
 
     @abstractmethod
     def pooled(self, ids: Tensor) -> Tensor:

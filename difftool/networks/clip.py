@@ -32,27 +32,31 @@ class ClipText(TextEncoder):
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor, hidden: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, ids: Tensor, hidden: int | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         config = self.config
-        context, last = self._states(ids, whole=config.pooled, hidden=hidden)
+        context, last = self._states(ids, config.pooled, hidden, seen)
         if config.final_norm:
             context = self.text_model.final_layer_norm(context)
         return context, self._pool(ids, last) if config.pooled else None
 
     def pooled(self, ids: Tensor) -> Tensor:
-        return self._pool(ids, self._states(ids, whole=True)[1])
+        return self._pool(ids, self._states(ids, True)[1])
 
     def add_words(self, vectors: Tensor) -> None:
         self.text_model.embeddings.learned = vectors
 
-    def _states(self, ids: Tensor, whole: bool, hidden: int | None = None) -> tuple[Tensor, Tensor]:
+    def _states(
+        self, ids: Tensor, whole: bool, hidden: int | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The chosen hidden state and, of the `whole` network, the last one."""
         depth = self.config.layers + 1 + (self.config.hidden if hidden is None else hidden)
         x = chosen = self.text_model.embeddings(ids)
         for index, layer in enumerate(self.text_model.encoder.layers, start=1):
             if index > depth and not whole:
                 break
-            x = layer(x)
+            x = layer(x, seen)
             if index == depth:
                 chosen = x
         return chosen, x
@@ -139,8 +143,8 @@ class ClipLayer(nn.Module):
         self.mlp = _Mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), seen)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -153,12 +157,17 @@ class _Attention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """seen [B,L]: the tokens that others attend to; None = all."""
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if seen is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            mask = seen[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+            y = F.scaled_dot_product_attention(q, k, v, mask.tril() if self.causal else mask)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 

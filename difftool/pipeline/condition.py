@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,67 +15,17 @@ from difftool.errors import UsageError
 from difftool.networks.layers import sinusoids
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.model import Model
-from difftool.text.syntax import Chunk, chunks
+from difftool.pipeline.texts import (
+    EncodedPrompts,
+    Told,
+    chunk_count,
+    encode_prompts,
+    read_negative,
+    read_prompt,
+)
 
 AESTHETIC, UNAESTHETIC = 6.0, 2.5
 """Aesthetic scores that SDXL's refiner is given: of what is wanted, and of what is not."""
-
-
-class EncodedPrompts(NamedTuple):
-    """What text encoders put out for a batch of prompts; None where the model has none."""
-
-    context: Tensor | None
-    """[B,L,D], those of several encoders side by side along D; L is a multiple of their length
-    where a syntax makes chunks of long prompts."""
-    pooled: Tensor | None
-    """[B,P]."""
-
-
-def encode_prompts(
-    model: Model, prompts: Sequence[str], clip_skip: int | None = None, syntax: str = "none"
-) -> EncodedPrompts:
-    """Prompts as the network is given them.
-
-    clip_skip: the hidden state that is the context, counted from the end (1 = the last); None = the
-    model's own. syntax: whose weights and chunks prompts have. UsageError for a layer that no
-    encoder has.
-    """
-    if not model.text:
-        return EncodedPrompts(None, None)
-    contexts, pooled = [], None
-    encoders = zip(model.text, model.tokenizers, model.preset.text, strict=True)
-    for encoder, tokenizer, config in encoders:
-        rows = [chunks(tokenizer, prompt, config.length, syntax) for prompt in prompts]
-        (empty,) = chunks(tokenizer, "", config.length)
-        most = max(map(len, rows))
-        rows = [row + [empty] * (most - len(row)) for row in rows]
-        flat = [chunk for row in rows for chunk in row]
-        hidden = None if clip_skip is None else -clip_skip
-        if hidden is not None and not 1 <= -hidden <= config.layers:
-            why = f"the text encoder has {config.layers} layers"
-            raise UsageError(f"--clip-skip {clip_skip} is not usable", why, "1 is the last layer")
-        ids = torch.tensor([chunk.ids for chunk in flat], device=model.device)
-        context, pool = encoder(ids, hidden)
-        if any(weight != 1 for chunk in flat for weight in chunk.weights):
-            ids = torch.tensor([empty.ids], device=model.device)
-            of_empty = encoder(ids, hidden)[0] if syntax == "comfy" else None
-            context = _weighted(context, flat, of_empty)
-        contexts.append(context.reshape(len(rows), -1, context.shape[-1]))
-        if pool is not None and pooled is None:
-            pooled = pool.reshape(len(rows), most, -1)[:, 0]
-    return EncodedPrompts(torch.cat(contexts, dim=-1), pooled)
-
-
-def _weighted(context: Tensor, flat: Sequence[Chunk], of_empty: Tensor | None) -> Tensor:
-    """Contexts [N,L,D] of chunks with their tokens' weights, by ComfyUI's arithmetic if the context
-    of an empty prompt is given, else by A1111's, which sets the mean back to what it was."""
-    weights = torch.tensor([chunk.weights for chunk in flat], device=context.device)
-    weights = weights[..., None].to(context.dtype)
-    if of_empty is not None:
-        return (context - of_empty) * weights + of_empty
-    scaled = context * weights
-    means = (part.mean(dim=(1, 2), keepdim=True) for part in (context, scaled))
-    return scaled * (next(means) / next(means))
 
 
 def _without_empty(texts: EncodedPrompts, prompts: Sequence[str]) -> EncodedPrompts:
@@ -146,27 +96,93 @@ def build_cond(
     return Cond(context=texts.context, vector=vector, label=label, guidance=scale)
 
 
-def conds_of(
-    model: Model, inputs: Sequence[SampleInput], settings: SampleConfig, vector: Tensor | None
-) -> list[Cond]:
-    """The condition of a batch of pictures and, with guidance, the one it is guided away from.
+@dataclass
+class Term:
+    """A condition of a batch that counts in the guided output, as it is at each evaluation."""
 
-    vector [B,V]: see `build_cond`; what is guided away from has zeros for it.
+    build: Callable[[EncodedPrompts], Cond]
+    texts: EncodedPrompts
+    """Of all texts of all prompts of the batch, one prompt after the other."""
+    ends: Sequence[Sequence[int]]
+    """Of each prompt, the last evaluation that each of its texts is for."""
+    weight: float
+    """In the guided output; the weights of all terms add up to 1."""
+    unguided: float
+    """In the output without guidance."""
+    _last: tuple[list[int], Cond] | None = field(default=None, init=False)
+
+    def at(self, evaluation: int) -> Cond:
+        """The condition at an evaluation of the network; the first is 0."""
+        rows, first = [], 0
+        for ends in self.ends:
+            later = (i for i, end in enumerate(ends) if evaluation <= end)
+            rows.append(first + next(later, len(ends) - 1))
+            first += len(ends)
+        if self._last is None or self._last[0] != rows:
+            self._last = rows, self.build(self.texts.at(rows))
+        return self._last[1]
+
+
+def shape_of(model: Model, given: SampleInput, settings: SampleConfig, evaluations: int) -> object:
+    """What the prompts of pictures have in common that one call of the network conditions: how many
+    there are, how they are weighed, and how long they are."""
+    syntax = settings.prompt_syntax
+    told = read_prompt(given.prompt, syntax, evaluations)
+    against = read_negative(given.negative, syntax, evaluations)
+    counts = [(each.share, chunk_count(model, each, syntax)) for each in told]
+    return tuple(counts), chunk_count(model, against, syntax)
+
+
+def terms_of(
+    model: Model,
+    inputs: Sequence[SampleInput],
+    settings: SampleConfig,
+    vector: Tensor | None,
+    evaluations: int,
+) -> list[Term]:
+    """The conditions of a batch of pictures of one shape, the one that it is guided away from last.
+
+    With shares w and guidance scale g that is  F = F_no + g sum w (F_yes - F_no).
+
+    vector [B,V]: see `build_cond`; what is guided away from has zeros for it. evaluations: of the
+    network, as many as prompts that change are planned for.
     """
     model.load_part("text")
-    encode = partial(
-        encode_prompts, model, clip_skip=settings.clip_skip, syntax=settings.prompt_syntax
-    )
-    labels, size = [each.label for each in inputs], settings.size
-    texts = encode([each.prompt for each in inputs])
-    wanted = build_cond(model, texts, labels, size, guidance=settings.guidance, vector=vector)
-    if settings.guidance <= 1 or model.preset.unet.guidance_dim:
-        return [wanted]
-    negatives = [each.negative for each in inputs]
-    texts = encode(negatives)
-    if model.preset.zero_negative:
-        texts = _without_empty(texts, negatives)
-    zeros = None if vector is None else torch.zeros_like(vector)
+    labels, size, syntax = [each.label for each in inputs], settings.size, settings.prompt_syntax
+    build = partial(build_cond, model, labels=labels, size=size, vector=vector)
+    build = partial(build, guidance=settings.guidance)
+    prompts = [read_prompt(each.prompt, syntax, evaluations) for each in inputs]
+    scale = 1.0 if model.preset.unet.guidance_dim else max(settings.guidance, 1.0)
+    terms = []
+    for told in zip(*prompts, strict=True):
+        texts, share = _encoded(model, told, settings), told[0].share
+        terms.append(Term(build, texts, _ends(told), share * scale, share))
+    shares = sum(term.unguided for term in terms)
+    if scale * shares == 1:
+        return terms
     none: list[int | None] = [None] * len(inputs)
-    unwanted = build_cond(model, texts, none, size, aesthetic=UNAESTHETIC, vector=zeros)
-    return [wanted, unwanted]
+    zeros = None if vector is None else torch.zeros_like(vector)
+    build = partial(build_cond, model, labels=none, size=size, vector=zeros)
+    build = partial(build, aesthetic=UNAESTHETIC)
+    negatives = [read_negative(each.negative, syntax, evaluations) for each in inputs]
+    texts = _encoded(model, negatives, settings)
+    if model.preset.zero_negative:
+        texts = _without_empty(texts, [text for told in negatives for _, text in told.schedule])
+    return [*terms, Term(build, texts, _ends(negatives), 1 - scale * shares, 1 - shares)]
+
+
+def _ends(prompts: Sequence[Told]) -> list[list[int]]:
+    return [[end for end, _ in told.schedule] for told in prompts]
+
+
+def _encoded(model: Model, prompts: Sequence[Told], settings: SampleConfig) -> EncodedPrompts:
+    """All the texts of prompts, one prompt after the other."""
+    texts = [(i, text) for i, told in enumerate(prompts) for _, text in told.schedule]
+    return encode_prompts(
+        model,
+        [text for _, text in texts],
+        settings.clip_skip,
+        settings.prompt_syntax,
+        weighting=settings.prompt_weighting,
+        groups=[i for i, _ in texts],
+    )

@@ -20,8 +20,10 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.guidance import Clip, Denoise, dynamic_threshold, guided, static_threshold
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import Level
+from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import SAMPLERS, Step
-from difftool.pipeline.condition import conds_of
+from difftool.errors import UsageError
+from difftool.pipeline.condition import Term, shape_of, terms_of
 from difftool.pipeline.inputs import SampleInput, check_input
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import SamplePlan
@@ -32,27 +34,45 @@ def generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
     """Pictures from pure noise, or from given ones, step by step; the last step's `.x` is x0
     [B,C,H,W].
 
-    Everything random about a picture comes from its own seed, so it is the same alone and in any
-    batch. UsageError for pictures that the model does not go by, or lacks.
+    Everything random about a picture comes from its own seed, and its prompt is filled up to no
+    other's length, so it is the same alone and in any batch. UsageError for pictures that the model
+    does not go by, or lacks.
     """
+    check_input(plan.model, inputs[0])
+    groups: dict[object, list[int]] = {}
+    for index, each in enumerate(inputs):
+        shape = shape_of(plan.model, each, plan.settings, plan.evaluations)
+        groups.setdefault(shape, []).append(index)
+    if len(groups) == 1:
+        yield from _generate(plan, inputs)
+        return
+    places = [i for members in groups.values() for i in members]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    parts = [_generate(plan, [inputs[i] for i in members]) for members in groups.values()]
+    for steps in zip(*parts, strict=True):
+        x, x0 = (torch.cat([getattr(s, name) for s in steps])[order] for name in ("x", "x0"))
+        yield steps[0]._replace(x=x, x0=x0)
+
+
+def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
+    """The same for pictures whose prompts are of one shape."""
     model, settings = plan.model, plan.settings
-    check_input(model, inputs[0])
     codec, factor = model.codec, model.codec.factor
     shape = (codec.channels, *(side // factor for side in reversed(settings.size)))
     seeds = [each.seed for each in inputs]
     noise = ImageNoise(seeds, shape, device=model.device)
     vector = _variation(model, inputs, settings, noise)
-    conds = conds_of(model, inputs, settings, vector)
+    terms = terms_of(model, inputs, settings, vector, plan.evaluations)
     pictures = _Pictures(plan, inputs, noise)
-    x, numbers = pictures.x, count()
+    x, numbers, evaluations = pictures.x, count(), count()
     if plan.sampler.brownian:
         levels = [*plan.levels, *(plan.refiner.levels if plan.refiner else ())]
         noise = BrownianNoise(seeds, shape, levels, device=model.device)
     for part in filter(None, (plan, plan.refiner)):
         if part is not plan:
-            conds = conds_of(part.model, inputs, part.settings, None)
+            terms = terms_of(part.model, inputs, part.settings, None, part.evaluations)
             model.unload()
-        denoise = _guided(part.model, part.settings, pictures.joined(conds))
+        denoise = _guided(part, terms, pictures, evaluations)
         part.model.load_part("unet")
         sampler = replace(part.sampler, paste=pictures.paste)
         for step in sampler(denoise, x, part.levels, noise):
@@ -62,19 +82,35 @@ def generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
         plan.refiner.model.unload()
 
 
-def _guided(model: Model, settings: SampleConfig, conds: list[Cond]) -> Denoise:
-    """The guided network; with three conditions the second has the picture without the prompt."""
-    scale, image = settings.guidance, settings.image_guidance
-    weights = {1: [1.0], 2: [scale, 1 - scale], 3: [scale, image - scale, 1 - image]}[len(conds)]
+def _guided(
+    plan: SamplePlan, terms: Sequence[Term], pictures: _Pictures, evaluations: Iterator[int]
+) -> Denoise:
+    """The guided network, whose conditions may change with each of its evaluations."""
+    settings = plan.settings
     follows = settings.rederive_eps
-    return guided(
-        model.denoiser,
-        list(zip(conds, weights, strict=True)),
-        rescale=settings.guidance_rescale,
-        clip=_clip(settings),
-        interval=settings.guidance_interval,
-        rederive_eps=SAMPLERS.resolve(settings.sampler) != "ddim" if follows is None else follows,
-    )
+    if follows is None:
+        follows = SAMPLERS.resolve(settings.sampler) != "ddim"
+    weights, unguided = [term.weight for term in terms], [term.unguided for term in terms]
+    if pictures.edits and len(terms) == 2:  # the second has the picture without the prompt
+        scale, image = settings.guidance, settings.image_guidance
+        weights, unguided = [scale, image - scale, 1 - image], [1.0, 0.0, 0.0]
+    elif pictures.edits and len(terms) > 2:
+        raise UsageError("AND does not go with a model that edits pictures", hint="one prompt")
+
+    def denoise(x_t: Tensor, level: Level) -> Prediction:
+        evaluation = next(evaluations)
+        conds = pictures.joined([term.at(evaluation) for term in terms])
+        return guided(
+            plan.model.denoiser,
+            list(zip(conds, weights, strict=True)),
+            rescale=settings.guidance_rescale,
+            clip=_clip(settings),
+            interval=settings.guidance_interval,
+            unguided=unguided,
+            rederive_eps=follows,
+        )(x_t, level)
+
+    return denoise
 
 
 def _clip(settings: SampleConfig) -> Clip | None:
@@ -107,6 +143,7 @@ class _Pictures:
     def __init__(self, plan: SamplePlan, inputs: Sequence[SampleInput], noise: ImageNoise):
         model, settings = plan.model, plan.settings
         self.concat: Tensor | None = None
+        self.edits = False
         self.levels, self.known, self.mask = plan.levels, None, None
         kind, codec, device = model.concat, model.codec, model.device
         first = plan.levels[0]
@@ -128,7 +165,7 @@ class _Pictures:
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
         if kind == "edit" and image is not None:
-            self.concat = codec.raw(codec.encode(image))
+            self.concat, self.edits = codec.raw(codec.encode(image)), True
         if masks and image is not None:
             drawn = noise.draw()  # of the masked picture's latents, which not every model has
             mask = torch.stack(masks)[:, None]
@@ -145,7 +182,7 @@ class _Pictures:
         if self.concat is None:
             return conds
         joined = [cond._replace(concat=self.concat) for cond in conds]
-        if self.concat.shape[1] == self.x.shape[1] and len(conds) == 2:
+        if self.edits and len(conds) == 2:
             nothing = torch.zeros_like(self.concat)
             joined.append(conds[1]._replace(concat=nothing))
         return joined

@@ -19,10 +19,13 @@ from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
+from difftool.diffusion.solvers import TwoStage
 from difftool.engine.memory import free_memory
 from difftool.errors import ResourceError, UsageError
 from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.pipeline.model import Model
+from difftool.pipeline.weighting import WEIGHTINGS
+from difftool.text.syntax import SYNTAXES
 
 FP32 = 4
 
@@ -43,6 +46,12 @@ class SamplePlan:
     def steps(self) -> int:
         """How many steps are run: less than are asked for from a picture on."""
         return len(self.levels) - 1 + (0 if self.refiner is None else self.refiner.steps)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is asked in all `settings.steps`, by which prompts that change with
+        the step go, as A1111 counts them."""
+        return self.settings.steps * (2 if isinstance(self.sampler, TwoStage) else 1)
 
 
 class Refiner(NamedTuple):
@@ -71,6 +80,8 @@ def resolve_settings(
         names = (given.get("sampler"), given.get("schedule"))
         values |= switched(model.preset, *names, exact=match == "diffusers")
     settings = validate(SampleConfig, merge(values, given), "the sampling settings")
+    SYNTAXES.resolve(settings.prompt_syntax)
+    WEIGHTINGS.resolve(settings.prompt_weighting or SYNTAXES[settings.prompt_syntax].weighting)
     _check(model, settings)
     return settings
 

@@ -23,13 +23,14 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.hub.find import model_name, place_of_model
-from difftool.sampling.events import Event, Note, Started
+from difftool.sampling.events import Event, Failure, Note, Started
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, read_requests, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
+    from difftool.sampling.reading import Reading
     from difftool.sampling.run import SampleRun
 
 REFINER_START = 0.8
@@ -249,6 +250,21 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
         each.set_padding(values["match"])
         add_embeddings(each, values["embedding"] or map(Path, task.base.embeddings))
     return model, refiner
+
+
+def readings(task: SampleTask) -> Iterator[Reading | Note | Failure]:
+    """How the prompts of each picture are read; and what is to be said of them."""
+    from difftool.sampling.reading import Reading
+    from difftool.sampling.sample import Sample
+
+    values = {**task.values, "low_memory": True}  # weights are not read before they are needed
+    model, refiner = load_models(replace(task, values=values))
+    run = run_of(replace(task, output=None), model, refiner)
+    for entry in run.entries(task.asked if task.stream is None else task.stream):
+        if isinstance(entry, Sample):
+            yield Reading(entry)
+        elif isinstance(entry, Note | Failure):
+            yield entry
 
 
 def configuration(task: SampleTask) -> Iterator[tuple[str, Any, str]]:

@@ -31,6 +31,7 @@ from difftool.sampling.requests import Lines, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
 from difftool.text.constructs import unread
+from difftool.text.syntax import SYNTAXES
 
 SHARED = ("sampler", "schedule", "steps", "guidance", "size")
 """What a refiner is asked for too."""
@@ -209,8 +210,9 @@ class Resolver:
             texts.append(f"not taken over from {request.source or 'the picture'}: {listed}")
         for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
             count, limit = token_count(self.model, prompt) if prompt else (0, 0)
-            if count > limit and (settings.prompt_syntax == "none" or self.strict):
-                tokens = f"{count} tokens, of which {limit} are read"
+            cut = SYNTAXES[settings.prompt_syntax].plain
+            if count > limit and (cut or self.strict):
+                tokens = f"{count} tokens, of which {limit} are read" + ("" if cut else " at once")
                 what = f'the {name} "{str(prompt)[:40]}..." has {tokens}'
                 if self.strict:
                     raise UsageError(what, hint=f"leave out the last {count - limit}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 from difftool.config.numbers import COUNT, NOT_NEGATIVE, SHARE, SIDE, Within
 from difftool.config.options import (
@@ -31,8 +31,10 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
+from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.registry import canonical
 from difftool.storage.strict_json import is_unicode
+from difftool.text.syntax import SYNTAXES
 
 PROMPT, PICTURE, SAMPLER, GUIDANCE = "Prompt", "Picture", "Sampler", "Guidance"
 IMAGES, MODEL, ADAPTERS, OUTPUT = "Pictures in", "Model", "Adapters", "Output"
@@ -227,12 +229,6 @@ def _of_bundled(name: str) -> Callable[[], str]:
     return default
 
 
-def _syntaxes() -> Iterable[str]:
-    from difftool.config.schema import SampleConfig
-
-    return get_args(get_type_hints(SampleConfig)["prompt_syntax"])
-
-
 def _presets() -> Iterable[str]:
     from difftool.config.layers import preset_names
 
@@ -301,10 +297,15 @@ SETTINGS: tuple[Setting, ...] = (
         also=("negative_prompt",), blank=True),
     _of_request("label", "Class, by name or index; repeatable, or a,b,c", PROMPT, many=True,
         read=read_label, always=True, a1111=A1111("Class", str)),
-    _of_model("prompt_syntax", "Weights and long prompts as in", PROMPT, choices=_syntaxes),
+    _of_model("prompt_syntax", "Weights, breaks and schedules in prompts as in", PROMPT,
+        read=SYNTAXES.resolve, choices=lambda: SYNTAXES, default="a1111"),
+    _of_model("prompt_weighting", "Arithmetic of weights; the syntax's own", PROMPT,
+        read=WEIGHTINGS.resolve, choices=lambda: WEIGHTINGS),
     _of_model("clip_skip", "Text encoder's layer from the end; 1 = the last", PROMPT, type=int,
         a1111=A1111("Clip skip", int, lambda skip: None if skip == 1 else skip)),
-    _setting("strict_prompt", "Refuse prompts longer than the model reads", PROMPT, type=bool),
+    _setting("strict_prompt", "Refuse prompts longer than a text encoder reads at once", PROMPT,
+        type=bool),
+    _setting("tokens", "Print how prompts are read, and stop", PROMPT, type=bool),
     _of_request("num", "Images of each prompt", PICTURE, type=int, flags=("--num", "-n"),
         within=Within(low=1, high=MAX_SEEDS), default="1", json=()),
     _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",

@@ -29,33 +29,34 @@ class Construct(NamedTuple):
         return UsageError(f"{self.what} are not supported", text, self.hint)
 
 
-A1111, BOTH = ("a1111",), ("a1111", "comfy")
+A1111, COMFY, COMPEL = "a1111", "comfy", "compel"
 NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
+READS = "--prompt-syntax {} reads them"
 # fmt: off
 CONSTRUCTS = (
     Construct(r"<(?:lora|lyco|hypernet):[^<>]*>?", "networks named in prompts", "give --lora",
-              refused=A1111),
-    Construct(r"\bAND\b", "AND between prompts", "write one prompt", refused=A1111),
+              refused=(A1111,)),
+    Construct(r"\bAND\b", "AND between prompts", READS.format(A1111), read=(A1111,)),
     Construct(r"(?<!\\)\[(?:[^\[\]:|\\]|\\.)*[:|][^\[\]]*\]", "prompts that change with the step",
-              refused=A1111),
+              READS.format(A1111), read=(A1111,)),
     Construct(rf"(?<!\\)\((?:[^()]|\([^()]*\))*:{NUMBER}\)|(?<!\\)\(\([^()]+\)\)",
-              "weights in round brackets", "--prompt-syntax a1111 or comfy reads them", read=BOTH),
-    Construct(r"(?<!\\)\[[^\[\]:|]+(?<!\\)\]", "weights in square brackets",
-              "--prompt-syntax a1111 reads them", read=A1111),
-    Construct(r"\bBREAK\b", "breaks between chunks", "--prompt-syntax a1111 reads them",
-              read=A1111),
+              "weights in round brackets", READS.format("a1111 or comfy"), read=(A1111, COMFY)),
+    Construct(r"(?<!\\)\[[^\[\]:|]+(?<!\\)\]", "weights in square brackets", READS.format(A1111),
+              read=(A1111,)),
+    Construct(r"\bBREAK\b", "breaks between chunks", READS.format(A1111), read=(A1111,)),
     Construct(r"\{[^{}|]*\|[^{}]*\}", "alternatives", "write the one that is meant"),
-    Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05) with --prompt-syntax a1111"),
+    Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05)"),
     Construct(r"(?<!\w)__[\w./*-]+?__(?!\w)", "wildcards", "write what it stands for"),
     Construct(r"\bembedding:(?P<name>[^\s,:()]+)", "embeddings", "give --embedding FILE"),
     Construct(r"<(?P<name>[^\s<>|:]+)>", "words of embeddings", "give --embedding FILE"),
     Construct(r"(?:^|(?<=\s))--[A-Za-z][\w-]*(?:\s+[\d.:]+)?", "flags within a prompt",
               "give them beside it: --size 768x512"),
     Construct(r"(?<=\w)::(?=\s|$|-?[\d.])[-\d.]*|\b\d[\d.]*::", "weights after ::",
-              "(word:1.2) with --prompt-syntax a1111"),
+              "(word:1.2)"),
+    Construct(r"\)\.(?:blend|swap)\(|\)\.(?:and|add)\(\s*[^\s)]", "compel's blends and swaps",
+              refused=(COMPEL,)),
     Construct(r"(?:\)|\b[a-z]{2,})(?:\+{2,4}|-{2,4})(?![\w+-])|\)[+-](?![\w+-])|\)\d*\.\d+"
-              r"|\)\.(?:and|blend|swap)\(",
-              "compel's weights", "(word:1.1) with --prompt-syntax a1111"),
+              r"|\)\.and\(\s*\)", "compel's weights", READS.format(COMPEL), read=(COMPEL,)),
 )
 # fmt: on
 

@@ -145,6 +145,21 @@ class Tokenizer:
         # One at a time: batches start threads, which forked data loader workers warn about.
         return self._backend.encode(_valid(prompt), add_special_tokens=False).ids
 
+    def ends_word(self, token: int) -> bool:
+        """Whether a word ends with a token, as far as the vocabulary says."""
+        text = str(self._backend.id_to_token(token) or "")
+        return self._description["kind"] != "clip" or text.endswith("</w>")
+
+    def shown(self, token: int) -> str:
+        """The text of a token, for people to read."""
+        for word, ids in self.learned.items():
+            if token in ids:
+                return word if len(ids) == 1 else f"{word}/{ids.index(token) + 1}"
+        from tokenizers.decoders import ByteLevel
+
+        text = str(self._backend.id_to_token(token) or "")
+        return str(ByteLevel().decode([text.removesuffix("</w>")])).strip()
+
     def count(self, prompt: str) -> int:
         """How many tokens a prompt has, marks left out: more than length - 2 are cut off."""
         return len(self.tokens(prompt))

@@ -1,0 +1,127 @@
+"""What prompts say to the network: which texts, at which of its evaluations, in which chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difftool.errors import UsageError
+from difftool.networks.base import TextEncoder
+from difftool.pipeline.model import Model
+from difftool.pipeline.weighting import WEIGHTINGS, EncodeChunks, Encoded
+from difftool.text.chunks import Chunk
+from difftool.text.syntax import SYNTAXES, chunks
+
+
+class Told(NamedTuple):
+    """One of the prompts that AND joins."""
+
+    share: float
+    """Of the guidance."""
+    schedule: tuple[tuple[int, str], ...]
+    """Its texts, each with the last evaluation that it is for; the first evaluation is 0.
+
+    A schedule's steps are counted from 1, and its last one is compared with a number counted from
+    0, as A1111 does: with [a:b:0.5] of 10 steps, the sixth evaluation is still of a.
+    """
+
+
+def read_prompt(prompt: str, syntax: str, evaluations: int) -> list[Told]:
+    """The prompts that a prompt is made of."""
+    row = SYNTAXES[syntax]
+    return [
+        Told(share, tuple(row.schedule(text, evaluations)))
+        for text, share in row.conjunction(prompt)
+    ]
+
+
+def read_negative(prompt: str, syntax: str, evaluations: int) -> Told:
+    """A negative prompt, in which AND is a word."""
+    return Told(1.0, tuple(SYNTAXES[syntax].schedule(prompt, evaluations)))
+
+
+def chunk_count(model: Model, told: Told, syntax: str) -> int:
+    """In how many chunks it is read, at most."""
+    return max(
+        (
+            len(chunks(tokenizer, text, config.length, syntax))
+            for tokenizer, config in zip(model.tokenizers, model.preset.text, strict=True)
+            for _, text in told.schedule
+        ),
+        default=0,
+    )
+
+
+class EncodedPrompts(NamedTuple):
+    """What text encoders put out for a batch of prompts; None where the model has none."""
+
+    context: Tensor | None
+    """[B,L,D], those of several encoders side by side along D; L is a multiple of their length
+    where a syntax makes chunks of long prompts."""
+    pooled: Tensor | None
+    """[B,P]."""
+
+    def at(self, rows: Sequence[int]) -> EncodedPrompts:
+        """Some of them, in another order."""
+        if list(rows) == list(range(len(self.context if self.context is not None else rows))):
+            return self
+        chosen = (None if t is None else t[list(rows)] for t in self)
+        return EncodedPrompts(*chosen)
+
+
+def encode_prompts(
+    model: Model,
+    prompts: Sequence[str],
+    clip_skip: int | None = None,
+    syntax: str = "none",
+    *,
+    weighting: str | None = None,
+    groups: Sequence[int] | None = None,
+) -> EncodedPrompts:
+    """Prompts as the network is given them; short ones are filled to the chunks of the longest.
+
+    clip_skip: the hidden state that is the context, counted from the end (1 = the last); None = the
+    model's own. syntax: whose weights and chunks prompts have. weighting: by whose arithmetic; None
+    = the syntax's own. groups: which of them are texts of one prompt; None = each its own.
+    UsageError for a layer that no encoder has.
+    """
+    if not model.text:
+        return EncodedPrompts(None, None)
+    apply = WEIGHTINGS[weighting or SYNTAXES[syntax].weighting]
+    pairs = list(zip(model.tokenizers, model.preset.text, strict=True))
+    read = [[chunks(t, prompt, c.length, syntax) for prompt in prompts] for t, c in pairs]
+    most = max(len(row) for rows in read for row in rows)
+    contexts, pooled = [], None
+    for encoder, (tokenizer, config), rows in zip(model.text, pairs, read, strict=True):
+        (empty,) = chunks(tokenizer, "", config.length)
+        rows = [row + [empty] * (most - len(row)) for row in rows]
+        run = _runner(model, encoder, _hidden(config.layers, clip_skip))
+        context, pool = run([chunk for row in rows for chunk in row])
+        context = context.unflatten(0, (len(rows), most))
+        if any(weight != 1 for row in rows for chunk in row for weight in chunk.weights):
+            numbers = range(len(rows)) if groups is None else groups
+            context = apply(Encoded(context, rows, numbers, run, empty))
+        contexts.append(context.flatten(1, 2))
+        if pool is not None and pooled is None:
+            pooled = pool.unflatten(0, (len(rows), most))[:, 0]
+    return EncodedPrompts(torch.cat(contexts, dim=-1), pooled)
+
+
+def _hidden(layers: int, clip_skip: int | None) -> int | None:
+    if clip_skip is not None and not 1 <= clip_skip <= layers:
+        why = f"the text encoder has {layers} layers"
+        raise UsageError(f"--clip-skip {clip_skip} is not usable", why, "1 is the last layer")
+    return None if clip_skip is None else -clip_skip
+
+
+def _runner(model: Model, encoder: TextEncoder, hidden: int | None) -> EncodeChunks:
+    """What a text encoder makes of chunks."""
+
+    def run(given: Sequence[Chunk], seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        ids = torch.tensor([chunk.ids for chunk in given], device=model.device)
+        return encoder(ids, hidden, None if seen is None else seen.to(model.device))
+
+    return run
