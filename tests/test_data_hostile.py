@@ -283,6 +283,30 @@ def test_all_of_them_together_are_too_many(tmp_path):
     assert len(data) == 2 and data.images([0, 1], 8).shape == (2, 3, 8, 8)
 
 
+def test_of_many_no_more_are_looked_at_than_it_takes(tmp_path):
+    path, read = tmp_path / "a.zip", []
+    with zipfile.ZipFile(path, "w") as made:
+        for number in range(3000):
+            made.writestr(f"{number:04d}.png", b"")
+    with pytest.raises(InputError, match=r"1001 of the first 1001 pictures .* are unusable"):
+        open_dataset(str(path), progress=lambda done, total: read.append((done, total)))
+    assert read[-1] == (1000, 3000)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n'),
+        ("metadata.csv", b"a.png,x\n"),
+    ],
+)
+def test_a_table_without_proportion_to_its_pictures_is_refused_unread(tmp_path, name, line):
+    where = lay(tmp_path, {**pictures("a.png"), name: line * 100_001})
+    with pytest.raises(InputError, match=f"{name} has 100001 lines for 2 files") as error:
+        open_dataset(where)
+    assert error.value.hint
+
+
 TABLES: dict[str, Callable[[], str | bytes]] = {
     "nested": lambda: '{"file_name": "a.png", "text": ' + "[" * 100_000,
     "long number": lambda: '{"file_name": "a.png", "text": ' + "9" * 10_000 + "}",

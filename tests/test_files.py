@@ -62,6 +62,34 @@ def test_a_name_is_given_once(tmp_path, monkeypatch, links):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+class Violation(PermissionError):
+    """What Windows says of a file that another program has open."""
+
+    winerror = 32
+
+
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_file_that_another_program_has_open_is_waited_for(tmp_path, monkeypatch, times):
+    path, pauses, replace = tmp_path / "a", [], os.replace
+
+    def in_use(old: Path, new: Path) -> None:
+        if len(pauses) < times:
+            raise Violation(errno.EACCES, "The process cannot access the file")
+        replace(old, new)
+
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", in_use)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    if times == 2:
+        write_whole(path, b"new", overwrite=True)
+    else:
+        with pytest.raises(UsageError, match="another program has it open") as error:
+            write_whole(path, b"new", overwrite=True)
+        assert error.value.hint == "close it there"
+    assert path.read_bytes() == (b"new" if times == 2 else b"old")
+    assert len(list(tmp_path.iterdir())) == 1 and 0 < sum(pauses) < 2
+
+
 def test_a_claimed_name_is_given_up_when_the_move_fails(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -33,6 +33,8 @@ INSPECT = Option(
     name="inspect", type=bool, panel=OUTPUT, help="Say what is in SRC; loads no tensor data",
     excludes=("target", "to", "dtype", "weights", "ema_length", "report", "dry_run"),
 )  # fmt: skip
+MOST = 40
+"""Entries of metadata that are shown."""
 ROWS = (*OPTIONS[:-2], INSPECT, REPORT, *OPTIONS[-2:], *TALK)
 
 
@@ -115,4 +117,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
         dtypes = ", ".join(part["dtypes"])
         count = f"{part['parameters']:,} parameters in {part['tensors']} tensors"
         lines.append(row(name[:11], f"{count}, {dtypes}"))
-    return lines + [row("metadata", f"{k}: {v[:200]}") for k, v in found["metadata"].items()]
+    said = [row("metadata", f"{k[:80]}: {v[:200]}") for k, v in found["metadata"].items()]
+    more = len(said) - MOST
+    return lines + said[:MOST] + [row("", f"and {more} more: --json shows all")] * (more > 0)

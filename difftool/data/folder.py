@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from os.path import splitext
 from pathlib import Path, PurePosixPath
 
 from difftool.config.schema import DataConfig
@@ -23,7 +24,16 @@ from difftool.data.kohya import metadata, repeats
 from difftool.data.kohya.toml import TomlFolder, read_toml
 from difftool.data.listing import Listing
 from difftool.data.phrases import count, named
-from difftool.data.pictures import Checked, FolderDataset, PictureRow, Pool, check
+from difftool.data.pictures import (
+    FEW,
+    SHARE,
+    Checked,
+    FolderDataset,
+    PictureRow,
+    Pool,
+    check,
+    no_usable,
+)
 from difftool.errors import InputError, UsageError
 from difftool.images.read import SUFFIXES, colour
 from difftool.storage import runs
@@ -36,9 +46,6 @@ FOREIGN = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".psd", ".svg", ".tga", ".ico", ".jp2", ".exr", ".hdr")
 )
 """Pictures that are not read; files of other kinds (notes, scripts) go unmentioned."""
-SHARE, FEW = 0.1, 3
-"""Training stops if more than this share, and more than this few, of the pictures are unusable, or
-have no caption while others do."""
 
 
 def open_folder(
@@ -68,9 +75,10 @@ def open_folder(
         _leave_out_runs(files, audit)
     every = _pictures(files, audit)
     names, held, held_root = _splits(every, audit)
-    checked = check(files, [*names, *held], audit, config.background, pool, progress)
+    checked = check(files, [*names, *held], audit, config, pool, progress)
     kept = [name for name in names if name in checked]
-    _check_bad(audit, len(kept), len(checked), config)
+    if not kept:
+        raise no_usable(audit)
 
     syntax = Syntax(config.wildcards, config.shuffle_captions, config.keep_tokens)
     if any(checked[name].own for name in kept):
@@ -125,12 +133,12 @@ def _rows(
 
 def _pictures(files: Files, audit: Audit) -> list[str]:
     """Names that look like pictures to train on."""
-    paths = {name: PurePosixPath(name) for name in files.sizes}
-    names = [name for name, path in paths.items() if path.suffix.lower() in SUFFIXES]
-    masks = {name for name in names if paths[name].stem.endswith(MASKS)}
+    suffixes = {name: splitext(name)[1].lower() for name in files.sizes}
+    names = [name for name, suffix in suffixes.items() if suffix in SUFFIXES]
+    masks = {name for name in names if splitext(name)[0].endswith(MASKS)}
     if masks:
         audit.notes.append(f"{count(len(masks), 'mask')} (-masklabel, -condlabel) ignored")
-    foreign = (name for name, path in paths.items() if path.suffix.lower() in FOREIGN)
+    foreign = (name for name, suffix in suffixes.items() if suffix in FOREIGN)
     audit.skipped += [SkippedFile(name, "unsupported format") for name in foreign]
     return sorted(set(names) - masks)
 
@@ -138,7 +146,8 @@ def _pictures(files: Files, audit: Audit) -> list[str]:
 def _leave_out_runs(files: Files, audit: Audit) -> None:
     """Forget the files of run folders, whose pictures are samples and plots."""
     names = files.sizes
-    found = {str(PurePosixPath(n).parent) for n in names if PurePosixPath(n).name == runs.CONFIG}
+    paths = (PurePosixPath(name) for name in names if name.endswith(runs.CONFIG))
+    found = {str(path.parent) for path in paths if path.name == runs.CONFIG}
     folders = sorted(
         f for f in found - {"."} if {f"{f}/{runs.METRICS}", f"{f}/{runs.FACTS}"} & names.keys()
     )
@@ -196,17 +205,6 @@ def _root(names: Sequence[str]) -> str:
             break
         root += f"{top}/"
     return root
-
-
-def _check_bad(audit: Audit, good: int, checked: int, config: DataConfig) -> None:
-    bad = len(audit.skipped)
-    few = "; ".join(f"{name}: {reason}" for name, reason in audit.skipped[:FEW])
-    if not good:
-        why = few or f"looked for {', '.join(sorted(SUFFIXES))}"
-        raise InputError(f"{audit.source} has no usable picture", why)
-    if not config.allow_bad and bad > FEW and bad > SHARE * (checked + bad):
-        what = f"{bad} of {checked + bad} pictures in {audit.source} are unusable"
-        raise InputError(what, few, "repair or remove them, or give --allow-bad")
 
 
 def _held_out(
@@ -305,8 +303,7 @@ def _open_toml(
     if len(flat) < len(every):
         deep = len(every) - len(flat)
         audit.notes.append(f"{count(deep, 'image')} in deeper folders not used, as kohya does")
-    checked = check(files, flat, audit, config.background, pool, progress)
-    _check_bad(audit, len(checked), len(checked), config)
+    checked = check(files, flat, audit, config, pool, progress)
     whole = Listing(files, list(checked), "", audit, config)
     rows: list[PictureRow] = []
     captions: dict[str, Caption] = {}

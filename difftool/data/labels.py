@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from difftool.data.listing import MAX_METADATA, Listing, read_json
+from difftool.data.listing import MAX_METADATA, Listing
 from difftool.data.phrases import count
 from difftool.errors import InputError
 
@@ -74,7 +74,7 @@ def _suggest(listing: Listing) -> None:
 def _edm(listing: Listing) -> dict[str, str]:
     """Labels as EDM's and StyleGAN's dataset tools write them: {"labels": [["a/b.png", 3], ..]}."""
     name = f"{listing.root}{EDM}"
-    content = read_json(listing.text(name, MAX_METADATA), name)
+    content = listing.json(listing.text(name, MAX_METADATA), name)
     entries = content.get("labels") if isinstance(content, dict) else None
     if not entries:
         listing.note(f"{name} has no labels")

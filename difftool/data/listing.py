@@ -12,11 +12,16 @@ from typing import Any
 from difftool.config.schema import DataConfig
 from difftool.data.archive import Files
 from difftool.data.dataset import Audit
+from difftool.data.phrases import count
 from difftool.errors import InputError, unreadable
 from difftool.storage.strict_json import is_unicode, unique
 
 MAX_CAPTION = 64 << 10
 MAX_METADATA = 1 << 30
+MAX_ROWS, ROWS_EACH = 100_000, 20
+"""Lines that a table may have, or so many a picture that is there if that is more."""
+MAX_VALUES, VALUES_EACH = 1_000_000, 1000
+"""Values that a JSON file of captions may have, likewise."""
 
 
 @dataclass
@@ -54,6 +59,23 @@ class Listing:
         """A text file's contents; InputError if it is not sound text within the limit."""
         return sound_text(self.data(name, limit), name)
 
+    def table(self, name: str) -> bytes:
+        """A table's bytes; InputError, before it is parsed, if it has more lines than the pictures
+        that are there can need."""
+        data = self.data(name, MAX_METADATA)
+        lines, pictures = data.count(b"\n"), len(self.files.sizes)
+        if lines > max(MAX_ROWS, ROWS_EACH * pictures):
+            raise _out_of_proportion(name, f"{lines} lines", pictures)
+        return data
+
+    def json(self, text: str, name: str) -> Any:
+        """The value of a JSON file on pictures; InputError if it is not sound, or has more than the
+        pictures that are there can need."""
+        values, pictures = sum(map(text.count, "[{,")), len(self.files.sizes)
+        if values > max(MAX_VALUES, VALUES_EACH * pictures):
+            raise _out_of_proportion(name, f"{values} values", pictures)
+        return read_json(text, name)
+
     def data(self, name: str, limit: int) -> bytes:
         """A file's bytes; InputError if it cannot be read or is larger than the limit."""
         try:
@@ -67,6 +89,11 @@ class Listing:
     def note(self, text: str) -> None:
         """Tell the user."""
         self.audit.notes.append(text)
+
+
+def _out_of_proportion(name: str, what: str, pictures: int) -> InputError:
+    hint = "keep what is said of the pictures that are there"
+    return InputError(f"{name} has {what} for {count(pictures, 'file')}", hint=hint)
 
 
 def sound_text(data: bytes, name: str) -> str:

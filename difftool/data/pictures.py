@@ -21,7 +21,7 @@ from difftool.data.dice import Dice, uniforms
 from difftool.data.phrases import count, named
 from difftool.errors import InputError, unreadable
 from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
-from difftool.images.read import MAX_BYTES, probe, read_picture
+from difftool.images.read import MAX_BYTES, SUFFIXES, probe, read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +33,11 @@ R = TypeVar("R")
 THREADS = min(32, os.cpu_count() or 1)
 AHEAD = 1024
 """Results that may wait to be used."""
+SHARE, FEW = 0.1, 3
+"""Training stops if more than this share, and more than this few, of the pictures are unusable, or
+have no caption while others do."""
+MANY = 1000
+"""From so many unusable pictures on, no more are looked at than it takes to be sure of that."""
 
 
 class _Held(NamedTuple):
@@ -262,17 +267,22 @@ def check(
     files: Files,
     names: Sequence[str],
     audit: Audit,
-    background: str,
+    config: DataConfig,
     pool: Pool,
     progress: OnProgress | None,
 ) -> dict[str, Checked]:
     """Those of the pictures that can be decoded; the others are added to the audit, and so is what
-    is done to pictures that are not plain."""
+    is done to pictures that are not plain.
+
+    InputError if more than a tenth, and more than three, are unusable, unless that is allowed; of
+    many it is not waited for the last to be sure of it.
+    """
+    total = len(names) + len(audit.skipped)
 
     def one(name: str) -> tuple[Checked, tuple[str, ...]] | str:
         try:
             data = read_file(files, name)
-            probed = probe(data, background)
+            probed = probe(data, config.background)
         except InputError as error:
             return error.why or error.what
         content = hashlib.sha256(data).hexdigest()
@@ -283,14 +293,37 @@ def check(
     for number, (name, result) in enumerate(zip(names, pool.map(one, names), strict=True)):
         if isinstance(result, str):
             audit.skipped.append(SkippedFile(name, result))
+            if len(audit.skipped) > max(MANY, SHARE * total) and not config.allow_bad:
+                break
         else:
             sound[name] = result[0]
             for note in result[1]:
                 changed.setdefault(note, []).append(name)
         if progress:
             progress(number + 1, len(names))
+    _refuse_bad(audit, len(sound), total, config)
     audit.notes += [
         f"{note}: {count(len(those), 'image')} ({named(those)})"
         for note, those in sorted(changed.items())
     ]
     return sound
+
+
+def _refuse_bad(audit: Audit, good: int, total: int, config: DataConfig) -> None:
+    bad = len(audit.skipped)
+    if bad == total:
+        raise no_usable(audit)
+    if not config.allow_bad and bad > FEW and bad > SHARE * total:
+        looked_at = f"{bad} of {'the first ' * (good + bad < total)}{good + bad} pictures"
+        what = f"{looked_at} in {audit.source} are unusable"
+        raise InputError(what, _few(audit), "repair or remove them, or give --allow-bad")
+
+
+def no_usable(audit: Audit) -> InputError:
+    """That there is nothing to train on."""
+    why = _few(audit) or f"looked for {', '.join(sorted(SUFFIXES))}"
+    return InputError(f"{audit.source} has no usable picture", why)
+
+
+def _few(audit: Audit) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in audit.skipped[:FEW])

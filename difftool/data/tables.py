@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from difftool.data.captions import Caption, add
 from difftool.data.kohya import metadata
-from difftool.data.listing import MAX_METADATA, Listing, read_texts
+from difftool.data.listing import Listing, read_texts
 from difftool.data.phrases import count, named
 from difftool.data.rows import Table
 from difftool.errors import InputError, suggestion
@@ -58,7 +58,7 @@ def _metadata(listing: Listing, name: str) -> dict[str, Caption]:
     def place(file: str) -> str:
         return (folder / file.replace("\\", "/").removeprefix("./")).as_posix()
 
-    data = listing.data(name, MAX_METADATA)
+    data = listing.table(name)
     table = Table(data, name, wanted, lambda file: place(file) in listing.files.sizes)
     found: dict[str, Caption] = {}
     absent: list[str] = []

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 HIDDEN = re.compile(r"\.difftool-[0-9a-f]{16}\.part")
 """The names of what is being written."""
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds between trials to rename what another program has open."""
 FORMER, MOVING = ".former", ".moving"
 """Where, beside what is new, that lies which makes way: until all of it does, and from then on."""
 
@@ -84,9 +87,9 @@ def _move(what: Path, path: Path, overwrite: bool = False) -> None:
     """Give a file or a folder its name; UsageError if somebody has taken the name meanwhile."""
     with _told(path):
         if what.is_dir():
-            os.rename(what, path)
+            _patiently(os.rename, what, path)
         elif overwrite:
-            os.replace(what, path)
+            _patiently(os.replace, what, path)
         else:
             _link(what, path)
     _sync_folder(path.parent)
@@ -102,7 +105,7 @@ def _link(file: Path, path: Path) -> None:
     except OSError:  # no hard links on this file system: claim the name, then replace the claim
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     try:
-        os.replace(file, path)
+        _patiently(os.replace, file, path)
     except OSError:
         path.unlink()
         raise
@@ -141,18 +144,18 @@ def move_files(place: Path, names: Sequence[str], former: Sequence[Path]) -> Non
     done: list[Path] = []
     try:
         for file in former:
-            os.replace(file, aside / file.name)
+            _patiently(os.replace, file, aside / file.name)
             gone.append(file)
-        aside = aside.rename(place / MOVING)
+        aside = _patiently(Path.rename, aside, place / MOVING)
         for name in names:
             _move(place / name, folder / name)
             done.append(folder / name)
     except BaseException:
         for file in done:
-            os.replace(file, place / file.name)
-        aside = aside.rename(place / FORMER)
+            _patiently(os.replace, file, place / file.name)
+        aside = _patiently(Path.rename, aside, place / FORMER)
         for file in reversed(gone):
-            os.replace(aside / file.name, file)
+            _patiently(os.replace, aside / file.name, file)
         raise
     _sync_folder(folder)
 
@@ -195,7 +198,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder, which loses its name first: half of one must not look like a whole one."""
     with hidden_folder(path) as place:
-        os.replace(path, place / path.name)
+        _patiently(os.replace, path, place / path.name)
 
 
 # --- what killed processes have left ---------------------------------------------------------
@@ -224,7 +227,7 @@ def _settle(place: Path) -> None:
         return
     for file in left:
         if not os.path.lexists(place.parent / file.name):
-            os.replace(file, place.parent / file.name)
+            _patiently(os.replace, file, place.parent / file.name)
     _sync_folder(place.parent)
 
 
@@ -244,6 +247,24 @@ def _begin(path: Path, make: Callable[[Path], T]) -> tuple[Path, T, Lock]:
         made = make(place)
         with suppress(FileNotFoundError):  # swept away by another process before it was locked
             return place, made, Lock(place, make=False)
+
+
+def _patiently(rename: Callable[[Path, Path], T], old: Path, new: Path) -> T:
+    """Give a file or folder another name. On Windows neither it nor what it replaces may be open in
+    another program, a virus scanner for one, which mostly lets go of it soon."""
+    for pause in PAUSES:
+        try:
+            return rename(old, new)
+        except PermissionError as error:
+            if not _in_use(error):
+                raise
+            time.sleep(pause)
+    return rename(old, new)
+
+
+def _in_use(error: OSError) -> bool:
+    """Whether it is Windows' access denied or sharing violation."""
+    return getattr(error, "winerror", None) in (5, 32)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -270,6 +291,9 @@ def _told(path: Path, full_disk_only: bool = False) -> Iterator[None]:
             raise
         if isinstance(error, FileExistsError):
             refuse_existing(path, overwrite=False)
+        if _in_use(error):
+            why = "another program has it open, or it may not be changed"
+            raise UsageError(f"cannot write {path}", why, "close it there") from None
         missing = isinstance(error, FileNotFoundError)
         why = f"the folder {path.parent} does not exist" if missing else error.strerror
         raise UsageError(f"cannot write {path}", why) from None

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from difftool.data.captions import Caption, add
-from difftool.data.listing import MAX_METADATA, Listing, read_json, read_texts, sound_text, stem
+from difftool.data.listing import MAX_METADATA, Listing, read_texts, sound_text, stem
 from difftool.data.phrases import count, named
 from difftool.errors import InputError, missing
 from difftool.images.read import SUFFIXES
@@ -22,7 +22,7 @@ def read_entries(listing: Listing, name: str) -> dict[str, Mapping[str, Any]]:
     """The entries of kohya's JSON metadata, {path: {"caption": ..., "tags": ...}}; empty where a
     file holds anything else."""
     try:
-        return _of_paths(read_json(listing.text(name, MAX_METADATA), name))
+        return _of_paths(listing.json(listing.text(name, MAX_METADATA), name))
     except InputError:
         return {}
 
@@ -38,7 +38,7 @@ def read_file(listing: Listing, path: Path) -> dict[str, Caption]:
     if not path.exists():
         raise missing(path)
     text = sound_text(read_bytes(path, MAX_METADATA), str(path))
-    entries = _of_paths(read_json(text, str(path)))
+    entries = _of_paths(listing.json(text, str(path)))
     if not entries:
         why = 'it is not of the form {"a.png": {"caption": ..., "tags": ...}}'
         raise InputError(f"{path} has no captions", why)
