@@ -23,6 +23,7 @@ Examples
   difftool noise photo.png --compare linear,cosine,sd15,sd21-zsnr,flow,edm
   difftool noise photo.png --markov
   difftool noise photo.png --reverse --prompt "a smiling fox"
+  difftool noise photo.png --likelihood -m model.safetensors
   difftool noise --curve --schedule karras --steps 25 -o curve.png
 """
 OF_NOISE = sorted((*FIGURES, *OPTIONS), key=lambda row: PANELS.index(row.panel))
@@ -62,6 +63,10 @@ def _pictures(task: NoiseTask) -> int:
         said = [f"{width}x{height}", *each.notes, *task.paths]
         said += [f"{len(each.figure.strips[0].levels)} levels", f"seed {task.seed}"]
         console.say(f"{each.image}: {', '.join(said)}")
+        table, words = each.lines()
+        console.table(table)
+        for line in words:
+            console.say(line)
         result = {"schema": console.SCHEMA} | each.report(task)
         console.emit(result if console.mode.json else str(each.target))
     if failed:

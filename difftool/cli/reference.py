@@ -57,7 +57,8 @@ ENVIRONMENT = {
 RESULTS = {
     "`sample --grid`": "`path`, `grid` (pictures on the sheet)",
     "`noise`, of each picture": "`path`, `image`, `width`, `height`, `seed`, `noise_path` and "
-    "`levels`, or `noise_paths` where several are compared; of `--reverse` also `model`, `errors`",
+    "`levels`, or `noise_paths` where several are compared; of `--reverse` and `--likelihood` also "
+    "`model`, `model_hash`, `prompt`, `label`, and of the latter `likelihood`",
     "`noise --curve`": "`path` if there is one, `noise_path` and `rows`, or `noise_paths`",
     "`convert`": "`version`, `counts`, `source`, `target`, `kinds`, `evidence`, `casts`, `loras`, "
     "`verified`, `warnings`, `family`, `layers`, `path`; in the file of `--report` `entries`",

@@ -18,7 +18,13 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import Level, build_path
 from difftool.diffusion.path import Path as NoisePath
 from difftool.errors import DifftoolError, ResourceError, UsageError
-from difftool.forward.levels import LevelRow, even_levels, finite
+from difftool.forward.levels import (
+    LevelRow,
+    even_levels,
+    finite,
+    likelihood_table,
+    likelihood_words,
+)
 from difftool.forward.options import DEFAULT_PATH
 from difftool.forward.outputs import CURVES, OUTPUTS, curve_target, format_of, save, targets_of
 from difftool.hub.find import find_model, model_name, place_of_model
@@ -30,8 +36,10 @@ if TYPE_CHECKING:
     from difftool.forward.figures import Figure
     from difftool.pipeline.model import Model
 
-SAMPLER_STEPS, TABLE_LINES = 20, 21
-"""Steps of a sampler and lines of a table, where it is not said."""
+SAMPLER_STEPS, TABLE_LINES, EVALUATIONS = 20, 21, 128
+"""Steps of a sampler, lines of a table and points of a likelihood, where it is not said."""
+WORKS = ("latent", "reverse", "likelihood")
+"""Options by which a model has to work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,7 @@ class NoiseTask:
     @property
     def source(self) -> str | None:
         """The model's name, or where it is; None where no model is asked for."""
-        asked = any(self.values[name] for name in ("model", "latent", "reverse"))
+        asked = any(self.values[name] for name in ("model", *WORKS))
         return model_name(self.values["model"]) if asked else None
 
     @property
@@ -89,6 +97,13 @@ class ShownPicture:
     """What else is known of it."""
     notes: tuple[str, ...]
     """How the picture was read."""
+
+    def lines(self) -> tuple[list[tuple[str, str, str]], list[str]]:
+        """What is said of its likelihood, if that was measured: a table, and what it means."""
+        if "likelihood" not in self.facts:
+            return [], []
+        facts = self.facts["likelihood"]
+        return likelihood_table(self.figure.rows(), facts), likelihood_words(facts)
 
     def report(self, task: NoiseTask) -> dict[str, Any]:
         """All that is known of it, as JSON."""
@@ -149,14 +164,14 @@ def load(task: NoiseTask) -> NoiseTask:
     values = task.values
     if task.source is None:
         return task
-    if not (values["latent"] or values["reverse"]):
+    if not any(values[name] for name in WORKS):
         return _with_path(task)
     from difftool.pipeline.load import load_model
 
     device, dtype = values["device"] or "auto", values["dtype"] or "auto"
     model = load_model(values["model"], device=device, dtype=dtype)
     warnings = list(model.warnings)
-    if values["reverse"]:
+    if values["reverse"] or values["likelihood"]:
         from difftool.forward.reverse import condition
         from difftool.pipeline.condition import token_count
 
@@ -226,19 +241,25 @@ def figure_of(
 
     values, seed, name, path = task.values, task.seed, task.name, task.paths[task.name]
     usual, facts = OUTPUTS[task.kind].steps, {}
-    levels = task.levels(path, usual)
+    levels = [] if values["likelihood"] else task.levels(path, usual)
     if task.model is not None:
         from difftool.forward.reverse import ModelSpace, condition
 
         space = ModelSpace(task.model, image, values["size"])
         facts = {"model": task.model.name, "model_hash": task.model.hash}
-        if values["reverse"]:
+        if values["reverse"] or values["likelihood"]:
             prompt, label = values["prompt"], values["label"]
             cond = condition(task.model, space.size, prompt, label)
             given = f'"{prompt}"' if prompt else label or ""
+            facts |= {"prompt": prompt, "label": label}
+            if values["likelihood"]:
+                steps = values["steps"] or EVALUATIONS
+                with progress("measuring", space.measured(cond, steps, seed).evaluations) as bar:
+                    found = space.likelihood(cond, steps, seed, bar.update)
+                figure = figures.likelihood_figure(space, found, seed, given)
+                return figure, facts | {"likelihood": found.facts()}
             with progress("predicting", len(levels)) as bar:
-                figure = figures.reverse_figure(space, levels, seed, cond, given, bar.update)
-            return figure, facts | {"prompt": prompt, "label": label}
+                return figures.reverse_figure(space, levels, seed, cond, given, bar.update), facts
     else:
         space = PixelSpace(image, values["size"])
     if values["markov"]:

@@ -27,6 +27,9 @@ LEAST_PLOT = 11
 
 def labels(strip: Strip, index: int) -> tuple[str, str]:
     """What is written under a frame, on the left and on the right."""
+    if strip.spent:
+        spent = strip.spent[index]
+        return f"{spent['bits']:.4f}", f"± {spent['bits_error']:.4f}"
     if strip.errors:
         error = strip.errors[index]
         return f"RMSE {error:.3f}", f"PSNR {typeset(psnr(error))} dB"
@@ -164,10 +167,11 @@ def _cell(
     """Draw a frame of a strip, its labels, and its signal as a bar; where the frame is."""
     left = x + (m.cell - m.width) // 2
     canvas.frame(left, y, strip.frames[index], (m.width, m.height))
-    if not strip.errors:
+    plain = not (strip.errors or strip.spent)
+    if plain:
         share = signal_share(strip.levels[index])
         canvas.bar(x, y + m.height + 0.5 * m.unit, m.cell, share, color)
-    under = y + m.height + (1.35 if strip.errors else 1.85) * m.unit
+    under = y + m.height + (1.85 if plain else 1.35) * m.unit
     first, last = labels(strip, index)
     canvas.write(x, under, first, 1.0)
     canvas.write(x + m.cell, under, last, 1.0, MUTED, align="right")

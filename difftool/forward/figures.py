@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageColor
 
 from difftool.diffusion.path import Level, Path
 from difftool.errors import UsageError
@@ -21,9 +23,11 @@ from difftool.forward.process import (
     unit,
     walk,
 )
+from difftool.images.theme import INK, PAPER, RED
 
 if TYPE_CHECKING:
     from difftool.diffusion.denoiser import Cond
+    from difftool.diffusion.likelihood import Likelihood
     from difftool.forward.levels import LevelRow
     from difftool.forward.reverse import ModelSpace
 
@@ -42,10 +46,13 @@ class Strip(NamedTuple):
     frames: Sequence[Pixels] = ()
     errors: Sequence[float] = ()
     """Of predictions: RMSE to the picture."""
+    spent: Sequence[LevelRow] = ()
+    """Of a likelihood: "bits" per dimension at each level, and what else is known of them."""
 
     def rows(self) -> list[LevelRow]:
         """Its levels as a table."""
-        return rows(self.levels, self.errors)
+        table = rows(self.levels, self.errors)
+        return [a | b for a, b in zip(table, self.spent, strict=True)] if self.spent else table
 
 
 class PictureAndNoise(NamedTuple):
@@ -164,6 +171,46 @@ def reverse_figure(
     about = f"{model.denoiser.target}-prediction, {describe(path)}"
     about += f" · {brief(condition)}" if condition else ""
     return Figure(brief(model.name), about, strips, caption, whole=_whole(path))
+
+
+def likelihood_figure(
+    space: ModelSpace, found: Likelihood, seed: int, condition: str = ""
+) -> Figure:
+    """x_t in the middle of each interval of log SNR, and below it where in the picture its bits go,
+    the darker the more, each on a scale of its own."""
+    check_size(space.size, 2 * len(found.maps))
+    model, path = space.model, space.model.denoiser.path
+    ends = list(pairwise(found.edges))[::-1]  # from clean to noisy, as all strips
+    levels = [path.at_half_log_snr((low + high) / 4) for low, high in ends]
+    x_ts = list(marginals(space.x0, levels, seed))
+    nearest, maps = Image.Resampling.NEAREST, found.maps.numpy()[::-1]
+    shares = [each / (np.quantile(each, 0.995) or 1) for each in maps]
+    shares = [
+        Image.fromarray(each.astype(np.float32)).resize(space.size, nearest) for each in shares
+    ]
+    bound, flow = found.bound, found.flow
+    bits = zip(bound.levels, bound.errors, flow.levels, flow.errors, strict=True)
+    names = ("bits", "bits_error", "flow_bits", "flow_bits_error")
+    spent = [
+        {"log_snr_low": low, "log_snr_high": high} | dict(zip(names, values, strict=True))
+        for (low, high), values in zip(ends, [*bits][::-1], strict=True)
+    ]
+    note = "where in the picture they go, the darker the more; below it bits/dim"
+    strips = [
+        Strip("𝑥ₜ", "in the middle of each interval", levels, _frames(space, x_ts, levels)),
+        Strip("bits", note, levels, [_tinted(np.asarray(share)) for share in shares], spent=spent),
+    ]
+    caption = f"{bound} bits/dim by the variational bound, {flow} by the ODE · seed {seed}"
+    about = f"{model.denoiser.target}-prediction, {describe(path)}"
+    about += f" · {brief(condition)}" if condition else ""
+    return Figure(brief(model.name), about, strips, caption, whole=_whole(path))
+
+
+def _tinted(share: Signal) -> Pixels:
+    """Shares [H,W] of what is darkest, as colours: the page's own, red, ink."""
+    colours = [ImageColor.getrgb(colour) for colour in (PAPER, RED, INK)]
+    channels = [np.interp(share, (0, 0.5, 1), channel) for channel in zip(*colours, strict=True)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def page_figure(

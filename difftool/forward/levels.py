@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from difftool.diffusion.path import Edm, Flow, Level, Path
@@ -101,6 +101,47 @@ def table(levels: Iterable[Level], bars: bool = False) -> list[str]:
 def _bar(share: float, width: int = 24) -> str:
     full, eighths = divmod(round(share * width * 8), 8)
     return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()
+
+
+TOLD = {
+    "pixels": "bits a dimension, of {} values of 256, dequantised by noise at log SNR {:.2f}",
+    "latents": "bits a dimension of {} latents, as a density at log SNR {:.2f}: below 0 it may be, "
+    "and comparable where autoencoder and level are the same",
+}
+"""What a likelihood is of."""
+
+
+def likelihood_table(
+    rows: Iterable[LevelRow], facts: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Lines of a readable table of where bits go, from `rows` of levels, clean to noisy: log SNR,
+    by the bound, by the ODE."""
+    bound, flow = facts["bound"], facts["flow"]
+    lines = [("log SNR", "variational bound", "probability-flow ODE")]
+    if facts["of"] == "pixels":
+        lines.append(("pixels of z", f"{bound['data']:.4f}", "the same"))
+    else:
+        lines.append(("noise of z", typeset(bound["data"], 4), "the same"))
+    for row in rows:
+        ends = f"{typeset(row['log_snr_low'])} to {typeset(row['log_snr_high'])}"
+        lines.append((ends, _bits(row, ""), _bits(row, "flow_")))
+    lines.append(("beyond", typeset(bound["prior"], 4), typeset(flow["prior"], 4)))
+    by_bound, by_flow = (f"{typeset(e['bits'], 3)} ± {e['error']:.3f}" for e in (bound, flow))
+    lines.append(("in all", by_bound, by_flow))
+    return lines
+
+
+def likelihood_words(facts: Mapping[str, Any]) -> list[str]:
+    """What the numbers are of, and how far the two agree."""
+    apart, error = facts["difference"], facts["difference_error"]
+    words = f"bound less ODE: {typeset(apart, 3)} ± {error:.3f}"
+    if abs(apart) > 2 * error:
+        words += ", more than by chance: the network's noise is not quite that of a density"
+    return [TOLD[facts["of"]].format(facts["dimensions"], facts["log_snr"]), words]
+
+
+def _bits(row: LevelRow, which: str) -> str:
+    return f"{typeset(row[f'{which}bits'], 4)} ± {row[f'{which}bits_error']:.4f}"
 
 
 # --- in words --------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def _paths(given: Any) -> tuple[str, ...]:
     return names
 
 
-OF_REVERSE = "is what --reverse asks the model with"
+OF_REVERSE = "is what --reverse and --likelihood ask the model with"
 # fmt: off
 OPTIONS = (
     Option(name="seed", type=int, within=NOT_NEGATIVE, panel=PICTURE, default="0",
@@ -46,8 +46,8 @@ OPTIONS = (
     replace(SET, metavar="KEY=VALUE", panel=LEVELS, complete=lambda: assignments("path."),
             help="An option of the path; repeatable"),
     Option(name="steps", type=int, within=Within(low=1, high=100_000), panel=LEVELS,
-           default="8, 40 of a moving picture; 20",
-           help="Levels shown, or steps of the sampler"),
+           default="8, 40 of a moving picture; 20; 128",
+           help="Levels shown, steps of the sampler, or evaluations of --likelihood"),
     Option(name="schedule", panel=LEVELS, read=GRIDS.resolve, choices=lambda: GRIDS,
            help="The levels a sampler visits"),
     Option(name="markov", type=bool, panel=LEVELS,
@@ -58,9 +58,12 @@ OPTIONS = (
            help="Noise where the model works, decoded at each level"),
     Option(name="reverse", type=bool, panel=MODEL, excludes=("path", "set", "markov"),
            help="And back: the model's x0 at each level, with its error"),
-    Option(name="prompt", panel=MODEL, needs=("reverse",), why=OF_REVERSE, blank=True,
-           help="What --reverse tells the model is there"),
-    Option(name="label", panel=MODEL, needs=("reverse",), why=OF_REVERSE,
+    Option(name="likelihood", type=bool, panel=MODEL,
+           excludes=("path", "set", "markov", "schedule", "latent", "reverse"),
+           help="Bits per dimension under the model, and at which levels they go where"),
+    Option(name="prompt", panel=MODEL, needs=("reverse", "likelihood"), why=OF_REVERSE, blank=True,
+           help="What the model is told is there"),
+    Option(name="label", panel=MODEL, needs=("reverse", "likelihood"), why=OF_REVERSE,
            help="The same by class, its name or index"),
     DEVICE,
     DTYPE,
@@ -71,10 +74,10 @@ FIGURES = (
     Option(name="images", argument=True, many=True, type=Path, file="picture", metavar="IMAGE",
            panel=PICTURE, help="Pictures; a file of each"),
     Option(name="compare", metavar="A,B,...", panel=LEVELS, read=_paths,
-           excludes=("path", "set", "markov", "model", "latent", "reverse"),
+           excludes=("path", "set", "markov", "model", "latent", "reverse", "likelihood"),
            help="A row a path, SNR curves beside them"),
     Option(name="curve", type=bool, panel=LEVELS,
-           excludes=("images", "markov", "latent", "reverse", "size", "seed"),
+           excludes=("images", "markov", "latent", "reverse", "likelihood", "size", "seed"),
            help="No picture: alpha, sigma, log-SNR; table, .csv, .png or .html"),
     Option(name="output", flags=("--output", "-o"), panel=OUTPUT, default="IMAGE-noise.png",
            help="A file, of the kind that its ending says, or a folder"),

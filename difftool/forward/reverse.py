@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from difftool.diffusion.denoiser import Cond
+from difftool.diffusion.likelihood import Done, Likelihood, Measured, likelihood
 from difftool.diffusion.path import Level
 from difftool.errors import ResourceError, UsageError
 from difftool.forward.process import Pixels, Signal
@@ -56,6 +58,28 @@ class ModelSpace:
                 why = f"at t = {level.t:g}"
                 raise ResourceError("the model's prediction is not finite", why, "try --dtype fp32")
             yield _array(x0)
+
+    def likelihood(self, cond: Cond, steps: int, seed: int, done: Done) -> Likelihood:
+        """Of the picture, in about so many `steps`; `done` is called with calls of the network.
+
+        ResourceError if it is not finite.
+        """
+        found = likelihood(self.measured(cond, steps, seed), done)
+        if not math.isfinite(found.bound.total + found.flow.total):
+            what = "the likelihood under the model is not finite"
+            raise ResourceError(what, hint="try --dtype fp32")
+        return found
+
+    def measured(self, cond: Cond, steps: int, seed: int) -> Measured:
+        """The picture as its likelihood is measured."""
+        return Measured(
+            denoiser=self.model.denoiser,
+            x0=self._tensor(self.x0),
+            cond=cond,
+            discrete=not self.model.codec.learned,
+            steps=steps,
+            seed=seed,
+        )
 
     def _decode(self, x: Signal) -> Tensor:
         return decode(self.model, self._tensor(x))

@@ -135,6 +135,14 @@ def _validation(metrics: Metrics) -> tuple[str, str]:
     return f"{metrics.compared}, held out", f"{value:.4f}"
 
 
+def _bits(metrics: Metrics) -> tuple[str, str]:
+    bits = metrics.of("bits")[-1]["bits"]
+    return (
+        f"bits a dimension of {bits['of']}, held out",
+        f"{bits['mean']:.3f} ± {bits['error']:.3f}",
+    )
+
+
 def _overfitting(metrics: Metrics, steps: int) -> str | None:
     held = [line["validation"][metrics.compared] for line in metrics.validation]
     if not overfits(held, metrics.training_at_validation()):
@@ -192,6 +200,12 @@ METRICS = (
         'loss, its terms and "levels" of held-out pictures, with the averaged weights',
         _validation,
         _overfitting,
+    ),
+    Metric(
+        "bits",
+        '"mean" of bits per dimension of held-out pictures by the variational bound, its standard '
+        '"error", "of" pixels or of latents, whose bits are a density\'s',
+        _bits,
     ),
     Metric(
         "colours",

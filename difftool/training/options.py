@@ -46,6 +46,8 @@ class RunOptions:
     """The same for each part, and how much it is, as it was planned."""
     sample_prompt: Sequence[str] = ()
     """Of the samples, in place of captions of the data."""
+    likelihood: bool = False
+    """Whether bits per dimension of held-out pictures are measured too."""
     data: str = ""
     """For the report: what the user calls the data."""
     choices: Sequence[tuple[str, Any, str]] = ()
@@ -143,6 +145,7 @@ OPTIONS = (
          within=Within(low=0), default="growing, about 5 % of the time"),
     _row("sample_prompt", FOLDER, "Prompt of the sample sheets; repeatable", many=True,
          blank=True, default="captions of the data"),
+    _row("likelihood", FOLDER, "Measure bits per dimension of held-out pictures too", type=bool),
     _row("max_shard_size", FOLDER, "Split a larger model: 500MB", metavar="SIZE",
          read=parse_size, default=MAX_SHARD_SIZE),
     DEVICE, SET, OFFLINE,

@@ -64,9 +64,12 @@ class Previews:
         *,
         prompts: Sequence[str] = (),
         cache: Path,
+        likelihood: bool = False,
     ):
         """held: pictures that are never trained on. prompts: of the samples, in place of captions
-        of the data. cache: a folder for the latents of held-out pictures."""
+        of the data. cache: a folder for the latents of held-out pictures. likelihood: whether bits
+        of them are measured."""
+        self.likelihood = likelihood
         self.trainer, self.model, self.prompts = trainer, trainer.model, list(prompts)
         self.pictures = 0 if trainer.part == "clip" else evaluation.pictures
         enough = held and len(held) >= max(self.pictures, 1)
@@ -82,6 +85,8 @@ class Previews:
         with self.averaged():
             if self.validation:
                 measures.append({"validation": self.validation.measure(progress)})
+                if self.likelihood and (bits := self.validation.bits(progress)):
+                    measures.append({"bits": bits})
             if not self.pictures:
                 return None, measures
             shown = self.reconstructions() if part == "vae" else self.samples(progress=progress)

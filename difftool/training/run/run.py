@@ -90,7 +90,12 @@ class Run:
         self.evaluation = options.evaluations.get(part) or Evaluation(options.sample_every)
         cache = folder.path / runs.CACHE
         self.previews = Previews(
-            self.trainer, self.held, self.evaluation, prompts=options.sample_prompt, cache=cache
+            self.trainer,
+            self.held,
+            self.evaluation,
+            prompts=options.sample_prompt,
+            cache=cache,
+            likelihood=options.likelihood,
         )
         self.saves = Saves(self.trainer, folder.path, options, self.notes)
         if resume is not None:

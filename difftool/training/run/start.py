@@ -171,6 +171,7 @@ def prepare(
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
     preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
+    _check_likelihood(bool(values["likelihood"]), dataset, preset)
     changes = changes_of(stages, preset, allowed=bool(values["allow_change"]))
     rehearse(preset, dataset, tokenizer, {part: opened(path) for part, path in adopt.items()})
     return Training(
@@ -207,6 +208,20 @@ def _fitted(
     if fitted:
         preset, tokenizer, layers = planned.complete(device.type, tokenizer, fitted)
     return preset, tokenizer, layers, costs
+
+
+def _check_likelihood(wanted: bool, dataset: Dataset, preset: Preset) -> None:
+    """UsageError unless there are pictures by which a likelihood, if it is wanted, is measured, and
+    a part that has one."""
+    from difftool.training.run.validation import count_held_out
+
+    if not wanted:
+        return
+    if "unet" not in preset.parts:
+        raise UsageError("--likelihood is the U-Net's", f"--part {preset.parts[0]} has none")
+    if not count_held_out(dataset, preset.train.validation):
+        what, why = "--likelihood has nothing to measure", "no pictures are held out"
+        raise UsageError(what, why, "add --validation 0.05, or more pictures")
 
 
 def _ema_layer(wanted: bool, preset: str | None, recipe: str) -> Layer:
@@ -275,7 +290,12 @@ class Training:
 
         cached = is_cached(self.preset, len(self.dataset))
         costs = self.costs.parts.items()
-        return {part: work_of(self.preset, part, cost, cached=cached) for part, cost in costs}
+        made: dict[Part, Work] = {
+            part: work_of(self.preset, part, cost, cached=cached) for part, cost in costs
+        }
+        if self.values["likelihood"] and "unet" in made:  # which takes two evaluations a sample
+            made["unet"] = made["unet"]._replace(sample=3 * made["unet"].sample)
+        return made
 
     @cached_property
     def seconds(self) -> tuple[float, float]:

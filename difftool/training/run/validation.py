@@ -6,6 +6,7 @@ of two steps differ by the weights alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from difftool.data import Dataset, Subset
+from difftool.diffusion.likelihood import mean_bits
 from difftool.progress import Progress, silent
 from difftool.training.step import rng
 from difftool.training.step.cache import Latents
@@ -81,6 +83,22 @@ class Validation:
         report = record.report()
         levels = {"levels": report["levels"]} if report["levels"] else {}
         return {"loss": report["loss"], **report["terms"], **levels}
+
+    def bits(self, progress: Progress = silent) -> dict[str, Any] | None:
+        """Bits per dimension of as many, after `measure`; None where the part has none."""
+        model, size, found = self.trainer.model, self.trainer.config.batch_size, []
+        assert size
+        with progress("measuring the likelihood", self.samples) as shown:
+            for first in range(0, self.samples, size):
+                batch = self.batches.draw(first, size, pictures=self.latents is None)
+                if (some := self.trainer.objective.bits(batch, self.latents)) is None:
+                    return None
+                found.append(some)
+                shown.update(min(first + size, self.samples))
+        mean, error = mean_bits(found)
+        if not math.isfinite(mean + error):
+            return None  # of too few pictures for any level to be known
+        return {"mean": mean, "error": error, "of": "latents" if model.codec.learned else "pixels"}
 
 
 # --- colours ---------------------------------------------------------------------------------

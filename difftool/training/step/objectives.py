@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
 from difftool.data import Dataset
+from difftool.diffusion.denoiser import Cond
+from difftool.diffusion.likelihood import INTERVALS, Sampled, sample_bits
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
 from difftool.diffusion.path import Path
 from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
@@ -91,6 +93,10 @@ class Objective(ABC):
         latents: a function of the weights and its slots, so that those of two steps can be
         compared."""
         return self.losses(batch, -1)  # before any discriminator has a say
+
+    def bits(self, batch: Batch, latents: Latents | None = None) -> Sampled | None:
+        """Of the likelihood of a batch that is not learned from; None where there is none."""
+        return None
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("part")
@@ -173,18 +179,35 @@ class DenoisingObjective(Objective):
         self, batch: Batch, u: Tensor, stream: Stream, latents: Latents | None
     ) -> LossOutput:
         """The losses at those quantiles [B] of the training times, with noise of that stream."""
-        model, slots = self.model, batch.slots
+        model = self.model
         x0 = self._x0(batch, latents)
-        times = self.times(u)
-        eps = rng.normal(self.seed, stream, 0, slots, tuple(x0.shape[1:]))
-        size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
-        encode = self.embeddings or partial(encode_prompts, model)
-        cond = build_cond(model, encode(batch.captions), batch.labels, size)
+        times, cond = self.times(u), self._cond(batch, x0)
+        eps = rng.normal(self.seed, stream, 0, batch.slots, tuple(x0.shape[1:]))
         losses, level = training_loss(
             model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, loss=self.loss
         )
         ratio = cast(Tensor, level.alpha / level.sigma)
         return LossOutput(losses, {}, 2 * ratio.log().flatten())
+
+    @torch.no_grad()
+    def bits(self, batch: Batch, latents: Latents | None = None) -> Sampled:
+        x0, slots = self._x0(batch, latents), batch.slots
+        return sample_bits(
+            self.model.denoiser,
+            x0,
+            self._cond(batch, x0),
+            u=rng.spread(slots),
+            eps=rng.normal(self.seed, Stream.LIKELIHOOD, 0, slots, tuple(x0.shape[1:])),
+            edge=1 + slots % INTERVALS,
+            discrete=not self.model.codec.learned,
+        )
+
+    def _cond(self, batch: Batch, x0: Tensor) -> Cond:
+        """What conditions the network."""
+        model = self.model
+        size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
+        encode = self.embeddings or partial(encode_prompts, model)
+        return build_cond(model, encode(batch.captions), batch.labels, size)
 
     def _x0(self, batch: Batch, latents: Latents | None) -> Tensor:
         model = self.model

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     NOISE = 6
     LATENT = 7
     VALIDATION = 8
+    LIKELIHOOD = 9
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
