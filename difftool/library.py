@@ -46,7 +46,7 @@ def load(
 
         model = difftool.load("emoji")
 
-    options: the other flags of `difftool sample` that are about the model: preset, refiner,
+    options: the other flags of `difftool sample` that are about the model: preset, prior, refiner,
     refiner_start, match, allow_unused, low_memory. UsageError if nothing is there or a value is
     wrong, InputError if the model is malformed or not supported.
     """

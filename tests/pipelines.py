@@ -177,6 +177,8 @@ def _build(family: str, folder: Path) -> Any:
             return kind(unet=unet(8, in_channels=8), **sd1)
         case "unclip":
             return _unclip(sd2)
+        case "unclip-text":
+            return _unclip_text(sd2, plain)
     raise ValueError(family)
 
 
@@ -216,29 +218,77 @@ def build_whole(family: str, folder: Path) -> Any:
 
 
 def _unclip(sd2: dict[str, Any]) -> Any:
-    stable = "diffusers.pipelines.stable_diffusion"
-    normal: Any = import_module(f"{stable}.stable_unclip_image_normalizer")
     vision = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             image_size=32, patch_size=8, projection_dim=20, hidden_act="gelu",
         )
     )  # fmt: skip
-    normalizer = normal.StableUnCLIPImageNormalizer(20)
-    normalizer.mean.data = torch.linspace(-1, 1, 20)[None]
-    normalizer.std.data = torch.linspace(0.5, 1.5, 20)[None]
-    net = unet(4, **SD2, class_embed_type="projection", projection_class_embeddings_input_dim=40)
-    told = SD_SCHEDULER | V
     return diffusers.StableUnCLIPImg2ImgPipeline(
         feature_extractor=transformers.CLIPImageProcessor(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         ),
         image_encoder=scaled(vision, 11),
-        image_normalizer=normalizer,
-        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        tokenizer=sd2["tokenizer"], text_encoder=sd2["text_encoder"], unet=net, vae=sd2["vae"],
-        scheduler=diffusers.DDIMScheduler(**_of(diffusers.DDIMScheduler, told)),
+        **_told_pictures(sd2),
+    )
+
+
+def _told_pictures(sd2: dict[str, Any]) -> dict[str, Any]:
+    """What both of the unCLIP pipelines have, told embeddings that are 20 wide."""
+    stable = "diffusers.pipelines.stable_diffusion"
+    normal: Any = import_module(f"{stable}.stable_unclip_image_normalizer")
+    normalizer = normal.StableUnCLIPImageNormalizer(20)
+    normalizer.mean.data = torch.linspace(-1, 1, 20)[None]
+    normalizer.std.data = torch.linspace(0.5, 1.5, 20)[None]
+    net = unet(4, **SD2, class_embed_type="projection", projection_class_embeddings_input_dim=40)
+    told = SD_SCHEDULER | V
+    return {
+        "image_normalizer": normalizer,
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        "tokenizer": sd2["tokenizer"], "text_encoder": sd2["text_encoder"], "unet": net,
+        "vae": sd2["vae"],
+        "scheduler": diffusers.DDIMScheduler(**_of(diffusers.DDIMScheduler, told)),
+    }  # fmt: skip
+
+
+PRIOR_SCHEDULER: dict[str, Any] = {
+    "variance_type": "fixed_small_log", "clip_sample": True, "clip_sample_range": 5.0,
+    "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2",
+}  # fmt: skip
+"""karlo's."""
+
+
+def prior_parts(words: Any, width: int = 20) -> dict[str, Any]:
+    """A prior with its text encoder, whose pooled text has another width than its tokens."""
+    net = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=width,
+        embedding_proj_dim=12,
     )  # fmt: skip
+    scaled(net, 21)
+    net.clip_mean.data = torch.linspace(-0.5, 0.5, width)[None]
+    net.clip_std.data = torch.linspace(0.4, 0.8, width)[None]
+    net.positional_embedding.data *= 3
+    return {
+        "prior_tokenizer": words,
+        "prior_text_encoder": text(22, width, 2, "quick_gelu", 12, head=4),
+        "prior": net,
+        "prior_scheduler": diffusers.UnCLIPScheduler(**PRIOR_SCHEDULER),
+    }
+
+
+def _unclip_text(sd2: dict[str, Any], words: Any) -> Any:
+    parts = prior_parts(words)
+    parts["prior_scheduler"] = diffusers.DDPMScheduler(**PRIOR_SCHEDULER)
+    return diffusers.StableUnCLIPPipeline(**parts, **_told_pictures(sd2))
+
+
+def karlo(folder: Path, width: int = 20) -> dict[str, Any]:
+    """What a folder of UnCLIPPipeline has of a prior, written there; and the parts."""
+    parts = prior_parts(tokenizer(folder / "tokenizer", None), width)
+    for name in ("prior", "prior_scheduler"):
+        parts[name].save_pretrained(folder / name)
+    parts["prior_text_encoder"].save_pretrained(folder / "text_encoder")
+    return parts
 
 
 def _of(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:

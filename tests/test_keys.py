@@ -32,7 +32,7 @@ def test_values_are_those_of_registries_and_of_the_configuration():
     assert found["sample.schedule"].values == tuple(GRIDS) == values_of("sample.schedule")
     assert found["path.kind"].values == tuple(PATHS)
     assert found["train.decay"].values == ("none", "linear", "cosine") == values_of("train.decay")
-    assert found["codec.kind"].values == ("identity", "space_to_depth", "vae")
+    assert found["codec.kind"].values == ("identity", "space_to_depth", "vae", "embedding")
     assert values_of("train.lr") == values_of("train.nonsense") == ()
 
 

@@ -39,7 +39,7 @@ def picture(
 ) -> Sample:
     """A picture of a model of that name."""
     made_by = SimpleNamespace(name=model, hash="0123456789", preset=PRESET, loras=(), concat="none")
-    plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None)
+    plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None, prior=None)
     request = Request(prompt=prompt, negative=negative, label=label)
     return Sample(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)
 

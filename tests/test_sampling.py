@@ -49,7 +49,7 @@ class FakeModel:
     """Pictures of one colour, the seed's; remembers the batches that it was asked for."""
 
     name, hash, preset, null_label = "fake", "0123456789", PRESET, None
-    concat, vision, words, loras = "none", None, (), ()
+    concat, vision, prior, words, loras = "none", None, None, (), ()
     device, dtype = torch.device("cpu"), torch.float32
     codec = SimpleNamespace(channels=3, factor=2)
     denoiser = SimpleNamespace(path=build_path(PRESET.path))

@@ -244,6 +244,7 @@ FAMILIES = {
             ldm_blocks=True,
         ),
         Family(id="unet", fits=lambda unet: True, latent=False),
+        Family(id="unclip-prior", network="prior", fits=lambda prior: True, latent=False),
         Family(id=OWN, fine_tune_share=0.1, lora_lr=1e-3),
     )
 }

@@ -181,7 +181,72 @@ class UNetConfig:
         return given
 
 
-NETWORK_KINDS = Kinds("network", unet=UNetConfig)
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """DALL-E 2's prior (2204.06125, section 2.2): a transformer from a text to the embedding of a
+    picture of it. ValueError if the values do not fit together.
+    """
+
+    kind: Literal["prior"] = "prior"
+    """What denoises: a U-Net, of pictures, or a prior, of pictures' embeddings."""
+    in_channels: Annotated[int, WIDTH]
+    """Width of a picture's embedding."""
+    context_dim: Annotated[int, WIDTH]
+    """Width of the text's tokens."""
+    vector_dim: Annotated[int, WIDTH]
+    """Width of the pooled text."""
+    length: Annotated[int, Within(low=2, high=1 << 20)] = 77
+    """Tokens of the text."""
+    width: Annotated[int, WIDTH] = 2048
+    """Width of its tokens within."""
+    heads: Annotated[int, WIDTH] = 32
+    """Attention heads of a layer."""
+    layers: Annotated[int, DEPTH] = 20
+    """Transformer layers."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
+
+    @property
+    def num_classes(self) -> None:
+        """It is told no label."""
+
+    @property
+    def guidance_dim(self) -> None:
+        """Nor a guidance scale."""
+
+    @property
+    def vector_name(self) -> str:
+        """Its vector is the pooled text, as SDXL's is."""
+        return "add_embedding"
+
+    @property
+    def masks_context(self) -> bool:
+        """It is told how many tokens the text has."""
+        return True
+
+    @property
+    def dropout(self) -> float:
+        """It leaves nothing out."""
+        return 0.0
+
+    @property
+    def patch(self) -> int:
+        """An embedding has sides of 1."""
+        return 1
+
+    @property
+    def multiple(self) -> int:
+        """As `patch`."""
+        return 1
+
+    def kept(self, height: int, width: int) -> int:
+        """The tokens of a layer's feed-forward network, which is four times as wide."""
+        return height * width * 5 * self.width * (self.length + 4)
+
+
+NETWORK_KINDS = Kinds("network", unet=UNetConfig, prior=PriorConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,11 +362,6 @@ class VaeConfig:
             raise ValueError("a scale or deviation is zero")
 
 
-CODEC_KINDS = Kinds(
-    "codec", identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig
-)
-
-
 LEARNED_MARKS = ("<pad>", "<start>", "<end>")
 """The first tokens of every learned vocabulary."""
 
@@ -360,6 +420,8 @@ ENCODER_KINDS = Kinds("text encoder", clip=TextConfig)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the pictures that CLIP was trained on, by channel, in [0, 1]."""
+CLIP_SIDE = 224
+"""Of the pictures of CLIP's published encoders, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,9 +429,13 @@ class VisionConfig:
     """A CLIP picture encoder (SD2 unCLIP's ViT-L or ViT-H)."""
 
     width: Annotated[int, WIDTH]
+    """Width of its hidden states."""
     layers: Annotated[int, DEPTH]
+    """Transformer layers."""
     heads: Annotated[int, WIDTH]
+    """Attention heads of a layer."""
     mlp: Annotated[int, WIDTH]
+    """Width inside a feed-forward network."""
     size: Annotated[int, SIDE]
     """Side of its pictures in pixels."""
     patch: Annotated[int, SIDE]
@@ -377,9 +443,52 @@ class VisionConfig:
     projection: Annotated[int, WIDTH]
     """Width of a picture's embedding."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of the feed-forward networks: OpenAI's approximation, or GELU itself."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.layers, self.heads, self.patch) < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
         if self.size < 1 or self.size % self.patch:
             raise ValueError(f"side {self.size} is not a multiple of the patches' {self.patch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """x0 [B,width,1,1] is what CLIP's picture encoder says of a picture: the codec of a prior."""
+
+    kind: Literal["embedding"] = "embedding"
+    width: Annotated[int, WIDTH]
+    """Width of a picture's embedding."""
+    encoder: VisionConfig | None = None
+    """The picture encoder, which is no part of the model; None = it is not known."""
+
+    def __post_init__(self) -> None:
+        if self.encoder is not None and self.encoder.projection != self.width:
+            width = self.encoder.projection
+            raise ValueError(f"the picture encoder's embeddings are {width} wide, not {self.width}")
+
+    @property
+    def channels(self) -> int:
+        """Channels of pictures."""
+        return 3
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of x0."""
+        return self.width
+
+    @property
+    def factor(self) -> int:
+        """The side of the encoder's pictures, of which each is one x0."""
+        return CLIP_SIDE if self.encoder is None else self.encoder.size
+
+    @property
+    def learned(self) -> bool:
+        """The model has no weights of it."""
+        return False
+
+
+CODEC_KINDS = Kinds(
+    "codec", identity=IdentityConfig, space_to_depth=SpaceToDepthConfig, vae=VaeConfig,
+    embedding=EmbeddingConfig,
+)  # fmt: skip

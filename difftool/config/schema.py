@@ -67,6 +67,10 @@ class SampleConfig:
     """How closely an edited picture is followed (InstructPix2Pix); 1 = off."""
     noise_level: Annotated[int, Within(low=0, high=999)] = 0
     """How much noise a picture's embedding gets before it is varied (unCLIP); 0 to 999."""
+    prior_steps: Annotated[int | None, Within(low=1, high=100_000)] = None
+    """Steps of the prior, which says what picture is varied (unCLIP); None = its own."""
+    prior_guidance: Annotated[float | None, NOT_NEGATIVE] = None
+    """Guidance scale of the prior; None = its own."""
     clip_skip: int | None = None
     """The hidden state of the text encoders that is told, counted from the end as A1111 does: 1 =
     the last one; None = the model's own."""

@@ -25,6 +25,8 @@ class Cond(NamedTuple):
     """[B] int, the class."""
     guidance: Tensor | None = None
     """[B], the guidance scale of a guidance-distilled network."""
+    length: Tensor | None = None
+    """[B] int, how many tokens of the context are read, where the network asks for that."""
 
 
 UNCONDITIONAL = Cond()
@@ -56,6 +58,7 @@ class Denoiser(nn.Module):
         x = (x_t.float() * self.path.input_scale(sigma)).to(dtype)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(dtype)], dim=1)
+        more = {} if cond.length is None else {"length": cond.length}
         output = self.network(
             x,
             self.path.network_time(_times(level.t, x_t)),
@@ -63,6 +66,7 @@ class Denoiser(nn.Module):
             vector=None if cond.vector is None else cond.vector.to(dtype),
             label=cond.label,
             guidance=cond.guidance,
+            **more,
         )
         return split_variance(output.float(), x_t.shape[1])[0]
 

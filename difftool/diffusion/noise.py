@@ -40,6 +40,12 @@ class ImageNoise:
 
     start = draw
 
+    def shaped(self, shape: Sequence[int]) -> ImageNoise:
+        """The same generators, which go on, for draws of another shape."""
+        other = ImageNoise((), shape, self.device)
+        other.generators = self.generators
+        return other
+
     def __call__(self, here: Level, there: Level) -> Tensor:
         """Independent noise for a step."""
         return self.draw()

@@ -33,26 +33,36 @@ DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 
 
 
 class Vision(NamedTuple):
-    """The encoder, and the noise path of its embeddings."""
+    """How a model is told of pictures by their embeddings."""
 
-    config: VisionConfig
+    config: VisionConfig | None
+    """Of the encoder; None where a prior takes its place."""
     path: Path
+    """Of the embeddings' noise."""
 
 
 def read_vision(configs: Mapping[str, Any]) -> Vision | None:
-    """What the configuration files of a diffusers folder say of it; None if there is none.
+    """What the configuration files of a diffusers folder say of it; None if they say nothing.
 
-    InputError if it is of another kind.
+    InputError if the encoder is of another kind.
     """
-    if ENCODER not in configs or NOISING not in configs:
+    if NOISING not in configs:
+        return None
+    encoder = read_encoder(configs)
+    return Vision(encoder, build_path(read_scheduler(configs[NOISING], NOISING).path))
+
+
+def read_encoder(configs: Mapping[str, Any]) -> VisionConfig | None:
+    """The picture encoder among the configuration files; None if there is none, InputError if it
+    is of another kind."""
+    if ENCODER not in configs:
         return None
     given = DEFAULTS | configs[ENCODER]
     values = {ours: given[theirs] for theirs, ours in FIELDS.items()}
     activation = given.get("hidden_act", "quick_gelu")
     if not all(type(v) is int for v in values.values()) or activation not in ("quick_gelu", "gelu"):
         raise InputError(f"{ENCODER} is not a picture encoder of CLIP's kind")
-    config = build(VisionConfig, ENCODER, **values, activation=activation)
-    return Vision(config, build_path(read_scheduler(configs[NOISING], NOISING).path))
+    return build(VisionConfig, ENCODER, **values, activation=activation)
 
 
 VISUAL, AUGMENTOR = "embedder.model.visual.", "noise_augmentor.data_"
@@ -100,13 +110,13 @@ def vision_rules_of(shapes: Mapping[str, Shape], configs: Mapping[str, Any]) -> 
     """The table of a picture encoder that a model has, for a single file; empty if it has none, or
     one of another kind."""
     try:
-        found = read_vision({NOISING: _noising(), **configs})
+        found = read_encoder(configs)
     except InputError:
         return []
     if found is None:
         return []
-    rules = [*placed(vision_rules(found.config), VISUAL, ENCODER_PREFIX)]
-    statistics = _statistics(found.config.projection)
+    rules = [*placed(vision_rules(found), VISUAL, ENCODER_PREFIX)]
+    statistics = _statistics(found.projection)
     if any(shapes.get(rule.ours[0]) != rule.shape for rule in rules):
         return []
     there = all(shapes.get(rule.ours[0]) == rule.shape for rule in statistics)

@@ -12,8 +12,9 @@ class Network(nn.Module, ABC):
     """A denoising network F(x, t, conditioning); it knows no noise schedule.
 
     Called with x [B,C,H,W] and t [B], and by name with exactly those of context [B,L,D], vector
-    [B,V], label [B] and guidance [B] that its configuration has; it gives [B,C',H,W]. Its first and
-    last layers are conv_in and conv_out, its tables of labels class_embedding: names by which Muon
+    [B,V], label [B] and guidance [B] that its configuration has, and length [B], the tokens of the
+    context that are read, where that has `masks_context`; it gives [B,C',H,W]. Its first and last
+    layers are conv_in and conv_out, its tables of labels class_embedding: names by which Muon
     leaves them to AdamW.
     """
 

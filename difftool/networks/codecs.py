@@ -29,6 +29,10 @@ class Codec(nn.Module):
         """Its networks with weights, by the prefix of their tensors in a model file."""
         return {}
 
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks that make its latents, whether or not they are parts of the model."""
+        return self.parts()
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B,c,h,w] of the latents of pictures."""
         return images, torch.full_like(images, -torch.inf)

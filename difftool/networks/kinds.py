@@ -12,11 +12,13 @@ from difftool.config.kinds import CodecConfig, EncoderConfig, NetworkConfig
 from difftool.networks.base import Network, TextEncoder
 from difftool.networks.clip import ClipText
 from difftool.networks.codecs import Codec, SpaceToDepth, VaeCodec
+from difftool.networks.prior import EmbeddingCodec, PriorTransformer
 from difftool.networks.unet import UNet
 from difftool.registry import Registry
 
 NETWORKS: Registry[Callable[[Any], Network]] = Registry("network")
 NETWORKS.add("unet", UNet)
+NETWORKS.add("prior", PriorTransformer)
 
 ENCODERS: Registry[Callable[[Any], TextEncoder]] = Registry("text encoder")
 ENCODERS.add("clip", ClipText)
@@ -25,6 +27,7 @@ CODECS: Registry[Callable[[Any], Codec]] = Registry("codec")
 CODECS.add("identity", Codec, "pixel")
 CODECS.add("space_to_depth", SpaceToDepth)
 CODECS.add("vae", VaeCodec)
+CODECS.add("embedding", EmbeddingCodec)
 
 
 def build_network(config: NetworkConfig) -> Network:

@@ -57,6 +57,16 @@ def token_count(model: Model, prompt: str) -> tuple[int, int]:
     return max(((t.count(prompt), c.length - 2) for t, c in pairs), default=(0, 0))
 
 
+def context_lengths(model: Model, prompts: Sequence[str]) -> Tensor | None:
+    """How many tokens of prompts' contexts are theirs, marks included [B]; None for a network that
+    is not told."""
+    if not getattr(model.preset.unet, "masks_context", False):
+        return None
+    (tokenizer,), (config,) = model.tokenizers, model.preset.text
+    counts = [min(tokenizer.count(prompt) + 2, config.length) for prompt in prompts]
+    return torch.tensor(counts, device=model.device)
+
+
 def build_cond(
     model: Model,
     texts: EncodedPrompts,
@@ -66,11 +76,13 @@ def build_cond(
     guidance: float = 1.0,
     aesthetic: float = AESTHETIC,
     vector: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> Cond:
     """What conditions the network for a batch; size (width, height) in pixels.
 
     labels: a class each, None for the one that means "none". guidance: of networks that are told
     their scale. vector [B,V]: the whole conditioning vector, in place of pooled texts and sizes.
+    length [B]: see `context_lengths`.
     UsageError if the model needs a class that is missing.
     """
     unet, count = model.preset.unet, len(labels)
@@ -93,7 +105,7 @@ def build_cond(
         label = torch.tensor(filled, device=model.device)
     if unet.guidance_dim:
         scale = torch.full((count,), guidance - 1.0, device=model.device)
-    return Cond(context=texts.context, vector=vector, label=label, guidance=scale)
+    return Cond(context=texts.context, vector=vector, label=label, guidance=scale, length=length)
 
 
 @dataclass

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
-from difftool.diffusion.guidance import Clip, Denoise, dynamic_threshold, guided, static_threshold
+from difftool.diffusion.guidance import Denoise, guided
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import Level
 from difftool.diffusion.prediction import Prediction
-from difftool.diffusion.samplers import SAMPLERS, Step
+from difftool.diffusion.samplers import Step
 from difftool.errors import UsageError
 from difftool.pipeline.condition import Term, shape_of, terms_of
 from difftool.pipeline.inputs import SampleInput, check_input
 from difftool.pipeline.model import Model
-from difftool.pipeline.settings import SamplePlan
+from difftool.pipeline.prior import imagined
+from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
     shape = (codec.channels, *(side // factor for side in reversed(settings.size)))
     seeds = [each.seed for each in inputs]
     noise = ImageNoise(seeds, shape, device=model.device)
-    vector = _variation(model, inputs, settings, noise)
+    vector = _variation(plan, inputs, noise)
     terms = terms_of(model, inputs, settings, vector, plan.evaluations)
     pictures = _Pictures(plan, inputs, noise)
     x, numbers, evaluations = pictures.x, count(), count()
@@ -87,9 +86,6 @@ def _guided(
 ) -> Denoise:
     """The guided network, whose conditions may change with each of its evaluations."""
     settings = plan.settings
-    follows = settings.rederive_eps
-    if follows is None:
-        follows = SAMPLERS.resolve(settings.sampler) != "ddim"
     weights, unguided = [term.weight for term in terms], [term.unguided for term in terms]
     if pictures.edits and len(terms) == 2:  # the second has the picture without the prompt
         scale, image = settings.guidance, settings.image_guidance
@@ -104,36 +100,36 @@ def _guided(
             plan.model.denoiser,
             list(zip(conds, weights, strict=True)),
             rescale=settings.guidance_rescale,
-            clip=_clip(settings),
+            clip=clip_of(settings),
             interval=settings.guidance_interval,
             unguided=unguided,
-            rederive_eps=follows,
+            rederive_eps=rederives_eps(settings),
         )(x_t, level)
 
     return denoise
 
 
-def _clip(settings: SampleConfig) -> Clip | None:
-    bound = {} if settings.clip_range is None else {"largest": settings.clip_range}
-    return {
-        "none": None,
-        "static": partial(static_threshold, **bound),
-        "dynamic": partial(dynamic_threshold, quantile=settings.clip_quantile, **bound),
-    }[settings.clip]
-
-
-def _variation(
-    model: Model, inputs: Sequence[SampleInput], settings: SampleConfig, noise: ImageNoise
-) -> Tensor | None:
-    """The conditioning vector of pictures to vary; [B,2P]."""
-    if model.vision is None or model.normalizer is None or model.vision_path is None:
+def _variation(plan: SamplePlan, inputs: Sequence[SampleInput], noise: ImageNoise) -> Tensor | None:
+    """The conditioning vector of pictures to vary, given or of a prior's; [B,2P]."""
+    model, number = plan.model, plan.settings.noise_level
+    if model.normalizer is None or model.vision_path is None:
         return None
+    if plan.prior is None:
+        embeddings = _seen(model, inputs)
+    else:
+        embeddings = imagined(plan.prior, [each.prompt for each in inputs], noise)
+    model.load_part("vision")
+    drawn = noise.draw(embeddings.shape[1:])
+    level = model.vision_path.level(number)
+    return model.normalizer(embeddings, drawn, level.alpha, level.sigma, number)
+
+
+def _seen(model: Model, inputs: Sequence[SampleInput]) -> Tensor:
+    """The embeddings of the pictures that are given; [B,P]."""
+    assert model.vision is not None
     model.load_part("vision")
     images = torch.stack([each.image for each in inputs if each.image is not None])
-    embeddings = model.vision(images.to(model.device, model.dtype)).float()
-    drawn = noise.draw(embeddings.shape[1:])
-    level = model.vision_path.level(settings.noise_level)
-    return model.normalizer(embeddings, drawn, level.alpha, level.sigma, settings.noise_level)
+    return model.vision(images.to(model.device, model.dtype)).float()
 
 
 class _Pictures:

@@ -45,10 +45,16 @@ def check_input(model: Model, given: SampleInput) -> None:
         raise UsageError(f"the model {name} edits pictures", hint="give --init, and no --mask")
     if given.mask is not None and given.init is None:
         raise UsageError("--mask has nothing to mask", hint="give --init")
-    if model.vision is not None and given.image is None:
-        raise UsageError(f"the model {name} varies a picture", hint="give --image-prompt")
-    if family(model.preset.family).vision and model.vision is None:
-        raise UsageError(f"the model {name} has no picture encoder that difftool can read")
+    if not family(model.preset.family).vision or model.prior is not None:
+        return
+    if model.vision is None:
+        hint = "--prior MODEL makes it one of text"
+        raise UsageError(
+            f"the model {name} has no picture encoder that difftool can read", hint=hint
+        )
+    if given.image is None:
+        hint = "give --image-prompt, or --prior MODEL to go by the text alone"
+        raise UsageError(f"the model {name} varies a picture", hint=hint)
 
 
 class File(NamedTuple):

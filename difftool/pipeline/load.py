@@ -13,13 +13,13 @@ from difftool.adapters.lora.algebra import apply, open_loras
 from difftool.adapters.lora.file import changed_by
 from difftool.config.families import family
 from difftool.config.kinds import CodecConfig
-from difftool.config.layers import load_preset
 from difftool.config.networks import VaeConfig
 from difftool.config.schema import Preset
 from difftool.errors import InputError, UsageError, first_line
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
 from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource, Overrides
+from difftool.formats.prior import open_prior, prior_within, steps_singly
 from difftool.formats.unclip import read_vision
 from difftool.hub.find import find_model
 from difftool.networks.vision import ClipVision, Normalizer
@@ -47,54 +47,98 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     vae: str | None = None,
-    recipe: str | None = None,
+    prior: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     allow_unused: bool = False,
     low_memory: bool = False,
 ) -> Model:
     """A model from wherever a MODEL argument points to; what was decided is in `.notes`.
 
-    vae: an autoencoder, or another model with one, that stands in. recipe: a preset, by whose way
-    of sampling it is sampled (Turbo's, say, which no tensor shows). loras: files and their
-    strengths, applied to the weights in order; allow_unused: though the model lacks some of their
-    layers. low_memory: the weights of a network are there only while it is at work. UsageError if
-    nothing is there, InputError if it is malformed or not supported.
+    vae: an autoencoder, or another model with one, that stands in. prior: what makes an unCLIP
+    model one of text, in place of its own if it has one. loras: files and their strengths, applied
+    to the weights in order; allow_unused: though the model lacks some of their layers. low_memory:
+    the weights of a network are there only while it is at work. UsageError if nothing is there,
+    InputError if it is malformed or not supported.
     """
     target = pick_device(device)
     if dtype == "auto":
         dtype = "fp32" if target.type != "cuda" else "fp16"
     half = dtype != "fp32"
     path = find_model(where, half=half)
-    theirs = None if vae is None else find_model(vae, half=half)
+    other = None if vae is None else find_model(vae, half=half)
     # a model may have none of its own, whose structure is then that of the other
-    codec = None if theirs is None else open_autoencoder(theirs, VaeConfig())[0]
+    codec = None if other is None else open_autoencoder(other, VaeConfig())[0]
     learned = codec if codec is not None and codec.learned else None
     source = open_model(path, Overrides(codec=learned))
     preset, vae_source = source.preset, source
     _check_whole(source, preset, path)
-    if vae is not None and theirs is not None:
-        codec, vae_source = open_autoencoder(theirs, preset.codec)
+    if vae is not None and other is not None:
+        codec, vae_source = open_autoencoder(other, preset.codec)
         preset = _with_codec(preset, codec, vae)
-    if recipe is not None:
-        chosen = load_preset(recipe)
-        preset = replace(preset, sample=chosen.sample, scheduler=chosen.scheduler)
     model = Model(preset, source.tokenizer_json)
     model.device, model.file, model.low_memory = target, source.file, low_memory
     _build_vision(model, source)
     shapes = {name: place.info.shape for name, place in source.tensors.items()}
     model.loras = open_loras(loras, shapes, preset.unet, model.name, allow_unused=allow_unused)
-    for prefix in model.all_parts():
-        origin = vae_source if prefix == "vae" else source
-        model.loaders[prefix] = partial(_load_weights, model, prefix, origin, DTYPES[dtype])
-    if not low_memory:
-        for load in model.loaders.values():
-            load()
+    theirs = prior_within(source) if prior is None else open_prior(find_model(prior, half=half))
+    if theirs is not None:
+        model.prior = _prior_of(model, theirs, prior)
+        model.prior.single_steps = prior is None and steps_singly(source)
+        _load_parts(model.prior, theirs, dtype, vae=theirs)
+    _load_parts(model, source, dtype, vae=vae_source)
     model.notes = [f"model {model.name} ({path})", *source.evidence, f"{dtype} on {target}"]
     model.warnings = [*dict.fromkeys((*source.warnings, *vae_source.warnings))]
-    model.notes += [f"sampled as by preset {recipe}"] if recipe else []
     model.notes += [f"autoencoder of {vae}"] if vae else []
     model.notes += map(str, model.loras)
+    if theirs is not None and model.prior is not None:
+        model.notes.append(f"prior {model.prior.name} ({theirs.path})")
+        model.warnings += [w for w in theirs.warnings if w not in model.warnings]
+        model.warnings += [SINGLE_STEPS] if model.prior.single_steps else []
     return model
+
+
+def sample_as(model: Model, recipe: Preset) -> None:
+    """Let a model be sampled as a preset is (Turbo's way, say, which no tensor shows)."""
+    model.preset = replace(model.preset, sample=recipe.sample, scheduler=recipe.scheduler)
+    model.notes.append(f"sampled as by preset {recipe.name}")
+
+
+def _load_parts(model: Model, source: ModelSource, dtype: str, vae: TensorSource) -> None:
+    """Give all parts their weights, or with little memory the means to them."""
+    for prefix in model.all_parts():
+        origin = vae if prefix == "vae" else source
+        model.loaders[prefix] = partial(_load_weights, model, prefix, origin, DTYPES[dtype])
+    if not model.low_memory:
+        for load in model.loaders.values():
+            load()
+
+
+SINGLE_STEPS = (
+    "as in diffusers, the prior of this folder steps to the timestep before, whichever comes next, "
+    "which leaves its embeddings noisy; --prior with the same folder steps as karlo does"
+)
+
+
+def _prior_of(model: Model, source: ModelSource, given: str | None) -> Model:
+    """The prior of an unCLIP model, still without weights. given: the argument that names it; None:
+    it is the model's own.
+
+    UsageError for a model that is told no picture, or embeddings of another width.
+    """
+    network, where = source.preset.unet, given or str(source.path)
+    if not family(model.preset.family).vision:
+        raise UsageError(f"the model {model.name} takes no --prior", hint="unCLIP models do")
+    if model.normalizer is None:
+        why = "nothing says how noise is added to embeddings (image_noising_scheduler)"
+        raise InputError(f"the model {model.name} cannot be used with a prior", why)
+    width = (model.preset.unet.vector_dim or 0) // 2
+    if network.in_channels != width:
+        why = f"its embeddings are {network.in_channels} wide, and {model.name} is told {width}"
+        hint = "a prior goes with the picture encoder that it was trained for"
+        raise UsageError(f"the prior of {where} does not fit the model {model.name}", why, hint)
+    prior = Model(source.preset, source.tokenizer_json)
+    prior.device, prior.file, prior.low_memory = model.device, source.file, model.low_memory
+    return prior
 
 
 def load_part_from(model: Model, source: ModelSource, part: str) -> None:
@@ -125,6 +169,9 @@ def _check_whole(source: ModelSource, preset: Preset, path: Path) -> None:
             run = path if path.is_dir() else path.parent
             hint = f"give -m {base} --lora {run / 'lora.safetensors'}"
         raise InputError(f"{path} holds a part of a model, without a U-Net", hint=hint)
+    if preset.unet.kind == "prior":
+        why = "it makes embeddings of pictures, and no pictures"
+        raise InputError(f"{path} is a prior", why, "give it with --prior, to an unCLIP model")
     if strange := [name for name in source.tensors if name.startswith(UNKNOWN)]:
         name = source.tensors[strange[0]].name
         raise InputError(f"{path} has an unknown tensor {name}", f"and {len(strange)} in all")
@@ -146,9 +193,12 @@ def _build_vision(model: Model, source: ModelSource) -> None:
     found = read_vision(source.configs)
     if found is None or not family(model.preset.family).vision:
         return
+    width = (model.preset.unet.vector_dim or 0) // 2
     with unwritten():
-        model.vision = ClipVision(found.config)
-        model.normalizer = Normalizer(found.config.projection)
+        if found.config is not None:
+            model.vision = ClipVision(found.config)
+            width = found.config.projection
+        model.normalizer = Normalizer(width)
     model.vision_path = found.path
 
 

@@ -69,6 +69,11 @@ class Model:
         self.vision: ClipVision | None = None
         self.normalizer: Normalizer | None = None
         self.vision_path: Any = None
+        self.prior: Model | None = None
+        """What says, from the text, what picture is to be varied."""
+        self.single_steps = False
+        """Whether, of a prior, each step goes to the timestep before it, whichever comes next:
+        UnCLIPScheduler's in StableUnCLIPPipeline."""
         with unwritten():
             self.codec: Codec = build_codec(preset.codec)
             self.network = build_network(preset.unet)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from difftool.config.layers import merge
 from difftool.config.schema import SampleConfig
 from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.guidance import Clip, dynamic_threshold, static_threshold
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
 from difftool.diffusion.solvers import TwoStage
@@ -41,6 +43,8 @@ class SamplePlan:
     """That are visited, noisy to clean."""
     refiner: SamplePlan | None = None
     """Of a model that takes over for the last steps, where `levels` end."""
+    prior: SamplePlan | None = None
+    """How the embedding of the picture is made that a model of text is told."""
 
     @property
     def steps(self) -> int:
@@ -148,8 +152,9 @@ def plan_sampling(
         if len(levels) < 2:
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
             raise UsageError("no step would be run", why, "give more --steps or --strength")
+    prior = _plan_prior(model, settings)
     if refiner is None:
-        return SamplePlan(model, settings, sampler.part_of(steps, still=still), levels)
+        return SamplePlan(model, settings, sampler.part_of(steps, still=still), levels, prior=prior)
     taking_over = plan_sampling(refiner.model, refiner.settings)
     cut = round(path.steps * (1 - refiner.start))
     first = sum(level.t >= cut for level in levels[:-1])
@@ -161,4 +166,28 @@ def plan_sampling(
         refiner.model, refiner.settings, taking_over.sampler, taking_over.levels[-rest - 1 :]
     )
     whole = sampler.part_of(steps, last=False)
-    return SamplePlan(model, settings, whole, levels[: first + 1], rest_of)
+    return SamplePlan(model, settings, whole, levels[: first + 1], rest_of, prior)
+
+
+def clip_of(settings: SampleConfig) -> Clip | None:
+    """What becomes of a predicted x0."""
+    bound = {} if settings.clip_range is None else {"largest": settings.clip_range}
+    return {
+        "none": None,
+        "static": partial(static_threshold, **bound),
+        "dynamic": partial(dynamic_threshold, quantile=settings.clip_quantile, **bound),
+    }[settings.clip]
+
+
+def rederives_eps(settings: SampleConfig) -> bool:
+    """Whether eps follows a clipped x0: where nothing is said of it, but for ddim."""
+    follows = settings.rederive_eps
+    return SAMPLERS.resolve(settings.sampler) != "ddim" if follows is None else follows
+
+
+def _plan_prior(model: Model, settings: SampleConfig) -> SamplePlan | None:
+    """How its prior is sampled: as the settings say, else as its own do."""
+    if model.prior is None:
+        return None
+    asked = {"steps": settings.prior_steps, "guidance": settings.prior_guidance}
+    return plan_sampling(model.prior, resolve_settings(model.prior, asked))

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftool.config.layers import Layer, merge, merged, origins, override_layers
+from difftool.config.layers import Layer, load_preset, merge, merged, origins, override_layers
 from difftool.config.options import by_name, option_layers
 from difftool.config.schema import SampleConfig
 from difftool.config.validate import check_sampling, to_values, validate
@@ -98,7 +98,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if output and each > 1:
         output.check_tells_apart(each)
     if not loaded:
-        for place in (values["model"], *filter(None, (values["vae"], values["refiner"]))):
+        others = (values[name] for name in ("vae", "prior", "refiner"))
+        for place in (values["model"], *filter(None, others)):
             place_of_model(place)
     stream = read_requests(values["prompts"], asked[0]) if values["prompts"] else None
     return SampleTask(values, layers, base, asked, stream, output, total)
@@ -230,24 +231,29 @@ def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> Samp
 
 def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     """The model, and the refiner if there is one, with their words."""
-    from difftool.pipeline.load import load_model
+    from difftool.pipeline.load import load_model, sample_as
     from difftool.pipeline.words import add_embeddings
 
     values, refiner = task.values, None
+    recipe = None if values["preset"] is None else load_preset(values["preset"])
     common: dict[str, Any] = {name: values[name] or "auto" for name in ("device", "dtype")}
     common["low_memory"] = bool(values["low_memory"])
     model = load_model(
         values["model"],
         vae=values["vae"],
-        recipe=values["preset"],
+        prior=values["prior"],
         loras=values["lora"] or [(Path(path), weight) for path, weight in task.base.loras],
         allow_unused=bool(values["allow_unused"]),
         **common,
     )
+    if recipe is not None:
+        sample_as(model, recipe)
     if values["refiner"]:
         refiner = load_model(values["refiner"], **common)
     for each in filter(None, (model, refiner)):
         each.set_padding(values["match"])
+        if each.prior is not None:
+            each.prior.set_padding(values["match"])
         add_embeddings(each, values["embedding"] or map(Path, task.base.embeddings))
     return model, refiner
 

@@ -28,7 +28,7 @@ from difftool.sampling.settings import (
 from difftool.storage.strict_json import parse_json
 
 MAX_LINE = 1 << 20
-FACTS = ("path", "index", "model", "seconds", "latents", "refiner")
+FACTS = ("path", "index", "model", "seconds", "latents", "refiner", "prior")
 """What a printed picture says beside its settings, which its line does not ask for."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from difftool.config.schema import SampleConfig
-from difftool.errors import DifftoolError, UsageError
+from difftool.errors import DifftoolError, UsageError, clash
 from difftool.pipeline.condition import token_count
 from difftool.pipeline.inputs import (
     SampleInput,
@@ -127,6 +127,8 @@ class Resolver:
         if request.image_prompt and model.vision is None:
             hint = "unCLIP models do"
             raise UsageError(f"the model {model.name} takes no --image-prompt", hint=hint)
+        if request.image_prompt and model.prior is not None:
+            raise clash("--prior", "--image-prompt")
         if request.image_prompt and model.vision is not None:
             image = load_image_prompt(request.image_prompt, model.vision.config.size)
         return SampleInput(

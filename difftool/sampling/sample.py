@@ -33,7 +33,7 @@ class Sample:
         """All that is known of it, by the names of the rows of SETTINGS; and `index`, `model_hash`,
         `date`, and `edits`, whether it is another picture edited."""
         model, settings, request = self.plan.model, self.plan.settings, self.request
-        refiner = self.plan.refiner
+        refiner, prior = self.plan.refiner, self.plan.prior
         width, height = settings.size
         return {
             **{field.name: getattr(settings, field.name) for field in fields(settings)},
@@ -48,6 +48,7 @@ class Sample:
             "image_prompt": request.image_prompt,
             "model": model.name,
             "lora": model.loras or None,
+            "prior": None if prior is None else prior.model.name,
             "refiner": None if refiner is None else refiner.model.name,
             "index": self.index,
             "model_hash": model.hash,

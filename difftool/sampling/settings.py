@@ -257,7 +257,11 @@ def _guided(values: Values) -> bool:
 
 
 def _varies(values: Values) -> bool:
-    return values["image_prompt"] is not None
+    return values["image_prompt"] is not None or _imagines(values)
+
+
+def _imagines(values: Values) -> bool:
+    return values["prior"] is not None
 
 
 def _setting(name: str, help: str, panel: str, **more: Any) -> Setting:
@@ -325,6 +329,9 @@ SETTINGS: tuple[Setting, ...] = (
         also=("scheduler",), bundled=True),
     _of_model("steps", "Sampler steps", SAMPLER, type=int, within=Within(low=1, high=100_000),
         always=True, short="s", a1111=A1111("Steps", int), bundled=True),
+    _of_model("prior_steps", "Steps of the prior", SAMPLER, type=int,
+        within=Within(low=1, high=100_000), effect=_imagines, without="without a prior",
+        default="the prior's"),
     _setting("eta", "Fresh noise of samplers that have it", SAMPLER, type=float,
         within=NOT_NEGATIVE, key="sample.sampler_options.eta", json=("eta",)),
     _of_model("sampler_options", "Options of the sampler", SAMPLER, type=dict, option=False),
@@ -333,6 +340,8 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("guidance", "Classifier-free guidance scale; 1 = off", GUIDANCE, type=float,
         always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
         also=("cfg_scale",), bundled=True),
+    _of_model("prior_guidance", "Guidance scale of the prior", GUIDANCE, type=float,
+        within=NOT_NEGATIVE, effect=_imagines, without="without a prior", default="the prior's"),
     _of_model("guidance_rescale", "Share of rescaled guidance, 0 to 1; 0 = off", GUIDANCE,
         type=float, effect=_guided, without="without guidance"),
     _of_model("guidance_interval", "Guidance only at these log SNRs", GUIDANCE, metavar="LOW,HIGH",
@@ -358,7 +367,7 @@ SETTINGS: tuple[Setting, ...] = (
         read=read_path, file="picture", metavar="PICTURE"),
     _of_request("image_prompt", "Picture to vary (unCLIP models)", IMAGES, read=read_path,
         file="picture", metavar="PICTURE"),
-    _of_model("noise_level", "How freely --image-prompt is varied, 0 to 999", IMAGES, type=int,
+    _of_model("noise_level", "How freely the picture is varied, 0 to 999", IMAGES, type=int,
         effect=_varies),
     _setting("from_image", "Start from what a picture's metadata say", IMAGES, type=Path,
         file="picture", metavar="PICTURE"),
@@ -373,6 +382,8 @@ SETTINGS: tuple[Setting, ...] = (
         complete=_presets),
     _setting("vae", "Autoencoder, or a model whose is taken", MODEL, metavar="MODEL",
         complete=_models),
+    _setting("prior", "Says to the prompt what picture is varied (unCLIP models)", MODEL,
+        metavar="MODEL", json=("prior",), complete=_models, excludes=("image_prompt",)),
     _setting("refiner", "Takes over for the last steps", MODEL, metavar="MODEL", json=("refiner",),
         complete=_models, a1111=A1111("Refiner")),
     _setting("refiner_start", "Share of the path before it", MODEL, type=float, within=SHARE,

@@ -27,14 +27,18 @@ FOREIGN = {
         *("diffusion_pytorch_model", ("stable_diffusion", "StableUnCLIPImageNormalizer")),
     ),
     "depth_estimator": ("model", ("transformers", "DPTForDepthEstimation")),
+    "prior": ("diffusion_pytorch_model", ("diffusers", "PriorTransformer")),
+    "prior_text_encoder": ("model", ("transformers", "CLIPTextModelWithProjection")),
 }
-"""Components that difftool has no network for: the stem of their files, and their class. Their
-tensors are kept beside the model."""
+"""Components that are no part of a preset: the stem of their files, and their class. Their tensors
+are kept beside the model's."""
 PLAIN_FILES = {
     "scheduler": "scheduler_config.json",
     "low_res_scheduler": "scheduler_config.json",
     "image_noising_scheduler": "scheduler_config.json",
     "feature_extractor": "preprocessor_config.json",
+    "prior_scheduler": "scheduler_config.json",
+    "prior_tokenizer": "tokenizer_config.json",
 }
 """Components without tensors, and the file that describes each."""
 IMAGE_PROCESSORS = {
@@ -52,6 +56,7 @@ CLASSES = {
     "text_encoder_2": ("CLIPTextModelWithProjection", "CLIPTextModel"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "prior_tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 } | {name: (names[1],) for name, (_, names) in FOREIGN.items()}
 
 
@@ -62,7 +67,7 @@ def stem_of(component: str) -> str:
 
 def our_name(component: str, name: str) -> str | None:
     """difftool's name of a component's tensor, without its prefix; None: it is no weight."""
-    if component in ENCODERS:
+    if component in (*ENCODERS, "prior_text_encoder"):
         if name.endswith("embeddings.position_ids"):
             return None
         # Newer transformers leave the prefix out.

@@ -16,6 +16,7 @@ from difftool.diffusion.path import build_path
 from difftool.errors import InputError
 from difftool.formats.diffusers import networks
 from difftool.formats.diffusers.components import (
+    CLASSES,
     ENCODERS,
     FOREIGN,
     IMAGE_PROCESSORS,
@@ -231,8 +232,31 @@ def encoder_names(preset: Preset) -> list[str]:
     return list(ENCODERS[: len(preset.text)])
 
 
-def foreign_index(configs: Configs) -> dict[str, list[str]]:
-    """The index's lines on the components that difftool has no network for; known classes only."""
+TEXT_TO_EMBEDDING = ("prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler")
+"""What StableUnCLIPPipeline has in place of the picture encoder of its Img2Img form."""
+
+
+def with_foreign(index: Mapping[str, Any], configs: Configs) -> dict[str, Any]:
+    """An index with the components that are no part of a preset, and of the pipeline for them."""
+    index = {**index, **_foreign_lines(configs)}
+    if "prior" in index and "image_encoder/config.json" not in configs:
+        index["_class_name"] = "StableUnCLIPPipeline"
+        for name in ("image_encoder", "feature_extractor"):
+            index.pop(name, None)
+    return index
+
+
+def needed_components(preset: Preset, index: Mapping[str, Any]) -> list[str]:
+    """Components without which an index's pipeline does not load, and that no preset has."""
+    needs = list(pipeline_family(preset).needs)
+    if index["_class_name"] != "StableUnCLIPPipeline":
+        return needs
+    needs = [name for name in needs if name not in ("image_encoder", "feature_extractor")]
+    return [*TEXT_TO_EMBEDDING, *needs]
+
+
+def _foreign_lines(configs: Configs) -> dict[str, list[str]]:
+    """The index's lines on the components that are no part of a preset; known classes only."""
     lines = {
         name: list(names)
         for name, (_, names) in FOREIGN.items()
@@ -240,8 +264,10 @@ def foreign_index(configs: Configs) -> dict[str, list[str]]:
     }
     for name, file in PLAIN_FILES.items():
         config = configs.get(f"{name}/{file}", {})
-        if config.get("_class_name") in CLASSES_OF_SCHEDULERS:
+        if config.get("_class_name") in (*CLASSES_OF_SCHEDULERS, "UnCLIPScheduler"):
             lines[name] = ["diffusers", config["_class_name"]]
+        elif config.get("tokenizer_class") in CLASSES["prior_tokenizer"]:
+            lines[name] = ["transformers", config["tokenizer_class"]]
         elif config.get("image_processor_type") in IMAGE_PROCESSORS:
             lines[name] = ["transformers", config["image_processor_type"]]
     return lines

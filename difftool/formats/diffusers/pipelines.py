@@ -44,6 +44,7 @@ PIPELINES = {
     "StableDiffusionDepth2ImgPipeline": PipelineClass("sd", 7.5, old_sizes=True),
     "StableDiffusionUpscalePipeline": PipelineClass("sd", 9.0, 75, vae=_X4),
     "StableUnCLIPImg2ImgPipeline": PipelineClass("sd", 10.0, 20),
+    "StableUnCLIPPipeline": PipelineClass("sd", 10.0, 20),
     "DDPMPipeline": PipelineClass(steps=1000),
     "DDIMPipeline": PipelineClass(scheduler={"_class_name": "DDIMScheduler"}),
     "PNDMPipeline": PipelineClass(scheduler={"_class_name": "PNDMScheduler"}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from difftool.config.networks import TextConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import build_preset, to_values
 from difftool.errors import CheckError, InputError
@@ -30,11 +31,11 @@ from difftool.formats.diffusers.configs import (
     check_pipeline,
     derive_preset,
     encoder_names,
-    foreign_index,
+    with_foreign,
     write_configs,
 )
 from difftool.formats.diffusers.pipelines import PIPELINES
-from difftool.formats.diffusers.tokenizers import pad_id
+from difftool.formats.diffusers.tokenizers import pad_id, tokenizer_config
 from difftool.formats.model_source import (
     EMA,
     EXTRA,
@@ -76,6 +77,9 @@ def open_diffusers(folder: Path, overrides: Overrides = NO_OVERRIDES) -> ModelSo
         if (folder / name / PLAIN_FILES[name]).is_file():
             file = f"{name}/{PLAIN_FILES[name]}"
             configs[file] = read_json(folder / file, infinite=True)
+    if "prior_tokenizer" in components:
+        own = TextConfig(pad_id=pad_id(folder / "prior_tokenizer"))
+        configs[f"prior_tokenizer/{PLAIN_FILES['prior_tokenizer']}"] = tokenizer_config(own)
     for name, rule in LEFT_OUT.items():
         found = _left_out(folder / name)
         dropped += [Drop(place, rule) for place in found]
@@ -159,7 +163,7 @@ def _foreign(configs: Configs, preset: Preset) -> dict[str, Any]:
     except CheckError:
         return dict(configs)
     ours["unet_ema/config.json"] = ours["unet/config.json"]
-    ours[INDEX] |= foreign_index(configs)
+    ours[INDEX] = with_foreign(ours[INDEX], configs)
     return {path: config for path, config in configs.items() if config != ours.get(path)}
 
 
@@ -176,6 +180,8 @@ def _components(index: Mapping[str, Any], folder: Path) -> set[str]:
     where, kind = folder / INDEX, index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
         hint = "this version knows " + ", ".join(PIPELINES)
+        if "prior" in index:
+            hint = f"sample -m MODEL --prior {folder} takes its prior"
         raise InputError(f"{where} names a pipeline unknown to this version", str(kind), hint)
     present = set()
     for name, value in index.items():

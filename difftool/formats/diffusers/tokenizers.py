@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from difftool.config.kinds import EncoderConfig
 from difftool.errors import InputError
@@ -39,30 +41,42 @@ def pad_id(folder: Path) -> int | None:
         raise InputError(f"{folder} has tokens added to CLIP's vocabulary", "this is not supported")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            pad = read_json(folder / name).get("pad_token")
-            pad = pad.get("content") if isinstance(pad, dict) else pad
-            if pad == "!":
-                return 0
-            if pad == "<|endoftext|>":
-                return None
-            if pad is not None:
-                raise InputError(f"{folder} pads with an unknown token", repr(pad))
+            config = read_json(folder / name)
+            if config.get("pad_token") is not None:
+                return read_pad(config, str(folder))
     return None
+
+
+def read_pad(config: Mapping[str, Any], where: str) -> int | None:
+    """The padding token in a tokenizer's file, as `pad_id`; InputError for an unknown one."""
+    pad = config.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad not in (None, "!", CLIP_END):
+        raise InputError(f"{where} pads with an unknown token", repr(pad))
+    return 0 if pad == "!" else None
 
 
 def tokenizer_files(config: EncoderConfig) -> dict[str, str]:
     """A tokenizer's folder that transformers reads as CLIP's."""
     vocabulary, merges = _clip()
-    pad = CLIP_END if config.pad_id is None else next(
-        token for token, i in vocabulary.items() if i == config.pad_id
-    )  # fmt: skip
-    special = {"bos_token": CLIP_START, "eos_token": CLIP_END}
-    special |= {"unk_token": CLIP_END, "pad_token": pad}
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.length}
-    about |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "tokenizer_config.json": json_text(about | special),
-        "special_tokens_map.json": json_text(special),
+        "tokenizer_config.json": json_text(tokenizer_config(config)),
+        "special_tokens_map.json": json_text(_special(config)),
     }
+
+
+def tokenizer_config(config: EncoderConfig) -> dict[str, Any]:
+    """The tokenizer_config.json among them."""
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.length}
+    about |= {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    return about | _special(config)
+
+
+def _special(config: EncoderConfig) -> dict[str, str]:
+    pad = CLIP_END if config.pad_id is None else next(
+        token for token, i in _clip()[0].items() if i == config.pad_id
+    )  # fmt: skip
+    special = {"bos_token": CLIP_START, "eos_token": CLIP_END}
+    return special | {"unk_token": CLIP_END, "pad_token": pad}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
+from difftool.config.networks import TextConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.path import build_path
@@ -27,11 +28,11 @@ from difftool.formats.diffusers.configs import (
     Shapes,
     derive_preset,
     encoder_names,
-    foreign_index,
+    needed_components,
+    with_foreign,
     write_configs,
 )
-from difftool.formats.diffusers.pipelines import pipeline_family
-from difftool.formats.diffusers.tokenizers import tokenizer_files
+from difftool.formats.diffusers.tokenizers import read_pad, tokenizer_files
 from difftool.formats.model_source import (
     EMA,
     EXTRA,
@@ -55,7 +56,7 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
     if "ema" in source.weights[1:]:
         configs["unet_ema/config.json"] = configs["unet/config.json"]
     configs |= _foreign_components(source, files)
-    configs[INDEX] |= foreign_index(configs)
+    configs[INDEX] = with_foreign(configs[INDEX], configs)
     pads = {
         TOKENIZERS[ENCODERS.index(name)]: config.pad_id
         for name, config in zip(names, preset.text, strict=False)
@@ -68,6 +69,9 @@ def plan_diffusers(source: ModelSource, keep_metadata: bool) -> Plan:
         if config.tokenizer == "clip":
             folder = TOKENIZERS[ENCODERS.index(name)]
             texts |= {f"{folder}/{file}": text for file, text in tokenizer_files(config).items()}
+    if (own := configs.get("prior_tokenizer/tokenizer_config.json")) is not None:
+        files_of = tokenizer_files(TextConfig(pad_id=read_pad(own, "prior_tokenizer")))
+        texts |= {f"prior_tokenizer/{file}": text for file, text in files_of.items()}
     texts[EXTRA_JSON] = json_text(make_extra(source, derived, keep_metadata))
     return Plan(
         files=files,
@@ -164,7 +168,7 @@ def _losses(preset: Preset, derived: Mapping[str, Any], configs: Configs) -> Ite
         yield "diffusers has no pipeline from text to pixels: its components load one by one"
     elif derived["text"] != values["text"]:
         yield f"diffusers reads text encoders in another way than this model: {kept}"
-    needed = pipeline_family(preset).needs
+    needed = needed_components(preset, configs[INDEX])
     if missing := [name for name in needed if configs[INDEX].get(name) in (None, [None, None])]:
         yield f"diffusers' pipeline wants components that are not there: {', '.join(missing)}"
     if preset.unet.num_classes and configs[INDEX]["_class_name"] == "DDPMPipeline":

@@ -37,7 +37,8 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     """Plain values for JSON, in which files are named as a picture in that folder names them."""
     model, values = sample.plan.model, sample.values()
     request = {name: values[name] for name in ASKED}
-    request |= {"refiner": values["refiner"]} if values["refiner"] is not None else {}
+    others = ("refiner", "prior")
+    request |= {name: values[name] for name in others if values[name] is not None}
     hashes: dict[str, Any] = {}
     for file in _files(sample):
         key, name = LISTS.get(file.option, file.option), written(file.name, folder)

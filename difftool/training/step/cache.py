@@ -81,7 +81,7 @@ class Latents:
                 row_of[name] = len(pictures.setdefault(size, []))
                 pictures[size].append(index)
             rows.append((size, row_of[name]))
-        digest = _digest(model.codec.parts()) if folder is not None else ""
+        digest = _digest(model.codec.encoders()) if folder is not None else ""
         tables, done = {}, 0
         for size, indices in pictures.items():
             table, each = [], max(1, PIECE_PIXELS // (size[0] * size[1]))

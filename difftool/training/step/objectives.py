@@ -22,7 +22,12 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.likelihood import INTERVALS, Sampled, sample_bits
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
 from difftool.diffusion.path import Path
-from difftool.pipeline.condition import build_cond, encode_prompts, pooled_texts
+from difftool.pipeline.condition import (
+    build_cond,
+    context_lengths,
+    encode_prompts,
+    pooled_texts,
+)
 from difftool.pipeline.model import Model
 from difftool.progress import Progress
 from difftool.registry import Registry, call
@@ -207,7 +212,8 @@ class DenoisingObjective(Objective):
         model = self.model
         size = (x0.shape[-1] * model.codec.factor, x0.shape[-2] * model.codec.factor)
         encode = self.embeddings or partial(encode_prompts, model)
-        return build_cond(model, encode(batch.captions), batch.labels, size)
+        length = context_lengths(model, batch.captions)
+        return build_cond(model, encode(batch.captions), batch.labels, size, length=length)
 
     def _x0(self, batch: Batch, latents: Latents | None) -> Tensor:
         model = self.model
