@@ -93,6 +93,8 @@ def test_every_key_of_a_json_line():
     values = {
         "prompt": "a fox",
         "negative_prompt": "blurry",
+        "template": "a {fox|owl}",
+        "negative_template": "{blurry|bad}",
         "label": 3,
         "seed": 7,
         "out": "fox.png",
@@ -131,6 +133,8 @@ def test_every_key_of_a_json_line():
     assert request == Request(
         prompt="a fox",
         negative="blurry",
+        template="a {fox|owl}",
+        negative_template="{blurry|bad}",
         label="3",
         seeds=(7,),
         out="fox.png",

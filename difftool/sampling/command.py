@@ -24,6 +24,7 @@ from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Failure, Note, Started
+from difftool.sampling.expand import Expander
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, read_requests, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
@@ -88,11 +89,12 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [
-        replace(base, prompt=base.prompt if prompt is None else prompt, label=label or base.label)
+        Request(prompt=prompt, label=label).over(base)
         for prompt, label in product(values["prompt"] or [None], labels or [None])
     ]
     each = len(base.images())
-    count = each * len(asked)
+    expander = Expander(values["wildcard_dir"], bool(values["combinatorial"]))
+    count = each * sum(map(expander.count, asked))
     total = None if values["prompts"] else len(values["from_latents"] or ()) or count
     output = None if loaded and values["output"] is None else _output(values, total)
     if output and each > 1:
@@ -222,6 +224,7 @@ def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> Samp
         latents=bool(values["save_latents"]),
         strict=bool(values["strict_prompt"]),
         grid=bool(values["grid"]),
+        expander=Expander(values["wildcard_dir"], bool(values["combinatorial"])),
         match=values["match"],
         refiner=refiner,
         refiner_start=REFINER_START if start is None else start,

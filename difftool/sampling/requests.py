@@ -51,6 +51,11 @@ class Request:
 
     prompt: str | None = None
     negative: str | None = None
+    template: str | None = None
+    """What the prompt was chosen from; with one it is final, and nothing in it stands for anything
+    else."""
+    negative_template: str | None = None
+    """The same of the negative prompt."""
     label: str | None = None
     """A class, by name or index."""
     seeds: tuple[int, ...] | None = None
@@ -113,6 +118,10 @@ class Request:
         """This request, with what it leaves open taken from `base`."""
         names = [row.field for row in REQUEST if row.field]
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for name in ("prompt", "negative"):  # a template belongs to its prompt
+            if name in own:
+                template = "template" if name == "prompt" else "negative_template"
+                own[template] = getattr(self, template)
         return replace(base, **own, settings=overlay(base.settings, self.settings))
 
 

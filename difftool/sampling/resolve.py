@@ -26,6 +26,7 @@ from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
+from difftool.sampling.expand import Expander
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, located
 from difftool.sampling.sample import Sample
@@ -48,9 +49,11 @@ class Resolver:
         match: str | None = None,
         strict: bool = False,
         refiner: tuple[Model, float] | None = None,
+        expander: Expander | None = None,
     ):
         self.model, self.output = model, output
         self.match, self.strict, self.refiner = match, strict, refiner
+        self.expander = expander or Expander()
         self._noted: set[str] = set()
         self._names: dict[str, list[tuple[object, ...]]] = {}
         """What templates took of the pictures of each name, that others have with a number."""
@@ -70,21 +73,47 @@ class Resolver:
                 index += 1
                 continue
             try:
-                sample = self._resolved(request)
-                seeds = request.images()
-                yield from self._notes(sample)
-                if not request.seeds:
-                    yield Note(f"seed {seeds[0]}", warning=False)
+                for each in self._expanded(request):
+                    for entry in self._of_request(each, index):
+                        yield entry
+                        index += not isinstance(entry, Note)
             except DifftoolError as error:
                 yield Failure(index, located(error, request.source))
-                index += 1
-                continue
-            for seed in seeds:
-                yield self._placed(sample, index, seed)
                 index += 1
         for word in self.model.words:
             if word not in self._words:
                 yield Note(f"no prompt has the word {word}: {word.path} was not used")
+
+    def _expanded(self, request: Request) -> Iterator[Request]:
+        """The requests that one is drawn as."""
+        yield from (request,) if self._is_plain(request) else self.expander.requests(request)
+
+    def _is_plain(self, request: Request) -> bool:
+        syntax = request.settings.get("prompt_syntax", self.model.preset.sample.prompt_syntax)
+        return SYNTAXES[syntax].plain
+
+    def _of_request(
+        self, request: Request, index: int
+    ) -> Iterator[Sample | Failure | Existing | Note]:
+        """The pictures of a request, and what is to be said of them; UsageError for what makes none
+        of them."""
+        seeds = request.images()
+        chooses = not self._is_plain(request) and self.expander.is_open(request)
+        sample = None if chooses else self._resolved(request)
+        if sample is not None:
+            yield from self._notes(sample)
+        if not request.seeds:
+            yield Note(f"seed {seeds[0]}", warning=False)
+        for number, seed in enumerate(seeds, index):
+            if sample is not None:
+                yield self._placed(sample, number, seed)
+                continue
+            try:
+                chosen = self._resolved(self.expander.chosen(request, seed))
+                yield from self._notes(chosen)
+                yield self._placed(chosen, number, seed)
+            except DifftoolError as error:
+                yield Failure(number, located(error, request.source))
 
     def _resolved(self, request: Request) -> Sample:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot

@@ -21,6 +21,7 @@ from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.sampling.batches import Planned, batches, default_batch
 from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
+from difftool.sampling.expand import Expander
 from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
@@ -63,6 +64,8 @@ class SampleRun:
     refiner: Model | None = None
     """Takes over for the last steps."""
     refiner_start: float = 0.8
+    expander: Expander = field(default_factory=Expander)
+    """Chooses in prompts that stand for many."""
     trusted: bool = False
     """Open what files of latents name outside of their folders."""
     limit: int = field(default=1 << 30, init=False)
@@ -72,8 +75,9 @@ class SampleRun:
     def __post_init__(self) -> None:
         refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
         self.resolver = Resolver(
-            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner
-        )
+            self.model, self.output, match=self.match, strict=self.strict, refiner=refiner,
+            expander=self.expander,
+        )  # fmt: skip
 
     def events(self, requests: Lines) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
@@ -281,7 +285,8 @@ class _Sheet:
 
     def drawn(self) -> Image.Image:
         """The sheet, a row a prompt where each has as many."""
-        asked = [(each.request.prompt, each.request.label) for each in self.samples]
+        requests = [each.request for each in self.samples]
+        asked = [(each.template or each.prompt, each.label) for each in requests]
         groups = [len([*group]) for _, group in groupby(asked)]
         even = len(groups) > 1 and set(groups) == {max(2, groups[0])}
         return tile(self.images, groups[0] if even else None)

@@ -13,6 +13,11 @@ from difftool.sampling.requests import Request
 from difftool.sampling.settings import ALWAYS, SETTINGS, Values
 
 
+def _changed(template: str | None, prompt: str | None) -> str | None:
+    """A template, where the prompt is another."""
+    return None if template == (prompt or "") else template
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A picture to make, or made, of what a request asks for."""
@@ -39,6 +44,8 @@ class Sample:
             **{field.name: getattr(settings, field.name) for field in fields(settings)},
             "prompt": request.prompt or "",
             "negative": request.negative or "",
+            "template": _changed(request.template, request.prompt),
+            "negative_template": _changed(request.negative_template, request.negative),
             "label": request.label,
             "seed": self.seed,
             "width": width,

@@ -46,7 +46,7 @@ CONSTRUCTS = (
     Construct(r"\bBREAK\b", "breaks between chunks", READS.format(A1111), read=(A1111,)),
     Construct(r"\{[^{}|]*\|[^{}]*\}", "alternatives", "write the one that is meant"),
     Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05)"),
-    Construct(r"(?<!\w)__[\w./*-]+?__(?!\w)", "wildcards", "write what it stands for"),
+    Construct(r"(?<!\w)__[\w./*-]+?__(?!\w)", "wildcards", "--wildcard-dir has none of that name"),
     Construct(r"\bembedding:(?P<name>[^\s,:()]+)", "embeddings", "give --embedding FILE"),
     Construct(r"<(?P<name>[^\s<>|:]+)>", "words of embeddings", "give --embedding FILE"),
     Construct(r"(?:^|(?<=\s))--[A-Za-z][\w-]*(?:\s+[\d.:]+)?", "flags within a prompt",

@@ -102,7 +102,7 @@ def from_parameters(text: str, source: str) -> Request:
 SILENT = frozenset(A1111_WORDS) | {
     *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
     *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
-    *("Civitai metadata", "Created Date", "Template", "Negative Template", "VAE", "Backend"),
+    *("Civitai metadata", "Created Date", "VAE", "Backend"),
     *("Pipeline", "Operations", "Job timestamp", "Eta", "Eta DDIM"),
 }
 """Words that change nothing, or are looked at one by one."""

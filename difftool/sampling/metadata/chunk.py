@@ -14,6 +14,7 @@ from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import DifftoolError, InputError
 from difftool.plugins import used
+from difftool.sampling.expand import TEMPLATES, final
 from difftool.sampling.metadata.named import digest_of, written
 from difftool.sampling.requests import NamedFile, Request, from_json
 from difftool.sampling.settings import PICTURES, read_path
@@ -37,7 +38,7 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     """Plain values for JSON, in which files are named as a picture in that folder names them."""
     model, values = sample.plan.model, sample.values()
     request = {name: values[name] for name in ASKED}
-    others = ("refiner", "prior")
+    others = ("refiner", "prior", *TEMPLATES.values())
     request |= {name: values[name] for name in others if values[name] is not None}
     hashes: dict[str, Any] = {}
     for file in _files(sample):
@@ -94,6 +95,7 @@ def from_chunk(text: str, source: str) -> Request:
         values = parse_json(text, "it", infinite=True)
         request, settings = values["request"], values["preset"]["sample"]
         asked = {name: request[name] for name in ASKED}
+        asked |= {name: request[name] for name in TEMPLATES.values() if name in request}
         named = tuple(_named(request))
         plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))
         if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
@@ -103,7 +105,9 @@ def from_chunk(text: str, source: str) -> Request:
             DifftoolError) as error:  # fmt: skip
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
-    return replace(found, settings=settings, model_hash=made_by, plugins=plugins, named=named)
+    return replace(
+        final(found), settings=settings, model_hash=made_by, plugins=plugins, named=named
+    )
 
 
 def _named(request: Mapping[str, Any]) -> Iterator[NamedFile]:

@@ -11,6 +11,7 @@ from difftool.errors import InputError, check_file
 from difftool.images import write
 from difftool.images.formats import CHUNK, TEXT
 from difftool.images.read import read_notes
+from difftool.sampling.expand import final
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import from_chunk
 from difftool.sampling.metadata.comfy import from_graph
@@ -57,7 +58,7 @@ def read(path: Path) -> Request:
         for keyword in keywords:
             text = comment if keyword == COMMENT else notes.get(keyword)
             if text and (request := _read(reader, text, str(path), notes)) is not None:
-                return request
+                return final(request)
     raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")
 
 

@@ -1,0 +1,97 @@
+"""From prompts that stand for many to the prompt of each picture. Torch-free.
+
+What is chosen follows the picture's seed. What it was chosen from goes along as the template, and a
+prompt that has one is final: nothing in it stands for anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from pathlib import Path
+
+from difftool.data.dice import Dice
+from difftool.errors import UsageError
+from difftool.sampling.requests import Request
+from difftool.text.dynamic import Dynamic, is_dynamic
+from difftool.text.wildcards import Wildcards
+
+TEMPLATES = {"prompt": "template", "negative": "negative_template"}
+"""The prompts of a request, and where what they were chosen from is kept."""
+MAX_COMBINATIONS = 100_000
+FOLDER = Path("wildcards")
+"""Where wildcards are where nothing else is said, if it is there."""
+
+
+@dataclass(frozen=True)
+class Expander:
+    """Chooses the prompts of pictures."""
+
+    folder: Path | None = None
+    """Of wildcards."""
+    combinatorial: bool = False
+    """Whether every prompt is drawn that one can stand for."""
+    dynamic: Dynamic = field(init=False)
+
+    def __post_init__(self) -> None:
+        folder = self.folder or (FOLDER if FOLDER.is_dir() else None)
+        object.__setattr__(self, "dynamic", Dynamic(Wildcards(folder).lines))
+
+    def requests(self, request: Request) -> Iterator[Request]:
+        """The requests that one is drawn as: itself, or each of its combinations."""
+        open_ = self._open(request)
+        if not (self.combinatorial and open_):
+            yield request
+            return
+        self.count(request)
+        every = (self.dynamic.all(getattr(request, name)) for name in open_)
+        for texts in product(*every) if len(open_) > 1 else ((text,) for text in next(iter(every))):
+            yield self._final(request, dict(zip(open_, texts, strict=True)))
+
+    def count(self, request: Request) -> int:
+        """How many requests one is drawn as; UsageError for more than MAX_COMBINATIONS."""
+        count = 1
+        for name in self._open(request) if self.combinatorial else ():
+            every = self.dynamic.all(getattr(request, name))
+            count *= sum(1 for _ in islice(every, MAX_COMBINATIONS + 1))
+        if count > MAX_COMBINATIONS:
+            why = f"the limit is {MAX_COMBINATIONS}"
+            raise UsageError("the prompt has too many combinations", why, "ask for fewer at once")
+        return count
+
+    def chosen(self, request: Request, seed: int) -> Request:
+        """The request of the picture of a seed."""
+        return self._final(
+            request,
+            {
+                name: self.dynamic.one(getattr(request, name), Dice(name, seed).roll)
+                for name in self._open(request)
+            },
+        )
+
+    def is_open(self, request: Request) -> bool:
+        """Whether there is something to choose in it."""
+        return bool(self._open(request))
+
+    def _open(self, request: Request) -> list[str]:
+        """Its prompts in which there is something to choose."""
+        return [
+            name
+            for name, template in TEMPLATES.items()
+            if getattr(request, template) is None and is_dynamic(getattr(request, name) or "")
+        ]
+
+    def _final(self, request: Request, texts: dict[str, str]) -> Request:
+        kept = {TEMPLATES[name]: getattr(request, name) for name in texts}
+        return replace(request, **texts, **kept)
+
+
+def final(request: Request) -> Request:
+    """A request whose prompts are as a picture has them."""
+    kept = {
+        template: getattr(request, name) or ""
+        for name, template in TEMPLATES.items()
+        if getattr(request, template) is None
+    }
+    return replace(request, **kept)
