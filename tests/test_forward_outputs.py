@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
+from slices import in_turn
 
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import PATHS, build_path
@@ -107,8 +108,7 @@ def written(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [1, 2, 9, 12, 40])
+@pytest.mark.parametrize(("count", "shape"), in_turn([1, 2, 9, 12, 40], [*SHAPES]))
 def test_no_label_is_cut_or_lies_on_another(shape, count, written):
     space = PixelSpace(image(*SHAPES[shape]))
     figures = [strip(space, build_path({"kind": "edm"}), count), strip(space, SD15, count)]

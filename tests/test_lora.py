@@ -16,6 +16,7 @@ from conversions import convert
 from pipelines import WORDS, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from slices import in_turn
 from torch import Tensor
 
 from difftool import load
@@ -145,8 +146,7 @@ def assert_same(model: Model, wanted: Mapping[str, Tensor], before: Mapping[str,
 # --- PEFT ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "family"), in_turn([*CONFIGS], ["sd1", "sdxl", "refiner"]))
 def test_pefts_files_change_what_peft_changes(families, family, kind, tmp_path):
     pipe, folder = opened(families / family), families / family
     before = load_model(str(folder), device="cpu").tensors()
@@ -559,8 +559,9 @@ def test_no_two_layers_of_a_family_share_a_name(family):
 # --- merging for good, renaming --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["difftool", "diffusers", "ldm"])
-@pytest.mark.parametrize("dtype", [None, "fp16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), in_turn(["difftool", "diffusers", "ldm"], [None, "fp16"])
+)
 def test_merged_models_are_those_that_sampling_makes(families, kind, dtype, tmp_path):
     for family in ("sd1", "sdxl"):
         folder = str(families / family)
@@ -611,12 +612,14 @@ def full_kohya(
     return small
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize(
-    ("dtype", "alpha", "dora"),
-    [(torch.float16, "all", False), (torch.bfloat16, "some", False), (torch.float32, "none", True)],
-)
-def test_kohya_comes_back_from_peft_as_it_was(family, dtype, alpha, dora, tmp_path):
+NUMBERS = [
+    (torch.float16, "all", False), (torch.bfloat16, "some", False), (torch.float32, "none", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("numbers", "family"), in_turn(NUMBERS, ["sdxl", "sd2", "sd1"]))
+def test_kohya_comes_back_from_peft_as_it_was(family, numbers, tmp_path):
+    dtype, alpha, dora = numbers
     first, peft_file, back = (tmp_path / f"{n}.safetensors" for n in "abc")
     tensors = full_kohya(family, dtype, alpha, dora)
     save_file(tensors, first, {"ss_network_dim": "4", "ss_tag_frequency": '{"a": {"b": 1}}'})
@@ -627,8 +630,9 @@ def test_kohya_comes_back_from_peft_as_it_was(family, dtype, alpha, dora, tmp_pa
     assert same_file(first, back)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "refiner"])
-@pytest.mark.parametrize("kind", ["plain", "mixed", "rslora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "family"), in_turn(["plain", "mixed", "rslora", "dora"], ["sd1", "sdxl", "refiner"])
+)
 def test_peft_comes_back_from_kohya_as_it_was(families, family, kind, tmp_path):
     first = saved(adapted(opened(families / family), kind), tmp_path, family != "sd1")
     second, back = tmp_path / "k.safetensors", tmp_path / "b.safetensors"

@@ -60,24 +60,27 @@ def state(run: Run) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in tensors.items()}
 
 
+RECIPES = [
+    ({}, "class"),
+    (TINY_TEXT, "shapes"),
+    ({"path": {"kind": "edm"}, "target": "edm", "train": {"time": "log_normal"}}, "class"),
+    ({"data": {"buckets": True}, "train": {"batch_size": 3}}, "class"),
+    ({"train": {"accumulate": 3}}, "class"),
+    ({"train": {"ema": 0.0}}, "class"),
+    ({"unet": {"dropout": 0.2}}, "class"),
+]
+
+
 @pytest.mark.parametrize(
-    ("values", "data"),
+    ("stops", "recipe"),
     [
-        ({}, "class"),
-        ({"train": {"accumulate": 3}}, "class"),
-        ({"train": {"ema": 0.0}}, "class"),
-        ({"unet": {"dropout": 0.2}}, "class"),
-        ({"path": {"kind": "edm"}, "target": "edm", "train": {"time": "log_normal"}}, "class"),
-        ({"data": {"buckets": True}, "train": {"batch_size": 3}}, "class"),
-        (TINY_TEXT, "shapes"),
+        pytest.param(stops, recipe, marks=pytest.mark.slow if stops[0] == 6 or i > 3 else ())
+        for stops in ((11, 10), (6, 5))
+        for i, recipe in enumerate(RECIPES)
     ],
 )
-@pytest.mark.parametrize(
-    ("stop_at", "from_step"), [(11, 10), pytest.param(6, 5, marks=pytest.mark.slow)]
-)
-def test_a_resumed_run_is_the_run_that_never_stopped(
-    tmp_path, pictures, values, data, stop_at, from_step
-):
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, pictures, stops, recipe):
+    (stop_at, from_step), (values, data) = stops, recipe
     source, preset = (pictures, "pixel-small") if data == "class" else ("shapes", "text-small")
     whole = start(tmp_path / "whole", source, values, preset)
     for _ in whole.steps():
