@@ -131,6 +131,34 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How a model is distilled into one that needs few steps."""
+
+    method: Literal["none", "lcm", "turbo", "ect"] = "none"
+    """Not at all; to agree along the steps of its teacher's ODE (lcm); to draw what its teacher's
+    features do not tell from pictures (turbo); to agree along the pictures' own noise (ect)."""
+    teacher: str | None = None
+    """The model that is distilled."""
+    samples: Annotated[int, NOT_NEGATIVE] = 0
+    """Pictures that the teacher draws to learn from, in place of the data's; 0 = the data's."""
+    guidance: Annotated[tuple[float, float], Within(low=1)] = (1.0, 1.0)
+    """Range of the teacher's guidance scale; a network that is told its scale is told it."""
+    ode_steps: Annotated[int, COUNT] = 50
+    """Steps of the teacher's ODE, each of as many entries of the noise path (lcm); on their levels
+    the student is sampled."""
+    target_ema: Annotated[float, Within(low=0, below=1)] = 0.95
+    """Decay of the moving average that the student is to agree with (lcm); 0 = itself."""
+    student_steps: Annotated[int, COUNT] = 4
+    """Levels that the student is trained at (turbo)."""
+    adversarial: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of fooling the heads on the teacher's features (turbo)."""
+    matching: Annotated[float, NOT_NEGATIVE] = 2.5
+    """Weight of agreeing with what the teacher makes of the student's pictures (turbo)."""
+    head_lr: Annotated[float, POSITIVE] = 1e-3
+    """Learning rate of the heads (turbo)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimConfig):
     """How the U-Net is trained, and with it any text encoder with a vocabulary of its own."""
 
@@ -152,6 +180,7 @@ class TrainConfig(OptimConfig):
     """What they add is scaled by this over the rank; None = the rank."""
     lora_base: str | None = None
     """The model whose LoRA it is."""
+    distill: DistillConfig = DistillConfig()
     checkpointing: bool = False
     """Compute what a block put out again on the way back instead of keeping it: much less memory,
     about a third more time."""

@@ -101,7 +101,7 @@ def _convert(
     options: WriteOptions,
     progress: Progress,
 ) -> Ledger:
-    from difftool.adapters.lora.algebra import open_loras
+    from difftool.adapters.lora.algebra import open_loras, sampled_by
     from difftool.pipeline.model import Model
 
     _check_name(values["target"], kind or source.kind)
@@ -111,6 +111,7 @@ def _convert(
         values["lora"] or (), shapes, networks.preset.unet, str(source.path),
         allow_unused=bool(values["allow_unused"]), error=CheckError,
     )  # fmt: skip
+    source = replace(source, preset=sampled_by(source.preset, loras))
     size = sum(place.info.end - place.info.start for place in source.tensors.values())
     slow = size > SLOW and not options.dry_run
     with (progress if slow else silent)("converting", len(source.tensors)) as bar:

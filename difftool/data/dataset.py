@@ -78,6 +78,8 @@ class Dataset(ABC):
     kind: DataKind
     classes: tuple[str, ...] = ()
     """Names of the classes by label, where kind is "class"."""
+    pictured: bool = True
+    """Whether it has pictures, and not captions alone."""
     native_size: int | None = None
     """The typical short side in pixels; None = made for any size."""
     fixed: bool = True
@@ -188,6 +190,7 @@ class Subset(Dataset):
     def __init__(self, whole: Dataset, indices: Sequence[int]):
         self.whole, self.indices = whole, list(indices)
         self.kind, self.classes = whole.kind, whole.classes
+        self.pictured = whole.pictured
         self.native_size, self.fixed, self.asked = whole.native_size, whole.fixed, whole.asked
         self.background = whole.background
         names = {whole.name(index) for index in self.indices}

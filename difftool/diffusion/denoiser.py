@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,13 +54,22 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, level: Level, cond: Cond = UNCONDITIONAL) -> Tensor:
         """F [B,C,H,W], fp32; x_t [B,C,H,W]; level of floats, or of tensors [B] or [B,1,1,1]."""
+        output = self._ask(self.network, x_t, level, cond)
+        return split_variance(output.float(), x_t.shape[1])[0]
+
+    def features(self, x_t: Tensor, level: Level, cond: Cond = UNCONDITIONAL) -> list[Tensor]:
+        """What the network sees in x_t, as it would for its output: [B,C,h,w] each."""
+        network: Any = self.network
+        return self._ask(network.features, x_t, level, cond)
+
+    def _ask(self, network: Callable[..., Any], x_t: Tensor, level: Level, cond: Cond) -> Any:
         dtype = self.dtype
         _, _, sigma = _columns(level)
         x = (x_t.float() * self.path.input_scale(sigma)).to(dtype)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(dtype)], dim=1)
         more = {} if cond.length is None else {"length": cond.length}
-        output = self.network(
+        return network(
             x,
             self.path.network_time(_times(level.t, x_t)),
             context=None if cond.context is None else cond.context.to(dtype),
@@ -68,7 +78,6 @@ class Denoiser(nn.Module):
             guidance=cond.guidance,
             **more,
         )
-        return split_variance(output.float(), x_t.shape[1])[0]
 
     def predict(self, x_t: Tensor, level: Level, cond: Cond = UNCONDITIONAL) -> Prediction:
         """x0 and eps, fp32."""

@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from difftool.diffusion.clocks import CLOCKS, flow_time, interpolation
+from difftool.diffusion.consistency import TIMESTEP_SCALING, boundary_scalings
 from difftool.diffusion.guidance import Denoise
 from difftool.diffusion.path import Level, Path
 from difftool.diffusion.prediction import TARGETS, Prediction, recover
@@ -229,15 +230,14 @@ class Consistency(FirstOrder):
     boundary_scalings: bool = True
     """Whether x0 = x_t at t = 0 (consistency models 2303.01469 eq. 5, with the scalings of LCM),
     on paths with a table."""
-    timestep_scaling: float = 10.0
+    timestep_scaling: float = TIMESTEP_SCALING
     """Factor on t in these scalings."""
 
     def _bounded(self, predicted: Prediction, x: Tensor, here: Level) -> Prediction:
         if not self.boundary_scalings or self.path.continuous:
             return predicted
-        s = self.timestep_scaling * here.t
-        mixed = s / math.hypot(s, 0.5) * predicted.x0 + 0.25 / (s**2 + 0.25) * x
-        return predicted._replace(x0=mixed)
+        skip, out = boundary_scalings(here.t, self.timestep_scaling)
+        return predicted._replace(x0=out * predicted.x0 + skip * x)
 
 
 class Node(NamedTuple):

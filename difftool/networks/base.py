@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from difftool.errors import UsageError
+
 
 class Network(nn.Module, ABC):
     """A denoising network F(x, t, conditioning); it knows no noise schedule.
@@ -18,9 +20,23 @@ class Network(nn.Module, ABC):
     leaves them to AdamW.
     """
 
+    neutral: tuple[str, ...] = ()
+    """Weights that change nothing while they are zero, which a network that is to start from
+    another may have beyond that one's."""
+
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:
         """Fresh weights, a function of the generator's state."""
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Channels of each of its `features`; UsageError where it has none to show."""
+        what = "the network shows none of its features"
+        raise UsageError(what, "what judges a picture stands on them", "distil it by lcm or ect")
+
+    def features(self, x: Tensor, t: Tensor, **told: Tensor | None) -> list[Tensor]:
+        """What it sees in x at each of its resolutions, [B,C,h,w] each; called as it itself."""
+        raise NotImplementedError
 
     def checkpoint(self, on: bool = True) -> None:
         """Whether what is inside the blocks is computed again for the gradient instead of kept: the

@@ -95,6 +95,8 @@ class Up(UNetLevel):
 class UNet(Network):
     """The network F(x, t, conditioning) of any of the families."""
 
+    neutral = ("time_embedding.cond_proj.weight",)
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -187,18 +189,50 @@ class UNet(Network):
         context [B,L,D], vector [B,V], label [B] int, guidance [B] (LCM's w, which is the usual
         scale minus 1): each is given exactly if the config has it, else ValueError.
         """
-        self._check(x, context=context, vector=vector, label=label, guidance=guidance)
-        emb = F.silu(self._embed(t, vector, label, guidance))
-        context = None if context is None else context.to(x.dtype)
-        x = self.conv_in(x)
-        skips = [x]
-        for level in self.down_blocks:
-            x = level(x, emb, context, skips)
-        if self.config.mid_blocks:
-            x = self.mid_block(x, emb, context)
+        emb, context = self._told(x, t, context, vector, label, guidance)
+        x, skips, _ = self._down(x, emb, context)
         for level in self.up_blocks:
             x = level(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        widths = self.config.channels
+        return (*widths, widths[-1]) if self.config.mid_blocks else widths
+
+    def features(self, x: Tensor, t: Tensor, **told: Tensor | None) -> list[Tensor]:
+        """Of each level on the way down, the first the finest, and of the middle."""
+        names = ("context", "vector", "label", "guidance")
+        emb, context = self._told(x, t, *(told.get(name) for name in names))
+        return self._down(x, emb, context)[2]
+
+    def _told(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None,
+        vector: Tensor | None,
+        label: Tensor | None,
+        guidance: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The embedding [B,E] of the time and of what is told with it, and the context."""
+        self._check(x, context=context, vector=vector, label=label, guidance=guidance)
+        emb = F.silu(self._embed(t, vector, label, guidance))
+        return emb, None if context is None else context.to(x.dtype)
+
+    def _down(
+        self, x: Tensor, emb: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x after the middle, the pile of skips, and the features."""
+        x = self.conv_in(x)
+        skips, seen = [x], []
+        for level in self.down_blocks:
+            x = level(x, emb, context, skips)
+            seen.append(skips[-1 - len(level.downsamplers)])  # type: ignore[arg-type]
+        if self.config.mid_blocks:
+            x = self.mid_block(x, emb, context)
+            seen.append(x)
+        return x, skips, seen
 
     def checkpoint(self, on: bool = True) -> None:
         for module in self.modules():

@@ -198,3 +198,18 @@ def _encoded(model: Model, prompts: Sequence[Told], settings: SampleConfig) -> E
         weighting=settings.prompt_weighting,
         groups=[i for i, _ in texts],
     )
+
+
+def unwanted_cond(
+    model: Model,
+    texts: EncodedPrompts,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    *,
+    vector: Tensor | None = None,
+) -> Cond:
+    """What a batch is guided away from; texts: of these negative prompts."""
+    if model.preset.zero_negative:
+        texts = _without_empty(texts, prompts)
+    none: list[int | None] = [None] * len(prompts)
+    return build_cond(model, texts, none, size, aesthetic=UNAESTHETIC, vector=vector)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from difftool.adapters.lora.algebra import apply, open_loras
+from difftool.adapters.lora.algebra import apply, open_loras, sampled_by
 from difftool.adapters.lora.file import changed_by
 from difftool.config.families import family
 from difftool.config.kinds import CodecConfig
@@ -22,6 +22,7 @@ from difftool.formats.model_source import EXTRA, UNKNOWN, ModelSource, Overrides
 from difftool.formats.prior import open_prior, prior_within, steps_singly
 from difftool.formats.unclip import read_vision
 from difftool.hub.find import find_model
+from difftool.networks.base import Network
 from difftool.networks.vision import ClipVision, Normalizer
 from difftool.pipeline.model import DTYPES, Model, unwritten
 from difftool.storage.tensor_file import TensorSource
@@ -80,6 +81,7 @@ def load_model(
     _build_vision(model, source)
     shapes = {name: place.info.shape for name, place in source.tensors.items()}
     model.loras = open_loras(loras, shapes, preset.unet, model.name, allow_unused=allow_unused)
+    model.preset = sampled_by(preset, model.loras)
     theirs = prior_within(source) if prior is None else open_prior(find_model(prior, half=half))
     if theirs is not None:
         model.prior = _prior_of(model, theirs, prior)
@@ -90,6 +92,10 @@ def load_model(
     model.warnings = [*dict.fromkeys((*source.warnings, *vae_source.warnings))]
     model.notes += [f"autoencoder of {vae}"] if vae else []
     model.notes += map(str, model.loras)
+    if model.preset.sample != preset.sample:
+        own = model.preset.sample
+        steps = f"{own.steps} step{'s' * (own.steps != 1)} of {own.sampler}"
+        model.notes.append(f"sampled as its LoRA asks: {steps}, guidance {own.guidance:g}")
     if theirs is not None and model.prior is not None:
         model.notes.append(f"prior {model.prior.name} ({theirs.path})")
         model.warnings += [w for w in theirs.warnings if w not in model.warnings]
@@ -145,7 +151,7 @@ def load_part_from(model: Model, source: ModelSource, part: str) -> None:
     """Give a model the weights of a part ("vae", "text", "unet") of another one."""
     for prefix in model.parts():
         if prefix.partition(".")[0] == part:
-            _load_weights(model, prefix, source, torch.float32)
+            _load_weights(model, prefix, source, torch.float32, neutral=True)
 
 
 def check_part_of(model: Model, source: ModelSource, part: str) -> None:
@@ -158,6 +164,7 @@ def check_part_of(model: Model, source: ModelSource, part: str) -> None:
                 for name, place in source.tensors.items()
                 if name.startswith(start)
             }
+            shapes = _neutral_shapes(model, prefix) | shapes
             model.check_weights(prefix, shapes, str(source.path))
 
 
@@ -202,8 +209,18 @@ def _build_vision(model: Model, source: ModelSource) -> None:
     model.vision_path = found.path
 
 
-def _load_weights(model: Model, prefix: str, source: TensorSource, dtype: torch.dtype) -> None:
-    """Give the part of that prefix its weights, LoRAs applied."""
+def _neutral_shapes(model: Model, prefix: str) -> dict[str, torch.Size]:
+    """Shapes of the weights that a part may have beyond those of the model that it starts from."""
+    part = model.all_parts()[prefix]
+    names = part.neutral if isinstance(part, Network) else ()
+    return {name: t.shape for name, t in part.state_dict().items() if name in names}
+
+
+def _load_weights(
+    model: Model, prefix: str, source: TensorSource, dtype: torch.dtype, neutral: bool = False
+) -> None:
+    """Give the part of that prefix its weights, LoRAs applied. neutral: those that change nothing
+    while they are zero may be missing, and are zero."""
     part = model.all_parts()[prefix]
     theirs = prefix.replace("vision.", f"{EXTRA}diffusers.") + "."
     if prefix == "vision.image_normalizer":
@@ -216,6 +233,8 @@ def _load_weights(model: Model, prefix: str, source: TensorSource, dtype: torch.
     if prefix == "vision.image_encoder":
         kept = (name for name in tensors if "position_ids" not in name)
         tensors = {_vision_name(name): tensors[name] for name in kept}
+    if neutral:
+        tensors = {n: torch.zeros(s) for n, s in _neutral_shapes(model, prefix).items()} | tensors
     apply(tensors, theirs, model.loras)
     model.set_weights(prefix, tensors, dtype, str(source.path))
 

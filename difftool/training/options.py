@@ -69,12 +69,13 @@ def _values(key: str) -> Callable[[], Sequence[str]]:
 
 
 MODEL, TRAINING, DATA, LORA, FOLDER = "Model", "Training", "Data", "LoRA", "Run folder"
+DISTILL = "Distillation"
 RESUMES = ("resume", "resume_from")
 
 # fmt: off
 OPTIONS = (
-    _row("data", DATA, 'A folder of pictures, or "shapes"', argument=True, required=True,
-         metavar="DATA"),
+    _row("data", DATA, 'A folder of pictures, "shapes", or a .txt of captions to distil on',
+         argument=True, required=True, metavar="DATA"),
     _row("labels", DATA, "What pictures are conditioned on", key="data.labels",
          choices=_values("data.labels"), default="auto"),
     _row("caption_column", DATA, "Column of the metadata with the captions",
@@ -123,6 +124,13 @@ OPTIONS = (
     _row("workers", TRAINING, "Threads that prepare batches ahead", type=int,
          within=Within(low=0, high=256), default="0 on CPU, up to 4 on GPU"),
     _row("compile", TRAINING, "Run the U-Net through torch's compiler", type=bool),
+
+    _row("distill", DISTILL, "Distil --from into a model of few steps", key="train.distill.method",
+         choices=lambda: values_of("train.distill.method")[1:], needs=("from_", *RESUMES),
+         why="needs the model that is to be distilled"),
+    _row("teacher_samples", DISTILL, "Pictures that the teacher draws, in place of the data's",
+         type=int, key="train.distill.samples", needs=("distill", *RESUMES),
+         why="are drawn by the model that is distilled", default="0; of captions alone chosen"),
 
     _row("lora", LORA, "Train a LoRA of --from, not the model itself", type=bool,
          needs=("from_", *RESUMES), why="needs the model that it is to be a LoRA of"),

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from difftool.adapters.lora.file import Change, Lora, read_lora
+from difftool.adapters.lora.file import SAMPLE, SAMPLED_BY, Change, Lora, read_lora
+from difftool.config.schema import Preset
+from difftool.config.validate import build_preset, to_values
 from difftool.errors import DifftoolError, InputError
 from difftool.formats.rules import Shape
+from difftool.storage.strict_json import parse_json
 from difftool.storage.tensors import load_located
 
 if TYPE_CHECKING:
@@ -83,6 +86,23 @@ def open_loras(
             raise InputError(f"{path} was made for another model", f"{missing[0]} is not there")
         found.append(Applied(lora, strength))
     return found
+
+
+def sampled_by(preset: Preset, loras: Iterable[Applied]) -> Preset:
+    """A model's preset with the way of sampling that LoRAs ask for: those that were distilled.
+
+    InputError for one that says what no model can be sampled by.
+    """
+    for applied in loras:
+        text, path = applied.lora.metadata.get(SAMPLE), applied.lora.path
+        if text is None or applied.strength <= 0:
+            continue
+        says = parse_json(text, f"{SAMPLE} of {path}")
+        if not isinstance(says, dict) or not says.keys() <= set(SAMPLED_BY):
+            raise InputError(f"{path} says how a model is sampled in words that have no meaning")
+        values = to_values(preset) | {"sample": to_values(preset.sample) | says}
+        preset = build_preset(values, f"{SAMPLE} of {path}", InputError)
+    return preset
 
 
 def apply(tensors: dict[str, Tensor], prefix: str, loras: Sequence[Applied]) -> None:

@@ -37,6 +37,14 @@ ADAPTER = "lora_adapter_metadata"
 """Key of diffusers' headers for PEFT's configuration, a prefix of a component before each key."""
 PEFT_ALPHA = 8
 """Of an adapter_config.json that does not say: the default of PEFT's LoraConfig."""
+SAMPLE = "difftool.sample"
+"""Key of a header for how a model is sampled with the LoRA, where that is not the model's own way:
+a JSON object of settings."""
+SAMPLED_BY = (
+    *("steps", "sampler", "sampler_options", "schedule", "schedule_options", "start_noise"),
+    *("guidance", "guidance_rescale", "guidance_interval"),
+)
+"""Those settings."""
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.adapters.lora.dialects import kohya_names
+from difftool.adapters.lora.file import SAMPLE, SAMPLED_BY
 from difftool.config.families import family
 from difftool.config.schema import Preset, TrainConfig
 from difftool.errors import UsageError
@@ -26,14 +29,14 @@ class Adapter(nn.Module):
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, inputs))
         self.up = nn.Parameter(torch.empty(outputs, rank))
-        self.scale = alpha / rank
+        self.scale, self.on = alpha / rank, True
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up) * self.scale
 
     def add(self, _layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Hook of the layer that it is beside."""
-        return output + self(inputs[0])
+        return output + self(inputs[0]) if self.on else output
 
 
 class Adapters(nn.Module):
@@ -63,6 +66,20 @@ class Adapters(nn.Module):
         """The adapters that a recipe trains; None where it trains the network itself."""
         rank = config.lora_rank
         return cls(network, rank, config.lora_alpha) if rank else None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """In the block the network is what it is without them."""
+        try:
+            self._switch(False)
+            yield
+        finally:
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        for adapter in self.layers:
+            assert isinstance(adapter, Adapter)
+            adapter.on = on
 
     def init_weights(self, generator: torch.Generator) -> None:
         """At first nothing is added: down is random, up is zero."""
@@ -98,4 +115,6 @@ class Adapters(nn.Module):
             "ss_network_alpha": f"{self.alpha:g}",
             "ss_sd_model_name": Path(preset.train.lora_base or preset.name).name,
         }
+        if preset.train.distill.method != "none":
+            notes[SAMPLE] = json.dumps({key: getattr(preset.sample, key) for key in SAMPLED_BY})
         save_tensors(path, tensors, notes, overwrite=True)

@@ -18,8 +18,10 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.pipeline.model import Model
 from difftool.training.run.evaluation import Work
-from difftool.training.step.objectives import OBJECTIVES
+from difftool.training.step.loop import objective_class
 
+DRAWING = 50
+"""Forward passes that a teacher's picture is taken to need: 25 steps, guided."""
 REACHED = 0.75
 """Share of a single convolution's speed that whole training steps have."""
 
@@ -29,6 +31,8 @@ class Cost(NamedTuple):
 
     learning: int = 0
     """Parameters that learn."""
+    beside: int = 0
+    """Parameters of networks that are held beside them: teachers, targets."""
     activations: int = 0
     """Bytes that autograd keeps, fp32."""
     forward: float = 0.0
@@ -58,10 +62,12 @@ def costs_of(preset: Preset, tokenizer_json: str | None = None) -> Costs:
 
 def _cost(model: Model, part: Part, counts: dict[str, int]) -> Cost:
     recipe = model.preset.recipe(part)
-    names, side = OBJECTIVES[part].learned_parts(model.preset), recipe.size
+    objective = objective_class(part, recipe)
+    names, side = objective.learned_parts(model.preset), recipe.size
     learning = sum(counts.get(name, 0) for name in names)
     if part == "clip" or side is None:
         return Cost(learning)  # a text encoder alone keeps little
+    beside = 0 if "lora" in names else objective.copies * learning
     for name, network in model.parts().items():
         network.requires_grad_(name in names)
     if isinstance(recipe, TrainConfig):
@@ -70,10 +76,10 @@ def _cost(model: Model, part: Part, counts: dict[str, int]) -> Cost:
         forward = _operations(partial(_reconstruct if part == "vae" else _denoise, model, side))
     activations = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     if not model.codec.learned:
-        return Cost(learning, activations, forward)
+        return Cost(learning, beside, activations, forward)
     encode = _operations(lambda: model.codec.posterior(torch.empty(1, 3, side, side)))
     both = _operations(lambda: _reconstruct(model, side))
-    return Cost(learning, activations, forward, encode, both - encode)
+    return Cost(learning, beside, activations, forward, encode, both - encode)
 
 
 def _operations(run: Callable[[], object]) -> float:
@@ -137,7 +143,7 @@ def is_cached(preset: Preset, images: int) -> bool:
 def work_of(preset: Preset, part: Part, cost: Cost, *, cached: bool) -> Work:
     """Of a part's step, its sheets and its measures. cached: whether latents are made before."""
     recipe, settings = preset.recipe(part), preset.sample
-    passes = 3  # forward, and back to inputs and to weights
+    passes = objective_class(part, recipe).passes
     if isinstance(recipe, TrainConfig):
         passes += recipe.checkpointing - bool(recipe.lora_rank)
     batch = (recipe.batch_size or 1) * recipe.accumulate

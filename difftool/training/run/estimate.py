@@ -87,7 +87,7 @@ def _memory(preset: Preset, part: Part, costs: Costs, device: torch.device) -> t
         recipe.precision == "auto" and device.type == "cuda"
     )
     total = sum(costs.parameters.values())
-    own = FP32 * (total + cost.learning * (3 + _averages(recipe)))
+    own = FP32 * (total + cost.beside + cost.learning * (3 + _averages(recipe)))
     return own, cost.activations // (2 if half else 1)
 
 

@@ -36,6 +36,8 @@ TUNED_BATCH, TUNED_EPOCHS = 4, 100
 TUNED_STEPS = {"cpu": 500, "cuda": 3000, "mps": 1500}
 """The same of published latent models, whose steps cost a thousand times as much and which need
 few: as the scripts of diffusers and kohya have it."""
+MOST_DRAWN = 1024
+"""Pictures that a teacher is to draw of captions alone, at most."""
 WARMUP = 0.1
 """Of the steps, at most."""
 WORTH_BUCKETS = 0.15
@@ -145,7 +147,14 @@ def _chosen(plan: TrainingPlan, device: str) -> list[Layer]:
         if before.recipe(name).steps != steps and recipe.warmup > WARMUP * steps and not plan.begun:
             why = f"{WARMUP:.0%} of the steps, of which {recipe.warmup} would be {{:.0%}}"
             choose(key, "warmup", round(WARMUP * steps), why.format(recipe.warmup / steps))
-        if recipe.validation is None and not dataset.held_out and len(dataset) >= HELD_OUT_FROM:
+        if name == "unet" and not dataset.pictured and not preset.train.distill.samples:
+            seen = steps * batch * recipe.accumulate
+            why = f"there are captions alone; {seen} are learned from, at most {MOST_DRAWN} drawn"
+            choose(key, "distill", {"samples": min(seen, MOST_DRAWN)}, why)
+        if not dataset.pictured:
+            if recipe.validation is None:
+                choose(key, "validation", 0.0, "there are captions alone")
+        elif recipe.validation is None and not dataset.held_out and len(dataset) >= HELD_OUT_FROM:
             held = min(round(HELD_OUT * len(dataset)), MOST_HELD_OUT)
             why = f"measured and never trained on: {HELD_OUT:.0%}, at most {MOST_HELD_OUT}"
             choose(key, "validation", held, why)
@@ -215,6 +224,12 @@ def _check(preset: Preset, dataset: Dataset) -> None:
             "add captions (a .txt beside each picture, or metadata.jsonl), or --preset pixel-small"
         )
         raise UsageError("cannot train on this data", why, hint)
+    if not dataset.pictured and (
+        preset.train.distill.method == "none" or preset.parts != ("unet",)
+    ):
+        why = f"{dataset.audit.source} has captions alone"
+        hint = "--distill METHOD --from MODEL learns from what a model draws of them"
+        raise UsageError("training needs pictures", why, hint)
     if preset.unet.num_classes and dataset.kind != "class":
         why = f"the preset {preset.name} is class-conditional, and the data has no class folders"
         raise UsageError(

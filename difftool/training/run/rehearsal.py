@@ -17,8 +17,8 @@ from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
 from difftool.training.step.ema import Ema
-from difftool.training.step.loop import parameters_of
-from difftool.training.step.objectives import OBJECTIVES, Objective
+from difftool.training.step.loop import objective_class, parameters_of
+from difftool.training.step.objectives import Objective
 from difftool.training.step.optim import OPTIMIZERS
 
 
@@ -37,7 +37,7 @@ def rehearse(
         assert recipe.batch_size
         hold_out(dataset, recipe.validation)
         try:
-            objective = OBJECTIVES[part](model, recipe)
+            objective = objective_class(part, recipe)(model, recipe)
             Ema.of(recipe, {})
             OPTIMIZERS[recipe.optimizer](_small(objective), recipe)
         except (ValueError, TypeError, RuntimeError) as error:

@@ -21,7 +21,7 @@ WHOLE = ("path", "target", "unet", "codec", "text", "classes", "size_numbers", "
 """Keys of what a model is: of another one there is no checkpoint."""
 STATE = (
     *("seed", "batch_size", "accumulate", "size", "optimizer", "ema", "ema_profile", "ema_lengths"),
-    *("lora_rank", "lora_alpha", "lora_base"),
+    *("lora_rank", "lora_alpha", "lora_base", "method", "teacher", "samples"),
 )
 """Keys of a recipe that the state of a run is made by."""
 FREE = ("checkpointing", "allow_bad", "allow_uncaptioned")
@@ -40,7 +40,7 @@ class SettingChange(NamedTuple):
     @property
     def possible(self) -> bool:
         """Whether the checkpoint can be gone on from."""
-        top, _, name = self.key.partition(".")
+        top, name = self.key.partition(".")[0], self.key.rpartition(".")[2]
         return self.key == "unet.dropout" or (top not in WHOLE and name not in STATE)
 
     def __str__(self) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from difftool.config.families import family
 from difftool.config.layers import Layer
 from difftool.config.schema import Part, Preset
 from difftool.config.validate import to_values
+from difftool.diffusion.path import build_path
 from difftool.errors import UsageError, missing
 from difftool.formats import open_model
 from difftool.formats.model_source import ModelSource
@@ -33,6 +34,8 @@ from difftool.storage.runs import (
 from difftool.storage.shards import written_at
 
 CHANNELS = ("in_channels", "out_channels")
+LCM_STEPS = 50
+"""Of the grid "lcm" where nothing else is said."""
 
 
 class Stage(NamedTuple):
@@ -144,7 +147,7 @@ def start_layers(model: Path, source: ModelSource) -> list[Layer]:
     """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
     learning rate; how long and on what it was trained is its past."""
     values = dict(source.values)
-    past = {"steps", "batch_size", "accumulate", "flip", "size", "validation"}
+    past = {"steps", "batch_size", "accumulate", "flip", "size", "validation", "distill"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
     values |= {"train": train, "parts": ["unet"], "data": {}}
     row = family(source.preset.family)
@@ -153,6 +156,56 @@ def start_layers(model: Path, source: ModelSource) -> list[Layer]:
         lr = row.fine_tune_share * float(train.get("lr", 1e-3))
     origin = "chosen: fine-tuning starts gently"
     return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
+
+
+DRAWS = {"lcm": 4, "turbo": 1, "ect": 2}
+"""Steps that a distilled model is sampled in, by how it was distilled."""
+EMBEDDED = 2.0
+"""The range of guidance scales that a student is told begins at 1, and ends at so many times the
+model's own."""
+
+
+def distill_layers(model: Path, source: ModelSource, asked: Preset) -> list[Layer]:
+    """What --distill says: who teaches, what guidance is learned, and how the student is sampled.
+
+    asked: the model as it is to be. UsageError for what it cannot be.
+    """
+    distill, own, preset = asked.train.distill, source.preset.sample, source.preset
+    guidable = preset.text or len(preset.classes) == (preset.unet.num_classes or 0) - 1
+    told = asked.unet.guidance_dim is not None
+    if told and asked.train.lora_rank and not preset.unet.guidance_dim:
+        why = "unet.guidance_dim is a layer of the model's own, which a LoRA has no room for"
+        raise UsageError("a LoRA cannot be told the guidance scale", why, "leave --lora out")
+    scale = own.guidance if guidable or told else 1.0
+    scales, why = [scale, scale], "the model's own, which is learned with it"
+    if told:
+        scales, why = [1.0, EMBEDDED * scale], "the student is told the scale"
+    elif distill.method == "ect":
+        scales, why = [1.0, 1.0], "it learns from the pictures alone"
+    steps = distill.ode_steps
+    sample: dict[str, Any] = {
+        **{"sampler": "lcm", "sampler_options": {}, "schedule": "lcm"},
+        "schedule_options": {} if steps == LCM_STEPS else {"original_steps": steps},
+        "steps": DRAWS[distill.method],
+        "guidance": scale if told else 1.0,
+        **{"guidance_rescale": 0.0, "guidance_interval": None},
+    }
+    if not build_path(preset.path).continuous:
+        sample["start_noise"] = "unit"
+    before = to_values(own)
+    sample = {key: value for key, value in sample.items() if value != before[key]}
+    scheduler = {"original_inference_steps": steps} if preset.scheduler else {}
+    recipe: dict[str, Any] = {"drop": 0.0, "ema": 0.99}
+    if distill.method == "ect":
+        recipe |= {"time": "log_normal", "time_options": {"mean": -1.1, "std": 2.0}}
+    return [
+        Layer(f"--distill {distill.method}", {"train": {"distill": {"teacher": str(model)}}}),
+        Layer(f"chosen: {why}", {"train": {"distill": {"guidance": scales}}}),
+        Layer(
+            f"chosen: usual of {distill.method}",
+            {"sample": sample, "scheduler": scheduler, "train": recipe},
+        ),
+    ]
 
 
 def lora_layers(model: Path, source: ModelSource, rank: int) -> list[Layer]:

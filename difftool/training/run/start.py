@@ -18,6 +18,7 @@ from difftool.config.layers import (
     origins,
     override_layers,
     preset_layers,
+    resolve,
 )
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.data import BUILTIN, Audit, Dataset, open_dataset
@@ -85,8 +86,9 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
     data, resumes = values["data"], bool(values["resume"] or values["resume_from"])
     if not Path(data).exists() and data not in BUILTIN:
         open_dataset(data)  # which refuses it
-    if values["lora"] and values["part"] not in (None, "unet"):
-        raise clash("--lora", f"--part {values['part']}")
+    for name in ("lora", "distill"):
+        if values[name] and values["part"] not in (None, "unet"):
+            raise clash(f"--{name}", f"--part {values['part']}")
     if values["out"]:
         check_ending(out, "a run folder")
     check_place((out if values["out"] else Path("runs")) / runs.CONFIG)
@@ -141,6 +143,9 @@ def prepare(
         adopt = dict.fromkeys(PARTS, base)
         if values["lora"]:
             begin += staged.lora_layers(base, source, values["rank"] or LORA_RANK)
+        if values["distill"]:
+            asked = resolve([*begin, *given, *sources.overrides])
+            begin += staged.distill_layers(base, source, asked)
     elif values["rank"]:  # of a run that goes on
         given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
     if values["vae"] is not None:
@@ -301,16 +306,18 @@ class Training:
     def seconds(self) -> tuple[float, float]:
         """About how long it will take on this device, as fast as it is now: to encode pictures
         first, and in all."""
-        from difftool.training.run.costs import is_cached, speed
+        from difftool.training.run.costs import DRAWING, is_cached, speed
 
         total, beforehand, rate = 0.0, 0.0, speed(self.device)
+        if "unet" in self.costs.parts:
+            beforehand += self.preset.train.distill.samples * DRAWING * self.work["unet"].sample
         for part, work in self.work.items():
             steps = self.preset.recipe(part).steps or 1
             total += steps * work.step / (1 - self.evaluations[part].share)
         if "unet" in self.costs.parts and is_cached(self.preset, len(self.dataset)):
             pictures = len({self.dataset.name(index) for index in range(len(self.dataset))})
             sides = 1 + bool(self.preset.train.flip)
-            beforehand = pictures * sides * self.costs.parts["unet"].encode
+            beforehand += pictures * sides * self.costs.parts["unet"].encode
         return beforehand / rate, (beforehand + total) / rate
 
     @cached_property
@@ -328,7 +335,9 @@ class Training:
         beforehand, seconds = self.seconds
         words = "as fast as the device is now"
         if beforehand >= 1:
-            words += f"; {duration(beforehand)} of it encode the pictures, before the first step"
+            drawn = self.preset.train.distill.samples
+            made = "the teacher draws" if drawn else "encode the pictures"
+            words += f"; {duration(beforehand)} of it {made}, before the first step"
         time = ("time", f"about {duration(seconds)}", words)
         return [*self.estimate.rows(self.free), time, ("shown", "", "; ".join(sums))]
 
@@ -427,7 +436,7 @@ class Training:
                         run = Run(
                             own,
                             self.preset,
-                            self.dataset,
+                            self._data(stage, own),
                             self._options,
                             part=stage.part,
                             tokenizer_json=self.tokenizer_json,
@@ -448,6 +457,15 @@ class Training:
         """Let other runs have the folder."""
         if self._files is not None:
             self._files.close()
+
+    def _data(self, stage: Stage, folder: RunFolder) -> Dataset:
+        """What a part learns from: the data, or what the teacher draws of it."""
+        from difftool.training.run.teaching import drawn
+
+        if stage.part != "unet":
+            return self.dataset
+        progress = self._options.progress
+        return drawn(self.preset, self.dataset, folder.path, self.device, progress)
 
     def _folder_of(self, stage: Stage, files: RunFolder) -> RunFolder:
         from difftool.training.run.folder import RunFolder

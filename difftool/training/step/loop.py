@@ -33,18 +33,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from difftool.config.schema import Part, TrainConfig
+from difftool.config.schema import OptimConfig, Part, TrainConfig
 from difftool.data import Dataset
 from difftool.engine.cpu import keep_memory
 from difftool.errors import ResourceError, first_line
 from difftool.pipeline.model import Model
 from difftool.training.step import parallel
 from difftool.training.step.batches import Batch, Batches, Conditioning, Prefetcher
+from difftool.training.step.distillation import EctObjective, LcmObjective
 from difftool.training.step.ema import Ema
 from difftool.training.step.frames import buckets_of
-from difftool.training.step.objectives import OBJECTIVES
+from difftool.training.step.objectives import OBJECTIVES, Objective
 from difftool.training.step.optim import OPTIMIZERS
 from difftool.training.step.record import Record
+from difftool.training.step.turbo import TurboObjective
 
 LOG_EVERY = 10
 
@@ -83,7 +85,7 @@ class Trainer:
         self.model, self.dataset, self.config = model, dataset, config
         self.part: Part = part
         self.step, self.seed = 0, config.seed
-        self.objective = objective = OBJECTIVES[part](model, config)
+        self.objective = objective = objective_class(part, config)(model, config)
         drop = config.drop if isinstance(config, TrainConfig) else 0.0
         self.batches = Batches(
             dataset=dataset,
@@ -105,7 +107,13 @@ class Trainer:
         self.learning = self.parameters | self.helper_parameters
         for network in (*model.parts().values(), *helpers.values()):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = OPTIMIZERS[config.optimizer](self.learning, config)
+        own = objective.helper_optimizer()
+        learning = self.learning if own is None else self.parameters
+        self.optimizer = OPTIMIZERS[config.optimizer](learning, config)
+        self.optimizers = [(self.optimizer, learning)]
+        """And what each of them moves."""
+        if own is not None:
+            self.optimizers.append((own, self.helper_parameters))
         self.ema = Ema.of(config, self.parameters)
         precision = config.precision
         if precision == "auto":
@@ -165,17 +173,21 @@ class Trainer:
             self.scaler.scale(loss).backward()  # fp16 loses small gradients; else it does nothing
             self.record.add(output)
         self.gradients.finish()
-        self.scaler.unscale_(self.optimizer)  # the norm is of the gradients as they are
-        bound = config.clip_norm or math.inf  # without clipping the norm is measured all the same
-        norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), bound)
+        norms = []
+        for optimizer, parameters in self.optimizers:
+            self.scaler.unscale_(optimizer)  # the norm is of the gradients as they are
+            bound = config.clip_norm or math.inf  # without clipping it is measured all the same
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), bound))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        self.scaler.step(self.optimizer)  # skipped in fp16 where a gradient is not finite
+        for optimizer, _ in self.optimizers:
+            self.scaler.step(optimizer)  # skipped in fp16 where a gradient is not finite
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update()
-        self.record.add_norm(norm.detach())
+        objective.stepped()
+        self.record.add_norm(norms[0].detach())
         self.step += 1
 
     def run(self) -> Iterator[TrainStep]:
@@ -217,6 +229,20 @@ class Trainer:
         is trained, for another model to adopt."""
         trained = self.objective.trained()
         return list(self.model.parts() if "unet" in trained else trained)
+
+
+DISTILLATIONS: dict[str, type[Objective]] = {
+    "lcm": LcmObjective,
+    "turbo": TurboObjective,
+    "ect": EctObjective,
+}
+"""By DistillConfig.method."""
+
+
+def objective_class(part: Part, recipe: OptimConfig) -> type[Objective]:
+    """What a part learns by a recipe."""
+    method = recipe.distill.method if isinstance(recipe, TrainConfig) else "none"
+    return OBJECTIVES[part] if method == "none" else DISTILLATIONS[method]
 
 
 def not_finite(step: int, which: str) -> ResourceError:

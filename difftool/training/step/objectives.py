@@ -55,6 +55,11 @@ class Objective(ABC):
 
     by_sample = True
     """Whether a sample's loss is its own, so that processes can share a batch."""
+    passes = 3.0
+    """Work of a sample in forward passes of what learns, about: there, and back to inputs and to
+    weights."""
+    copies = 0
+    """Networks like the one that learns that are held beside it."""
 
     def __init__(self, model: Model, config: Any):
         self.model, self.config, self.seed = model, config, config.seed
@@ -72,6 +77,18 @@ class Objective(ABC):
     def helpers(self) -> dict[str, nn.Module]:
         """Networks that learn beside them and are left behind at the end."""
         return {}
+
+    def helper_optimizer(self) -> torch.optim.Optimizer | None:
+        """Of the helpers, where they do not learn as the parts do."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What else the next step depends on, for checkpoints."""
+        return {}
+
+    def stepped(self) -> None:
+        """The weights have made a step."""
+        return
 
     def needs_pictures(self) -> bool:
         """Whether a batch must bring its pictures."""

@@ -31,7 +31,7 @@ def pyramid_distance(a: Tensor, b: Tensor, levels: int = 4) -> Tensor:
     return total + difference.abs().mean(dim=(1, 2, 3))
 
 
-def _init(network: nn.Module, generator: torch.Generator) -> None:
+def init(network: nn.Module, generator: torch.Generator) -> None:
     """Kaiming's scale for leaky rectifiers, a function of the generator's state."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -70,7 +70,7 @@ class PatchDiscriminator(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fresh weights."""
-        _init(self, generator)
+        init(self, generator)
 
 
 class PictureEncoder(nn.Module):
@@ -99,4 +99,4 @@ class PictureEncoder(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fresh weights."""
-        _init(self, generator)
+        init(self, generator)

@@ -33,6 +33,9 @@ class Stream(IntEnum):
     LATENT = 7
     VALIDATION = 8
     LIKELIHOOD = 9
+    GUIDANCE = 10
+    JUDGED_TIME = 11
+    JUDGED_NOISE = 12
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

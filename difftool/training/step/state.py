@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from difftool.training.step.loop import Trainer, not_finite
 
 def check_finite(trainer: Trainer) -> None:
     """ResourceError if a weight, an average or a moment of the optimiser is not finite."""
-    groups: dict[str, Mapping[str, Tensor]] = {"weights": trainer.learning}
+    groups: dict[str, Mapping[str, Tensor]] = {"weights": trainer.learning | _beside(trainer)}
     if trainer.ema:
         groups |= {f"averaged weights ({k})": track for k, track in trainer.ema.tracks.items()}
     groups["state of the optimiser"] = _moments(trainer)
@@ -37,8 +37,18 @@ def _moments(trainer: Trainer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value
         for name, p in trainer.learning.items()
-        for key, value in trainer.optimizer.state.get(p, {}).items()
+        for key, value in _state_of(trainer, name).get(p, {}).items()
     }
+
+
+def _state_of(trainer: Trainer, name: str) -> MutableMapping[Any, Any]:
+    """The state of the optimiser that moves the parameter of that name."""
+    return next(o.state for o, parameters in trainer.optimizers if name in parameters)
+
+
+def _beside(trainer: Trainer) -> dict[str, Tensor]:
+    """What is left behind at the end."""
+    return trainer.helper_parameters | trainer.objective.tensors()
 
 
 def save_state(trainer: Trainer, run: Path, *, keep: int) -> Path:
@@ -65,8 +75,8 @@ def _write(trainer: Trainer, where: Path) -> None:
         for rule, track in list(trainer.ema.tracks.items())[:-1]:
             save_tensors(where / f"ema-{rule}.safetensors", track)
     save_tensors(where / runs.OPTIMIZER, _moments(trainer))
-    if trainer.helper_parameters:
-        save_tensors(where / runs.HELPERS, trainer.helper_parameters)
+    if beside := _beside(trainer):
+        save_tensors(where / runs.HELPERS, beside)
     state = {
         "schema": 1,
         "step": trainer.step,
@@ -91,8 +101,8 @@ def restore_state(trainer: Trainer, checkpoint: Path) -> list[str]:
     kept = tuple(f"{part}." for part in trainer.kept_parts())
     mine = {n: t for n, t in trainer.model.tensors().items() if n.startswith(kept)}
     _copy(mine, load_tensors(checkpoint / runs.MODEL), checkpoint)
-    if trainer.helper_parameters:
-        _copy(trainer.helper_parameters, load_tensors(checkpoint / runs.HELPERS), checkpoint)
+    if beside := _beside(trainer):
+        _copy(beside, load_tensors(checkpoint / runs.HELPERS), checkpoint)
     if trainer.ema:
         for rule, track in trainer.ema.tracks.items():
             name = "ema" if track is trainer.ema.average else f"ema-{rule}"
@@ -108,7 +118,7 @@ def restore_state(trainer: Trainer, checkpoint: Path) -> list[str]:
             key: torch.empty_like(t if key == "step" else p).copy_(t) for key, t in entry.items()
         }
         if laid_out:
-            trainer.optimizer.state[p] = laid_out
+            _state_of(trainer, name)[p] = laid_out
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.record.restore(state["record"])
     trainer.step = state["step"]
