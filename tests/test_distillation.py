@@ -396,20 +396,25 @@ def test_captions_alone_are_read_as_data(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["lora", "whole", "told"])
-def test_what_is_distilled_of_stable_diffusion_is_sampled_by_diffusers(values, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sd1", "lora"), ("sd1", "whole"), ("sd1", "told"), ("sd15", "lora")]
+)
+def test_what_is_distilled_of_stable_diffusion_is_sampled_by_diffusers(
+    values, tmp_path, family, kind
+):  # fmt: skip
+    """sd15: at its published size."""
     from conversions import convert
-    from pipelines import build, diffusers
+    from pipelines import build, build_whole, diffusers
 
     logging.disable(logging.ERROR)
-    build("sd1", tmp_path)
+    {"sd1": build, "sd15": build_whole}[family](family, tmp_path)
     Path("two.txt").write_text("a fox on a hill\na red house\n", encoding="utf-8")
     more: dict[str, Any] = {"lora": {"lora": True, "rank": 4}, "whole": {}, "told": {
         "set": {"unet.guidance_dim": 32}}}[kind]  # fmt: skip
-    given = {"data": str(tmp_path / "two.txt"), "base": None, "from_": str(tmp_path / "sd1")}
+    given = {"data": str(tmp_path / "two.txt"), "base": None, "from_": str(tmp_path / family)}
     made = train(values(**given, **LCM, **more, size=64, steps=2, lr=0.01, teacher_samples=2))
     assert made.path
-    where = str(tmp_path / "sd1")
+    where = str(tmp_path / family)
     if kind == "lora":
         model = load_model(where, device="cpu", loras=[(made.path, 1.0)])
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(where)

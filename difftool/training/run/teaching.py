@@ -30,7 +30,7 @@ PIECE = 64
 """Pictures of one file: what a run that is killed draws again, at most."""
 
 
-class Drawn(Dataset):
+class TeacherPictures(Dataset):
     """Pictures that a teacher has drawn of another set's captions or classes, one after the other
     and again from the first."""
 
@@ -98,7 +98,7 @@ def drawn(
     if any(piece is None for piece in pieces):
         where = folder / FOLDER
         raise ResourceError(f"the teacher's pictures are not in {where}", hint="run again")
-    return Drawn(dataset, torch.cat([piece for piece in pieces if piece is not None]), name)
+    return TeacherPictures(dataset, torch.cat([piece for piece in pieces if piece is not None]), name)
 
 
 def _draw(
