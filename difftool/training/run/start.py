@@ -5,7 +5,7 @@ Torch-free until the data is read and all that can be refused without torch is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from difftool.data import BUILTIN, Audit, Dataset, open_dataset
 from difftool.diffusion.path import build_path
 from difftool.errors import Stopped, UsageError, clash
 from difftool.formats import open_model
+from difftool.formats.model_source import ModelSource
 from difftool.hub.find import find_model, place_of_model
 from difftool.progress import Progress, silent
 from difftool.storage import runs
@@ -138,14 +139,9 @@ def prepare(
     if sources.base is not None:
         base = find_model(sources.base)
         source = opened(base)
-        begin = staged.start_layers(base, source)
+        begin = _start_layers(values, base, source, [*given, *sources.overrides])
         tokenizer, odd = source.tokenizer_json, source.warnings
         adopt = dict.fromkeys(PARTS, base)
-        if values["lora"]:
-            begin += staged.lora_layers(base, source, values["rank"] or LORA_RANK)
-        if values["distill"]:
-            asked = resolve([*begin, *given, *sources.overrides])
-            begin += staged.distill_layers(base, source, asked)
     elif values["rank"]:  # of a run that goes on
         given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
     if values["vae"] is not None:
@@ -194,6 +190,18 @@ def prepare(
         seen=seen,
         changes=changes,
     )
+
+
+def _start_layers(
+    values: Mapping[str, Any], base: Path, source: ModelSource, given: Sequence[Layer]
+) -> list[Layer]:
+    """What --from says, and what is to be made of the model; `given` goes before it."""
+    layers = staged.start_layers(base, source)
+    if values["lora"]:
+        layers += staged.lora_layers(base, source, values["rank"] or LORA_RANK)
+    if values["distill"]:
+        layers += staged.distill_layers(base, source, resolve([*layers, *given]))
+    return layers
 
 
 def _fitted(

@@ -98,7 +98,9 @@ def drawn(
     if any(piece is None for piece in pieces):
         where = folder / FOLDER
         raise ResourceError(f"the teacher's pictures are not in {where}", hint="run again")
-    return TeacherPictures(dataset, torch.cat([piece for piece in pieces if piece is not None]), name)
+    return TeacherPictures(
+        dataset, torch.cat([piece for piece in pieces if piece is not None]), name
+    )
 
 
 def _draw(
