@@ -26,6 +26,7 @@ ROOMS = (
         "config",
     ),
     *("text", "networks", "engine", "images", "formats", "adapters", "hub", "data", "pipeline"),
+    "evaluation",
     *("conversion", "sampling", "training", "forward", "library", "cli", "__main__"),
 )
 """In import order: each imports only itself and those before it."""
@@ -46,6 +47,7 @@ TABLES = {
     "sampling.settings",
     "sampling.events",
     "training.options",
+    "evaluation.options",
 }
 """Torch-free modules of rooms' own that commands may import at once: what they take and show."""
 FAMILY_FILES = {"config.families", "diffusion.grids", "diffusion.path"}

@@ -56,6 +56,9 @@ ENVIRONMENT = {
 """Variables that the commands go by."""
 RESULTS = {
     "`sample --grid`": "`path`, `grid` (pictures on the sheet)",
+    "`sample --evaluate`, at the end": "`evaluation`: `features`, `dimensions`, `made`, "
+    "`reference` (pictures), `frechet`, `kid`, `kid_deviation`, `kid_subset`, `precision`, "
+    "`recall`",
     "`noise`, of each picture": "`path`, `image`, `width`, `height`, `seed`, `noise_path` and "
     "`levels`, or `noise_paths` where several are compared; of `--reverse` and `--likelihood` also "
     "`model`, `model_hash`, `prompt`, `label`, and of the latter `likelihood`",
@@ -64,7 +67,7 @@ RESULTS = {
     "`verified`, `warnings`, `family`, `layers`, `path`; in the file of `--report` `entries`",
     "`convert --inspect`": "`format`, `family`, `prediction`, `zero_snr`, `evidence`, `weights`, "
     "`components`, `metadata`, `warnings`, `preset`",
-    "`train`": "`model`, `steps`",
+    "`train`": "`model`, `steps`, and of `--evaluate` `evaluation` as of `sample --evaluate`",
     "`--list`": "`list`, `items`, each with `name`, `about`, `also`, and more",
     "`--print-config`": "`config`: of each key `value` and `origin`",
     "an error": "`error`: `code` (the exit code), `message`, `hint`",

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from difftool.cli import console
 from difftool.cli.options import PRINT_CONFIG, TALK
+from difftool.config.options import RUN
 from difftool.errors import DifftoolError
+from difftool.evaluation.options import EVALUATION
 from difftool.sampling import events
 from difftool.sampling.settings import OPTIONS
 from difftool.signals import code_of
@@ -29,8 +31,10 @@ Examples
   difftool sample "as a watercolour" -m sd15 --init photo.png --strength 0.6
   difftool sample "a castle" -m sdxl --refiner sdxl-refiner --refiner-start 0.8
   difftool sample "a castle" -m sd15 --lora watercolour.safetensors:0.8
+  difftool sample -m runs/photos --seed 0-999 -o "made/[seed].png" --skip-existing --evaluate photos
 """
-ROWS = (*OPTIONS, PRINT_CONFIG, *TALK)
+OF_RUN = tuple(row for row in OPTIONS if row.panel == RUN)
+ROWS = (*(row for row in OPTIONS if row.panel != RUN), *EVALUATION, *OF_RUN, PRINT_CONFIG, *TALK)
 
 
 def run(values: dict[str, Any]) -> int:
@@ -138,6 +142,11 @@ class _Show:
                     console.fail(error)
             case events.Existing():
                 self.skipped += 1
+            case events.Judged(judgement):
+                self.say_notes()
+                console.table(judgement.lines())
+                if console.mode.json:
+                    console.emit({"schema": console.SCHEMA, "evaluation": judgement._asdict()})
             case events.Note(text, warning=True):
                 if self.told.is_news(text):
                     console.warn(text)

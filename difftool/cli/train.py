@@ -68,11 +68,16 @@ def run(values: dict[str, Any]) -> None:
     _tell(training)
     for part in training.parts():
         _show(part)
+    judgement = training.evaluate(console.progress)
+    if judgement is not None:
+        console.table(judgement.lines())
     path, steps = str(training.path), training.preset.train.steps
     commands = usage(training.preset, training.facts, folder)
     hints = [("model", path), ("report", str(training.report))]
     console.table([*hints, *(("next", command) for command in commands[:1])])
-    result = {"schema": console.SCHEMA, "model": path, "steps": steps}
+    result: dict[str, Any] = {"schema": console.SCHEMA, "model": path, "steps": steps}
+    if judgement is not None:
+        result["evaluation"] = judgement._asdict()
     console.emit(result if values["json"] else path)
 
 

@@ -22,6 +22,7 @@ from difftool.config.validate import check_sampling, to_values, validate
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
+from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Failure, Note, Started
 from difftool.sampling.expand import Expander
@@ -104,6 +105,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         for place in (values["model"], *filter(None, others)):
             place_of_model(place)
     stream = read_requests(values["prompts"], asked[0]) if values["prompts"] else None
+    if values.get("evaluate"):
+        check_evaluation(values["evaluate"], values["features"], total)
     return SampleTask(values, layers, base, asked, stream, output, total)
 
 
@@ -206,9 +209,14 @@ def sample(
     for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
         yield Note(warning)
     if values["from_latents"]:
-        yield from run.decode(values["from_latents"])
+        events = run.decode(values["from_latents"])
     else:
-        yield from run.events(task.asked if task.stream is None else task.stream)
+        events = run.events(task.asked if task.stream is None else task.stream)
+    if values.get("evaluate"):
+        from difftool.sampling.evaluate import judged
+
+        events = judged(events, values["evaluate"], values["features"], str(model.device))
+    yield from events
 
 
 def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> SampleRun:

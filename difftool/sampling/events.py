@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from difftool.config.schema import SampleConfig
+    from difftool.evaluation.judge import Judgement
     from difftool.sampling.sample import Sample
 
 
@@ -91,4 +92,11 @@ class Note:
     warning: bool = True
 
 
-Event = Started | Working | Result | Sheet | Failure | Existing | Note
+@dataclass(frozen=True)
+class Judged:
+    """How near what was made is to a reference."""
+
+    judgement: Judgement
+
+
+Event = Started | Working | Result | Sheet | Failure | Existing | Note | Judged

@@ -143,6 +143,11 @@ def _bits(metrics: Metrics) -> tuple[str, str]:
     )
 
 
+def _evaluation(metrics: Metrics) -> tuple[str, str]:
+    found = metrics.of("evaluation")[-1]["evaluation"]
+    return f"Frechet distance, {found['features']}", f"{found['frechet']:.2f}, {found['made']} made"
+
+
 def _overfitting(metrics: Metrics, steps: int) -> str | None:
     held = [line["validation"][metrics.compared] for line in metrics.validation]
     if not overfits(held, metrics.training_at_validation()):
@@ -212,6 +217,12 @@ METRICS = (
         '"samples" and "data", each the "mean" and "std" of red, green and blue, of the sample '
         "sheet and of the pictures it should resemble, in [-1, 1]",
         worry=_colour_cast,
+    ),
+    Metric(
+        "evaluation",
+        "how near samples of the finished model are to the reference of --evaluate, as "
+        "`sample --evaluate` prints it",
+        _evaluation,
     ),
     Metric("psnr", "mean of the sheet's reconstructions, in dB", _psnr),
 )

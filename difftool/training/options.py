@@ -13,6 +13,8 @@ from difftool.config.layers import Layer, preset_names
 from difftool.config.numbers import COUNT, Within
 from difftool.config.options import DEVICE, OFFLINE, SET, Option
 from difftool.config.schema import RECIPES, Part
+from difftool.evaluation.options import EVALUATION, LEAST, MADE
+from difftool.evaluation.options import PANEL as EVALUATION_PANEL
 from difftool.progress import Progress, silent
 from difftool.storage.shards import MAX_SHARD_SIZE, parse_size
 from difftool.training.run.evaluation import Evaluation
@@ -156,6 +158,10 @@ OPTIONS = (
     _row("likelihood", FOLDER, "Measure bits per dimension of held-out pictures too", type=bool),
     _row("max_shard_size", FOLDER, "Split a larger model: 500MB", metavar="SIZE",
          read=parse_size, default=MAX_SHARD_SIZE),
+    *EVALUATION,
+    _row("evaluate_num", EVALUATION_PANEL, "Pictures made for it", type=int,
+         within=Within(low=LEAST), needs=("evaluate",), why="is how many are compared",
+         default=f"as many as the reference has, at most {MADE}"),
     DEVICE, SET, OFFLINE,
 )
 """Those that the command and the library have."""

@@ -51,6 +51,7 @@ from difftool.training.step.frames import buckets_of
 if TYPE_CHECKING:
     import torch
 
+    from difftool.evaluation.judge import Judgement
     from difftool.training.run.costs import Costs
     from difftool.training.run.estimate import Estimate
     from difftool.training.run.folder import RunFolder
@@ -172,7 +173,7 @@ def prepare(
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
     preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
-    _check_likelihood(bool(values["likelihood"]), dataset, preset)
+    _check_measures(values, dataset, preset)
     changes = changes_of(stages, preset, allowed=bool(values["allow_change"]))
     rehearse(preset, dataset, tokenizer, {part: opened(path) for part, path in adopt.items()})
     return Training(
@@ -223,16 +224,20 @@ def _fitted(
     return preset, tokenizer, layers, costs
 
 
-def _check_likelihood(wanted: bool, dataset: Dataset, preset: Preset) -> None:
-    """UsageError unless there are pictures by which a likelihood, if it is wanted, is measured, and
-    a part that has one."""
+def _check_measures(values: Mapping[str, Any], dataset: Dataset, preset: Preset) -> None:
+    """UsageError if a likelihood or a comparison is wanted that cannot be made."""
+    from difftool.evaluation.options import check_evaluation
     from difftool.training.run.validation import count_held_out
 
-    if not wanted:
-        return
-    if "unet" not in preset.parts:
-        raise UsageError("--likelihood is the U-Net's", f"--part {preset.parts[0]} has none")
-    if not count_held_out(dataset, preset.train.validation):
+    for flag in ("likelihood", "evaluate"):
+        if values[flag] and "unet" not in preset.parts:
+            raise UsageError(f"--{flag} is the U-Net's", f"--part {preset.parts[0]} has none")
+    if values["evaluate"]:
+        check_evaluation(values["evaluate"], values["features"])
+        if preset.train.lora_rank:
+            hint = "sample with it: sample --lora FILE --evaluate REFERENCE"
+            raise UsageError("--evaluate is of whole models, not of a LoRA", hint=hint)
+    if values["likelihood"] and not count_held_out(dataset, preset.train.validation):
         what, why = "--likelihood has nothing to measure", "no pictures are held out"
         raise UsageError(what, why, "add --validation 0.05, or more pictures")
 
@@ -461,6 +466,32 @@ class Training:
                 if stage.part == "vae":
                     self.preset = staged.with_codec_of(self.preset, model)
 
+    def evaluate(self, progress: Progress = silent) -> Judgement | None:
+        """Compare samples of the finished model with the reference of --evaluate, in metrics.jsonl
+        and the report too; None where none is asked for, and in processes that do not write."""
+        from difftool.evaluation.judge import open_reference
+        from difftool.training.run.folder import RunFolder
+        from difftool.training.run.judging import judge_model
+
+        if not self.values["evaluate"] or self.path is None:
+            return None
+        with RunFolder(self.path.parent) as files:
+            if not files.writes:
+                return None
+            found = judge_model(
+                self.path,
+                open_reference(self.values["evaluate"]),
+                self.dataset,
+                count=self.values["evaluate_num"],
+                weights=self.values["features"],
+                device=str(self.device),
+                folder=files.path / runs.CACHE,
+                progress=progress,
+            )
+            files.append({"step": self.steps, "evaluation": found._asdict()})
+            files.write_report()
+        return found
+
     def close(self) -> None:
         """Let other runs have the folder."""
         if self._files is not None:
@@ -489,6 +520,7 @@ class Training:
             for _ in run.steps():
                 pass
             run.finish()
+        self.evaluate()
         return self
 
     @property
