@@ -193,7 +193,7 @@ def test_what_cannot_be_compared_is_refused_before_work(difftool, model, words, 
 
 
 def test_a_trained_model_is_compared(difftool, monkeypatch):
-    from difftool.training.run import judging
+    from difftool.training import judging
 
     reference = solid(Path("photos"), ((9 * i, 200, 240 - i) for i in range(12)))
     values = {"unet": tiny.UNET | {"depth": [0, 0]}, "sample": {"steps": 2}}

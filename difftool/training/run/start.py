@@ -470,8 +470,8 @@ class Training:
         """Compare samples of the finished model with the reference of --evaluate, in metrics.jsonl
         and the report too; None where none is asked for, and in processes that do not write."""
         from difftool.evaluation.judge import open_reference
+        from difftool.training.judging import judge_model
         from difftool.training.run.folder import RunFolder
-        from difftool.training.run.judging import judge_model
 
         if not self.values["evaluate"] or self.path is None:
             return None
