@@ -59,7 +59,7 @@ def test_no_flag_means_two_things_in_one_place():
 
 
 ISSUE = """
-sample: --width --height --W --H --cfg --cfg-scale --negative-prompt --count --batch-count --ar
+sample: --width --height --W --H --cfg --cfg-scale --negative-prompt --count --batch-count
 sample: --tiling --variation-seed --scheduler --ckpt --denoising-strength --num-inference-steps
 sample: --guidance-scale --n_iter --prompt --fp16 --lowvram --xformers --controlnet
 train: --learning-rate --max_train_steps --train_batch_size --resolution --output_dir

@@ -10,6 +10,7 @@ import tiny
 from commands import Ran
 from PIL import Image
 
+from difftool.text.midjourney import parameters
 from difftool.text.tokenizer import Tokenizer
 
 SAMPLE = {
@@ -106,3 +107,79 @@ def test_wildcards_that_are_not_there_are_words_and_that_is_said(sample):
     assert sample("a fox", "--wildcard-dir", "none").code == 2
     ran = sample("a {red|blue} fox", "--prompt-syntax", "none", "--json")
     assert ran.object["prompt"] == "a {red|blue} fox"
+
+
+# --- Midjourney's parameters, and the flags that they are ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left", "values", "others"),
+    [
+        ("a fox --ar 3:2", "a fox", {"ar": "3:2"}, ()),
+        ("a fox --aspect 16:9 --c 20 --r 3", "a fox",
+         {"ar": "16:9", "chaos": "20", "repeat": "3"}, ()),
+        ("a fox \u2014ar 2:1 --no hills, big trees --seed 5", "a fox",
+         {"ar": "2:1", "no": "hills, big trees", "seed": "5"}, ()),
+        ("--tile a fox --stop 80", "a fox", {"tile": "", "stop": "80"}, ()),
+        ("a fox --tile x --no a --no b", "a fox", {"tile": "x", "no": "a, b"}, ()),
+        ("a fox --v 5.2 --style raw --stylize 500 --niji on a hill", "a fox on a hill", {},
+         ("--v 5.2", "--style raw", "--stylize 500", "--niji")),
+        ("a {fox --ar 3:2|owl} --iw 2", "a {fox --ar 3:2|owl}", {}, ("--iw 2",)),
+        ("a well--known fox -- so --steps 5", "a well--known fox -- so --steps 5", {}, ()),
+    ],
+)  # fmt: skip
+def test_parameters(prompt, left, values, others):
+    assert parameters(prompt) == (left, values, others)
+
+
+def test_parameters_in_a_prompt_are_what_the_flags_are(sample):
+    prompt = (
+        "a red fox --ar 2:1 --no hill --seed 5 --tile x --stop 50 --chaos 30 --repeat 2 --s 250"
+    )
+    ran = sample(prompt, "--steps", 4, "--size", "32x32", "--json", "-o", "in/[seed].png")
+    assert ran.code == 0 and "--s 250 has no meaning here" in ran.err
+    item, second = ran.objects
+    assert [item["prompt"], item["negative"], item["seed"]] == ["a red fox", "hill", 5]
+    assert (item["width"], item["height"]) == (22, 12) and second["seed"] == 6
+    assert (item["tile"], item["stop"], item["chaos"]) == ("x", 50, 30)
+    flags = ("--ar", "2:1", "--no", "hill", "--seed", 5, "--tile", "x", "--stop", 50, "--chaos", 30)
+    sample("a red fox", *flags, "--repeat", 2, "--steps", 4, "-o", "by/[seed].png")
+    sample("--from-image", "in/6.png", "-o", "again.png")
+    assert pixels("by/5.png") == pixels("in/5.png")
+    assert pixels("by/6.png") == pixels("in/6.png") == pixels("again.png")
+    Path("lines.txt").write_text(
+        "a red fox --ar 2:1 --no hill --d 6 --tile x --stop 50 --chaos 30 --s 4 --weird 9\n",
+        encoding="utf-8",
+    )
+    ran = sample("--prompts", "lines.txt", "-o", "lines.png")
+    assert "--weird 9 has no meaning" in ran.err and pixels("lines-0000.png") == pixels("in/6.png")
+    ran = sample("a {fox --ar 2:1 --seed 4|fox --ar 2:1 --seed 4}", "--json", "--seed", 1)
+    assert "--seed 4 has no meaning here" in ran.err and ran.object["width"] == 22
+
+
+def test_parameters_that_say_nothing_sound_are_refused(sample):
+    for prompt, said in (
+        ("a --ar wide", '"wide" is not a shape'),
+        ("a --stop 200", "--stop in the"),
+    ):
+        ran = sample(prompt)
+        assert ran.code == 2 and said in ran.err
+    assert sample("a", "--ar", "3:2", "--size", "16x16").code == 2
+    assert sample("a", "--repeat", 2, "--seed", "1,2").code == 2
+
+
+def test_a_flag_that_may_stand_alone(sample):
+    for args, way in ((["--tile", "a fox"], "both"), (["a fox", "--tile", "y"], "y"),
+                      (["--tile=x", "a fox"], "x"), (["a fox", "--tile"], "both")):  # fmt: skip
+        ran = sample(*args, "--seed", 1, "--json")
+        assert (ran.object["prompt"], ran.object["tile"]) == ("a fox", way)
+
+
+def test_chaos_and_stop_change_a_picture_and_none_is_none(sample):
+    for name, args in (("plain", []), ("none", ["--chaos", 0, "--stop", 100]),
+                       ("chaos", ["--chaos", 50]), ("stop", ["--stop", 50])):  # fmt: skip
+        sample("a red fox", "--seed", 1, "--steps", 4, *args, "-o", f"{name}.png")
+    assert pixels("plain.png") == pixels("none.png")
+    assert len({pixels(f"{name}.png") for name in ("plain", "chaos", "stop")}) == 3
+    ran = sample("a red fox", "--seed", 1, "--steps", 4, "--stop", 50, "-o", "more.png")
+    assert "2 of 4 steps are run" in ran.err

@@ -93,6 +93,12 @@ def test_every_key_of_a_json_line():
     values = {
         "prompt": "a fox",
         "negative_prompt": "blurry",
+        "no": "hills",
+        "ar": "3:2",
+        "repeat": 2,
+        "tile": True,
+        "chaos": 10.0,
+        "stop": 80,
         "template": "a {fox|owl}",
         "negative_template": "{blurry|bad}",
         "label": 3,
@@ -133,6 +139,9 @@ def test_every_key_of_a_json_line():
     assert request == Request(
         prompt="a fox",
         negative="blurry",
+        no="hills",
+        ar=(3.0, 2.0),
+        repeat=2,
         template="a {fox|owl}",
         negative_template="{blurry|bad}",
         label="3",
@@ -150,6 +159,9 @@ def test_every_key_of_a_json_line():
             "clip_skip": 2,
             "prompt_syntax": "comfy",
             "prompt_weighting": "compel",
+            "tile": "both",
+            "chaos": 10.0,
+            "stop": 80,
             "sampler_options": {"eta": 0.5, "s_noise": 0.9},
             "schedule_options": {"rho": 5},
             "start_noise": "sigma",
@@ -189,7 +201,7 @@ def test_options_on_a_line_of_text():
         settings={"steps": 5, "sampler": "Euler a"},
     )
     assert parse_line("a fox -- 5 - 3") == Request(prompt="a fox -- 5 - 3")
-    for wrong in ("a fox --ar 16:9", "a --s many", "a --s 5 --s 6", "a --w 0"):
+    for wrong in ("a fox --ar wide", "a --s many", "a --s 5 --s 6", "a --w 0"):
         with pytest.raises(UsageError):
             parse_line(wrong)
 

@@ -22,6 +22,8 @@ COUNTERPARTS = {
         "max-train-steps num-train-steps max-steps iterations train-steps",
     "--sampler": "sampler-name sampling-method sample-method method solver",
     "--schedule": "schedule-type sigmas noise-schedule",
+    "--ar": "aspect-ratio aspect",
+    "--tile": "tiling seamless",
     "--guidance": "cfg cfg-scale guidance-scale scale true-cfg-scale",
     "--guidance-rescale": "cfg-rescale rescale-cfg",
     "--eta": "ddim-eta",
@@ -87,9 +89,7 @@ COUNTERPARTS = {
 
 ANSWERS = {
     "--sampler": {
-        "ar aspect-ratio aspect": "give both sides: --size 1024x576",
         "scheduler": "--sampler names the method, --schedule the levels that it visits",
-        "tiling tile seamless": "pictures that repeat without a seam are not made",
         "variation-seed variation-strength variation-amount subseed subseed-strength":
             "the nearest is --init PICTURE --strength 0.3",
         "hires-fix enable-hr hr-scale hr-upscaler upscale upscaler":
@@ -102,7 +102,7 @@ ANSWERS = {
         "xformers enable-xformers opt-sdp-attention attention-slicing flash-attention":
             "attention is torch's own, which needs no flag",
         "safety-checker no-safety-checker skip-safety-checker": "there is no filter to turn off",
-        "stylize chaos weird quality niji": "Midjourney's flags have no counterpart",
+        "stylize weird quality niji iw": "this flag of Midjourney's has no counterpart",
     },
     "DATA": {
         "epochs num-train-epochs max-train-epochs num-epochs":

@@ -23,8 +23,24 @@ class Command(TyperCommand):
 
     rows: ClassVar[Sequence[Option]] = ()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _completed(args, self.rows))
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         help.show(ctx.command_path, self.help or "", [*self.rows, HELP])
+
+
+def _completed(args: Sequence[str], rows: Sequence[Option]) -> list[str]:
+    """Arguments with the value of each flag that may stand alone."""
+    alone = {flag: row for row in rows if row.alone is not None for flag in row.spellings}
+    made, end = list[str](), args.index("--") if "--" in args else len(args)
+    for i, (arg, following) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+        row = alone.get(arg) if i < end else None
+        if row is None or (row.choices and following in row.choices()):
+            made.append(arg)
+        else:
+            made.append(f"{arg}={row.alone}")
+    return made
 
 
 class Group(TyperGroup):

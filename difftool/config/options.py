@@ -41,6 +41,8 @@ class Option:
     metavar: str | None = None
     default: str | Callable[[], str] | None = None
     """What is shown as the default; asked when help is shown."""
+    alone: str | None = None
+    """The value that is meant by the flag without one."""
     blank: bool = False
     """Whether an empty text is a value: no prompt is one, no name is none."""
     file: str | None = None

@@ -78,6 +78,12 @@ class SampleConfig:
     """Whose weights, breaks and schedules prompts have; none: every character is a word's."""
     prompt_weighting: str | None = None
     """By whose arithmetic the weights are applied; None = the syntax's own."""
+    tile: Literal["none", "x", "y", "both"] = "none"
+    """Whether a picture repeats without a seam: from left to right (x), from top to bottom (y)."""
+    chaos: Annotated[float, Within(low=0, high=100)] = 0.0
+    """How unlike pictures of a prompt are: percent of noise in what is told of it, at first."""
+    stop: Annotated[int, Within(low=1, high=100)] = 100
+    """Percent of the steps after which the picture is taken as it is then predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)

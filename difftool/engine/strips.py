@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.engine.tiles import tile_of
 from difftool.networks.codecs import VaeCodec
 from difftool.networks.layers import ResBlock
 from difftool.networks.vae import Vae
@@ -79,14 +80,18 @@ class _Strips:
         self, conv: nn.Conv2d, x: Tensor, before: Callable[[Tensor], Tensor], scale: int = 1
     ) -> Tensor:
         """A 3x3 convolution of before(x), which makes maps `scale` times as large."""
-        height, width = x.shape[2], x.shape[3]
+        height, width, tile = x.shape[2], x.shape[3], tile_of(conv)
+        across = "circular" if tile in ("x", "both") else "constant"
         out = torch.empty(1, conv.out_channels, scale * height, scale * width, dtype=x.dtype)
         for start, end in self._cuts(x):
             top, bottom = start > 0, end < height  # whether there is a row beyond
-            strip = before(x[:, :, start - top : end + bottom].to(self.device))
+            if tile in ("y", "both"):
+                top = bottom = True
+            rows = torch.arange(start - top, end + bottom) % height
+            strip = before(x[:, :, rows].to(self.device))
             # One row beyond either end, of zeros beyond the map.
             cut = strip[:, :, top * (scale - 1) : strip.shape[2] - bottom * (scale - 1)]
-            padded = F.pad(cut, (1, 1, int(not top), int(not bottom)))
+            padded = F.pad(F.pad(cut, (1, 1, 0, 0), across), (0, 0, int(not top), int(not bottom)))
             done = F.conv2d(padded, conv.weight, conv.bias)
             out[:, :, scale * start : scale * end] = done.to(out.device)
         return out

@@ -121,6 +121,8 @@ class Term:
     """In the guided output; the weights of all terms add up to 1."""
     unguided: float
     """In the output without guidance."""
+    wanted: bool = True
+    """Whether it is not what is guided away from."""
     _last: tuple[list[int], Cond] | None = field(default=None, init=False)
 
     def at(self, evaluation: int) -> Cond:
@@ -180,7 +182,10 @@ def terms_of(
     texts = _encoded(model, negatives, settings)
     if model.preset.zero_negative:
         texts = _without_empty(texts, [text for told in negatives for _, text in told.schedule])
-    return [*terms, Term(build, texts, _ends(negatives), 1 - scale * shares, 1 - shares)]
+    return [
+        *terms,
+        Term(build, texts, _ends(negatives), 1 - scale * shares, 1 - shares, wanted=False),
+    ]
 
 
 def _ends(prompts: Sequence[Told]) -> list[list[int]]:

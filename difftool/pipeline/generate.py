@@ -20,12 +20,16 @@ from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.path import Level
 from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
+from difftool.engine.tiles import tiled
 from difftool.errors import UsageError
 from difftool.pipeline.condition import Term, shape_of, terms_of
 from difftool.pipeline.inputs import SampleInput, check_input
 from difftool.pipeline.model import Model
 from difftool.pipeline.prior import imagined
 from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps
+
+UNLIKE = 0x9E3779B97F4A7C15
+"""By which the seed of a picture's other noise is made of its own."""
 
 
 @torch.no_grad()
@@ -63,6 +67,7 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
     vector = _variation(plan, inputs, noise)
     terms = terms_of(model, inputs, settings, vector, plan.evaluations)
     pictures = _Pictures(plan, inputs, noise)
+    unrest = ImageNoise([(seed * UNLIKE + 1) % 2**64 for seed in seeds], shape, model.device)
     x, numbers, evaluations = pictures.x, count(), count()
     if plan.sampler.brownian:
         levels = [*plan.levels, *(plan.refiner.levels if plan.refiner else ())]
@@ -71,20 +76,27 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
         if part is not plan:
             terms = terms_of(part.model, inputs, part.settings, None, part.evaluations)
             model.unload()
-        denoise = _guided(part, terms, pictures, evaluations)
+        denoise = _guided(part, terms, pictures, evaluations, unrest)
         part.model.load_part("unet")
         sampler = replace(part.sampler, paste=pictures.paste)
         for step in sampler(denoise, x, part.levels, noise):
-            x = step.x
-            yield step._replace(index=next(numbers))
+            x, index = step.x, next(numbers)
+            if settings.stop < 100 and index == plan.steps - 1:
+                x = step.x0 if pictures.paste is None else pictures.paste(step.x0, step.level)
+            yield step._replace(index=index, x=x)
     if plan.refiner is not None:
         plan.refiner.model.unload()
 
 
 def _guided(
-    plan: SamplePlan, terms: Sequence[Term], pictures: _Pictures, evaluations: Iterator[int]
+    plan: SamplePlan,
+    terms: Sequence[Term],
+    pictures: _Pictures,
+    evaluations: Iterator[int],
+    unrest: ImageNoise,
 ) -> Denoise:
-    """The guided network, whose conditions may change with each of its evaluations."""
+    """The guided network, whose conditions may change with each of its evaluations; unrest: the
+    noise of `chaos`."""
     settings = plan.settings
     weights, unguided = [term.weight for term in terms], [term.unguided for term in terms]
     if pictures.edits and len(terms) == 2:  # the second has the picture without the prompt
@@ -95,18 +107,38 @@ def _guided(
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         evaluation = next(evaluations)
-        conds = pictures.joined([term.at(evaluation) for term in terms])
-        return guided(
+        conds = [term.at(evaluation) for term in terms]
+        if share := settings.chaos / 100 * _unsettled(1 - evaluation / plan.evaluations):
+            told = zip(terms, conds, strict=True)
+            conds = [_noised(c, share, unrest) if term.wanted else c for term, c in told]
+        of_all = guided(
             plan.model.denoiser,
-            list(zip(conds, weights, strict=True)),
+            list(zip(pictures.joined(conds), weights, strict=True)),
             rescale=settings.guidance_rescale,
             clip=clip_of(settings),
             interval=settings.guidance_interval,
             unguided=unguided,
             rederive_eps=rederives_eps(settings),
-        )(x_t, level)
+        )
+        with tiled(plan.model.network, settings.tile):
+            return of_all(x_t, level)
 
     return denoise
+
+
+def _unsettled(t: float) -> float:
+    """The share of noise in a condition at t, which falls from 1 to 0: CADS' 1 - gamma, with its
+    numbers for images of texts (2310.17347)."""
+    return min(max((t - 0.6) / (0.9 - 0.6), 0.0), 1.0)
+
+
+def _noised(cond: Cond, share: float, noise: ImageNoise) -> Cond:
+    """A condition whose context is noise to that share of its variance, each picture's own."""
+    if cond.context is None:
+        return cond
+    drawn = noise.draw(cond.context.shape[1:]).to(cond.context.dtype)
+    spread = cond.context.std(dim=(1, 2), keepdim=True)
+    return cond._replace(context=(1 - share) ** 0.5 * cond.context + share**0.5 * spread * drawn)
 
 
 def _variation(plan: SamplePlan, inputs: Sequence[SampleInput], noise: ImageNoise) -> Tensor | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 from typing import Any, NamedTuple
 
 from difftool.config.layers import merge
@@ -30,6 +31,8 @@ from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.text.syntax import SYNTAXES
 
 FP32 = 4
+LARGE = 512 * 512
+"""Pixels of pictures that models are trained on in sides of multiples of 64."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,16 @@ def resolve_settings(
     WEIGHTINGS.resolve(settings.prompt_weighting or SYNTAXES[settings.prompt_syntax].weighting)
     _check(model, settings)
     return settings
+
+
+def shaped(size: tuple[int, int], ratio: tuple[float, float], factor: int) -> tuple[int, int]:
+    """The size of that shape with about as many pixels, of sides that the factor divides; of large
+    pictures 64 does too, as in those that models are trained on."""
+    pixels, (width, height) = size[0] * size[1], ratio
+    step = factor * max(1, 64 // factor) if pixels >= LARGE else factor
+    sides = (sqrt(pixels * width / height), sqrt(pixels * height / width))
+    across, down = (max(step, round(side / step) * step) for side in sides)
+    return across, down
 
 
 def follows_scheduler(model: Model) -> bool:
@@ -153,6 +166,12 @@ def plan_sampling(
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
             raise UsageError("no step would be run", why, "give more --steps or --strength")
     prior = _plan_prior(model, settings)
+    if settings.stop < 100:
+        if refiner is not None:
+            raise UsageError("--stop does not go with --refiner", hint="leave one of them out")
+        kept = max(1, (len(levels) - 1) * settings.stop // 100)
+        cut = sampler.part_of(steps, last=kept == len(levels) - 1, still=still)
+        return SamplePlan(model, settings, cut, levels[: kept + 1], prior=prior)
     if refiner is None:
         return SamplePlan(model, settings, sampler.part_of(steps, still=still), levels, prior=prior)
     taking_over = plan_sampling(refiner.model, refiner.settings)

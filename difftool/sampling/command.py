@@ -25,10 +25,11 @@ from difftool.errors import UsageError, clash
 from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
 from difftool.sampling.events import Event, Failure, Note, Started
-from difftool.sampling.expand import Expander
+from difftool.sampling.expand import Expander, applied
 from difftool.sampling.output import Output
 from difftool.sampling.requests import Lines, Request, read_requests, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
+from difftool.text.syntax import SYNTAXES
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -73,7 +74,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if values["prompts"] and len(labels) > 1:
         raise UsageError("one --label goes with --prompts", hint='put a "label" on each line')
     layers = _layers(values)
-    base = request_of({**values, "prompt": None, "label": None})
+    given = {"prompt": None, "label": None, "no": ", ".join(values["no"] or ()) or None}
+    base = request_of({**values, **given})
     base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
     if values["from_image"]:
         from difftool.sampling.metadata.files import read
@@ -93,9 +95,13 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         Request(prompt=prompt, label=label).over(base)
         for prompt, label in product(values["prompt"] or [None], labels or [None])
     ]
-    each = len(base.images())
     expander = Expander(values["wildcard_dir"], bool(values["combinatorial"]))
-    count = each * sum(map(expander.count, asked))
+    if not SYNTAXES[base.settings.get("prompt_syntax") or SampleConfig().prompt_syntax].plain:
+        asked = list(map(applied, asked))
+        count = sum(len(request.images()) * expander.count(request) for request in asked)
+    else:
+        count = sum(len(request.images()) for request in asked)
+    each = max(len(request.images()) for request in asked)
     total = None if values["prompts"] else len(values["from_latents"] or ()) or count
     output = None if loaded and values["output"] is None else _output(values, total)
     if output and each > 1:

@@ -10,18 +10,52 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
+from typing import cast
 
+from difftool.config.options import by_name
 from difftool.data.dice import Dice
 from difftool.errors import UsageError
-from difftool.sampling.requests import Request
+from difftool.sampling.requests import Request, as_written, request_of
+from difftool.sampling.settings import SETTINGS, Setting
 from difftool.text.dynamic import Dynamic, is_dynamic
+from difftool.text.midjourney import parameters
 from difftool.text.wildcards import Wildcards
 
 TEMPLATES = {"prompt": "template", "negative": "negative_template"}
 """The prompts of a request, and where what they were chosen from is kept."""
+LATE = ("seed", "repeat")
+"""Parameters that say which pictures there are."""
 MAX_COMBINATIONS = 100_000
 FOLDER = Path("wildcards")
 """Where wildcards are where nothing else is said, if it is there."""
+
+
+def applied(request: Request, inner: bool = False) -> Request:
+    """A request with what Midjourney's parameters in its prompt ask for, and with what is not to be
+    drawn in its negative prompt.
+
+    inner: they stood within braces, where a seed and a number come too late. UsageError for one
+    whose value is none.
+    """
+    if request.prompt and (inner or request.template is None):
+        found, rows = parameters(request.prompt), by_name(SETTINGS)
+        late = {name: found.values.pop(name) for name in LATE if inner and name in found.values}
+        others = (*found.others, *(f"--{name} {text}" for name, text in late.items()))
+        read = {
+            name: cast(Setting, rows[name]).one(as_written(name, text), f"--{name} in the prompt")
+            for name, text in found.values.items()
+        }
+        no = ", ".join(filter(None, (request.no, read.pop("no", ""))))
+        request = replace(
+            request_of(read).over(request), prompt=found.prompt, no=no or None,
+            ignored=(*request.ignored, *others),
+        )  # fmt: skip
+    if not request.no:
+        return request
+    negative = ", ".join(filter(None, (request.negative, request.no)))
+    kept = request.negative_template
+    kept = negative if kept is not None and kept == (request.negative or "") else kept
+    return replace(request, negative=negative, negative_template=kept, no=None)
 
 
 @dataclass(frozen=True)
@@ -40,11 +74,11 @@ class Expander:
 
     def requests(self, request: Request) -> Iterator[Request]:
         """The requests that one is drawn as: itself, or each of its combinations."""
+        request = applied(request)
         open_ = self._open(request)
         if not (self.combinatorial and open_):
             yield request
             return
-        self.count(request)
         every = (self.dynamic.all(getattr(request, name)) for name in open_)
         for texts in product(*every) if len(open_) > 1 else ((text,) for text in next(iter(every))):
             yield self._final(request, dict(zip(open_, texts, strict=True)))
@@ -84,7 +118,7 @@ class Expander:
 
     def _final(self, request: Request, texts: dict[str, str]) -> Request:
         kept = {TEMPLATES[name]: getattr(request, name) for name in texts}
-        return replace(request, **texts, **kept)
+        return applied(replace(request, **texts, **kept), inner="prompt" in texts)
 
 
 def final(request: Request) -> Request:

@@ -26,8 +26,12 @@ from difftool.sampling.settings import (
     settings_of,
 )
 from difftool.storage.strict_json import parse_json
+from difftool.text.midjourney import MEANT, OTHERS
 
 MAX_LINE = 1 << 20
+SIZE = frozenset(("size", "width", "height"))
+"""Settings that a shape takes the place of."""
+MIDJOURNEYS = OTHERS | frozenset(MEANT)
 FACTS = ("path", "index", "model", "seconds", "latents", "refiner", "prior")
 """What a printed picture says beside its settings, which its line does not ask for."""
 
@@ -61,6 +65,12 @@ class Request:
     seeds: tuple[int, ...] | None = None
     """One an image, or the first of `num` consecutive ones; empty = drawn."""
     num: int | None = None
+    repeat: int | None = None
+    """So many times as many images."""
+    no: str | None = None
+    """What is not to be drawn beside what the negative prompt says."""
+    ar: tuple[float, float] | None = None
+    """Width and height of the shape that the model's own number of pixels gets."""
     out: str | None = None
     """Name of the picture below the output folder."""
     init: str | None = None
@@ -91,6 +101,8 @@ class Request:
     """What is said of the files that are opened because it named them."""
     changed: tuple[str, ...] = ()
     """What is to be warned of in them."""
+    ignored: tuple[str, ...] = ()
+    """What stands in its prompts and means nothing here."""
     missed: tuple[tuple[str, str], ...] = ()
     """What the picture that it is taken from was made by and it does not ask for, each with the
     option that would, or ""."""
@@ -102,11 +114,14 @@ class Request:
     def images(self) -> Sequence[int]:
         """The seed of each image: image k of a request has seed + k."""
         if self.seeds and len(self.seeds) > 1:
+            if (self.repeat or 1) > 1:
+                what = f"{len(self.seeds)} seeds are not repeated"
+                raise UsageError(what, hint="leave --repeat out, or give the first seed alone")
             if self.num not in (None, len(self.seeds)):
                 why = f"{len(self.seeds)} seeds for {self.num} images"
                 raise UsageError("seeds and number of images differ", why, "leave --num out")
             return self.seeds
-        num = 1 if self.num is None else self.num
+        num = (1 if self.num is None else self.num) * (self.repeat or 1)
         if num < 1:
             raise UsageError(f"{num} images cannot be made", hint="give at least 1")
         first = self.seeds[0] if self.seeds else secrets.randbelow(2**32)
@@ -122,7 +137,12 @@ class Request:
             if name in own:
                 template = "template" if name == "prompt" else "negative_template"
                 own[template] = getattr(self, template)
-        return replace(base, **own, settings=overlay(base.settings, self.settings))
+        settings = overlay(base.settings, self.settings)
+        if "ar" in own:
+            settings = {k: v for k, v in settings.items() if k in self.settings or k not in SIZE}
+        elif not SIZE.isdisjoint(self.settings):
+            own["ar"] = None
+        return replace(base, **own, settings=settings)
 
 
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +200,9 @@ def _with_options(line: str) -> dict[str, Any]:
     for option in options:
         name, _, text = option.partition(" ")
         key = SHORT.get(name, name)
+        if key not in KEYS and key.lower() in MIDJOURNEYS:
+            values["prompt"] = f"{values.get('prompt', '')} --{option}".strip()
+            continue
         if key not in KEYS:
             known = [*SHORT, *KEYS]
             raise UsageError(f'there is no option "--{name}"', hint=suggestion(name, known))
@@ -188,11 +211,11 @@ def _with_options(line: str) -> dict[str, Any]:
         text = text.strip()
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
             text = text[1:-1]
-        values[key] = _as_written(key, text)
+        values[key] = as_written(key, text)
     return values
 
 
-def _as_written(key: str, text: str) -> Any:
+def as_written(key: str, text: str) -> Any:
     """The value that a text stands for: rows of numbers read no texts."""
     kind = KEYS[key].type
     try:

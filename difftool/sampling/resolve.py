@@ -21,20 +21,26 @@ from difftool.pipeline.inputs import (
     picture_size,
 )
 from difftool.pipeline.model import Model, Word
-from difftool.pipeline.settings import Refiner, SamplePlan, plan_sampling, resolve_settings
+from difftool.pipeline.settings import (
+    Refiner,
+    SamplePlan,
+    plan_sampling,
+    resolve_settings,
+    shaped,
+)
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.expand import Expander
 from difftool.sampling.output import Output
-from difftool.sampling.requests import Lines, Request, located
+from difftool.sampling.requests import SIZE, Lines, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
 from difftool.text.constructs import unread
 from difftool.text.syntax import SYNTAXES
 
-SHARED = ("sampler", "schedule", "steps", "guidance", "size")
+SHARED = ("sampler", "schedule", "steps", "guidance", "size", "tile")
 """What a refiner is asked for too."""
 
 
@@ -86,7 +92,7 @@ class Resolver:
 
     def _expanded(self, request: Request) -> Iterator[Request]:
         """The requests that one is drawn as."""
-        yield from (request,) if self._is_plain(request) else self.expander.requests(request)
+        yield from [request] if self._is_plain(request) else self.expander.requests(request)
 
     def _is_plain(self, request: Request) -> bool:
         syntax = request.settings.get("prompt_syntax", self.model.preset.sample.prompt_syntax)
@@ -119,7 +125,10 @@ class Resolver:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot
         make it."""
         model, asked = self.model, dict(request.settings)
-        if request.init and not {"size", "width", "height"} & asked.keys():
+        if request.ar is not None:
+            asked = {name: value for name, value in asked.items() if name not in SIZE}
+            asked["size"] = shaped(model.preset.sample.size, request.ar, model.preset.side_multiple)
+        elif request.init and not {"size", "width", "height"} & asked.keys():
             factor = model.preset.side_multiple
             asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
         plan = self.plan(asked, from_picture=request.init is not None)
@@ -222,10 +231,18 @@ class Resolver:
             yield Note(request.opened, warning=False)
             self._noted.add(request.opened)
         texts += request.changed
-        partial = request.init is not None or self.refiner is not None
+        texts += (
+            f"{each} has no meaning here (a parameter of Midjourney's)" for each in request.ignored
+        )
+        if request.ar is not None and settings.size != self.model.preset.sample.size:
+            told = "size {}x{}, the shape {:g}:{:g}".format(*settings.size, *request.ar)
+            if told not in self._noted:
+                yield Note(told, warning=False)
+                self._noted.add(told)
+        partial = request.init is not None or self.refiner is not None or settings.stop < 100
         if partial and plan.steps != settings.steps:
-            run = f"{plan.steps} of {settings.steps} steps are run"
-            text = f"{run} (strength {settings.strength:g})"
+            text = f"{plan.steps} of {settings.steps} steps are run"
+            text += f" (strength {settings.strength:g})" if settings.stop == 100 else ""
             if text not in self._noted:
                 yield Note(text, warning=False)
                 self._noted.add(text)

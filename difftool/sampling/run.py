@@ -145,7 +145,7 @@ class SampleRun:
             x0 = step.x
             yield Working(len(samples), step.index + 1, plan.steps)
         try:
-            images = decode(self.model, x0)
+            images = decode(self.model, x0, plan.settings.tile)
         except Exception as error:
             self._keep_latents(samples, x0, error)
             raise
@@ -224,8 +224,8 @@ class SampleRun:
                     embeddings=request.embeddings,
                 )  # fmt: skip
                 path = self.output.path(sample.values()) if self.output else None
-                image = decode(self.model, x0[None].to(self.model.device))[0].cpu()
-                image = _pasted(image, given)
+                image = decode(self.model, x0[None].to(self.model.device), plan.settings.tile)[0]
+                image = _pasted(image.cpu(), given)
             except DifftoolError as error:
                 yield Failure(index, error)
                 continue

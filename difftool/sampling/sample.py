@@ -36,7 +36,8 @@ class Sample:
 
     def values(self) -> Values:
         """All that is known of it, by the names of the rows of SETTINGS; and `index`, `model_hash`,
-        `date`, and `edits`, whether it is another picture edited."""
+        `date`; `edits`, whether it is another picture edited, and `reads`, whether it is drawn
+        from words."""
         model, settings, request = self.plan.model, self.plan.settings, self.request
         refiner, prior = self.plan.refiner, self.plan.prior
         width, height = settings.size
@@ -61,6 +62,7 @@ class Sample:
             "model_hash": model.hash,
             "date": date.today().isoformat(),
             "edits": model.concat == "edit",
+            "reads": bool(model.preset.text),
         }
 
     def report(self, **facts: Any) -> dict[str, Any]:

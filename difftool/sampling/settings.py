@@ -141,6 +141,25 @@ def read_size(given: Any) -> tuple[int, int]:
     return width, height
 
 
+def read_ratio(given: Any) -> tuple[float, float]:
+    """(width, height) of a shape, "3:2", "1.85:1" or "1.5"."""
+    text = ":".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(?:\s*[:xX/]\s*(\d+\.?\d*|\.\d+))?\s*", text)
+    width, height = (float(match[1]), float(match[2] or 1)) if match else (0.0, 0.0)
+    if not (width and height and 1 / 50 <= width / height <= 50):
+        raise UsageError(f'"{text}" is not a shape', hint="give WIDTH:HEIGHT, such as 3:2")
+    return width, height
+
+
+def read_tile(given: Any) -> str:
+    """Which way a picture repeats: both, if that is not said."""
+    ways = {True: "both", "": "both", "xy": "both", "true": "both", False: "none", "false": "none"}
+    way = ways.get(given.lower() if isinstance(given, str) else given, given)
+    if way not in TILES:
+        raise UsageError(f"--tile {given!r} is not one of its values", hint=", ".join(TILES))
+    return way
+
+
 def read_interval(given: Any) -> tuple[float, float]:
     """(low, high) in log SNR of "LOW,HIGH" or of a pair; either may be -inf or inf."""
     text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
@@ -256,6 +275,10 @@ def _guided(values: Values) -> bool:
     return values["guidance"] not in (0, 1)
 
 
+def _reads(values: Values) -> bool:
+    return values["reads"]
+
+
 def _varies(values: Values) -> bool:
     return values["image_prompt"] is not None or _imagines(values)
 
@@ -284,6 +307,8 @@ def _of_model(
     return _setting(name, help, panel, key=f"sample.{name}", **more)
 
 
+TILES = ("both", "x", "y", "none")
+"""Ways in which a picture repeats."""
 PICTURES = ("init", "mask", "image_prompt")
 """Pictures that one goes by: options, and fields of a request."""
 ALONE = ("prompt", "prompts", "from_image", "init", "image_prompt", "refiner", "save_latents")
@@ -299,6 +324,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_request("negative", "What not to draw; needs guidance above 1", PROMPT, read=read_text,
         always=True, short="n", effect=_guided, without="without guidance",
         also=("negative_prompt",), blank=True),
+    _of_request("no", "Further things not to draw; repeatable", PROMPT, read=read_text, many=True),
     _of_request("template", "What the prompt was chosen from", PROMPT, option=False,
         read=read_text, a1111=A1111("Template", str)),
     _of_request("negative_template", "What the negative prompt was chosen from", PROMPT,
@@ -320,12 +346,23 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("tokens", "Print how prompts are read, and stop", PROMPT, type=bool),
     _of_request("num", "Images of each prompt", PICTURE, type=int, flags=("--num", "-n"),
         within=Within(low=1, high=MAX_SEEDS), default="1", json=()),
+    _of_request("repeat", "So many times as many, with the seeds that follow", PICTURE, type=int,
+        within=Within(low=1, high=MAX_SEEDS), default="1"),
     _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",
         json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
         default="drawn and printed"),
     _of_model("size", "Width and height in pixels", PICTURE, metavar="WxH", read=read_size,
         a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))), json=(),
         bundled=True),
+    _of_request("ar", "Shape, such as 3:2, of as many pixels as the model's own", PICTURE,
+        metavar="W:H", read=read_ratio, excludes=("size",)),
+    _of_model("tile", "Repeats without a seam: both ways, or x, or y alone", PICTURE,
+        read=read_tile, choices=lambda: TILES, alone="both", blank=True,
+        a1111=A1111("Tiling", {"True": "both"}.get, lambda way: None if way == "none" else "True")),
+    _of_model("chaos", "How unlike the pictures of a prompt are, 0 to 100", PICTURE, type=float,
+        effect=_reads, without="without a prompt"),
+    _of_model("stop", "Percent of the steps that are run, for a picture that is not finished",
+        PICTURE, type=int),
     _of_request("out", "Name of the picture below the output folder", PICTURE, short="f",
         option=False),
     _of_model("sampler", "Sampler", SAMPLER, read=_sampler, choices=lambda: SAMPLERS, always=True,
