@@ -125,9 +125,37 @@ def test_texts_of_other_tools():
     }  # fmt: skip
     automatic = "a fox\nSteps: 9, Sampler: Euler a, Schedule type: Automatic, Seed: 5"
     assert from_parameters(automatic, "new").settings["schedule"] == "normal"
-    for line in ("", "Steps: x, Sampler: Euler, Seed: 1", "Steps: 1, Seed: 1, Size: 3"):
+    for line in ("", "None", "Steps: 5, Sampler: Euler, Seed: x", "Steps: 1, Size: 64x64"):
         with pytest.raises(InputError):
             from_parameters(f"a fox\n{line}", "bad")
+
+
+@pytest.mark.parametrize("bad", ["Steps: 20.5", "Clip skip: 0.15", "Size: 3", "CFG scale: high"])
+def test_a_value_of_another_type_is_listed_and_the_others_taken_over(bad):
+    request = from_parameters(f"a fox\nSteps: 9, Sampler: Euler, Seed: 5, {bad}", "odd")
+    assert [text for _, text in request.missed] == [bad]
+    assert request.prompt == "a fox" and request.seeds == (5,)
+    assert request.settings["sampler"] == "euler"
+
+
+SETTINGS_LINE = "Steps: 9, Sampler: Euler, Seed: 5, Size: 64x96"
+
+
+@pytest.mark.parametrize(
+    ("more", "missed"),
+    [
+        (', Wildcard prompt: "a\nb, c: d", Version: v1.5', ("Wildcard prompt: a\nb, c: d",)),
+        ("\nTemplate: epic {fox|cat}, 1: 2\nNegative Template: ugly\n, Steps: 3", ()),
+        (", Hypertile\nVersion: v1.9", ()),
+    ],
+)
+def test_settings_of_several_lines(more, missed):
+    text = f"epic fox\nSteps: many, up the hill\nNegative prompt: ugly\n{SETTINGS_LINE}{more}"
+    request = from_parameters(text, "lines")
+    assert (request.prompt, request.negative) == ("epic fox\nSteps: many, up the hill", "ugly")
+    assert (request.seeds, request.settings["steps"]) == ((5,), 9)
+    assert request.settings["size"] == (64, 96)
+    assert [text for _, text in request.missed if not text.startswith("RNG")] == [*missed]
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp"])

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftool.errors import InputError, ResourceError, UsageError
+from difftool.formats import open_model
 from difftool.storage import safetensors
 from difftool.storage.commit import atomic_file
 from difftool.storage.safetensors import (
@@ -129,6 +130,23 @@ def test_malformed_files_are_refused(case, tmp_path):
     assert says in str(refused.value)
     with pytest.raises(InputError):
         load_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "says", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "git-lfs", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a page of the web", "logged in"),
+        (b"\n<HTML><head>", "a page of the web", "again"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_what_downloads_leave_is_called_by_name(data, says, hint, name, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    for opened in (open_source, open_model):
+        with pytest.raises(InputError, match="was not downloaded") as error:
+            opened(tmp_path / name)
+        assert says in (error.value.why or "") and hint in (error.value.hint or "")
 
 
 def test_files_that_are_not_there_or_no_files_are_refused(tmp_path):

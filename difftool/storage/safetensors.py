@@ -94,7 +94,8 @@ def read_header(path: Path) -> Header:
             raise _refused(path, f"a gap or an overlap before tensor {name!r}")
         position = info.end
     if position != size:
-        raise _refused(path, f"its tensors end at byte {position} of {size}")
+        hint = "it is cut off: download or copy it again" if position > size else None
+        raise _refused(path, f"its tensors end at byte {position} of {size}", hint)
     return Header(metadata, tensors)
 
 
@@ -116,8 +117,8 @@ def _info(path: Path, name: str, value: Any, base: int) -> Info:
     return Info(dtype, tuple(shape), base + start, base + end)
 
 
-def _refused(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not a sound safetensors file", why)
+def _refused(path: Path, why: str, hint: str | None = None) -> InputError:
+    return InputError(f"{path} is not a sound safetensors file", why, hint)
 
 
 def load_tensors(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from difftool.errors import InputError, missing
+from difftool.storage.read import open_file
 from difftool.storage.safetensors import DATA_HASH, looks_like_safetensors, read_header
 from difftool.storage.strict_json import read_json
 from difftool.storage.tensors import Located, load_located
@@ -52,9 +53,29 @@ class TensorSource:
 
 def is_source(path: Path) -> bool:
     """Whether `open_source` may have a word to say of a file; says nothing of its soundness."""
-    if is_index(path):
+    if is_index(path) or stand_in(path):
         return True
     return path.is_file() and (looks_like_safetensors(path) or looks_like_checkpoint(path))
+
+
+STAND_INS = {
+    b"version https://git-lfs": ("a pointer of git-lfs lies in its place", "run git lfs pull"),
+    b"<!doctype html": ("a page of the web lies in its place", "download it again, logged in"),
+    b"<html": ("a page of the web lies in its place", "download it again, logged in"),
+}
+"""Beginnings, in small letters, of what downloads leave instead of a file: what it is, what to do."""
+
+
+def stand_in(path: Path) -> tuple[str, str] | None:
+    """What lies in the place of a file that was not downloaded, and what to do."""
+    if not path.is_file():
+        return None
+    try:
+        with open_file(path) as file:
+            start = file.read(64).lstrip().lower()
+    except OSError:
+        return None
+    return next((told for begin, told in STAND_INS.items() if start.startswith(begin)), None)
 
 
 def is_index(path: Path) -> bool:
@@ -82,6 +103,8 @@ def open_source(path: Path) -> TensorSource:
 def _open_file(path: Path) -> TensorSource:
     if not path.is_file():  # to read a pipe is to wait for it
         raise InputError(f"cannot read {path}", "it is not a file" if path.exists() else None)
+    if told := stand_in(path):
+        raise InputError(f"{path} was not downloaded", *told)
     if looks_like_safetensors(path):
         header = read_header(path)
         tensors = {name: Located(path, name, info) for name, info in header.tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,12 +53,24 @@ def _quoted(value: object) -> str:
 _PARAMETER = re.compile(r'(\w[\w \-/]{1,80}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
+_STEPS = re.compile(r"Steps: \d")
+_TEMPLATE = re.compile(r"^((?:Negative )?Template): ?", re.M)
+
+
 def parse_parameters(text: str) -> dict[str, str]:
-    """The text as values by word; "Prompt" and "Negative prompt" are among them."""
-    *lines, last = text.strip().split("\n")
-    pairs = _PARAMETER.findall(last)
+    """The text as values by word; "Prompt" and "Negative prompt" are among them.
+
+    Settings begin at the last line that begins with "Steps:", and may go on over several, or are
+    the last line, if it has any. The extension of dynamic prompts adds its templates behind them.
+    """
+    text, *templates = _TEMPLATE.split(text.strip())
+    lines = text.split("\n")
+    begin = max((i for i, line in enumerate(lines) if _STEPS.match(line)), default=len(lines) - 1)
+    pairs = _PARAMETER.findall("\n".join(lines[begin:]))
     if len(pairs) < 3:
-        lines, pairs = [*lines, last], []
+        begin, pairs = len(lines), []
+    lines = lines[:begin]
+    pairs += zip(templates[::2], templates[1::2], strict=True)
     cut = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     values = {
         "Prompt": "\n".join(lines[:cut]).strip(),
@@ -68,28 +81,30 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 def _unquoted(value: str) -> str:
     try:
-        return json.loads(value) if value.startswith('"') else value
+        return json.loads(value, strict=False) if value.startswith('"') else value
     except ValueError:
         return value
 
 
 def from_parameters(text: str, source: str) -> Request:
-    """The request in the text; what is not understood is listed in it. InputError if it is not
-    sound."""
+    """The request in the text; what is not understood is listed in it. InputError if it is none of
+    A1111's."""
     words, found = parse_parameters(text), Found(source)
     read: dict[str, Any] = {}
-    try:
-        for word, (row, dialect) in A1111_WORDS.items():
-            if dialect.read is None or word not in words:
-                continue
-            if (value := dialect.read(words[word])) is not None:
-                read[row.name] = value
-            elif words[word]:
-                found.miss(f"{word}: {words[word]}")
-        if "seed" not in read:
-            raise ValueError("it has no seed")
-    except ValueError as error:
-        raise InputError(f"the parameters of {source} cannot be read", str(error)) from None
+    for word, (row, dialect) in A1111_WORDS.items():
+        if dialect.read is None or word not in words:
+            continue
+        value = None
+        with suppress(ValueError):
+            value = dialect.read(words[word])
+        if value is not None:
+            read[row.name] = value
+        elif words[word]:
+            found.miss(f"{word}: {words[word][:60]}")
+    if "seed" not in read:
+        why = f"its settings have no seed ({words['Seed'][:60]})" if "Seed" in words else None
+        why = why or f'it is not text of A1111\'s: "{text[:60]}"'
+        raise InputError(f"the parameters of {source} cannot be read", why)
     read |= {"prompt": words["Prompt"], "negative": words["Negative prompt"]}
     if not words.get("Version", "").startswith("difftool"):
         _as_a1111(words, read, found)
@@ -102,7 +117,7 @@ def from_parameters(text: str, source: str) -> Request:
 SILENT = frozenset(A1111_WORDS) | {
     *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
     *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
-    *("Civitai metadata", "Created Date", "VAE", "Backend"),
+    *("Template", "Negative Template", "Civitai metadata", "Created Date", "VAE", "Backend"),
     *("Pipeline", "Operations", "Job timestamp", "Eta", "Eta DDIM"),
 }
 """Words that change nothing, or are looked at one by one."""
