@@ -63,7 +63,7 @@ STAND_INS = {
     b"<!doctype html": ("a page of the web lies in its place", "download it again, logged in"),
     b"<html": ("a page of the web lies in its place", "download it again, logged in"),
 }
-"""Beginnings, in small letters, of what downloads leave instead of a file: what it is, what to do."""
+"""Beginnings, in small letters, of what downloads leave: what it is, and what to do."""
 
 
 def stand_in(path: Path) -> tuple[str, str] | None:
