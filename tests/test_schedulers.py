@@ -316,11 +316,16 @@ def _rounded(case: Case) -> bool:
     return CLASSES[case.scheduler].grids == "dpm" and case.override in ("exponential", "beta")
 
 
+def _long_heun(case: Case) -> bool:
+    return case.scheduler == "HeunDiscreteScheduler" and case.override == "cosine"
+
+
 DIFFERENCES: dict[str, Any] = {
     "lands off its own steps": _off_stride,
     "start their history": _history,
     "a single step of linspace": _one_linspace,
     "by rounding": _rounded,
+    "rounds in float32": _long_heun,
     "noise of DPMSolverSDEScheduler": lambda case: (
         case.scheduler == "DPMSolverSDEScheduler"
         and (case.override != "own seed" or case.strength is not None)
@@ -399,7 +404,8 @@ def every() -> Iterator[Case]:
 def test_every_configuration(pair, name):
     """Of all steps and strengths; it takes minutes a class."""
     became = [check(pair, case) for case in every() if case.scheduler == name]
-    assert became.count("same") >= len(became) / 3
+    made = [each for each in became if not each.startswith("diffusers")]
+    assert made.count("same") >= len(made) / 3
 
 
 def test_what_differs_is_documented():
