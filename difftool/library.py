@@ -131,6 +131,7 @@ class Pipeline:
         for.
         """
         from difftool.pipeline.generate import generate
+        from difftool.pipeline.loras import use_loras
         from difftool.sampling.command import run_of
         from difftool.sampling.sample import Sample
 
@@ -145,6 +146,7 @@ class Pipeline:
                 pictures.append(entry)
         (picture,) = pictures
         total = picture.plan.steps
+        use_loras(self.model, picture.loras)
         return (
             SampleStep(step.index, total, step.level.sigma, step.x0, step.x)
             for step in generate(picture.plan, [picture.input])
@@ -173,7 +175,7 @@ class Pipeline:
         return any(
             each.lora.hash == hashes[path] if hashes.get(path)
             else abspath(each.lora.path) == abspath(path)
-            for each in self.model.loras if each.strength == strength
+            for each in self.model.base_loras if each.strength == strength
         )  # fmt: skip
 
     def _path(self, name: str, picture: object) -> object:

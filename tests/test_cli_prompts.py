@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from commands import Ran
 from PIL import Image
 
+from difftool.storage.safetensors import save_tensors
 from difftool.text.midjourney import parameters
 from difftool.text.tokenizer import Tokenizer
 
@@ -107,6 +109,76 @@ def test_wildcards_that_are_not_there_are_words_and_that_is_said(sample):
     assert sample("a fox", "--wildcard-dir", "none").code == 2
     ran = sample("a {red|blue} fox", "--prompt-syntax", "none", "--json")
     assert ran.object["prompt"] == "a {red|blue} fox"
+
+
+# --- LoRAs and learned words ------------------------------------------------------------------
+
+
+def write_lora(path: str, seed: int) -> None:
+    """A change of a layer of the U-Net, and of one of the text encoder, in kohya's names."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q": (8, 8),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": (64, 32),
+    }
+    tensors = {}
+    for layer, (out, into) in layers.items():
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(2, into, generator=generator)
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(Path(path), tensors, {})
+
+
+def test_loras_that_a_prompt_names_are_applied_to_its_picture_alone(sample):
+    write_lora("styles/ink.safetensors", 1)
+    write_lora("styles/deep/Pen.safetensors", 2)
+    sample("a red fox", "--seed", 1, "-o", "plain.png")
+    sample("a red fox", "--seed", 1, "--lora", "styles/ink.safetensors:0.8", "-o", "flag.png")
+    prompts = ["a red fox", "a red fox <lora:ink:0.8>", "a red fox", "<lora:pen:1> a red fox",
+               "a red fox <lora:ink:0.8>", "a red fox <lora:ink:0:0.8>"]  # fmt: skip
+    ran = sample(*prompts, "--seed", 1, "--lora-dir", "styles", "--json", "-o", "p.png")
+    assert ran.code == 0 and "warning" not in ran.err
+    made = [pixels(f"p-000{i}.png") for i in range(6)]
+    assert made[0] == made[2] == pixels("plain.png")
+    assert made[1] == made[4] == pixels("flag.png")
+    assert len({made[0], made[1], made[3], made[5]}) == 4, "weights apart in the text encoder"
+    with Image.open("p-0001.png") as image:
+        text = image.info["parameters"]
+    assert text.startswith("a red fox <lora:ink:0.8>\n") and 'Lora hashes: "ink: ' in text
+    # again: by the name in its prompt, and said where the file is another
+    assert sample("--from-image", "p-0001.png", "-o", "x.png").code == 2
+    ran = sample("--from-image", "p-0001.png", "--lora-dir", "styles", "-o", "again.png")
+    assert pixels("again.png") == made[1] and "warning" not in ran.err
+    write_lora("loras/ink.safetensors", 3)
+    ran = sample("--from-image", "p-0001.png", "-o", "other.png")
+    assert ran.code == 0 and "not the LoRA that the picture was made with" in ran.err
+
+
+def test_loras_that_are_nowhere_fail_their_picture_alone(sample):
+    write_lora("lora/ink.safetensors", 1)
+    ran = sample("a <lora:inc:1> fox", "a <lora:ink:1:0.5:dyn=3> fox", "-o", "out/")
+    assert ran.code == 1 and 'there is no LoRA "inc"' in ran.err and "ink" in ran.err
+    ran = sample("a fox", "--negative", "bad <lora:ink:1>")
+    assert ran.code == 0 and "negative prompt names has no meaning here" in ran.err
+
+
+def test_words_of_a_folder_are_read_by_their_names(sample):
+    Path("words/deep").mkdir(parents=True)
+    table = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    save_tensors(Path("words/deep/Ink.safetensors"), {"emb_params": table}, {})
+    save_tensors(Path("words/wide.safetensors"), {"emb_params": torch.randn(1, 40)}, {})
+    save_tensors(Path("words/other.safetensors"), {"emb_params": table + 1}, {})
+    sample(
+        "an (ink:1.2) fox", "--seed", 1, "--embedding", "words/deep/Ink.safetensors", "-o", "a.png"
+    )
+    sample("an (ink:1.2) fox", "--seed", 1, "-o", "plain.png")
+    ran = sample("a fox", "an (ink:1.2) fox", "a wide fox", "--seed", 1, "--embedding-dir", "words",
+                 "-o", "b.png")  # fmt: skip
+    assert ran.code == 0 and "wide is drawn as words" in ran.err and "other" not in ran.err
+    assert pixels("b-0001.png") == pixels("a.png") != pixels("plain.png")
+    assert chunk("b-0001.png")["embeddings"] == ["words/deep/Ink.safetensors"]
+    sample("--from-image", "b-0001.png", "--embedding-dir", "words", "-o", "again.png")
+    assert pixels("again.png") == pixels("a.png")
 
 
 # --- Midjourney's parameters, and the flags that they are ------------------------------------

@@ -38,7 +38,9 @@ def picture(
     model: str = "tiny",
 ) -> Sample:
     """A picture of a model of that name."""
-    made_by = SimpleNamespace(name=model, hash="0123456789", preset=PRESET, loras=(), concat="none")
+    made_by = SimpleNamespace(
+        name=model, hash="0123456789", preset=PRESET, base_loras=(), concat="none"
+    )
     plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None, prior=None)
     request = Request(prompt=prompt, negative=negative, label=label)
     return Sample(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)

@@ -125,7 +125,7 @@ UNREAD = [
     ("a {2$$red|blue} fox", "{2$$red|blue}", ""),
     ("{{masterpiece}}, fox", "{masterpiece}", ""),
     ("a __colour/dark__ fox", "__colour/dark__", ""),
-    ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", ""),
+    ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", "a1111 comfy compel"),
     ("a fox <hypernet:ink:1>", "<hypernet:ink:1>", ""),
     ("a fox in embedding:ink", "embedding:ink", ""),
     ("a <cat-toy> fox", "<cat-toy>", ""),

@@ -49,7 +49,8 @@ class FakeModel:
     """Pictures of one colour, the seed's; remembers the batches that it was asked for."""
 
     name, hash, preset, null_label = "fake", "0123456789", PRESET, None
-    concat, vision, prior, words, loras = "none", None, None, (), ()
+    concat, vision, prior, words, loras = "none", None, None, (), []
+    base_loras, word_files = (), ([], [])
     device, dtype = torch.device("cpu"), torch.float32
     codec = SimpleNamespace(channels=3, factor=2)
     denoiser = SimpleNamespace(path=build_path(PRESET.path))

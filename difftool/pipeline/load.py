@@ -80,7 +80,11 @@ def load_model(
     model.device, model.file, model.low_memory = target, source.file, low_memory
     _build_vision(model, source)
     shapes = {name: place.info.shape for name, place in source.tensors.items()}
-    model.loras = open_loras(loras, shapes, preset.unet, model.name, allow_unused=allow_unused)
+    model.open_loras = partial(
+        open_loras, shapes=shapes, unet=preset.unet, name=model.name, allow_unused=allow_unused
+    )
+    model.loras = model.open_loras(loras)
+    model.base_loras = tuple(model.loras)
     model.preset = sampled_by(preset, model.loras)
     theirs = prior_within(source) if prior is None else open_prior(find_model(prior, half=half))
     if theirs is not None:

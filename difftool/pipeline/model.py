@@ -5,7 +5,7 @@ What is done with it lies beside it: `load`, `condition`, `settings`, `generate`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +61,13 @@ class Model:
         """What was odd about its files."""
         self.words: list[Word] = []
         self.loras: list[Applied] = []
+        """That are applied now."""
+        self.base_loras: tuple[Applied, ...] = ()
+        """That it was loaded with."""
+        self.open_loras: Callable[[Iterable[tuple[Path, float]]], list[Applied]] = no_loras
+        """Opens files for it."""
+        self.word_files: tuple[list[Path], list[Path]] = [], []
+        """Of `words`; the second are known by their own names alone."""
         self.adapters: nn.Module | None = None
         """A LoRA that is being trained."""
         self.tokenizer_json = tokenizer_json
@@ -253,6 +260,11 @@ class Model:
         """Read prompts as another tool does where that is not how the model was trained."""
         for tokenizer, config in zip(self.tokenizers, self.preset.text, strict=True):
             tokenizer.reads_padding = tool == "diffusers" and config.pad_id is not None
+
+
+def no_loras(files: Iterable[tuple[Path, float]]) -> list[Applied]:
+    """What a model that is being made opens."""
+    raise UsageError("a model that is not from a file takes no LoRAs", str([str(f) for f in files]))
 
 
 @contextmanager

@@ -18,16 +18,20 @@ from difftool.pipeline.model import Model, Word
 from difftool.storage.tensors import load_located
 
 
-def add_embeddings(model: Model, paths: Iterable[Path]) -> None:
-    """Give a loaded model the words in files; each stands for its vectors wherever a prompt has it.
+def add_embeddings(model: Model, paths: Iterable[Path], alone: Iterable[Path] = ()) -> None:
+    """Give a loaded model the words in files, and take those away that it had; each stands for its
+    vectors wherever a prompt has it.
 
-    A name that two of them have is neither's. InputError if a file does not fit the model,
-    UsageError if a word has no name of its own.
+    alone: files whose own name alone is their word, whatever is said within. A name that two of
+    them have is neither's. InputError if a file does not fit the model, UsageError if a word has no
+    name of its own; then the model has the words that it had.
     """
-    found = [embedding for path in paths for embedding in read_embeddings(path)]
+    paths, alone = list(paths), list(alone)
+    found = [each for path in paths for each in read_embeddings(path)] + list(map(_alone, alone))
     counts = Counter(name.lower() for embedding in found for name in embedding.names)
     rows: list[list[Tensor]] = [[] for _ in model.text]
     ids: dict[str, list[int]] = {}
+    words: list[Word] = []
     total = 0
     for embedding in found:
         names = tuple(name for name in embedding.names if counts[name.lower()] == 1)
@@ -39,12 +43,21 @@ def add_embeddings(model: Model, paths: Iterable[Path]) -> None:
         for table, part in zip(rows, vectors, strict=True):
             table.append(part)
         ids |= {name: [*range(start, start + count)] for name in names}
-        model.words.append(Word(embedding.path, names, start))
+        words.append(Word(embedding.path, names, start))
         total += count
+    model.words, model.word_files = words, (paths, alone)
     for encoder, tokenizer, table in zip(model.text, model.tokenizers, rows, strict=True):
         if table:
             encoder.add_words(torch.cat(table).to(model.device))
             tokenizer.learned = ids
+
+
+def _alone(path: Path) -> Embedding:
+    """The only word in a file, by the file's own name."""
+    found = read_embeddings(path)
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} words", hint="give it with --embedding")
+    return found[0]._replace(names=(path.stem,))
 
 
 def _vectors(model: Model, embedding: Embedding) -> list[Tensor]:

@@ -47,4 +47,5 @@ def batches(
 def _alike(sample: Sample) -> tuple[object, ...]:
     """What the pictures of a batch have in common."""
     given = (sample.input.init, sample.input.mask, sample.input.image)
-    return (sample.plan.settings, *(image is not None for image in given))
+    loras = [(each.lora.path, each.strength, each.text) for each in sample.loras]
+    return (sample.plan.settings, loras, *(image is not None for image in given))

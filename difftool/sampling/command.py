@@ -85,7 +85,9 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         picture = read(values["from_image"])
         named = (f for f in picture.named if f.option not in opened or not values[f.option])
         picture = replace(picture, named=tuple(named))
-        picture = locate(picture, values["from_image"], opened, trusted=bool(values["trust_image"]))
+        places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
+        trusted = bool(values["trust_image"])
+        picture = locate(picture, values["from_image"], opened, trusted=trusted, places=places)
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
         _check_files(values, opened, base)
@@ -238,6 +240,8 @@ def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> Samp
         latents=bool(values["save_latents"]),
         strict=bool(values["strict_prompt"]),
         grid=bool(values["grid"]),
+        lora_dir=values["lora_dir"],
+        embedding_dir=values["embedding_dir"],
         expander=Expander(values["wildcard_dir"], bool(values["combinatorial"])),
         match=values["match"],
         refiner=refiner,

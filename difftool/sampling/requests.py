@@ -101,6 +101,8 @@ class Request:
     """What is said of the files that are opened because it named them."""
     changed: tuple[str, ...] = ()
     """What is to be warned of in them."""
+    networks: Mapping[str, str] = field(default_factory=dict)
+    """What is known of the LoRAs that its prompt named, by their names."""
     ignored: tuple[str, ...] = ()
     """What stands in its prompts and means nothing here."""
     missed: tuple[tuple[str, str], ...] = ()

@@ -4,11 +4,12 @@ followed to the letter is said."""
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from difftool.adapters.lora.algebra import Applied
 from difftool.config.schema import SampleConfig
 from difftool.errors import DifftoolError, UsageError, clash
 from difftool.pipeline.condition import token_count
@@ -30,6 +31,7 @@ from difftool.pipeline.settings import (
 )
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
+from difftool.sampling.adapters import Adapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.expand import Expander
@@ -38,6 +40,7 @@ from difftool.sampling.requests import SIZE, Lines, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
 from difftool.text.constructs import unread
+from difftool.text.networks import named_loras
 from difftool.text.syntax import SYNTAXES
 
 SHARED = ("sampler", "schedule", "steps", "guidance", "size", "tile")
@@ -56,10 +59,12 @@ class Resolver:
         strict: bool = False,
         refiner: tuple[Model, float] | None = None,
         expander: Expander | None = None,
+        adapters: Adapters | None = None,
     ):
         self.model, self.output = model, output
         self.match, self.strict, self.refiner = match, strict, refiner
         self.expander = expander or Expander()
+        self.adapters = adapters or Adapters(model, None, None)
         self._noted: set[str] = set()
         self._names: dict[str, list[tuple[object, ...]]] = {}
         """What templates took of the pictures of each name, that others have with a number."""
@@ -125,6 +130,16 @@ class Resolver:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot
         make it."""
         model, asked = self.model, dict(request.settings)
+        prompt, named = request.prompt, []
+        if prompt and not self._is_plain(request):
+            prompt, named = named_loras(prompt)
+            if named_loras(request.negative or "")[1]:
+                tags = "a LoRA that the negative prompt names"
+                request = replace(request, ignored=(*request.ignored, tags))
+        loras = self.adapters.loras(named)
+        told = [*self._other(request, loras)]
+        told += self.adapters.add_words(prompt or "", request.negative or "")
+        request = replace(request, changed=(*request.changed, *told))
         if request.ar is not None:
             asked = {name: value for name, value in asked.items() if name not in SIZE}
             asked["size"] = shaped(model.preset.sample.size, request.ar, model.preset.side_multiple)
@@ -132,12 +147,20 @@ class Resolver:
             factor = model.preset.side_multiple
             asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
         plan = self.plan(asked, from_picture=request.init is not None)
-        given = self._input(request, plan.settings)
+        given = self._input(request, plan.settings)._replace(prompt=prompt or "")
         check_input(model, given)
         words = used_words(model, (given.prompt, given.negative))
         self._words |= words
         paths = dict.fromkeys(str(word.path) for word in model.words if word in words)
-        return Sample(index=0, request=request, plan=plan, input=given, embeddings=tuple(paths))
+        return Sample(
+            index=0, request=request, plan=plan, input=given, loras=loras, embeddings=tuple(paths)
+        )
+
+    def _other(self, request: Request, loras: Sequence[Applied]) -> Iterator[str]:
+        """LoRAs that are not those of their names that the picture was made with."""
+        for each in loras[len(self.model.base_loras) :]:
+            if request.networks.get(each.lora.path.stem, each.lora.hash) != each.lora.hash:
+                yield f"{each.lora.path} is not the LoRA that the picture was made with"
 
     def plan(self, asked: Mapping[str, Any], *, from_picture: bool = False) -> SamplePlan:
         """What settings that are asked for come to; the same one for the same settings in turn."""
@@ -231,9 +254,7 @@ class Resolver:
             yield Note(request.opened, warning=False)
             self._noted.add(request.opened)
         texts += request.changed
-        texts += (
-            f"{each} has no meaning here (a parameter of Midjourney's)" for each in request.ignored
-        )
+        texts += (f"{each} has no meaning here" for each in request.ignored)
         if request.ar is not None and settings.size != self.model.preset.sample.size:
             told = "size {}x{}, the shape {:g}:{:g}".format(*settings.size, *request.ar)
             if told not in self._noted:
@@ -256,7 +277,8 @@ class Resolver:
         if request.missed:
             listed = ", ".join(text for _, text in request.missed)
             texts.append(f"not taken over from {request.source or 'the picture'}: {listed}")
-        for name, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
+        given = sample.input
+        for name, prompt in (("prompt", given.prompt), ("negative prompt", given.negative)):
             count, limit = token_count(self.model, prompt) if prompt else (0, 0)
             cut = SYNTAXES[settings.prompt_syntax].plain
             if count > limit and (cut or self.strict):

@@ -17,8 +17,10 @@ from difftool.images.fit import tile, to_pil
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput, load_init, load_mask
+from difftool.pipeline.loras import use_loras
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.sampling.adapters import Adapters
 from difftool.sampling.batches import Planned, batches, default_batch
 from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
 from difftool.sampling.expand import Expander
@@ -64,6 +66,10 @@ class SampleRun:
     refiner: Model | None = None
     """Takes over for the last steps."""
     refiner_start: float = 0.8
+    lora_dir: Path | None = None
+    """Where the LoRAs are that prompts name."""
+    embedding_dir: Path | None = None
+    """Where the learned words are that prompts have."""
     expander: Expander = field(default_factory=Expander)
     """Chooses in prompts that stand for many."""
     trusted: bool = False
@@ -77,6 +83,7 @@ class SampleRun:
         self.resolver = Resolver(
             self.model, self.output, match=self.match, strict=self.strict, refiner=refiner,
             expander=self.expander,
+            adapters=Adapters(self.model, self.lora_dir, self.embedding_dir),
         )  # fmt: skip
 
     def events(self, requests: Lines) -> Iterator[Event]:
@@ -140,6 +147,7 @@ class SampleRun:
         self, samples: list[Sample]
     ) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
         plan, inputs = samples[0].plan, [sample.input for sample in samples]
+        use_loras(self.model, samples[0].loras)
         x0 = torch.empty(0)
         for step in generate(plan, inputs):
             x0 = step.x
@@ -221,7 +229,7 @@ class SampleRun:
                     yield Note(f"{file}: what was around the mask is not put back: {lacks}")
                 sample = Sample(
                     index=index, request=request, plan=plan, input=given, seed=seed,
-                    embeddings=request.embeddings,
+                    embeddings=request.embeddings, loras=self.model.base_loras,
                 )  # fmt: skip
                 path = self.output.path(sample.values()) if self.output else None
                 image = decode(self.model, x0[None].to(self.model.device), plan.settings.tile)[0]

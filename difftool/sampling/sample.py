@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from difftool.adapters.lora.algebra import Applied
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.settings import SamplePlan
 from difftool.sampling.requests import Request
@@ -31,6 +32,8 @@ class Sample:
     """None where it is made of latents that do not say it."""
     path: Path | None = None
     """Where it goes; None if it is numbered when it is written, or is not written to a file."""
+    loras: tuple[Applied, ...] = ()
+    """That are applied to the model for it."""
     embeddings: tuple[str, ...] = ()
     """Paths of the learned words that its prompts have."""
 
@@ -55,7 +58,7 @@ class Sample:
             "mask": request.mask,
             "image_prompt": request.image_prompt,
             "model": model.name,
-            "lora": model.loras or None,
+            "lora": list(self.loras) or None,
             "prior": None if prior is None else prior.model.name,
             "refiner": None if refiner is None else refiner.model.name,
             "index": self.index,

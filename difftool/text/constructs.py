@@ -34,8 +34,9 @@ NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
 READS = "--prompt-syntax {} reads them"
 # fmt: off
 CONSTRUCTS = (
-    Construct(r"<(?:lora|lyco|hypernet):[^<>]*>?", "networks named in prompts", "give --lora",
-              refused=(A1111,)),
+    Construct(r"<(?:lora|lyco):[^<>]*>", "networks named in prompts", "give --lora",
+              read=(A1111, COMFY, COMPEL)),
+    Construct(r"<hypernet:[^<>]*>?", "hypernetworks", "LoRAs are read", refused=(A1111,)),
     Construct(r"\bAND\b", "AND between prompts", READS.format(A1111), read=(A1111,)),
     Construct(r"(?<!\\)\[(?:[^\[\]:|\\]|\\.)*[:|][^\[\]]*\]", "prompts that change with the step",
               READS.format(A1111), read=(A1111,)),

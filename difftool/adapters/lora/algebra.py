@@ -38,6 +38,13 @@ class Applied:
 
     lora: Lora
     strength: float
+    text: float | None = None
+    """How strongly to the text encoders; None = as to the rest."""
+
+    def at(self, layer: str) -> float:
+        """How strongly it is applied to a layer."""
+        of_text = self.text is not None and layer.startswith("text.")
+        return self.text if of_text and self.text is not None else self.strength
 
     def __str__(self) -> str:
         parts: dict[str, int] = {}
@@ -116,7 +123,7 @@ def apply(tensors: dict[str, Tensor], prefix: str, loras: Sequence[Applied]) -> 
             if not layer.startswith(prefix) or f"{name}.weight" not in tensors:
                 continue
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            made, moved = changed(weight, bias, change, applied.strength)
+            made, moved = changed(weight, bias, change, applied.at(layer))
             if not made.isfinite().all() and weight.isfinite().all():
                 raise InputError(f"{applied.lora.path} cannot be used", f"{layer} is not finite")
             tensors[f"{name}.weight"] = made

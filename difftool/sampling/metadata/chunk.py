@@ -50,6 +50,9 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
             request.setdefault(key, []).append(each)
             hashes.setdefault(key, []).append(file.digest)
     request |= {"hashes": hashes} if hashes else {}
+    of_prompt = sample.loras[len(model.base_loras) :]
+    if networks := {each.lora.path.stem: each.lora.hash for each in of_prompt}:
+        request["networks"] = networks
     if plugins := used(_components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
     return {
@@ -69,9 +72,10 @@ def _files(sample: Sample) -> Iterator[NamedFile]:
     for option, path in (*paths, *(("embedding", path) for path in sample.embeddings)):
         known = request.hashes.get(path)
         yield NamedFile(option, path, digest_of(option, path) if known is None else known)
-    for each in sample.plan.model.loras:
+    base = sample.plan.model.base_loras
+    for each in base:
         yield NamedFile("lora", str(each.lora.path), each.lora.hash, each.strength)
-    for path, weight in () if sample.plan.model.loras else request.loras:  # of decoded latents
+    for path, weight in () if base else request.loras:  # of decoded latents
         yield NamedFile("lora", path, request.hashes.get(path, ""), weight)
 
 
@@ -97,6 +101,7 @@ def from_chunk(text: str, source: str) -> Request:
         asked = {name: request[name] for name in ASKED}
         asked |= {name: request[name] for name in TEMPLATES.values() if name in request}
         named = tuple(_named(request))
+        networks = {str(n): str(digest) for n, digest in request.get("networks", {}).items()}
         plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))
         if not isinstance(asked["label"], str | None) or not isinstance(settings, dict):
             raise ValueError("label or settings of the wrong type")
@@ -106,8 +111,9 @@ def from_chunk(text: str, source: str) -> Request:
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
     return replace(
-        final(found), settings=settings, model_hash=made_by, plugins=plugins, named=named
-    )
+        final(found), settings=settings, model_hash=made_by, plugins=plugins, named=named,
+        networks=networks,
+    )  # fmt: skip
 
 
 def _named(request: Mapping[str, Any]) -> Iterator[NamedFile]:

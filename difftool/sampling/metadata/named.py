@@ -9,7 +9,7 @@ Torch-free.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -60,16 +60,24 @@ def _digest(lora: bool, path: Path, _stamp: int) -> str:
 # --- found again ------------------------------------------------------------------------------
 
 
-def locate(request: Request, picture: Path, opened: Collection[str], *, trusted: bool) -> Request:
+def locate(
+    request: Request,
+    picture: Path,
+    opened: Collection[str],
+    *,
+    trusted: bool,
+    places: Sequence[Path] = (),
+) -> Request:
     """The request of a picture's metadata with paths from here in place of the names that it has.
 
     opened: the options whose files are going to be opened; others get a path that is not looked
-    at. A file that is nowhere gets the one that it should have.
+    at. A file that is nowhere gets the one that it should have. places: folders of the user's, in
+    which files are looked for by name too.
 
     UsageError for files to be opened that lie outside of the picture's folder, unless the picture
     is trusted.
     """
-    search = _Search(picture.parent, trusted)
+    search = _Search(picture.parent, trusted, places)
     paths = [search.path(file, file.option in opened) for file in request.named]
     if search.outside:
         rows = by_name(SETTINGS)
@@ -112,6 +120,7 @@ class _Search:
 
     folder: Path
     trusted: bool
+    places: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         self.outside: list[NamedFile] = []
@@ -144,6 +153,7 @@ class _Search:
         a hash."""
         names = dict.fromkeys((file.name, file.name.replace("\\", "/")))
         yield from (self.folder / name for name in names)
+        yield from (place / _bare(file.name) for place in self.places)
         if file.digest:
             yield from (place / _bare(file.name) for place in (self.folder, Path()))
         else:
@@ -160,7 +170,7 @@ class _Search:
         return next(same, None)
 
     def _allowed(self, path: Path) -> bool:
-        return self.trusted or lies_in(path, self.folder)
+        return self.trusted or any(lies_in(path, place) for place in (self.folder, *self.places))
 
 
 def lies_in(path: Path, folder: Path) -> bool:
