@@ -19,7 +19,7 @@ from difftool.text.networks import NamedLora
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 
 
-class Adapters:
+class PromptAdapters:
     """What prompts may name beside what a model was loaded with."""
 
     def __init__(self, model: Model, lora_dir: Path | None, embedding_dir: Path | None):

@@ -31,7 +31,7 @@ from difftool.pipeline.settings import (
 )
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
-from difftool.sampling.adapters import Adapters
+from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.expand import Expander
@@ -59,12 +59,12 @@ class Resolver:
         strict: bool = False,
         refiner: tuple[Model, float] | None = None,
         expander: Expander | None = None,
-        adapters: Adapters | None = None,
+        adapters: PromptAdapters | None = None,
     ):
         self.model, self.output = model, output
         self.match, self.strict, self.refiner = match, strict, refiner
         self.expander = expander or Expander()
-        self.adapters = adapters or Adapters(model, None, None)
+        self.adapters = adapters or PromptAdapters(model, None, None)
         self._noted: set[str] = set()
         self._names: dict[str, list[tuple[object, ...]]] = {}
         """What templates took of the pictures of each name, that others have with a number."""

@@ -20,7 +20,7 @@ from difftool.pipeline.inputs import SampleInput, load_init, load_mask
 from difftool.pipeline.loras import use_loras
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
-from difftool.sampling.adapters import Adapters
+from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned, batches, default_batch
 from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
 from difftool.sampling.expand import Expander
@@ -83,7 +83,7 @@ class SampleRun:
         self.resolver = Resolver(
             self.model, self.output, match=self.match, strict=self.strict, refiner=refiner,
             expander=self.expander,
-            adapters=Adapters(self.model, self.lora_dir, self.embedding_dir),
+            adapters=PromptAdapters(self.model, self.lora_dir, self.embedding_dir),
         )  # fmt: skip
 
     def events(self, requests: Lines) -> Iterator[Event]:
