@@ -78,7 +78,7 @@ def test_the_model_one_starts_from_is_opened_once(tmp_path, monkeypatch):
         opened.append(path)
         return open_model(path)
 
-    monkeypatch.setattr("difftool.training.run.start.open_model", counted)
+    monkeypatch.setattr("difftool.training.run.stages.open_model", counted)
     options = {"data": folder(tmp_path / "small", 64, 4), "from_": "emoji", "lora": True}
     prepare(read_options(OPTIONS, options))
     assert len(opened) == 1

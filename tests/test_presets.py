@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from difftool.config.layers import load_preset, preset_names
-from difftool.config.networks import TextConfig, UNetConfig, VaeConfig
+from difftool.config.networks import PriorConfig, TextConfig, UNetConfig, VaeConfig
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, TARGETS
@@ -143,14 +143,17 @@ def test_adm_has_the_published_tensors():
 def test_parts_fit_together(name):
     preset = load_preset(name)
     unet, text = preset.unet, preset.text
-    assert isinstance(unet, UNetConfig)
+    assert isinstance(unet, UNetConfig | PriorConfig)
     assert unet.context_dim == (sum(encoder.width for encoder in text) or None)
     pooled = sum(encoder.projection or encoder.width for encoder in text if encoder.pooled)
     assert (unet.vector_dim or 0) == pooled + 256 * preset.size_numbers
     codec = build_codec(preset.codec)
-    assert unet.in_channels == unet.out_channels == codec.channels
-    # Sizes that reach the innermost level without rounding.
-    multiple = codec.factor * 2 ** (len(unet.channels) - 1)
+    multiple = codec.factor
+    assert unet.in_channels == codec.channels
+    if isinstance(unet, UNetConfig):
+        assert unet.out_channels == codec.channels
+        # Sizes that reach the innermost level without rounding.
+        multiple = codec.factor * 2 ** (len(unet.channels) - 1)
     assert unet.multiple * codec.factor == multiple
     assert all(side % multiple == 0 for side in preset.sample.size)
     path = build_path(preset.path)

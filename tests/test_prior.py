@@ -29,8 +29,9 @@ from difftool.formats.prior import open_prior
 from difftool.networks.prior import PriorTransformer
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
-from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.inputs import SampleInput, load_image_prompt
 from difftool.pipeline.load import load_model
+from difftool.pipeline.prior import imagined
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
@@ -318,3 +319,121 @@ def pixels(path: Path) -> Tensor:
     """Of a picture, [H,W,3] uint8."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image))
+
+
+# --- training ---------------------------------------------------------------------------------
+
+TINY = {
+    "unet": {"width": 16, "heads": 2, "layers": 1, "length": 12, "context_dim": 16,
+             "vector_dim": 8},
+    "text": [{"width": 16, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu",
+              "vocab_size": 300, "length": 12, "tokenizer": "learned", "pooled": True,
+              "projection": 8}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(root) -> Path:
+    """Pictures in two colours, which their captions name."""
+    folder = root / "photos"
+    folder.mkdir()
+    for number in range(16):
+        colour = ("red", "blue")[number % 2]
+        noise = torch.randint(0, 60, (32, 32, 3), generator=torch.Generator().manual_seed(number))
+        values = noise + torch.tensor([180, 0, 0] if colour == "red" else [0, 0, 180])
+        Image.fromarray(values.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} square", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(root) -> tuple[Any, ...]:
+    """The options of a small prior's training."""
+    preset = root / "tiny.yaml"
+    values = {"extends": "prior-small", "about": "for tests", **TINY}
+    preset.write_text(json.dumps(values), encoding="utf-8")
+    given = ("--vision", root / "unclip", "--preset", preset, "--lr", "1e-2", "--batch-size", 8)
+    return (*given, "--validation", 4, "--sample-every", 0, "--device", "cpu")
+
+
+def test_a_prior_is_trained_and_makes_pictures(difftool, unclip, root, photos, asked):
+    """It learns which embedding goes with which words, and is taken by --prior."""
+    run = difftool("train", photos, *asked, "--steps", 40, "--out", "run")
+    assert run.code == 0, run.err
+    made = load_file("run/model.safetensors")
+    assert not any(name.startswith(("vae.", "vision")) for name in made)
+    model = open_prior(Path("run"))
+    assert model.preset.codec.latent_channels == 20 and model.preset.family == "unclip-prior"
+    prior = load_model(str(root / "unclip"), prior="run", device="cpu")
+    assert prior.vision is not None
+    seen = [seen_by(prior.vision, photos / f"{number}.png") for number in range(2)]
+    distance = (seen[0] - seen[1]).norm()
+    assert (made["unet.clip_mean"] - (seen[0] + seen[1]) / 2).norm() < 0.3 * distance
+    plan = plan_sampling(prior, resolve_settings(prior, {"size": SIZE}))
+    assert plan.prior is not None and plan.prior.settings.guidance == 2
+    words = [f"a {colour} square" for colour in ("red", "blue") for _ in range(4)]
+    said = imagined(plan.prior, words, ImageNoise(range(8), (1,)))
+    nearest = torch.stack([(said - embedding).norm(dim=1) for embedding in seen]).argmin(0)
+    assert nearest.tolist() == [0] * 4 + [1] * 4
+    given = ("-m", root / "unclip", "--prior", "run", "--steps", 2, "--size", "32x32")
+    ran = difftool("sample", "a red square", *given, "-o", "red.png")
+    assert ran.code == 0, ran.err
+    assert "--prior run" in Path("run/report.html").read_text(encoding="utf-8")
+    ran = difftool("sample", "a red square", "-m", "run")
+    assert ran.code == 3 and "is a prior" in ran.err
+    ran = difftool("convert", "run", "other", "--to", "diffusers")
+    assert ran.code == 4 and "kind prior" in ran.err
+
+
+def seen_by(encoder: Any, path: Path) -> Tensor:
+    with torch.no_grad():
+        return encoder(load_image_prompt(str(path), 32)[None])
+
+
+@pytest.mark.slow
+def test_a_prior_goes_on_and_is_trained_further(difftool, unclip, photos, asked):
+    """By the picture encoder of before, and by what was measured with it."""
+    run = difftool("train", photos, *asked, "--steps", 6, "--save-every", 3, "--out", "run")
+    assert run.code == 0, run.err
+    made = load_file("run/model.safetensors")
+    shutil.copytree("run", "again")
+    shutil.rmtree("again/checkpoints/step-000006")
+    more = difftool("train", photos, "--out", "again", "--resume")
+    assert more.code == 0, more.err
+    again = load_file("again/model.safetensors")
+    assert all(tensor.equal(again[name]) for name, tensor in made.items())
+    tuned = difftool("train", photos, "--from", "run", *asked[:2], "--steps", 1, "--out", "tuned")
+    assert tuned.code == 0, tuned.err
+    tensors = load_file("tuned/model.safetensors")
+    assert tensors["unet.clip_mean"].equal(made["unet.clip_mean"])
+    assert (tensors["unet.prd_embedding"] - made["unet.prd_embedding"]).abs().max() < 1e-2
+
+
+def test_what_cannot_train_a_prior_is_refused(difftool, unclip, karlos, root, photos, tmp_path):
+    model, captionless = root / "unclip", tmp_path / "captionless"
+    captionless.mkdir()
+    Image.new("RGB", (32, 32)).save(captionless / "0.png")
+    for data, given, says in (
+        (photos, ("--part", "prior"), "--vision MODEL"),
+        (photos, ("--part", "unet", "--vision", model), "--part unet"),
+        (photos, ("--vision", "emoji"), "has no picture encoder"),
+        (photos, ("--vision", model, "--vae", model), "exclude"),
+        (photos, ("--vision", model, "--size", 64), "squares of 32"),
+        (photos, ("--vision", model, "--buckets"), "squares of 32"),
+        (photos, ("--vision", model, "--preset", "pixel-small"), "no prior"),
+        (photos, ("--part", "unet", "--preset", "prior-small"), "is a prior"),
+        (captionless, ("--vision", model), "captions"),
+        (photos, ("--part", "prior", "--from", model), "holds no prior"),
+        (
+            photos,
+            ("--part", "prior", "--from", root / "karlo", "--vision", model, "--lora"),
+            "--lora",
+        ),
+    ):
+        ran = difftool("train", data, *given, "--dry-run")
+        assert ran.code in (2, 3) and says in ran.err, (given, ran.err)
+
+
+def _seen(encoder: Any, path: Path) -> Tensor:
+    with torch.no_grad():
+        return encoder(load_image_prompt(str(path), 32)[None])

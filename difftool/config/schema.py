@@ -252,7 +252,7 @@ class DataConfig:
     """Go on where many of the pictures have no caption while others do."""
 
 
-Part = Literal["vae", "clip", "unet"]
+Part = Literal["vae", "clip", "unet", "prior"]
 """What can be trained by itself."""
 
 
@@ -303,5 +303,9 @@ class Preset:
         return self.codec.factor * self.unet.patch
 
 
-RECIPES: dict[Part, str] = {"vae": "train_vae", "clip": "train_clip", "unet": "train"}
-"""The key of a preset that holds each part's recipe."""
+RECIPES: dict[Part, str] = {
+    "vae": "train_vae", "clip": "train_clip", "unet": "train", "prior": "train"
+}  # fmt: skip
+"""The key of a preset that holds each part's recipe. A model has a U-Net or is a prior."""
+DENOISING: tuple[Part, ...] = ("unet", "prior")
+"""Parts that are denoising networks, of which a model has one."""

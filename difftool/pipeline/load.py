@@ -152,7 +152,12 @@ def _prior_of(model: Model, source: ModelSource, given: str | None) -> Model:
 
 
 def load_part_from(model: Model, source: ModelSource, part: str) -> None:
-    """Give a model the weights of a part ("vae", "text", "unet") of another one."""
+    """Give a model the weights of a part ("vae", "text", "unet") of another one, or for a time its
+    picture encoder ("vision"), which a prior learns from."""
+    if part == "vision":
+        model.vision = _encoder_of(model)
+        _load_weights(model, ENCODER, source, torch.float32)
+        return
     for prefix in model.parts():
         if prefix.partition(".")[0] == part:
             _load_weights(model, prefix, source, torch.float32, neutral=True)
@@ -160,6 +165,16 @@ def load_part_from(model: Model, source: ModelSource, part: str) -> None:
 
 def check_part_of(model: Model, source: ModelSource, part: str) -> None:
     """InputError if `load_part_from` would not find what it needs; no tensor is loaded."""
+    if part == "vision":
+        model.vision = _encoder_of(model)
+        start = ENCODER.replace("vision.", f"{EXTRA}diffusers.") + "."
+        found = {
+            _vision_name(name.removeprefix(start)): place.info.shape
+            for name, place in source.tensors.items()
+            if name.startswith(start) and "position_ids" not in name
+        }
+        model.check_weights(ENCODER, found, str(source.path))
+        return
     for prefix in model.parts():
         if prefix.partition(".")[0] == part:
             start = f"{prefix}."
@@ -170,6 +185,16 @@ def check_part_of(model: Model, source: ModelSource, part: str) -> None:
             }
             shapes = _neutral_shapes(model, prefix) | shapes
             model.check_weights(prefix, shapes, str(source.path))
+
+
+ENCODER = "vision.image_encoder"
+
+
+def _encoder_of(model: Model) -> ClipVision:
+    """The picture encoder that a prior is trained by, which is no part of it."""
+    encoder = model.codec.encoders()["vision"]
+    assert isinstance(encoder, ClipVision)
+    return encoder
 
 
 def _check_whole(source: ModelSource, preset: Preset, path: Path) -> None:
@@ -234,7 +259,7 @@ def _load_weights(
     tensors = source.load(theirs, str(model.device), dtype, changed)
     if isinstance(part, Normalizer):  # OpenCLIP's embeddings are not normed
         tensors = tensors or part.nothing()
-    if prefix == "vision.image_encoder":
+    if prefix == ENCODER:
         kept = (name for name in tensors if "position_ids" not in name)
         tensors = {_vision_name(name): tensors[name] for name in kept}
     if neutral:

@@ -104,6 +104,8 @@ OPTIONS = (
     _row("from_", MODEL, "Fine-tune this model", flags=("--from",), metavar="MODEL",
          excludes=("preset",)),
     _row("vae", MODEL, "Work in this model's latents, as they are", metavar="MODEL"),
+    _row("vision", MODEL, "Picture encoder of this unCLIP model: a prior learns what it says",
+         metavar="MODEL", excludes=("vae", "lora", "distill")),
     _row("part", MODEL, "Train this part alone", choices=lambda: RECIPES, default="the preset's"),
     _row("size", MODEL, "Side of the pictures", type=int, key="train.size",
          default="chosen"),

@@ -26,7 +26,9 @@ from difftool.storage.yaml import parse_yaml
 from difftool.training.metrics import METRICS, Metrics
 from difftool.training.report.plots import CHANNELS, VARIABLES, colour_figure, loss_figure, png, svg
 
-PARTS: dict[Part, str] = {"vae": "autoencoder", "clip": "text encoder", "unet": "U-Net"}
+PARTS: dict[Part, str] = {
+    "vae": "autoencoder", "clip": "text encoder", "unet": "U-Net", "prior": "prior"
+}  # fmt: skip
 SHEETS = 24
 """Sheets that the slider goes through, at most, the first and the last among them."""
 
@@ -80,6 +82,9 @@ def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:
         return [_command("train", data, "--part", "unet", "--vae", folder)]
     if part == "clip":
         return []
+    if part == "prior":
+        model = facts.get("start", {}).get("vision", "MODEL")
+        return [_command("sample", facts["example"], "-m", model, "--prior", folder, "-n", 4)]
     asked: list[Any] = []
     if preset.text:
         asked = [facts["example"]]

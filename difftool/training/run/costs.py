@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftool.adapters.lora.train import Adapters
-from difftool.config.schema import Part, Preset, TrainConfig
+from difftool.config.schema import DENOISING, Part, Preset, TrainConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.path import Level
 from difftool.pipeline.model import Model
@@ -75,9 +75,11 @@ def _cost(model: Model, part: Part, counts: dict[str, int]) -> Cost:
     with saved_for_backward() as tensors:
         forward = _operations(partial(_reconstruct if part == "vae" else _denoise, model, side))
     activations = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    if not model.codec.learned:
+    if not model.codec.encoders():
         return Cost(learning, beside, activations, forward)
     encode = _operations(lambda: model.codec.posterior(torch.empty(1, 3, side, side)))
+    if not model.codec.learned:  # nothing goes back from what a prior makes
+        return Cost(learning, beside, activations, forward, encode)
     both = _operations(lambda: _reconstruct(model, side))
     return Cost(learning, beside, activations, forward, encode, both - encode)
 
@@ -137,7 +139,8 @@ def is_cached(preset: Preset, images: int) -> bool:
     all of them."""
     config = preset.train
     learned = (config.steps or 0) * (config.batch_size or 0) * config.accumulate
-    return preset.codec.learned and learned >= images * (1 + bool(config.flip))
+    encodes = preset.codec.learned or "prior" in preset.parts
+    return encodes and learned >= images * (1 + bool(config.flip))
 
 
 def work_of(preset: Preset, part: Part, cost: Cost, *, cached: bool) -> Work:
@@ -147,7 +150,7 @@ def work_of(preset: Preset, part: Part, cost: Cost, *, cached: bool) -> Work:
     if isinstance(recipe, TrainConfig):
         passes += recipe.checkpointing - bool(recipe.lora_rank)
     batch = (recipe.batch_size or 1) * recipe.accumulate
-    if part != "unet":
+    if part not in DENOISING:
         return Work(batch * passes * cost.forward, cost.forward, cost.forward)
     guided = settings.guidance != 1 and bool(preset.text or preset.classes)
     drawn = settings.steps * (1 + guided) * cost.forward + cost.decode

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from difftool.config.layers import Layer
-from difftool.config.schema import RECIPES, OptimConfig, Part, Preset
+from difftool.config.schema import DENOISING, RECIPES, OptimConfig, Part, Preset
 from difftool.data import Dataset
 from difftool.data.dataset import MEMORY_CAP
 from difftool.engine.memory import free_memory
@@ -69,7 +69,7 @@ def estimate(preset: Preset, costs: Costs, keep: int, device: torch.device) -> E
     for part, cost in costs.parts.items():
         recipe = preset.recipe(part)
         assert recipe.batch_size
-        kept = total if part == "unet" and not preset.train.lora_rank else cost.learning
+        kept = total if part in DENOISING and not preset.train.lora_rank else cost.learning
         saved = FP32 * (kept * (1 + _averages(recipe)) + 2 * cost.learning)
         checkpoint = max(checkpoint, saved)
         disk += saved * (keep + 1) + FP32 * kept  # a new one is written before an old one goes

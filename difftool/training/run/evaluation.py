@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from difftool.config.schema import Part
+
 SHARE = 0.05
 """Of a run's work, for all measures and sheets together."""
 FIRST, FIRST_SECONDS = 50, 60.0
@@ -17,6 +19,8 @@ FIRST, FIRST_SECONDS = 50, 60.0
 NOMINAL = {"cpu": 5e10, "cuda": 2e13, "mps": 2e12}
 """Floating-point operations a second that a slow device of a kind does, so that what is chosen does
 not depend on how fast this one happens to be."""
+WITHOUT_SHEETS: tuple[Part, ...] = ("clip", "prior")
+"""Parts that make no pictures."""
 FREE_SECONDS = 2.0
 """What takes no longer, all together, on such a device needs no share."""
 
@@ -63,6 +67,8 @@ class Evaluation(NamedTuple):
             parts.append(f"sheets of {self.pictures}")
         if held and self.samples:
             parts.append(f"measures of {self.samples} held-out samples")
+        if not parts and self.samples:
+            return "nothing: it makes no pictures, and none are held out"
         if not parts:
             return "none: one would take longer than they may"
         when = f"every {self.every} steps" if self.every else "soon, then at growing intervals"

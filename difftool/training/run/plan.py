@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from difftool.config.families import OWN
 from difftool.config.layers import Layer, preset_layers, resolve
-from difftool.config.schema import RECIPES, Part, Preset
+from difftool.config.schema import DENOISING, RECIPES, Part, Preset
 from difftool.data import Dataset
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
 from difftool.errors import UsageError
@@ -19,6 +19,7 @@ from difftool.text.tokenizer import Tokenizer
 from difftool.training.step.frames import step_of
 from difftool.training.step.optim import OPTIMIZERS
 
+FRESH_PRIOR = "prior-small"
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
 LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
 """The largest side that networks over 2x2 blocks of pixels are trained at from nothing; over the
@@ -28,6 +29,7 @@ STEPS: dict[Part, dict[str, int]] = {
     "unet": {"cpu": 4000, "cuda": 40000, "mps": 10000},
     "vae": {"cpu": 2000, "cuda": 20000, "mps": 4000},
     "clip": {"cpu": 2000, "cuda": 10000, "mps": 4000},
+    "prior": {"cpu": 4000, "cuda": 40000, "mps": 10000},
 }
 """Steps that each part is given at most; on two processor cores the U-Net of a small preset takes
 about an hour for them."""
@@ -96,7 +98,8 @@ def plan(
 
     UsageError where the preset and the data do not go together, or a name in a recipe is none.
     """
-    base = [*(preset_layers(preset or FRESH_PRESET[dataset.kind]) if not start else start)]
+    fresh = FRESH_PRIOR if part == "prior" else FRESH_PRESET[dataset.kind]
+    base = [*(preset_layers(preset or fresh) if not start else start)]
     if preset is None and not start:
         why = {"text": "captions", "class": "classes", "none": "no captions or classes"}
         last = base[-1]
@@ -138,7 +141,7 @@ def _chosen(plan: TrainingPlan, device: str) -> list[Layer]:
     before = resolve(plan.base)
     for name in preset.parts:
         key, recipe = RECIPES[name], preset.recipe(name)
-        if recipe.size is None and name != "unet":
+        if recipe.size is None and name not in DENOISING:
             choose(key, "size", size, "the size of train")
         batch = recipe.batch_size or choose(key, "batch_size", *_batch(plan, device))
         steps = recipe.steps
@@ -239,6 +242,7 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         why = f"its codec is {preset.codec.kind}"
         hint = "--preset vae-small and ldm-small have one"
         raise UsageError(f"the preset {preset.name} has no autoencoder to train", why, hint)
+    _check_prior(preset)
     if "clip" in preset.parts and not preset.text:
         raise UsageError(f"the preset {preset.name} has no text encoder to train")
     TIMES.resolve(preset.train.time)
@@ -253,6 +257,23 @@ def _check(preset: Preset, dataset: Dataset) -> None:
                 raise UsageError(f"{key.replace('_', ' ')} must be at least 1, got {value}")
         if recipe.size and recipe.size % preset.side_multiple:
             raise UsageError(f"size {recipe.size} is not a multiple of {preset.side_multiple}")
+
+
+def _check_prior(preset: Preset) -> None:
+    """UsageError where a prior is to be trained and is none, or has nothing to learn from."""
+    prior = preset.unet.kind == "prior"
+    if prior != ("prior" in preset.parts) or (prior and len(preset.parts) > 1):
+        parts = ", ".join(preset.parts)
+        what = f"the preset {preset.name} is {'a' if prior else 'no'} prior"
+        hint = "--part prior trains it" if prior else f"--preset {FRESH_PRIOR} is one"
+        raise UsageError(what, f"asked for: {parts}", hint)
+    if prior and getattr(preset.codec, "encoder", None) is None:
+        why = "it learns what a picture encoder says of the pictures"
+        raise UsageError("the prior has nothing to learn", why, "give --vision MODEL, of unCLIP")
+    side = preset.codec.factor
+    if prior and (preset.train.size not in (None, side) or preset.data.buckets):
+        why = f"its picture encoder sees squares of {side}"
+        raise UsageError("the prior cannot be trained so", why, "leave --size and --buckets out")
 
 
 def _vocabulary(

@@ -24,7 +24,7 @@ from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.progress import Progress, silent
-from difftool.training.run.evaluation import Evaluation
+from difftool.training.run.evaluation import WITHOUT_SHEETS, Evaluation
 from difftool.training.run.validation import Validation, channel_statistics
 from difftool.training.step import rng
 from difftool.training.step.batches import to_signal
@@ -71,7 +71,7 @@ class Previews:
         of them are measured."""
         self.likelihood = likelihood
         self.trainer, self.model, self.prompts = trainer, trainer.model, list(prompts)
-        self.pictures = 0 if trainer.part == "clip" else evaluation.pictures
+        self.pictures = 0 if trainer.part in WITHOUT_SHEETS else evaluation.pictures
         enough = held and len(held) >= max(self.pictures, 1)
         self.dataset = held if held and enough else trainer.dataset
         """Where the captions and pictures of the sheets come from."""

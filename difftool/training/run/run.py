@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Part, Preset
 from difftool.data import Dataset
 from difftool.errors import ResourceError, Stopped
-from difftool.formats import open_model
 from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
 from difftool.progress import Progress, silent
@@ -30,6 +30,7 @@ from difftool.training.run.folder import RunFolder
 from difftool.training.run.previews import Previews
 from difftool.training.run.resume import START
 from difftool.training.run.saving import TRIES, Saves
+from difftool.training.run.stages import is_of_prior, open_start
 from difftool.training.run.stop import Abandoned, graceful_stop, heeding
 from difftool.training.run.validation import hold_out
 from difftool.training.step import parallel
@@ -61,7 +62,8 @@ class Run:
     ):
         """Build the model and trainer, from nothing or (resume) from a checkpoint folder.
 
-        adopt: the models that parts ("vae", "text", "unet") take their first weights from.
+        adopt: the models that parts ("vae", "text", "unet") take their first weights from, and
+        that whose picture encoder ("vision") a prior learns from.
         """
         self.folder, self.preset, self.part, self.options = folder, preset, part, options
         self.resumed = resume
@@ -270,9 +272,9 @@ def _model(
 ) -> Model:
     """The model that a run begins with."""
     model = Model.fresh(preset, seed=seed, tokenizer_json=tokenizer_json, device=str(device))
-    sources = {path: open_model(path) for path in dict.fromkeys(adopt.values())}
+    opened = cache(open_start)
     for name, path in adopt.items():
-        load_part_from(model, sources[path], name)
+        load_part_from(model, opened(path, is_of_prior(name, preset)), name)
     if adapters := Adapters.of(model.network, preset.train):
         adapters.init_weights(torch.Generator().manual_seed(seed))
         model.adapters = adapters

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 from difftool.config.families import family
 from difftool.config.layers import Layer
+from difftool.config.networks import EmbeddingConfig
 from difftool.config.schema import Part, Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.path import build_path
 from difftool.errors import UsageError, missing
 from difftool.formats import open_model
 from difftool.formats.model_source import ModelSource
+from difftool.formats.prior import open_prior
+from difftool.formats.unclip import read_encoder
 from difftool.storage.commit import sweep
 from difftool.storage.runs import (
     CHECKPOINTS,
@@ -143,13 +146,40 @@ def vae_layer(flag: str, model: Path, source: ModelSource) -> Layer:
     return Layer(flag, values)
 
 
+def vision_layer(flag: str, model: Path, source: ModelSource) -> Layer:
+    """What --vision MODEL says: the pictures that its encoder sees, and how wide embeddings are."""
+    encoder = read_encoder(source.configs)
+    if encoder is None:
+        why = "models that vary a picture have one (StableUnCLIPImg2ImgPipeline)"
+        raise UsageError(f"{model} has no picture encoder", why)
+    width, side = encoder.projection, encoder.size
+    values = {
+        "codec": to_values(EmbeddingConfig(width=width, encoder=encoder)),
+        "unet": {"in_channels": width},
+        "train": {"size": side},
+        "data": {"buckets": False},
+    }
+    return Layer(flag, values)
+
+
+def open_start(model: Path, prior: bool) -> ModelSource:
+    """A model that a run starts from. prior: it is the prior that lies there."""
+    return open_prior(model) if prior else open_model(model)
+
+
+def is_of_prior(part: str, preset: Preset) -> bool:
+    """Whether a part that starts from a model takes it from the prior there."""
+    return preset.unet.kind == "prior" and part != "vision"
+
+
 def start_layers(model: Path, source: ModelSource) -> list[Layer]:
     """What --from MODEL says: everything about the model, whose U-Net alone goes on, with a gentler
     learning rate; how long and on what it was trained is its past."""
     values = dict(source.values)
     past = {"steps", "batch_size", "accumulate", "flip", "size", "validation", "distill"}
     train = {k: v for k, v in values.get("train", {}).items() if k not in past}
-    values |= {"train": train, "parts": ["unet"], "data": {}}
+    part = "prior" if source.preset.unet.kind == "prior" else "unet"
+    values |= {"train": train, "parts": [part], "data": {}}
     row = family(source.preset.family)
     lr = row.fine_tune_lr
     if row.fine_tune_share is not None:

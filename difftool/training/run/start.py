@@ -20,11 +20,10 @@ from difftool.config.layers import (
     preset_layers,
     resolve,
 )
-from difftool.config.schema import RECIPES, Part, Preset
+from difftool.config.schema import DENOISING, RECIPES, Part, Preset
 from difftool.data import BUILTIN, Audit, Dataset, open_dataset
 from difftool.diffusion.path import build_path
 from difftool.errors import Stopped, UsageError, clash
-from difftool.formats import open_model
 from difftool.formats.model_source import ModelSource
 from difftool.hub.find import find_model, place_of_model
 from difftool.progress import Progress, silent
@@ -35,7 +34,12 @@ from difftool.storage.runs import checkpoints
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions, option_layers
 from difftool.training.run import stages as staged
-from difftool.training.run.evaluation import Evaluation, Work, plan_evaluation
+from difftool.training.run.evaluation import (
+    WITHOUT_SHEETS,
+    Evaluation,
+    Work,
+    plan_evaluation,
+)
 from difftool.training.run.plan import TrainingPlan, plan
 from difftool.training.run.resume import (
     START,
@@ -100,13 +104,13 @@ def find_sources(values: Mapping[str, Any]) -> Sources:
     if values["resume"] and not staged.has_begun(out):
         resumes = False  # it was killed at once: all that it was to be is given again
     if resumes:
-        check_start(out, {"unet": base, "vae": values["vae"]})
+        check_start(out, {"unet": base, "vae": values["vae"], "vision": values["vision"]})
         begun = staged.preset_of_run(out)  # with all that was chosen for it
         if preset and load_preset(preset).name != (was := load_preset(begun).name):
             what, hint = f"cannot resume {out} with another preset", "start a new run"
             raise UsageError(what, f"it was {was}, now {preset}", hint)
         preset, base = begun, None
-    for model in (base, values["vae"]):
+    for model in (base, values["vae"], values["vision"]):
         if model is not None:
             place_of_model(model)
     layers = preset_layers(preset) if preset is not None else []
@@ -125,7 +129,9 @@ def prepare(
     models that cannot be used.
     """
     sources, out = find_sources(values), values["out"] or Path()
-    part: Part | None = values["part"]
+    part: Part | None = values["part"] or ("prior" if values["vision"] else None)
+    if values["vision"] and part != "prior":
+        raise clash("--vision", f"--part {part}")
     given = option_layers(values, part or "unet")
     config = data_config([*sources.layers, *given, *sources.overrides])
     with progress("looking at files", None) as shown:
@@ -133,35 +139,31 @@ def prepare(
     audited(dataset.audit)
     if values["ema"] is not None:
         given.append(_ema_layer(values["ema"], sources.preset, RECIPES[part or "unet"]))
-    opened = cache(open_model)  # a run folder's checkpoint is hashed each time
-    adopt: dict[str, Path] = {}
-    begin: list[Layer] = []
-    tokenizer, odd = None, ()
-    if sources.base is not None:
-        base = find_model(sources.base)
-        source = opened(base)
-        begin = _start_layers(values, base, source, [*given, *sources.overrides])
-        tokenizer, odd = source.tokenizer_json, source.warnings
-        adopt = dict.fromkeys(PARTS, base)
-    elif values["rank"]:  # of a run that goes on
-        given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
-    if values["vae"] is not None:
-        vae = adopt["vae"] = find_model(values["vae"])
-        odd = (*odd, *opened(vae).warnings)
-        given.append(staged.vae_layer(f"--vae {values['vae']}", vae, opened(vae)))
-        part = part or "unet"
+    opened = cache(staged.open_start)  # a run folder's checkpoint is hashed each time
+    before = [*given, *sources.overrides]
+    begun = _beginnings(values, sources, before, opened, part == "prior")
+    adopt, tokenizer = begun.adopt, begun.tokenizer
+    given = [*begun.encoder, *given, *begun.given]
+    part = part or ("unet" if values["vae"] is not None else None)
     planned = plan(
-        dataset, sources.preset, [*given, *sources.overrides], part, begin, begun=sources.resumes
+        dataset,
+        sources.preset,
+        [*given, *sources.overrides],
+        part,
+        begun.layers,
+        begun=sources.resumes,
     )
     newest = sources.resumes and bool(values["resume"])
     stages, notes = staged.survey(
         out, planned.preset.parts, resume=newest, resume_from=values["resume_from"]
     )
     seen = [checkpoints(stage.folder) for stage in stages]
-    if sources.resumes and not all(stage.checkpoint or stage.done for stage in stages):
-        adopt = {part: find_model(str(path)) for part, path in recorded_start(out).items()} | adopt
+    if sources.resumes:
+        whole = all(stage.checkpoint or stage.done for stage in stages)
+        start = {p: path for p, path in recorded_start(out).items() if not whole or p == "vision"}
+        adopt = {p: find_model(str(path)) for p, path in start.items()} | adopt
     if base := planned.preset.train.lora_base:
-        adopt = dict.fromkeys(PARTS, find_model(base))
+        adopt = {part: find_model(base) for part in PARTS}
 
     from difftool.pipeline.load import pick_device
     from difftool.training.run.rehearsal import rehearse
@@ -175,7 +177,8 @@ def prepare(
     preset, tokenizer, layers, costs = _fitted(planned, device, tokenizer)
     _check_measures(values, dataset, preset)
     changes = changes_of(stages, preset, allowed=bool(values["allow_change"]))
-    rehearse(preset, dataset, tokenizer, {part: opened(path) for part, path in adopt.items()})
+    starts = {p: opened(path, staged.is_of_prior(p, preset)) for p, path in adopt.items()}
+    rehearse(preset, dataset, tokenizer, starts)
     return Training(
         values=values,
         dataset=dataset,
@@ -186,7 +189,7 @@ def prepare(
         stages=stages,
         adopt=adopt,
         costs=costs,
-        notes=[*odd, *notes],
+        notes=[*begun.odd, *notes],
         resumes=sources.resumes,
         seen=seen,
         changes=changes,
@@ -203,6 +206,52 @@ def _start_layers(
     if values["distill"]:
         layers += staged.distill_layers(base, source, resolve([*layers, *given]))
     return layers
+
+
+class Beginnings(NamedTuple):
+    """What the models that a run is made from say."""
+
+    adopt: dict[str, Path]
+    """Them, by part."""
+    layers: list[Layer]
+    """What the model to fine-tune says of the run."""
+    encoder: list[Layer]
+    """What the picture encoder says, before the user."""
+    given: list[Layer]
+    """What follows from the options about them."""
+    tokenizer: str | None
+    odd: tuple[str, ...]
+    """What is odd about their files."""
+
+
+def _beginnings(
+    values: Mapping[str, Any],
+    sources: Sources,
+    given: Sequence[Layer],
+    opened: Callable[[Path, bool], ModelSource],
+    prior: bool,
+) -> Beginnings:
+    """See there. given: what goes before the model to fine-tune. opened: see `open_start`. prior:
+    whether one is trained."""
+    made = Beginnings({}, [], [], [], None, ())
+    if sources.base is not None:
+        base = find_model(sources.base)
+        source = opened(base, prior)
+        layers = _start_layers(values, base, source, given)
+        made.adopt.update(dict.fromkeys(PARTS, base))
+        made = made._replace(layers=layers, tokenizer=source.tokenizer_json, odd=source.warnings)
+    elif values["rank"]:  # of a run that goes on
+        made.given.append(Layer("--rank", {"train": {"lora_rank": values["rank"]}}))
+    if values["vae"] is not None:
+        vae = made.adopt["vae"] = find_model(values["vae"])
+        source = opened(vae, False)
+        made = made._replace(odd=(*made.odd, *source.warnings))
+        made.given.append(staged.vae_layer(f"--vae {values['vae']}", vae, source))
+    if values["vision"] is not None:
+        vision = made.adopt["vision"] = find_model(values["vision"])
+        source = opened(vision, False)
+        made.encoder.append(staged.vision_layer(f"--vision {values['vision']}", vision, source))
+    return made
 
 
 def _fitted(
@@ -298,7 +347,8 @@ class Training:
         for part, work in self.work.items():
             steps, held = self.preset.recipe(part).steps or 1, self._held_out(part)
             every = self.values["sample_every"]
-            made[part] = plan_evaluation(steps, work, self.device.type, every=every, held=held)
+            chosen = plan_evaluation(steps, work, self.device.type, every=every, held=held)
+            made[part] = chosen._replace(pictures=0) if part in WITHOUT_SHEETS else chosen
         return made
 
     @cached_property
@@ -327,10 +377,12 @@ class Training:
         for part, work in self.work.items():
             steps = self.preset.recipe(part).steps or 1
             total += steps * work.step / (1 - self.evaluations[part].share)
-        if "unet" in self.costs.parts and is_cached(self.preset, len(self.dataset)):
+        made: list[Part] = [part for part in DENOISING if part in self.costs.parts]
+        network = made[0] if made else None
+        if network and is_cached(self.preset, len(self.dataset)):
             pictures = len({self.dataset.name(index) for index in range(len(self.dataset))})
             sides = 1 + bool(self.preset.train.flip)
-            beforehand += pictures * sides * self.costs.parts["unet"].encode
+            beforehand += pictures * sides * self.costs.parts[network].encode
         return beforehand / rate, (beforehand + total) / rate
 
     @cached_property
@@ -453,7 +505,7 @@ class Training:
                             self._options,
                             part=stage.part,
                             tokenizer_json=self.tokenizer_json,
-                            adopt={} if whole else adopt,
+                            adopt={k: v for k, v in adopt.items() if not whole or k == "vision"},
                             resume=stage.checkpoint,
                         )
                         yield run

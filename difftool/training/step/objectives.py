@@ -2,7 +2,7 @@
 
 unet: the error of its prediction against noise (the text encoders with a vocabulary of their own
 learn with it). vae: to give pictures back through a narrow latent. clip: which caption belongs to
-which picture.
+which picture. prior: to denoise what a picture encoder says of pictures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.likelihood import INTERVALS, Sampled, sample_bits
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
 from difftool.diffusion.path import Path
+from difftool.networks.prior import PriorTransformer
 from difftool.pipeline.condition import (
     build_cond,
     context_lengths,
@@ -177,7 +178,7 @@ class DenoisingObjective(Objective):
         self, dataset: Dataset, folder: pathlib.Path, progress: Progress, *, flip: bool
     ) -> Latents | None:
         size, preset = self.config.size, self.model.preset
-        if not (size and preset.codec.learned and dataset.fixed):
+        if not (size and self.model.codec.encoders() and dataset.fixed):
             return None
         count = len({dataset.name(index) for index in range(len(dataset))})
         with progress("encoding pictures", count) as shown:
@@ -212,7 +213,7 @@ class DenoisingObjective(Objective):
         return LossOutput(losses, {}, 2 * ratio.log().flatten())
 
     @torch.no_grad()
-    def bits(self, batch: Batch, latents: Latents | None = None) -> Sampled:
+    def bits(self, batch: Batch, latents: Latents | None = None) -> Sampled | None:
         x0, slots = self._x0(batch, latents), batch.slots
         return sample_bits(
             self.model.denoiser,
@@ -248,6 +249,48 @@ class DenoisingObjective(Objective):
             if model.codec.learned:
                 noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape)
             return model.codec.encode(images, noise)
+
+
+# --- the prior -------------------------------------------------------------------------------
+
+MEASURED = 4096
+"""Pictures by which the embeddings' mean and deviation are measured, at most."""
+
+
+@OBJECTIVES.register("prior")
+class PriorObjective(DenoisingObjective):
+    """The prior's objective (DALL-E 2, 2204.06125, section 2.2): x0 is what a frozen encoder says
+    of a picture, normed by mean and deviation over the set; the text is the condition."""
+
+    def __init__(self, model: Model, config: TrainConfig):
+        super().__init__(model, config)
+        assert isinstance(model.network, PriorTransformer)
+        self.network = model.network
+
+    def precompute(self, dataset: Dataset, folder: pathlib.Path, progress: Progress) -> None:
+        super().precompute(dataset, folder, progress)
+        if self.network.measured:  # by a run that goes on, or by the prior that is trained further
+            return
+        limit, some = min(len(dataset), MEASURED), self.latents
+        if some is None:
+            with progress("measuring embeddings", limit) as shown:
+                some = Latents.make(
+                    self.model, dataset, self.model.codec.factor, flip=False, limit=limit,
+                    progress=lambda done, _: shown.update(done),
+                )  # fmt: skip
+        mean, std = (torch.tensor(values)[None] for values in some.moments())
+        self.network.clip_mean.copy_(mean)
+        self.network.clip_std.copy_(std.clamp(min=LEAST_SPREAD))
+
+    def bits(self, batch: Batch, latents: Latents | None = None) -> None:
+        """An embedding's likelihood is not one of a picture."""
+
+    def _x0(self, batch: Batch, latents: Latents | None) -> Tensor:
+        return self.network.normed(super()._x0(batch, latents))
+
+
+LEAST_SPREAD = 1e-6
+"""Of a channel of the embeddings, where all pictures have the same value."""
 
 
 # --- the autoencoder -------------------------------------------------------------------------
