@@ -67,7 +67,7 @@ class Commands:
         self.folder, self.random = folder, random.Random(SEED)
         self.forks = multiprocessing.get_context("forkserver")
         self.forks.set_forkserver_preload(list(PRELOADED))
-        self.killed = 0
+        self.killed, self.lasted = 0, 0.0
 
     def start(self, *words: str) -> Any:
         process = self.forks.Process(target=command, args=(str(self.folder), list(words)))
@@ -84,7 +84,8 @@ class Commands:
 
     def kill(self, seconds: float, *words: str) -> bool:
         """A command that is killed within about so many seconds; whether it was."""
-        process, number = self.start(*words), self.random.choice(SIGNALS)
+        began, process = time.monotonic(), self.start(*words)
+        number = self.random.choice(SIGNALS)
         process.join(self.random.uniform(0.02, seconds))
         if process.exitcode is None:
             os.kill(process.pid, number)
@@ -92,6 +93,7 @@ class Commands:
         log = (self.folder / "log.txt").read_text(encoding="utf-8")
         assert process.exitcode in (0, -number, 128 + number), log[-3000:]
         self.killed += process.exitcode != 0
+        self.lasted = time.monotonic() - began
         return process.exitcode != 0
 
 
@@ -164,6 +166,9 @@ def test_killed_training_loses_nothing(commands, words, folders):
             assert (run / name).read_bytes() == whole
             assert not left(run)
             number, newest = number + 1, dict.fromkeys(folders, -1)
+            seconds = min(
+                seconds, max(commands.lasted, 1.0)
+            )  # else most end before they are killed
     run = commands.folder / f"run-{number}"
     resume = ["--resume"] if run.exists() else []
     commands.run(*words, *OFTEN, "--out", run.name, *resume)
