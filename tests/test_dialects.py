@@ -360,7 +360,7 @@ def test_invokeai():
     assert (request.prompt, request.negative, request.seeds) == ("a fox", "bad", (3,))
     assert request.settings == {
         "size": (512, 640), "guidance": 7.5, "steps": 30, "sampler": "dpmpp_2m",
-        "schedule": "karras", "clip_skip": 2, "guidance_rescale": 0.0,
+        "schedule": "karras", "clip_skip": 2, "guidance_rescale": 0.0, "prompt_syntax": "compel",
     }  # fmt: skip
     assert request.loras == (("ink.safetensors", 0.5),)
     assert [option for option, _ in request.missed] == ["vae", ""]
@@ -386,6 +386,7 @@ def test_invokeai_s_commands(options):
     assert (request.prompt, request.seeds) == ("a fox [bad]", (9,))
     assert request.settings == {
         "steps": 50, "size": (512, 640), "guidance": 7.5, "sampler": "lms",
+        "prompt_syntax": "compel",
     }  # fmt: skip
     assert missed(request) == "G 0.5"
 

@@ -81,6 +81,7 @@ def test_every_prompt_that_one_stands_for(prompt):
         ("__size/small__ __size/large__", ["tiny huge", "wee huge"]),
         ("__shape__", ["flat", "round"]),
         ("__nothing__ __../both__", ["__nothing__ __../both__"]),
+        ("a <lora:my__~style__v2:1> ____", ["a <lora:my__~style__v2:1> ____"]),
     ],
 )
 def test_wildcards(wildcards, prompt, every):

@@ -84,7 +84,7 @@ def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stand_ins = {
         (running, "generate"): lambda plan, items: plan.model.generate(items, plan.settings),
-        (running, "decode"): lambda model, x0, tile: model.decode(x0),
+        (running, "decode"): lambda model, x0: model.decode(x0),
         (resolve, "token_count"): lambda model, prompt: (len(prompt.split()), 5),
     }
     for (module, name), function in stand_ins.items():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from difftool.engine.memory import free_memory
 from difftool.engine.strips import decode_strips
-from difftool.engine.tiles import tiled
 from difftool.errors import out_of_memory
 from difftool.networks.codecs import Codec, VaeCodec
 from difftool.pipeline.model import Model
@@ -31,12 +30,11 @@ def encode(model: Model, images: Tensor, noise: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: Model, x0: Tensor, tile: str = "none") -> Tensor:
+def decode(model: Model, x0: Tensor) -> Tensor:
     """Pictures [B,C,H,W], fp32 in [-1, 1], of x0 [B,c,h,w]; NaN where a value is not finite, which
-    clamped would be white or black. tile: which way they repeat, see `tiled`."""
+    clamped would be white or black."""
     model.load_part("vae")
-    with tiled(model.codec, tile):
-        images = decode_codec(model.codec, x0)
+    images = decode_codec(model.codec, x0)
     return images.where(images.isfinite(), torch.nan).clamp(-1, 1)
 
 

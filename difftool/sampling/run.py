@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from difftool.config.schema import SampleConfig
+from difftool.engine.tiles import tiled
 from difftool.errors import DifftoolError, ResourceError, first_line, out_of_memory
 from difftool.images.fit import tile, to_pil
 from difftool.pipeline.decode import decode
@@ -153,7 +154,8 @@ class SampleRun:
             x0 = step.x
             yield Working(len(samples), step.index + 1, plan.steps)
         try:
-            images = decode(self.model, x0, plan.settings.tile)
+            with tiled(self.model.codec, plan.settings.tile):
+                images = decode(self.model, x0)
         except Exception as error:
             self._keep_latents(samples, x0, error)
             raise
@@ -232,7 +234,8 @@ class SampleRun:
                     embeddings=request.embeddings, loras=self.model.base_loras,
                 )  # fmt: skip
                 path = self.output.path(sample.values()) if self.output else None
-                image = decode(self.model, x0[None].to(self.model.device), plan.settings.tile)[0]
+                with tiled(self.model.codec, plan.settings.tile):
+                    image = decode(self.model, x0[None].to(self.model.device))[0]
                 image = _pasted(image.cpu(), given)
             except DifftoolError as error:
                 yield Failure(index, error)

@@ -39,6 +39,8 @@ class _Wildcard(NamedTuple):
     """__name__"""
 
     name: str
+    text: str
+    """As it stands there, which it stays where there is none of that name."""
 
 
 class _Variable(NamedTuple):
@@ -106,7 +108,7 @@ def _read(text: str, position: int, depth: int) -> tuple[Template, int]:
 def _special(text: str, position: int, depth: int) -> tuple | None:
     """A choice, a wildcard or a variable that begins there, and where it ends."""
     if wildcard := _WILDCARD.match(text, position):
-        return _Wildcard(wildcard[1]), wildcard.end()
+        return _Wildcard(wildcard[1], wildcard[0]), wildcard.end()
     if read := _READ.match(text, position):
         return _Variable(read[1], [], sets=False, once=False), read.end()
     if depth >= DEEPEST or text.find("}", position) < 0:
@@ -204,13 +206,13 @@ class Dynamic:
             case _Variable(name, otherwise):
                 inner = variables.get(name, otherwise)
                 yield from ((t, variables) for t, _ in self._all(inner, variables, depth + 1))
-            case _Wildcard(name):
+            case _Wildcard(name, as_it_stands):
                 lines = self.lines(name)
                 for _, line in lines:
                     found = self._all(_parsed(line), variables, depth + 1)
                     yield from ((text, variables) for text, _ in found)
                 if not lines:
-                    yield f"__{name}__", variables
+                    yield as_it_stands, variables
             case _Choice():
                 yield from ((text, variables) for text in self._several(node, variables, depth))
             case _:
@@ -259,10 +261,10 @@ class _Random(NamedTuple):
                 return ""
             case _Variable(name, otherwise):
                 return self.text(variables.get(name, otherwise), variables, depth + 1)
-            case _Wildcard(name):
+            case _Wildcard(name, as_it_stands):
                 lines = self.dynamic.lines(name)
                 if not lines:
-                    return f"__{name}__"
+                    return as_it_stands
                 line = lines[self._pick([weight for weight, _ in lines])][1]
                 return self.text(_parsed(line), dict(variables), depth + 1)
             case _Choice():

@@ -47,7 +47,7 @@ def object_in(text: str, source: str) -> dict[str, Any]:
 
 def from_invoke(text: str, source: str) -> Request:
     """The request in InvokeAI's text, of version 3 on or (`sd-metadata`) before."""
-    values, found = object_in(text, source), Found(source)
+    values, found = object_in(text, source), Found(source, {"prompt_syntax": "compel"})
     values = dict(values["image"]) if isinstance(values.get("image"), dict) else values
     if isinstance(values.get("prompt"), list):  # version 2: parts with weights
         parts = [part for part in values["prompt"] if isinstance(part, dict)]
@@ -81,7 +81,7 @@ def from_invoke(text: str, source: str) -> Request:
 def from_dream(text: str, source: str) -> Request:
     """The request in the command that InvokeAI wrote before: "a fox" -s50 -S 7 -W512 -C7.5."""
     prompt, _, rest = text.strip().removeprefix('"').rpartition('"')
-    found = Found(source, {"prompt": prompt})
+    found = Found(source, {"prompt": prompt, "prompt_syntax": "compel"})
     options = dict(re.findall(r"(?:^|\s)-([A-Za-z])\s*([^\s-]\S*)", rest))
     if options.pop("I", None):
         found.started_from(options.pop("f", None))
