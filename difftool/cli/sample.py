@@ -25,6 +25,7 @@ Make pictures. Prints the path of each as soon as it is written.
 Examples
   difftool sample "a smiling fox"
   difftool sample "a castle" -m model.safetensors -n 4 --size 64x64 --seed 7 -o castle.png
+  difftool sample "a (smiling:1.2) {red|orange} fox --ar 3:2" -n 4 --grid
   difftool sample --prompts prompts.txt -o out/ --json | jq -r .path
   generate-prompts | difftool sample --prompts - -o out/
   difftool sample --from-image castle.png --steps 40

@@ -31,6 +31,7 @@ class Construct(NamedTuple):
 
 A1111, COMFY, COMPEL = "a1111", "comfy", "compel"
 NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
+FILES = "give --embedding FILE, or --embedding-dir"
 READS = "--prompt-syntax {} reads them"
 # fmt: off
 CONSTRUCTS = (
@@ -48,8 +49,8 @@ CONSTRUCTS = (
     Construct(r"\{[^{}|]*\|[^{}]*\}", "alternatives", "write the one that is meant"),
     Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05)"),
     Construct(r"(?<!\w)__[\w./*-]+?__(?!\w)", "wildcards", "--wildcard-dir has none of that name"),
-    Construct(r"\bembedding:(?P<name>[^\s,:()]+)", "embeddings", "give --embedding FILE"),
-    Construct(r"<(?P<name>[^\s<>|:]+)>", "words of embeddings", "give --embedding FILE"),
+    Construct(r"\bembedding:(?P<name>[^\s,:()]+)", "embeddings", FILES),
+    Construct(r"<(?P<name>[^\s<>|:]+)>", "words of embeddings", FILES),
     Construct(r"(?:^|(?<=\s))--[A-Za-z][\w-]*(?:\s+[\d.:]+)?", "flags within a prompt",
               "give them beside it: --size 768x512"),
     Construct(r"(?<=\w)::(?=\s|$|-?[\d.])[-\d.]*|\b\d[\d.]*::", "weights after ::",

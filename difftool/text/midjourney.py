@@ -19,7 +19,9 @@ OTHERS = frozenset(
 """Those that do not."""
 ALONE = ("tile",)
 """Those that need no value."""
-_PARAMETER = re.compile(r"(?:^|(?<=\s))(?:--|\u2014)([A-Za-z]+)(?![\w-])")
+# A dash that a keyboard makes of two is one where a number follows: it may be prose.
+_DASHED = r"\u2014(?=(?:ar|aspect|chaos|seed|stop|repeat|stylize|iw|v)\s+\d)"
+_PARAMETER = re.compile(rf"(?:^|(?<=\s))(?:--|{_DASHED})([A-Za-z]+)(?![\w-])")
 _NEXT = re.compile(r"\s(?:--|\u2014)[A-Za-z]")
 _VALUE = re.compile(r"\s+([^\s{}|]+)")
 _WAY = re.compile(r"\s+(x|y|both|none)(?!\S)")
