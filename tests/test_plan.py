@@ -113,6 +113,12 @@ def test_size_follows_pictures_and_device_from_nothing(tmp_path, icons):
     assert chosen(icons, "pixel-small", latents).train.size == 64  # eight times smaller inside
 
 
+def test_a_device_of_another_kind_is_taken_for_a_gpu(icons):
+    planned = plan(open_dataset(icons), "pixel-small", [], start=[])
+    xpu, cuda = (planned.complete(device)[0].train for device in ("xpu", "cuda"))
+    assert (xpu.size, xpu.batch_size, xpu.steps) == (cuda.size, cuda.batch_size, cuda.steps)
+
+
 # --- steps and warm-up -----------------------------------------------------------------------
 
 

@@ -26,7 +26,9 @@ LATENT_RUN = [
 ]  # fmt: skip
 QUICK = {
     "trained": [*PIXEL_RUN, "--out", "{device}-run"],
-    "resumed": ["train", "data", "--out", "{device}-run", "--steps", "6", "--resume"],
+    "resumed": [
+        *("train", "data", "--out", "{device}-run", "--steps", "6", "--resume", "--allow-change")
+    ],
     "pixels": ["sample", "-m", "cpu-run", "--label", "a"],
     "sd1": ["sample", "a cat", "-m", "sd1.safetensors", "--guidance", "3"],
     "lora": [*LATENT_RUN, "--lora", "--out", "{device}-lora"],

@@ -27,7 +27,7 @@ COMMANDS = [
         *SIZE,
         *TINY,
     ],
-    ["train", "fotos", "--out", "runs/ünï", "--steps", "3", "--resume"],
+    ["train", "fotos", "--out", "runs/ünï", "--steps", "3", "--resume", "--allow-change"],
     ["sample", "-m", "runs/ünï", "--label", "größe", "-n", "2", "-o", "out/[seed]-[label].png"],
     ["sample", 'a "smiling" fox: what? <yes> | no*', "--steps", "1", "-o", "out/[prompt].png"],
     ["sample", "a fox ...", "--steps", "1"],

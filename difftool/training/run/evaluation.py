@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from difftool.config.schema import Part
+from difftool.engine.devices import ByDevice
 
 SHARE = 0.05
 """Of a run's work, for all measures and sheets together."""
 FIRST, FIRST_SECONDS = 50, 60.0
 """The first sheet comes after so many steps, or so much training if that is earlier."""
-NOMINAL = {"cpu": 5e10, "cuda": 2e13, "mps": 2e12}
+NOMINAL = ByDevice(cpu=5e10, cuda=2e13, mps=2e12)
 """Floating-point operations a second that a slow device of a kind does, so that what is chosen does
 not depend on how fast this one happens to be."""
 WITHOUT_SHEETS: tuple[Part, ...] = ("clip", "prior")

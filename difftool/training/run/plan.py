@@ -14,6 +14,7 @@ from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import DENOISING, RECIPES, Part, Preset
 from difftool.data import Dataset
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
+from difftool.engine.devices import ByDevice
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer
 from difftool.training.step.frames import step_of
@@ -21,21 +22,21 @@ from difftool.training.step.optim import OPTIMIZERS
 
 FRESH_PRIOR = "prior-small"
 FRESH_PRESET = {"text": "text-small", "class": "pixel-small", "none": "pixel-small"}
-LARGEST = {"cpu": 32, "cuda": 64, "mps": 64}
+LARGEST = ByDevice(cpu=32, cuda=64, mps=64)
 """The largest side that networks over 2x2 blocks of pixels are trained at from nothing; over the
 latents of an autoencoder sides are as much longer as it folds more pixels into one."""
-BATCH = {"cpu": 32, "cuda": 256, "mps": 64}
-STEPS: dict[Part, dict[str, int]] = {
-    "unet": {"cpu": 4000, "cuda": 40000, "mps": 10000},
-    "vae": {"cpu": 2000, "cuda": 20000, "mps": 4000},
-    "clip": {"cpu": 2000, "cuda": 10000, "mps": 4000},
-    "prior": {"cpu": 4000, "cuda": 40000, "mps": 10000},
+BATCH = ByDevice(cpu=32, cuda=256, mps=64)
+STEPS: dict[Part, ByDevice[int]] = {
+    "unet": ByDevice(cpu=4000, cuda=40000, mps=10000),
+    "vae": ByDevice(cpu=2000, cuda=20000, mps=4000),
+    "clip": ByDevice(cpu=2000, cuda=10000, mps=4000),
+    "prior": ByDevice(cpu=4000, cuda=40000, mps=10000),
 }
 """Steps that each part is given at most; on two processor cores the U-Net of a small preset takes
 about an hour for them."""
 EPOCHS, FEWEST_STEPS = 200, 200
 TUNED_BATCH, TUNED_EPOCHS = 4, 100
-TUNED_STEPS = {"cpu": 500, "cuda": 3000, "mps": 1500}
+TUNED_STEPS = ByDevice(cpu=500, cuda=3000, mps=1500)
 """The same of published latent models, whose steps cost a thousand times as much and which need
 few: as the scripts of diffusers and kohya have it."""
 MOST_DRAWN = 1024
