@@ -178,6 +178,11 @@ def check_parts(preset: Preset, source: str) -> None:
     width, context = sum(encoder.width for encoder in text), getattr(unet, "context_dim", None)
     if text and context and context != width:
         raise UsageError(what, f"the text is {width} wide, and the network reads {context}")
+    if text and getattr(unet, "masks_context", False):
+        length, (encoder, *others) = getattr(unet, "length", 0), text
+        if others or length != encoder.length:
+            lengths = " and ".join(str(each.length) for each in text)
+            raise UsageError(what, f"the text is {lengths} tokens, and the network reads {length}")
     pooled = sum(t.projection or t.width for t in text if t.pooled)
     numbers = pooled + 256 * preset.size_numbers
     if (

@@ -121,21 +121,27 @@ def _of_folder(folder: Path) -> ModelSource:
     for name, place in text.items():
         if ours := our_name("text_encoder", name):
             tensors[f"text.0.{ours}"] = place
-    return _source(folder, files, tensors, pad_id(folder / tokenizer))
+    return _source(folder, files, tensors, pad_id(folder / tokenizer), f"{encoder}/config.json")
 
 
 def _source(
-    path: Path, files: Mapping[str, Any], tensors: dict[str, Located], pad: int | None
+    path: Path,
+    files: Mapping[str, Any],
+    tensors: dict[str, Located],
+    pad: int | None,
+    encoder: str = TEXT,
 ) -> ModelSource:
-    """The model that a prior is, of its configuration files."""
+    """The model that a prior is, of its configuration files. encoder: where that of the text
+    encoder lies."""
     network = read_prior(files[PRIOR], f"{path}/{PRIOR}")
-    where = f"{path}/{TEXT}"
+    where = f"{path}/{encoder}"
     use: dict[str, Any] = {"pad_id": pad, "pooled": True}
     text = networks.read_text(files[TEXT], where, projected=True, **use)
     if (projection := tensors.get("text.0.text_projection.weight")) is None:
         raise InputError(f"the prior's text encoder in {path} has no projection")
     text = replace(text, projection=projection.info.shape[0])
-    scheduling = read_scheduler(_as_ddpm(files[SCHEDULER]), f"{path}/{SCHEDULER}")
+    where = f"{path}/{SCHEDULER}"
+    scheduling = read_scheduler(_as_ddpm(files[SCHEDULER], where), where)
     codec = EmbeddingConfig(width=network.in_channels)
     preset = Preset(
         name=path.resolve().name,
@@ -161,11 +167,14 @@ def _source(
     )
 
 
-def _as_ddpm(config: Mapping[str, Any]) -> dict[str, Any]:
+def _as_ddpm(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A scheduler's file, that of UnCLIPScheduler as DDPM's: the same steps."""
     if config.get("_class_name") != UNCLIP_CLASS:
         return dict(config)
     known = UNCLIP | {name: value for name, value in config.items() if name in UNCLIP}
+    f = Fields(known, UNCLIP, where)
+    f.one_of("beta_schedule", "squaredcos_cap_v2")
+    f.one_of("prediction_type", "epsilon", "sample")
     return known | {"_class_name": "DDPMScheduler", "timestep_spacing": "linspace"}
 
 

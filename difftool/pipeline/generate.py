@@ -26,7 +26,7 @@ from difftool.pipeline.condition import Term, shape_of, terms_of
 from difftool.pipeline.inputs import SampleInput, check_input
 from difftool.pipeline.model import Model
 from difftool.pipeline.prior import imagined
-from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps
+from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps, start_amplitude
 
 UNLIKE = 0x9E3779B97F4A7C15
 """By which the seed of a picture's other noise is made of its own."""
@@ -184,12 +184,7 @@ class _Pictures:
             if kind == "none" or (kind == "inpaint" and settings.strength < 1):
                 known = codec.encode(image, noise.draw())
         self.noise = noise.draw()
-        amplitude = {
-            "unit": 1.0,
-            "sigma": first.sigma,
-            "hypot": (first.alpha**2 + first.sigma**2) ** 0.5,
-        }[settings.start_noise]
-        self.x = amplitude * self.noise
+        self.x = start_amplitude(settings, first) * self.noise
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
         if kind == "edit" and image is not None:

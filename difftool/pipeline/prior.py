@@ -13,7 +13,7 @@ from difftool.diffusion.path import Level
 from difftool.networks.prior import PriorTransformer
 from difftool.pipeline.condition import build_cond, context_lengths
 from difftool.pipeline.model import Model
-from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps
+from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps, start_amplitude
 from difftool.pipeline.texts import encode_prompts
 
 
@@ -35,7 +35,7 @@ def imagined(plan: SamplePlan, prompts: Sequence[str], noise: ImageNoise) -> Ten
     )
     model.load_part("unet")
     noise = noise.shaped((network.config.in_channels, 1, 1))
-    x = noise.draw()
+    x = start_amplitude(settings, plan.levels[0]) * noise.draw()
     for levels in _stretches(plan):
         for step in plan.sampler(denoise, x, levels, noise):
             x = step.x

@@ -200,6 +200,15 @@ def clip_of(settings: SampleConfig) -> Clip | None:
     }[settings.clip]
 
 
+def start_amplitude(settings: SampleConfig, first: Level) -> float:
+    """Deviation of the noise that is started from, at the first level."""
+    return {
+        "unit": 1.0,
+        "sigma": first.sigma,
+        "hypot": (first.alpha**2 + first.sigma**2) ** 0.5,
+    }[settings.start_noise]
+
+
 def rederives_eps(settings: SampleConfig) -> bool:
     """Whether eps follows a clipped x0: where nothing is said of it, but for ddim."""
     follows = settings.rederive_eps
