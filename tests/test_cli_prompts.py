@@ -256,3 +256,9 @@ def test_chaos_and_stop_change_a_picture_and_none_is_none(sample):
     assert len({pixels(f"{name}.png") for name in ("plain", "chaos", "stop")}) == 3
     ran = sample("a red fox", "--seed", 1, "--steps", 4, "--stop", 50, "-o", "more.png")
     assert "2 of 4 steps are run" in ran.err
+
+
+def test_where_diffusers_is_matched_prompts_are_read_as_they_stand(sample):
+    ran = sample("a (red:1.3) {fox|dog}", "--match", "diffusers", "--json", "--seed", 1)
+    item = ran.object
+    assert (item["prompt"], item["prompt_syntax"]) == ("a (red:1.3) {fox|dog}", "none")

@@ -11,7 +11,8 @@ from torch import Tensor
 from difftool.config.layers import load_preset
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
-from difftool.text.a1111 import weighted
+from difftool.text import compel
+from difftool.text.a1111 import conjunction, schedule, weighted
 from difftool.text.comfy import nested
 from difftool.text.constructs import unread
 from difftool.text.syntax import SYNTAXES, chunks
@@ -33,6 +34,21 @@ LENGTH = 77
         ("(a (red:1.5) b)", [("a ", 1.1), ("red", 1.65), (" b", 1.1)]),
         (r"a \b", [("a b", 1)]),
         ("(a [b) c]", [("a ", 1.1), ("b", 1), (" c", 1 / 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1),
+                ("house", 1.573),
+                (" ", 1.1),
+                ("on", 1),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641),
+                (".", 1.1),
+            ],
+        ),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
         ("(red:1.2.3)", [("red:1.2.3", 1.1)]),
         ("(a BREAK b:1.2)", [("a", 1.2), ("b", 1.2)]),
         (r"\(red\)", [("(red)", 1)]),
@@ -48,6 +64,63 @@ def test_a1111_weights(prompt, pieces):
     found = weighted(prompt)
     assert [text for text, _ in found] == [text for text, _ in pieces]
     assert [w for _, w in found] == pytest.approx([w for _, w in pieces])
+
+
+# What A1111's prompt_parser publishes beside its grammar, for 10 steps.
+SCHEDULES = {
+    "test": [(10, "test")],
+    "a [b:3]": [(3, "a "), (10, "a b")],
+    "a [b: 3]": [(3, "a "), (10, "a b")],
+    "a [[[b]]:2]": [(2, "a "), (10, "a [[b]]")],
+    "[(a:2):3]": [(3, ""), (10, "(a:2)")],
+    "a [b : c : 1] d": [(1, "a b  d"), (10, "a  c  d")],
+    "a[b:[c:d:2]:1]e": [(1, "abe"), (2, "ace"), (10, "ade")],
+    "a [unbalanced": [(10, "a [unbalanced")],
+    "a [b:.5] c": [(5, "a  c"), (10, "a b c")],
+    "((a][:b:c [d:3]": [(3, "((a][:b:c "), (10, "((a][:b:c d")],
+    "[a|(b:1.1)]": [(i, ("(b:1.1)", "a")[i % 2]) for i in range(1, 11)],
+    "[fe|]male": [(i, ("male", "female")[i % 2]) for i in range(1, 11)],
+    "[fe|||]male": [(i, "female" if i % 4 == 1 else "male") for i in range(1, 11)],
+    # and what follows from the grammar
+    "a [b::4] c": [(4, "a b c"), (10, "a  c")],
+    "a [b:1.5] c": [(10, "a  c")],
+    "[cat:dog]": [(10, "[cat:dog]")],
+    "[from:to: 0.5 ]": [(5, "from"), (10, "to")],
+    r"[\[a\]:b\|:5]": [(5, r"\[a\]"), (10, r"b\|")],
+    "a | [b:3]": [(10, "a | [b:3]")],
+    "[b:0] c": [(10, "b c")],
+}
+
+
+@pytest.mark.parametrize("prompt", SCHEDULES)
+def test_a1111_schedules(prompt):
+    assert schedule(prompt, 10) == SCHEDULES[prompt]
+
+
+def test_a1111_joins_prompts_by_and():
+    assert conjunction("a fox AND a hill : 0.5 AND (x:1.3):-1.") == [
+        ("a fox ", 1.0), (" a hill", 0.5), (" (x:1.3)", -1.0)
+    ]  # fmt: skip
+    assert conjunction("a clock at 10:30") == [("a clock at 10:30", 1.0)]
+    assert conjunction("BRAND, ANDES") == [("BRAND, ANDES", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a tall (man)1.2 at a \"picnic area\"++, happy-", [[("a tall", 1), ("man", 1.2),
+         ("at a", 1), ("picnic area", 1.21), (",", 1), ("happy", 0.9)]]),
+        ("(very (deep)0.5 x)1.1", [[("very", 1.1), ("deep", 0.55), ("x", 1.1)]]),
+        ("man.attend(1.4) state-of-the-art", [[("man", 1.4), ("state-of-the-art", 1)]]),
+        ('("a fox", "a hill+").and()', [[("a fox", 1)], [("a", 1), ("hill", 1.1)]]),
+        (r"a\+ \(b\) (open", [[("a+ (b) ( open", 1)]]),
+    ],
+)  # fmt: skip
+def test_compel_s_weights(prompt, parts):
+    found = compel.parts(prompt)
+    assert [[text for text, _ in part] for part in found] == [[t for t, _ in p] for p in parts]
+    weights = [weight for part in found for _, weight in part]
+    assert weights == pytest.approx([weight for part in parts for _, weight in part])
 
 
 @pytest.mark.parametrize(
@@ -172,6 +245,15 @@ def test_no_prompt_takes_long_to_look_through(letter):
     began = time.perf_counter()
     list(unread((letter * 10_000)[:10_000], "none"))
     assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("letters", ["(", "[", "[a:", "[a|", "(a:", "[a:b:", "((a) ", ":", "\\"])
+def test_no_prompt_takes_long_to_read(letters):
+    began, prompt = time.perf_counter(), (letters * 10_000)[:10_000]
+    schedule(prompt, 10)
+    for syntax in SYNTAXES.values():
+        syntax.parts(prompt)
+    assert time.perf_counter() - began < 4
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,6 @@ def resolve_settings(
     if follows_scheduler(model) and (match or {"sampler", "schedule"} & given.keys()):
         names = (given.get("sampler"), given.get("schedule"))
         values |= switched(model.preset, *names, exact=match == "diffusers")
-    if match == "diffusers":  # which reads every character as it stands
-        values["prompt_syntax"] = "none"
     settings = validate(SampleConfig, merge(values, given), "the sampling settings")
     SYNTAXES.resolve(settings.prompt_syntax)
     WEIGHTINGS.resolve(settings.prompt_weighting or SYNTAXES[settings.prompt_syntax].weighting)

@@ -91,6 +91,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
         _check_files(values, opened, base)
+    if values["match"] == "diffusers":  # which reads every character as it stands
+        base = replace(base, settings={"prompt_syntax": "none", **base.settings})
     _check_plugins(base)
     _check_settings(base.settings)
     asked = [
