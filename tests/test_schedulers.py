@@ -404,8 +404,9 @@ def every() -> Iterator[Case]:
 def test_every_configuration(pair, name):
     """Of all steps and strengths; it takes minutes a class."""
     became = [check(pair, case) for case in every() if case.scheduler == name]
-    made = [each for each in became if not each.startswith("diffusers")]
-    assert made.count("same") >= len(made) / 3
+    known = {*DIFFERENCES, *(each for each in became if each.startswith("diffusers"))}
+    others = [each for each in became if each not in known]
+    assert others.count("same") >= len(others) / 2 > 0
 
 
 def test_what_differs_is_documented():
