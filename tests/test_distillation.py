@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import solid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -389,6 +390,52 @@ def test_captions_alone_are_read_as_data(tmp_path):
     path.write_text("\n", encoding="utf-8")
     with pytest.raises(InputError, match="no captions"):
         open_dataset(str(path))
+
+
+# --- what is learned -------------------------------------------------------------------------
+
+ENDS = ((200, 60, 60), (60, 60, 200))
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory) -> Path:
+    """A model of red and of blue pictures; the mean of both is what its single step draws."""
+    folder = tmp_path_factory.mktemp("undecided")
+    solid(folder / "data", ENDS * 4)
+    small = {f"unet.{key}": value for key, value in tiny.UNET.items()}
+    small |= {"unet.channels": [32, 32], "unet.groups": 8, "train.ema": 0.99}
+    small |= {"path": {"kind": "flow"}, "target": "flow", "train.time": "uniform"}
+    small |= {"sample.sampler": "euler", "sample.schedule": "trailing"}
+    given = {"preset": "pixel-small", "steps": 400, "size": 16, "lr": 2e-3, "set": small}
+    train(read_options(OPTIONS, LEARNS | given | {
+        "data": str(folder / "data"), "out": folder / "teacher"}))  # fmt: skip
+    return folder
+
+
+LEARNS: dict[str, Any] = {"batch_size": 16, "sample_every": 0, "validation": 0, "device": "cpu"}
+
+
+def distance(where: Path, steps: int) -> float:
+    """Of the mean colours of pictures from the nearer end, over that between the ends: 1/2 is
+    undecided."""
+    model = load_model(str(where), device="cpu")
+    plan = plan_sampling(model, resolve_settings(model, {"steps": steps}))
+    *_, last = generate(plan, [SampleInput(seed=i) for i in range(24)])
+    means = ((decode(model, last.x) + 1) * 127.5).mean(dim=(2, 3))
+    ends = torch.tensor(ENDS, dtype=torch.float32)
+    return float((torch.cdist(means, ends).min(1).values / (ends[0] - ends[1]).norm()).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lcm", "ect", "turbo"])
+def test_single_steps_come_to_a_decision(undecided, tmp_path, method):
+    before = distance(undecided / "teacher", 1)
+    assert before > 0.25
+    given = {"from_": str(undecided / "teacher"), "distill": method, "steps": 150, "lr": 1e-3}
+    train(read_options(OPTIONS, LEARNS | given | {
+        "data": str(undecided / "data"), "out": tmp_path / "run"}))  # fmt: skip
+    assert distance(tmp_path / "run", 1) < 0.75 * before
+    assert distance(tmp_path / "run", 4) < 0.75 * distance(tmp_path / "run", 1) or method == "turbo"
 
 
 # --- elsewhere -------------------------------------------------------------------------------

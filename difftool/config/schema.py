@@ -156,7 +156,7 @@ class DistillConfig:
     """Decay of the moving average that the student is to agree with (lcm); 0 = itself."""
     student_steps: Annotated[int, COUNT] = 4
     """Levels that the student is trained at (turbo)."""
-    adversarial: Annotated[float, NOT_NEGATIVE] = 1.0
+    adversarial: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of fooling the heads on the teacher's features (turbo)."""
     matching: Annotated[float, NOT_NEGATIVE] = 2.5
     """Weight of agreeing with what the teacher makes of the student's pictures (turbo)."""
