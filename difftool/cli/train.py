@@ -71,7 +71,7 @@ def run(values: dict[str, Any]) -> None:
     judgement = training.evaluate(console.progress)
     if judgement is not None:
         console.table(judgement.lines())
-    path, steps = str(training.path), training.preset.train.steps
+    path, steps = str(training.path), training.steps
     commands = usage(training.preset, training.facts, folder)
     hints = [("model", path), ("report", str(training.report))]
     console.table([*hints, *(("next", command) for command in commands[:1])])

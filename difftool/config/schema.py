@@ -131,6 +131,10 @@ class OptimConfig:
     """Pictures that are never trained on but measured: below 1 a share of the set, else how many;
     0 = none."""
 
+    stop_when_worse: bool = False
+    """Stop where held-out pictures get worse, each noise level counting alike, and keep the weights
+    by which they were best."""
+
     def __post_init__(self) -> None:
         if not self.ema_lengths or not all(0 < n <= 0.28 for n in self.ema_lengths):
             raise ValueError("ema_lengths are shares of the run, above 0 and at most 0.28")
@@ -178,6 +182,9 @@ class TrainConfig(OptimConfig):
     """Options of the weighting, by name."""
     loss: str = "mse"
     """What an error of the output costs: a name from diffusion.LOSSES."""
+    augment: Annotated[float, SHARE] = 0.0
+    """How often a picture is mirrored, scaled, turned, stretched or moved, each by itself, and the
+    network told so (EDM, 2206.00364, appendix F): 0.12 for small sets; 0 = never."""
     drop: Annotated[float, SHARE] = 0.1
     """Share of captions or labels left out, which is what guidance needs."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0

@@ -28,6 +28,8 @@ class Cond(NamedTuple):
     """[B], the guidance scale of a guidance-distilled network."""
     length: Tensor | None = None
     """[B] int, how many tokens of the context are read, where the network asks for that."""
+    augment: Tensor | None = None
+    """[B,E], in training what was done to the pictures, which joins the time embedding."""
 
 
 UNCONDITIONAL = Cond()
@@ -69,6 +71,7 @@ class Denoiser(nn.Module):
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(dtype)], dim=1)
         more = {} if cond.length is None else {"length": cond.length}
+        more |= {} if cond.augment is None else {"augment": cond.augment}
         return network(
             x,
             self.path.network_time(_times(level.t, x_t)),

@@ -29,6 +29,11 @@ class Network(nn.Module, ABC):
         """Fresh weights, a function of the generator's state."""
 
     @property
+    def embedding_width(self) -> int | None:
+        """Of its time embedding, where it takes `augment` [B,E] in training, which joins that."""
+        return None
+
+    @property
     def feature_widths(self) -> tuple[int, ...]:
         """Channels of each of its `features`; UsageError where it has none to show."""
         what = "the network shows none of its features"

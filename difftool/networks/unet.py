@@ -183,17 +183,23 @@ class UNet(Network):
         vector: Tensor | None = None,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """x [B,C,H,W], odd sizes too, and t [B] -> [B,C',H,W].
 
         context [B,L,D], vector [B,V], label [B] int, guidance [B] (LCM's w, which is the usual
-        scale minus 1): each is given exactly if the config has it, else ValueError.
+        scale minus 1): each is given exactly if the config has it, else ValueError. augment [B,E]
+        joins the time embedding.
         """
-        emb, context = self._told(x, t, context, vector, label, guidance)
+        emb, context = self._told(x, t, context, vector, label, guidance, augment)
         x, skips, _ = self._down(x, emb, context)
         for level in self.up_blocks:
             x = level(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @property
+    def embedding_width(self) -> int:
+        return 4 * self.config.channels[0]
 
     @property
     def feature_widths(self) -> tuple[int, ...]:
@@ -214,10 +220,12 @@ class UNet(Network):
         vector: Tensor | None,
         label: Tensor | None,
         guidance: Tensor | None,
+        augment: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The embedding [B,E] of the time and of what is told with it, and the context."""
         self._check(x, context=context, vector=vector, label=label, guidance=guidance)
-        emb = F.silu(self._embed(t, vector, label, guidance))
+        emb = self._embed(t, vector, label, guidance)
+        emb = F.silu(emb if augment is None else emb + augment.to(emb.dtype))
         return emb, None if context is None else context.to(x.dtype)
 
     def _down(

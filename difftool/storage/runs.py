@@ -12,6 +12,7 @@
         manifest.json       size and hash of each of these, written last
     ema/step-000500.safetensors     averages among which one is chosen after the run
     vae/  clip/             run folders of parts that were trained first
+    best.safetensors        of --stop-when-worse: weights by which held-out pictures were best
     model.safetensors       in the end; lora.safetensors where a LoRA was trained
 
 A checkpoint is whole or absent, and counts if all its files are as its manifest says. Training goes
@@ -34,6 +35,7 @@ CONFIG, METRICS, FACTS, LOCK = "config.yaml", "metrics.jsonl", "run.json", ".loc
 PLOT, REPORT = "loss.png", "report.html"
 SAMPLES, CACHE, CHECKPOINTS, AVERAGES = "samples", "cache", "checkpoints", "ema"
 MODEL, LORA, AVERAGED = "model.safetensors", "lora.safetensors", "ema.safetensors"
+BEST = "best.safetensors"
 OPTIMIZER, HELPERS = "optimizer.safetensors", "helpers.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 

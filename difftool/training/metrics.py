@@ -20,6 +20,7 @@ run.previews.MEASURES. A term of the loss is what an objective returns.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +94,31 @@ class Metrics:
             means.append(sum(span) / len(span) if span else float("nan"))
             last = line["step"]
         return means
+
+    def scores(self) -> list[float]:
+        """For each line of held-out pictures the mean logarithm of their loss by noise level, so
+        that each counts alike; of the loss where it has no levels."""
+        found = []
+        for line in self.validation:
+            measure = line["validation"]
+            values = [value for value in measure.get("levels") or () if value]
+            values = values or [measure[self.compared]]
+            found.append(sum(math.log(max(value, 1e-12)) for value in values) / len(values))
+        return found
+
+    @property
+    def best(self) -> int | None:
+        """The step whose score is the lowest; None where nothing was held out."""
+        scores = self.scores()
+        if not scores:
+            return None
+        return self.validation[scores.index(min(scores))]["step"]
+
+    @property
+    def worse(self) -> bool:
+        """Whether PATIENCE measures in a row are above the best one."""
+        scores = self.scores()
+        return bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= PATIENCE
 
     def warnings(self, steps: int) -> dict[str, str]:
         """What the metrics of a run of that many steps give reason to worry about, by key."""

@@ -140,7 +140,8 @@ def is_cached(preset: Preset, images: int) -> bool:
     config = preset.train
     learned = (config.steps or 0) * (config.batch_size or 0) * config.accumulate
     encodes = preset.codec.learned or "prior" in preset.parts
-    return encodes and learned >= images * (1 + bool(config.flip))
+    enough = learned >= images * (1 + bool(config.flip))
+    return encodes and enough and not config.augment
 
 
 def work_of(preset: Preset, part: Part, cost: Cost, *, cached: bool) -> Work:

@@ -95,28 +95,35 @@ SIZES = (
 
 
 def plan_evaluation(
-    steps: int, work: Work, device: str, *, every: int | None = None, held: int = 0
+    steps: int,
+    work: Work,
+    device: str,
+    *,
+    every: int | None = None,
+    held: int = 0,
+    growth: float | None = None,
 ) -> Evaluation:
     """The most that takes no more than SHARE of a run of that many steps. `every`, where it is
-    given, stands, and at least a picture is shown. held: how many pictures are held out."""
+    given, stands, and at least a picture is shown. held: how many pictures are held out. growth:
+    of intervals, at most; measures by which a run is stopped are made in any case."""
     full = Evaluation(every)
     free = FREE_SECONDS * NOMINAL[device]
     first = round(max(1, min(FIRST, FIRST_SECONDS * NOMINAL[device] / max(work.step, 1))))
     total = max(steps * work.step, 1)
     chosen = full
-    for chosen in _sizes(full, held):
+    for chosen in _sizes(full, held, growth):
         sides = chosen.pictures * work.picture + (chosen.samples * work.sample if held else 0)
         cost = chosen.count(steps, first) * sides
         chosen = chosen._replace(share=cost / (total + cost))
         if cost <= max(SHARE * total, free):
             return chosen
-    return chosen if every else full._replace(pictures=0, samples=0)
+    return chosen if every or growth else full._replace(pictures=0, samples=0)
 
 
-def _sizes(full: Evaluation, held: int) -> Iterator[Evaluation]:
+def _sizes(full: Evaluation, held: int, most: float | None) -> Iterator[Evaluation]:
     for pictures, samples, growth in SIZES:
         yield full._replace(
             pictures=max(1, round(pictures * full.pictures)),
             samples=max(full.samples, held) if samples == 1 else round(samples * full.samples),
-            growth=growth,
+            growth=min(growth, most or growth),
         )

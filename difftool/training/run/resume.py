@@ -22,6 +22,7 @@ WHOLE = ("path", "target", "unet", "codec", "text", "classes", "size_numbers", "
 STATE = (
     *("seed", "batch_size", "accumulate", "size", "optimizer", "ema", "ema_profile", "ema_lengths"),
     *("lora_rank", "lora_alpha", "lora_base", "method", "teacher", "samples"),
+    "augment",
 )
 """Keys of a recipe that the state of a run is made by."""
 FREE = ("checkpointing", "allow_bad", "allow_uncaptioned")

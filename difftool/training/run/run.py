@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from difftool.adapters.lora.train import Adapters
 from difftool.config.schema import Part, Preset
@@ -21,6 +22,7 @@ from difftool.pipeline.load import load_part_from
 from difftool.pipeline.model import Model
 from difftool.progress import Progress, silent
 from difftool.storage import runs
+from difftool.storage.safetensors import load_tensors, read_header, save_tensors
 from difftool.storage.shards import written_at
 from difftool.training.metrics import Metrics
 from difftool.training.options import RunOptions
@@ -135,6 +137,8 @@ class Run:
             if trainer.step and trainer.step != self._shown and self._is_due():
                 self._show_unless(signals)  # it was stopped between the checkpoint and this
                 self._stop_at(signals)
+            if self._is_worse():
+                return  # it had stopped, and is asked to go on
             for step in trainer.run():
                 if step.loss is not None:
                     self._measured(_line(step))
@@ -146,6 +150,8 @@ class Run:
                 if shows:
                     self._show_unless(signals)
                     self._stop_at(signals)
+                    if self._is_worse():
+                        return
 
     def _is_due(self) -> bool:
         """Whether to measure and show now; all processes agree."""
@@ -160,6 +166,12 @@ class Run:
             self.show(heeding(self.options.progress, signals))
         self._shown = self.trainer.step
         parallel.wait()
+
+    def _is_worse(self) -> bool:
+        """Whether to stop because held-out pictures get worse; all processes agree."""
+        if not self.trainer.config.stop_when_worse:
+            return False
+        return bool(parallel.max_over_ranks(Metrics.read(self.folder.metrics).worse))
 
     def _stop_at(self, signals: list[int]) -> None:
         """Save and raise Stopped if a signal has come to any process."""
@@ -185,7 +197,12 @@ class Run:
             self.saves.attempt("a sheet of samples", lambda: self.folder.write_sheet(step, image))
         elif self.previews.pictures:
             self.notes.append(f"step {step}: samples are not finite, there is no sheet of them")
-        self._measured(*({"step": step, **measure} for measure in measures))
+        lines = [{"step": step, **measure} for measure in measures]
+        if self.trainer.config.stop_when_worse:  # before its measure, should it be killed between
+            known = Metrics([*Metrics.read(self.folder.metrics).lines, *lines])
+            if known.best == step:
+                self.saves.attempt("the best weights", self._write_best)
+        self._measured(*lines)
         self._write_facts(finished=False)
         if time.monotonic() - self._drawn > DRAWN_EVERY:
             self.saves.attempt("the report", self.folder.write_report)
@@ -202,6 +219,7 @@ class Run:
         path = self.folder.path / (runs.LORA if self.model.adapters else runs.MODEL)
         with graceful_stop(self.options.stopping) as signals:
             self.saves.save(TRIES)
+            self._take_best()
             written, left = not self.folder.writes, False
             try:
                 for _ in range(TRIES):
@@ -223,6 +241,36 @@ class Run:
         self.stopped = parallel.max_over_ranks(signals[0] if signals else 0)
         self.path = written_at(path) or path
         return self.path
+
+    def _write_best(self) -> None:
+        """Write the weights of this step, averaged where they are, for the end."""
+        note = {"step": str(self.trainer.step)}
+        tensors = {name: t.detach().contiguous().cpu() for name, t in self._kept().items()}
+        save_tensors(self.folder.path / runs.BEST, tensors, note, overwrite=True)
+
+    def _kept(self) -> Mapping[str, Tensor]:
+        """The weights that the model is written with."""
+        ema = self.trainer.ema
+        return ema.average if ema else self.trainer.parameters
+
+    def _take_best(self) -> None:
+        """Go back to the weights by which held-out pictures were best, if that is wanted and they
+        are not the last ones."""
+        path, best = self.folder.path / runs.BEST, Metrics.read(self.folder.metrics).best
+        if not self.trainer.config.stop_when_worse or best in (None, self.trainer.step):
+            return
+        if not path.exists() or read_header(path).metadata.get("step") != str(best):
+            self.notes.append(f"the weights of step {best}, the best ones, are not there any more")
+            return
+        kept = self._kept()
+        with torch.no_grad():
+            for name, tensor in load_tensors(path).items():
+                kept[name].copy_(tensor)
+        self.facts["best"] = best
+        self.notes.append(
+            f"held-out pictures were best at step {best}, whose weights are the model's; "
+            f"it ended at step {self.trainer.step}"
+        )
 
     def _write_model(self, path: Path, progress: Progress) -> None:
         ema = self.trainer.ema

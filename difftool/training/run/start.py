@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from difftool.training.run.run import Run
 
 LORA_RANK = 16
+STOP_GROWTH = 1.2
+"""At most, of the steps of measures that tell when to stop."""
 TOLD = ("size", "batch_size", "steps", "lr", "warmup")
 """Of each recipe, what is told whoever said it."""
 CHOSEN = ("chosen", "data")
@@ -278,6 +280,12 @@ def _check_measures(values: Mapping[str, Any], dataset: Dataset, preset: Preset)
     from difftool.evaluation.options import check_evaluation
     from difftool.training.run.validation import count_held_out
 
+    train = preset.train
+    if train.augment and train.distill.method != "none":
+        raise clash(
+            "--augment", f"--distill {train.distill.method}", "its teacher was told nothing"
+        )
+    _check_stop(values, dataset, preset)
     for flag in ("likelihood", "evaluate"):
         if values[flag] and "unet" not in preset.parts:
             raise UsageError(f"--{flag} is the U-Net's", f"--part {preset.parts[0]} has none")
@@ -289,6 +297,19 @@ def _check_measures(values: Mapping[str, Any], dataset: Dataset, preset: Preset)
     if values["likelihood"] and not count_held_out(dataset, preset.train.validation):
         what, why = "--likelihood has nothing to measure", "no pictures are held out"
         raise UsageError(what, why, "add --validation 0.05, or more pictures")
+
+
+def _check_stop(values: Mapping[str, Any], dataset: Dataset, preset: Preset) -> None:
+    """UsageError if a run is to stop by what is never measured."""
+    from difftool.training.run.validation import count_held_out
+
+    recipes = [preset.recipe(part) for part in preset.parts]
+    recipes = [recipe for recipe in recipes if recipe.stop_when_worse]
+    if recipes and values["sample_every"] == 0:
+        raise clash("--stop-when-worse", "--sample-every 0", "nothing would be measured")
+    if not all(count_held_out(dataset, recipe.validation) for recipe in recipes):
+        what, why = "--stop-when-worse has nothing to go by", "no pictures are held out"
+        raise UsageError(what, why, "add --validation 0.1, or more pictures")
 
 
 def _ema_layer(wanted: bool, preset: str | None, recipe: str) -> Layer:
@@ -347,7 +368,10 @@ class Training:
         for part, work in self.work.items():
             steps, held = self.preset.recipe(part).steps or 1, self._held_out(part)
             every = self.values["sample_every"]
-            chosen = plan_evaluation(steps, work, self.device.type, every=every, held=held)
+            growth = STOP_GROWTH if self.preset.recipe(part).stop_when_worse else None
+            chosen = plan_evaluation(
+                steps, work, self.device.type, every=every, held=held, growth=growth
+            )
             made[part] = chosen._replace(pictures=0) if part in WITHOUT_SHEETS else chosen
         return made
 
@@ -577,7 +601,9 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the part that is trained last."""
+        """Optimiser steps of the part that is trained last: those done, once it is."""
+        if self.path is not None and self.facts.get("sessions"):
+            return self.facts["sessions"][-1]["to"]
         return self.preset.recipe(self.stages[-1].part).steps or 0
 
     @property

@@ -22,6 +22,7 @@ from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.likelihood import INTERVALS, Sampled, sample_bits
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
 from difftool.diffusion.path import Path
+from difftool.errors import UsageError
 from difftool.networks.prior import PriorTransformer
 from difftool.pipeline.condition import (
     build_cond,
@@ -33,6 +34,7 @@ from difftool.pipeline.model import Model
 from difftool.progress import Progress
 from difftool.registry import Registry, call
 from difftool.training.step import parallel, rng
+from difftool.training.step.augment import AugmentEmbedding, apply_labels, draw_labels
 from difftool.training.step.batches import Batch, to_signal
 from difftool.training.step.cache import Embeddings, Latents
 from difftool.training.step.frames import buckets_of
@@ -155,6 +157,18 @@ class DenoisingObjective(Objective):
         denoiser = model.denoiser
         self.times, self.weight = times_and_weight(config, denoiser.path, denoiser.target)
         self.loss = LOSSES[config.loss]
+        self.augment: AugmentEmbedding | None = None
+        if config.augment:
+            width = model.network.embedding_width
+            if width is None:
+                what = "train.augment is of pictures, which this network does not make"
+                raise UsageError(what, hint="leave --augment out")
+            self.augment = AugmentEmbedding(width)
+            self.augment.init_weights(torch.Generator().manual_seed(config.seed))
+            self.augment.to(model.device)
+
+    def helpers(self) -> dict[str, nn.Module]:
+        return {"augment": self.augment} if self.augment else {}
 
     @staticmethod
     def learned_parts(preset: Preset) -> list[str]:
@@ -169,6 +183,8 @@ class DenoisingObjective(Objective):
             self.embeddings = Embeddings(self.model, folder)
         config, flip = self.config, bool(self.config.flip)
         assert config.steps and config.batch_size
+        if config.augment:
+            return  # no picture is the same twice
         if config.steps * config.batch_size * config.accumulate < len(dataset) * (1 + flip):
             return  # most would be encoded for nothing
         with parallel.first_before_others():
@@ -192,19 +208,26 @@ class DenoisingObjective(Objective):
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
         u = rng.uniform(self.seed, Stream.TIME, 0, batch.slots)
-        return self._errors(batch, u, Stream.NOISE, self.latents)
+        if self.augment is None:
+            x0 = self._x0(batch, self.latents)
+            return self._errors(batch, x0, self._cond(batch, x0), u, Stream.NOISE)
+        assert batch.pictures is not None
+        labels = draw_labels(self.seed, batch.slots, self.config.augment)
+        images = apply_labels(to_signal(batch.pictures, self.model.device), labels)
+        x0 = self._encoded(images, batch.slots)
+        cond = self._cond(batch, x0)._replace(augment=self.augment(labels))
+        return self._errors(batch, x0, cond, u, Stream.NOISE)
 
     def held_out(self, batch: Batch, latents: Latents | None = None) -> LossOutput:
         u = rng.spread(batch.slots).clamp(1e-4, 1 - 1e-4)
-        return self._errors(batch, u, Stream.VALIDATION, latents)
+        x0 = self._x0(batch, latents)
+        return self._errors(batch, x0, self._cond(batch, x0), u, Stream.VALIDATION)
 
     def _errors(
-        self, batch: Batch, u: Tensor, stream: Stream, latents: Latents | None
+        self, batch: Batch, x0: Tensor, cond: Cond, u: Tensor, stream: Stream
     ) -> LossOutput:
         """The losses at those quantiles [B] of the training times, with noise of that stream."""
-        model = self.model
-        x0 = self._x0(batch, latents)
-        times, cond = self.times(u), self._cond(batch, x0)
+        model, times = self.model, self.times(u)
         eps = rng.normal(self.seed, stream, 0, batch.slots, tuple(x0.shape[1:]))
         losses, level = training_loss(
             model.denoiser, x0, cond, times=times, weight=self.weight, eps=eps, loss=self.loss
@@ -240,14 +263,18 @@ class DenoisingObjective(Objective):
             mean, std = latents.read(batch.indices, batch.flips, model.device)
             noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, tuple(mean.shape[1:]))
             return model.codec.scaled(mean + std * noise)
-        images = to_signal(batch.pictures, model.device)
+        return self._encoded(to_signal(batch.pictures, model.device), batch.slots)
+
+    def _encoded(self, images: Tensor, slots: Tensor) -> Tensor:
+        """x0 of pictures [B,3,H,W]."""
+        model = self.model
         # In full precision whatever the U-Net trains in: what it learns is no better than x0.
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             sides = (side // model.codec.factor for side in images.shape[-2:])
             shape = (model.codec.channels, *sides)
             noise = None
             if model.codec.learned:
-                noise = rng.normal(self.seed, Stream.LATENT, 0, batch.slots, shape)
+                noise = rng.normal(self.seed, Stream.LATENT, 0, slots, shape)
             return model.codec.encode(images, noise)
 
 

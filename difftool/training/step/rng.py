@@ -36,6 +36,7 @@ class Stream(IntEnum):
     GUIDANCE = 10
     JUDGED_TIME = 11
     JUDGED_NOISE = 12
+    AUGMENT = 13
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
