@@ -434,6 +434,7 @@ def test_what_cannot_train_a_prior_is_refused(difftool, unclip, karlos, root, ph
         (photos, ("--part", "unet", "--preset", "prior-small"), "is a prior"),
         (captionless, ("--vision", model), "captions"),
         (photos, ("--part", "prior", "--from", model), "holds no prior"),
+        (photos, ("--from", model, "--size", 32), "cannot be trained further"),
         (
             photos,
             ("--part", "prior", "--from", root / "karlo", "--vision", model, "--lora"),
@@ -442,6 +443,8 @@ def test_what_cannot_train_a_prior_is_refused(difftool, unclip, karlos, root, ph
     ):
         ran = difftool("train", data, *given, "--dry-run")
         assert ran.code in (2, 3) and says in ran.err, (given, ran.err)
+    ran = difftool("noise", photos / "0.png", "-m", model, "--reverse", "--prompt", "a square")
+    assert ran.code == 2 and "no way back" in ran.err
 
 
 def _seen(encoder: Any, path: Path) -> Tensor:

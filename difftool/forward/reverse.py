@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from difftool.config.families import family
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.likelihood import Done, Likelihood, Measured, likelihood
 from difftool.diffusion.path import Level
@@ -110,6 +111,9 @@ def condition(
     """What the network is told; UsageError for what this model cannot be told, or is not shown."""
     if prompt is not None and not model.text:
         raise UsageError(f"the model {model.name} reads no prompt", hint="leave --prompt out")
+    if family(model.preset.family).vision:
+        why = "its network is told the embedding of a picture beside x_t"
+        raise UsageError(f"the model {model.name} has no way back to show", why)
     if model.concat != "none":
         more = model.preset.unet.in_channels - model.codec.channels
         why = f"its network takes {more} channels more than x_t has"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from difftool.config.families import OWN
+from difftool.config.families import OWN, family
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import DENOISING, RECIPES, Part, Preset
 from difftool.data import Dataset
@@ -244,6 +244,9 @@ def _check(preset: Preset, dataset: Dataset) -> None:
         hint = "--preset vae-small and ldm-small have one"
         raise UsageError(f"the preset {preset.name} has no autoencoder to train", why, hint)
     _check_prior(preset)
+    if "unet" in preset.parts and family(preset.family).vision:
+        why = "its U-Net is told what a picture encoder says of pictures, which no data does"
+        raise UsageError(f"the model {preset.name} cannot be trained further yet", why)
     if "clip" in preset.parts and not preset.text:
         raise UsageError(f"the preset {preset.name} has no text encoder to train")
     TIMES.resolve(preset.train.time)
