@@ -135,4 +135,4 @@ def test_the_examples_of_a_page_run(page, place, difftool):
                 if output and not example.mark:
                     assert done.lines == output, f"{page}: {line}\n{done.out}"
                 ran += 1
-    assert ran or page.name == "architecture.md"
+    assert ran or page.name in ("architecture.md", "systems.md")

@@ -291,11 +291,11 @@ def test_syntax_of_other_tools_is_said_once_a_kind_and_names_what_stands_there()
     assert not [event for event in events if isinstance(event, Note) and event.warning]
 
 
-def test_what_a_syntax_has_and_difftool_has_not_fails_its_picture_alone():
+def test_what_is_wrong_with_a_prompt_fails_its_picture_alone():
     prompts = ["a <lora:ink:1>", "a fox"]
     events, _ = make([ask(prompt, i, prompt_syntax="a1111") for i, prompt in enumerate(prompts)])
     assert [type(event) for event in events] == [Failure, Result]
-    assert "not supported" in failures_of(events)[0]
+    assert 'there is no LoRA "ink"' in failures_of(events)[0]
 
 
 def test_latents_that_do_not_fit_are_refused(tmp_path):

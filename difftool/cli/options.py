@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -34,9 +35,9 @@ def _completed(args: Sequence[str], rows: Sequence[Option]) -> list[str]:
     """Arguments with the value of each flag that may stand alone."""
     alone = {flag: row for row in rows if row.alone is not None for flag in row.spellings}
     made, end = list[str](), args.index("--") if "--" in args else len(args)
-    for i, (arg, following) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+    for i, (arg, following) in enumerate(zip_longest(args, args[1:], fillvalue=None)):
         row = alone.get(arg) if i < end else None
-        if row is None or (row.choices and following in row.choices()):
+        if row is None or following == "" or (row.choices and following in row.choices()):
             made.append(arg)
         else:
             made.append(f"{arg}={row.alone}")

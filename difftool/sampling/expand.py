@@ -41,10 +41,11 @@ def applied(request: Request, inner: bool = False) -> Request:
         found, rows = parameters(request.prompt), by_name(SETTINGS)
         late = {name: found.values.pop(name) for name in LATE if inner and name in found.values}
         others = (*found.others, *(f"--{name} {text}" for name, text in late.items()))
-        read = {
-            name: cast(Setting, rows[name]).one(as_written(name, text), f"--{name} in the prompt")
-            for name, text in found.values.items()
-        }
+        read = {}
+        for name, text in found.values.items():
+            row = cast(Setting, rows[name])
+            given = as_written(name, text or row.alone or "")
+            read[name] = row.one(given, f"--{name} in the prompt")
         no = ", ".join(filter(None, (request.no, read.pop("no", ""))))
         request = replace(
             request_of(read).over(request), prompt=found.prompt, no=no or None,

@@ -35,7 +35,8 @@ class Reading:
             for part in parts:
                 if len(parts) > 1:
                     share, (first, last) = part["share"], part["evaluations"]
-                    yield f"  share {share:g}, evaluations {first} to {last}: {part['text']}"
+                    text = part["text"].strip()
+                    yield f"  share {share:g}, evaluations {first} to {last}: {text}"
                 for number, chunk in enumerate(part["chunks"], 1):
                     words = (
                         token if weight == 1 else f"{token}*{weight:.4g}"

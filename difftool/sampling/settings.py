@@ -357,7 +357,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_request("ar", "Shape, such as 3:2, of as many pixels as the model's own", PICTURE,
         metavar="W:H", read=read_ratio, excludes=("size",)),
     _of_model("tile", "Repeats without a seam: both ways, or x, or y alone", PICTURE,
-        read=read_tile, choices=lambda: TILES, alone="both", blank=True,
+        read=read_tile, choices=lambda: TILES, alone="both",
         a1111=A1111("Tiling", {"True": "both"}.get, lambda way: None if way == "none" else "True")),
     _of_model("chaos", "How unlike the pictures of a prompt are, 0 to 100", PICTURE, type=float,
         effect=_reads, without="without a prompt"),

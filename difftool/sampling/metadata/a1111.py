@@ -19,7 +19,7 @@ from difftool.version import __version__
 ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
     *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes", "RNG"),
-    *("Class", "Version"),
+    *("Class", "Tiling", "Template", "Negative Template", "Version"),
 )
 """Of the words on the line; any other comes after them."""
 NEGATIVE = "Negative prompt:"
@@ -117,7 +117,7 @@ def from_parameters(text: str, source: str) -> Request:
 SILENT = frozenset(A1111_WORDS) | {
     *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
     *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
-    *("Template", "Negative Template", "Civitai metadata", "Created Date", "VAE", "Backend"),
+    *("Civitai metadata", "Created Date", "VAE", "Backend"),
     *("Pipeline", "Operations", "Job timestamp", "Eta", "Eta DDIM"),
 }
 """Words that change nothing, or are looked at one by one."""
