@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -35,9 +34,11 @@ def _completed(args: Sequence[str], rows: Sequence[Option]) -> list[str]:
     """Arguments with the value of each flag that may stand alone."""
     alone = {flag: row for row in rows if row.alone is not None for flag in row.spellings}
     made, end = list[str](), args.index("--") if "--" in args else len(args)
-    for i, (arg, following) in enumerate(zip_longest(args, args[1:], fillvalue=None)):
+    for i, arg in enumerate(args):
         row = alone.get(arg) if i < end else None
-        if row is None or following == "" or (row.choices and following in row.choices()):
+        following = args[i + 1 : i + 2]
+        values = ["", *(row.choices() if row and row.choices else ())]
+        if row is None or any(value in values for value in following):
             made.append(arg)
         else:
             made.append(f"{arg}={row.alone}")
