@@ -320,10 +320,16 @@ def _long_heun(case: Case) -> bool:
     return case.scheduler == "HeunDiscreteScheduler" and case.override == "cosine"
 
 
+def _stays(case: Case) -> bool:
+    deis = case.scheduler == "DEISMultistepScheduler"
+    return deis and case.override in ("karras", "exponential", "beta", "flow")
+
+
 DIFFERENCES: dict[str, Any] = {
     "lands off its own steps": _off_stride,
     "start their history": _history,
     "a single step of linspace": _one_linspace,
+    "stays at its last level": _stays,
     "by rounding": _rounded,
     "rounds in float32": _long_heun,
     "noise of DPMSolverSDEScheduler": lambda case: (
