@@ -321,8 +321,8 @@ def _long_heun(case: Case) -> bool:
 
 
 def _stays(case: Case) -> bool:
-    deis = case.scheduler == "DEISMultistepScheduler"
-    return deis and case.override in ("karras", "exponential", "beta", "flow")
+    sigmas = [f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "flow")]
+    return case.scheduler == "DEISMultistepScheduler" and any(map(case.config.get, sigmas))
 
 
 DIFFERENCES: dict[str, Any] = {
