@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from difftool.conversion.ledger import Ledger
     from difftool.pipeline.model import Model
     from difftool.sampling.command import SampleTask
-    from difftool.training.run.start import Training
+    from difftool.training.prepared import Training
 
 
 def load(

@@ -39,7 +39,13 @@ TORCH_FREE = (
     *("formats", "images.read", "cli.app"),
     *(f"sampling.{name}" for name in ("settings", "requests", "output", "events", "command")),
     *(f"sampling.metadata.{name}" for name in ("a1111", "chunk", "files")),
-    *("training.options", "training.run.start", "training.metrics", "cli.train"),
+    *(
+        "training.options",
+        "training.run.start",
+        "training.prepared",
+        "training.metrics",
+        "cli.train",
+    ),
 )
 TABLES = {
     "conversion.options",

@@ -12,8 +12,8 @@ from difftool.config.options import RUN, Option
 from difftool.training.options import OPTIONS
 
 if TYPE_CHECKING:
+    from difftool.training.prepared import Training
     from difftool.training.run.run import Run
-    from difftool.training.run.start import Training
 
 ABOUT = """
 Train a diffusion model on a folder of pictures. Prints the path of the model.

@@ -1,4 +1,4 @@
-"""A run: start.py is the whole of `train` without its talk.
+"""A run: start.py decides all of it, and gives it as a training.prepared.Training.
 
 plan, stages, estimate    what is trained, how far it is, and what it takes; before anything is made
 run                       one part, step by step, with checkpoints and what it shows
