@@ -28,8 +28,10 @@ AESTHETIC, UNAESTHETIC = 6.0, 2.5
 """Aesthetic scores that SDXL's refiner is given: of what is wanted, and of what is not."""
 
 
-def _without_empty(texts: EncodedPrompts, prompts: Sequence[str]) -> EncodedPrompts:
-    """The same with zeros for prompts that are empty."""
+def _zeroed(model: Model, texts: EncodedPrompts, prompts: Sequence[str]) -> EncodedPrompts:
+    """The same with zeros for negative prompts that are empty, where the model has them so."""
+    if not model.preset.zero_negative:
+        return texts
     kept = [float(bool(prompt)) for prompt in prompts]
 
     def masked(tensor: Tensor | None) -> Tensor | None:
@@ -174,14 +176,11 @@ def terms_of(
     shares = sum(term.unguided for term in terms)
     if scale * shares == 1:
         return terms
-    none: list[int | None] = [None] * len(inputs)
     zeros = None if vector is None else torch.zeros_like(vector)
-    build = partial(build_cond, model, labels=none, size=size, vector=zeros)
-    build = partial(build, aesthetic=UNAESTHETIC)
+    build = _unwanted(model, len(inputs), size, zeros)
     negatives = [read_negative(each.negative, syntax, evaluations) for each in inputs]
     texts = _encoded(model, negatives, settings)
-    if model.preset.zero_negative:
-        texts = _without_empty(texts, [text for told in negatives for _, text in told.schedule])
+    texts = _zeroed(model, texts, [text for told in negatives for _, text in told.schedule])
     return [
         *terms,
         Term(build, texts, _ends(negatives), 1 - scale * shares, 1 - shares, wanted=False),
@@ -206,15 +205,15 @@ def _encoded(model: Model, prompts: Sequence[Told], settings: SampleConfig) -> E
 
 
 def unwanted_cond(
-    model: Model,
-    texts: EncodedPrompts,
-    prompts: Sequence[str],
-    size: tuple[int, int],
-    *,
-    vector: Tensor | None = None,
+    model: Model, texts: EncodedPrompts, prompts: Sequence[str], size: tuple[int, int]
 ) -> Cond:
     """What a batch is guided away from; texts: of these negative prompts."""
-    if model.preset.zero_negative:
-        texts = _without_empty(texts, prompts)
-    none: list[int | None] = [None] * len(prompts)
-    return build_cond(model, texts, none, size, aesthetic=UNAESTHETIC, vector=vector)
+    return _unwanted(model, len(prompts), size)(_zeroed(model, texts, prompts))
+
+
+def _unwanted(
+    model: Model, count: int, size: tuple[int, int], vector: Tensor | None = None
+) -> Callable[[EncodedPrompts], Cond]:
+    """The condition that so many pictures are guided away from, of its texts."""
+    none: list[int | None] = [None] * count
+    return partial(build_cond, model, labels=none, size=size, vector=vector, aesthetic=UNAESTHETIC)
