@@ -36,12 +36,12 @@ class Network(nn.Module, ABC):
     @property
     def feature_widths(self) -> tuple[int, ...]:
         """Channels of each of its `features`; UsageError where it has none to show."""
-        what = "the network shows none of its features"
-        raise UsageError(what, "what judges a picture stands on them", "distil it by lcm or ect")
+        raise _featureless()
 
     def features(self, x: Tensor, t: Tensor, **told: Tensor | None) -> list[Tensor]:
-        """What it sees in x at each of its resolutions, [B,C,h,w] each; called as it itself."""
-        raise NotImplementedError
+        """What it sees in x at each of its resolutions, [B,C,h,w] each; called as it itself.
+        UsageError where it has none to show."""
+        raise _featureless()
 
     def checkpoint(self, on: bool = True) -> None:
         """Whether what is inside the blocks is computed again for the gradient instead of kept: the
@@ -54,6 +54,11 @@ class Network(nn.Module, ABC):
             for name, layer in self.named_modules()
             if isinstance(layer, nn.Linear) and "attentions." in name
         }
+
+
+def _featureless() -> UsageError:
+    what = "the network shows none of its features"
+    return UsageError(what, "what judges a picture stands on them", "distil it by lcm or ect")
 
 
 class TextEncoder(nn.Module, ABC):
