@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from difftool.cli.app import main
 from difftool.registry import ADDITIONS
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[None]:
+    """While it lasts diffusers and peft log nothing about themselves."""
+    logging.disable(logging.ERROR)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

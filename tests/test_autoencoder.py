@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -23,9 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, abo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, quiet):
     """A model; and another of the same structure in single/, whose autoencoder is otherwise."""
-    logging.disable(logging.ERROR)
     folder = tmp_path_factory.mktemp("pipelines")
     build("sd1", folder)
     weights = folder / "sd1/vae/diffusion_pytorch_model.safetensors"
@@ -33,7 +31,6 @@ def folder(tmp_path_factory):
     changed = {name: tensor * 1.1 for name, tensor in load_file(weights).items()}
     save_file(changed, folder / "other/vae/diffusion_pytorch_model.safetensors")
     convert(open_model(folder / "other"), folder / "other.safetensors", "ldm")
-    logging.disable(logging.NOTSET)
     return folder
 
 

@@ -3,7 +3,6 @@ leave."""
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -442,6 +441,7 @@ def test_single_steps_come_to_a_decision(undecided, tmp_path, method):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("family", "kind"), [("sd1", "lora"), ("sd1", "whole"), ("sd1", "told"), ("sd15", "lora")]
@@ -453,7 +453,6 @@ def test_what_is_distilled_of_stable_diffusion_is_sampled_by_diffusers(
     from conversions import convert
     from pipelines import build, build_whole, diffusers
 
-    logging.disable(logging.ERROR)
     {"sd1": build, "sd15": build_whole}[family](family, tmp_path)
     Path("two.txt").write_text("a fox on a hill\na red house\n", encoding="utf-8")
     more: dict[str, Any] = {"lora": {"lora": True, "rank": 4}, "whole": {}, "told": {
@@ -478,7 +477,6 @@ def test_what_is_distilled_of_stable_diffusion_is_sampled_by_diffusers(
     *_, last = generate(plan, [SampleInput("a fox", seed=7)])
     ours = ((decode(model, last.x)[0] + 1) / 2).permute(1, 2, 0).numpy()
     assert np.abs(pictures_of(pipe, plan.settings.guidance) - ours).max() < 1 / 255
-    logging.disable(logging.NOTSET)
 
 
 def pictures_of(pipe: Any, guidance: float) -> np.ndarray:

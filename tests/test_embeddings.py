@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,7 @@ from difftool.pipeline.words import add_embeddings
 from difftool.text.syntax import chunks
 from difftool.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -33,7 +32,7 @@ from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,13 +42,6 @@ with warnings.catch_warnings():
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "conv_out"]
 TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
 PARTS = {"unet": "unet", "text_encoder": "text.0", "text_encoder_2": "text.1"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

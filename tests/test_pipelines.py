@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,14 +43,7 @@ class Pair(NamedTuple):
     folder: str
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

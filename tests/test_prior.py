@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,9 @@ from difftool.pipeline.load import load_model
 from difftool.pipeline.prior import imagined
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 
 SIZE, SEED, STEPS = (32, 48), 7, 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers gives dozens, about itself
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 
 SEED, SIZE = 7, (32, 48)
 BETAS = {
@@ -42,13 +41,6 @@ BETAS = {
 }  # fmt: skip
 TRAILING, V = {"timestep_spacing": "trailing"}, {"prediction_type": "v_prediction"}
 SD_CLASSES = [name for name, kind in CLASSES.items() if kind.grids not in ("flow", "edm")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Pair(NamedTuple):
