@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import pytest
+from hangs import ends
 
 from difftool.data.dice import Dice
 from difftool.errors import UsageError
@@ -112,8 +112,7 @@ def test_words_are_not_chosen_from():
 
 @pytest.mark.parametrize("letters", ["{", "{a|", "{a|b}", "__a", "${a=", "{2$$", "|", "\\", "_"])
 def test_no_prompt_takes_long_to_choose_from(letters):
-    began = time.perf_counter()
     prompt = (letters * 10_000)[:9_999]
-    NONE.one(prompt, Dice("test").roll)
-    next(NONE.all(prompt))
-    assert time.perf_counter() - began < 2
+    with ends():
+        NONE.one(prompt, Dice("test").roll)
+        next(NONE.all(prompt))

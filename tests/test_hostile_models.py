@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 
 import ldm_models as ldms
 import pytest
 import tiny
 from conversions import convert
+from hangs import ends
 from test_safetensors import mutated
 
 from difftool.conversion.inspect import inspect
@@ -38,15 +38,14 @@ def check(place: Path, data: bytes, kind: str) -> str:
     """What becomes of a file that is converted in an empty folder; nothing else may be there."""
     path, target = place / "bad", place / "out"
     path.write_bytes(data)
-    start = time.process_time()
-    try:
-        inspect(path)
-        convert(open_model(path), target, kind)
-        outcome = "written"
-    except DifftoolError as error:
-        assert "\n" not in error.what
-        outcome = "refused"
-    assert time.process_time() - start < 1
+    with ends():
+        try:
+            inspect(path)
+            convert(open_model(path), target, kind)
+            outcome = "written"
+        except DifftoolError as error:
+            assert "\n" not in error.what
+            outcome = "refused"
     assert {file.name for file in place.iterdir()} == {"bad", *["out"] * (outcome == "written")}
     if target.is_dir():
         assert all(file.resolve().is_relative_to(target) for file in target.rglob("*"))

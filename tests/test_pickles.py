@@ -12,7 +12,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import types
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hangs import ends
 
 from difftool.errors import InputError, UsageError
 from difftool.storage import pickles
@@ -764,18 +764,16 @@ def test_long_keys_are_not_joined_again_and_again(tmp_path):
 
 
 def test_hostile_programs_are_refused_soon():
-    start = time.perf_counter()
     numbers = b"".join(b"\x8a\x08" + (k << 40).to_bytes(8, "little") + b"N" for k in range(40_000))
-    with pytest.raises(InputError):  # keys that collide
+    with pytest.raises(InputError), ends():  # keys that collide
         read_pickle(io.BytesIO(program(b"}(" + numbers + b"u\x00")), "it")
     for name in ("billion laughs", "a list in itself", "endless marks"):
         data = archive(beside_a_tensor(DEAD[name]))
         path = Path(os.devnull)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError), ends():
             entries = zipfile.ZipFile(io.BytesIO(data))
             found = read_pickle(io.BytesIO(entries.read("a/data.pkl")), "it")
             checkpoints._Tree(path, {"0": (0, 16)}, 1 << 20).checkpoint(found)
-    assert time.perf_counter() - start < 20
 
 
 # --- zip archives ----------------------------------------------------------------------------
@@ -1034,9 +1032,9 @@ def check_damaged(path: Path, count: int, seed: int) -> dict[str, int]:
         if turn % 3 == 0:  # a damaged pickle in a sound archive, of which the sizes fit
             data = build({"a/data.pkl": damage(inner, rng)} | zeros)
         path.write_bytes(data)
-        start = time.perf_counter()
         try:
-            source = open_source(path)
+            with ends():
+                source = open_source(path)
         except InputError as error:
             outcomes["refused"] += 1
             assert "\n" not in error.what
@@ -1046,7 +1044,6 @@ def check_damaged(path: Path, count: int, seed: int) -> dict[str, int]:
                 assert 0 <= place.info.start <= place.info.end <= len(data)
             for tensor in source.load().values():
                 tensor.clone()
-        assert time.perf_counter() - start < 2
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     return outcomes
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
+from hangs import ends
 from torch import Tensor
 
 from difftool.config.layers import load_preset
@@ -242,18 +241,17 @@ def test_words_of_embeddings_are_read():
 
 @pytest.mark.parametrize("letter", ["(", "[", "{", "<", "_", "(a:", "[a:", "{|", "a::", "--a "])
 def test_no_prompt_takes_long_to_look_through(letter):
-    began = time.perf_counter()
-    list(unread((letter * 10_000)[:10_000], "none"))
-    assert time.perf_counter() - began < 2
+    with ends():
+        list(unread((letter * 10_000)[:10_000], "none"))
 
 
 @pytest.mark.parametrize("letters", ["(", "[", "[a:", "[a|", "(a:", "[a:b:", "((a) ", ":", "\\"])
 def test_no_prompt_takes_long_to_read(letters):
-    began, prompt = time.perf_counter(), (letters * 10_000)[:10_000]
-    schedule(prompt, 10)
-    for syntax in SYNTAXES.values():
-        syntax.parts(prompt)
-    assert time.perf_counter() - began < 4
+    prompt = (letters * 10_000)[:10_000]
+    with ends():
+        schedule(prompt, 10)
+        for syntax in SYNTAXES.values():
+            syntax.parts(prompt)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import random
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hangs import ends
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -411,15 +411,13 @@ def check_mutated(folder: Path, count: int, seed: int) -> dict[str, int]:
     outcomes = {"refused": 0, "read": 0}
     for _ in range(count):
         path.write_bytes(mutated(good, rng))
-        start = time.perf_counter()
         try:
-            header = read_header(path)
+            with ends():
+                header = read_header(path)
         except InputError as error:
             outcomes["refused"] += 1
             assert "\n" not in error.what
             continue
-        finally:
-            assert time.perf_counter() - start < 1
         outcomes["read"] += 1
         with safe_open(path, framework="pt") as file:
             assert set(file.keys()) == set(header.tensors)
