@@ -123,6 +123,8 @@ def install(*, doubles: bool = True) -> None:
         return out if device is None else out.to(device)
 
     torch.tensor = tensor
+    # Otherwise a module that is moved to another memory layout keeps the numbers in the old one.
+    torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 _LIBRARY: torch.library.Library | None = None
