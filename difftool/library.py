@@ -59,7 +59,10 @@ def load(
     for name in given.keys() - _about_models():
         if any(row.name == name for row in OPTIONS):
             raise UsageError(f'"{name}" is about pictures', hint="give it to sample")
-    return Pipeline(*load_models(prepare(read_options(OPTIONS, given), loaded=True)), given)
+    task = prepare(read_options(OPTIONS, given), loaded=True)
+    if task.product.axes:
+        raise UsageError("several models are not loaded at once", hint="load each by itself")
+    return Pipeline(*load_models(task), given)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Pipeline:
         task = self._task(prompt, options)
         if task.total != 1 or task.values["from_latents"]:
             raise UsageError("steps are those of one picture", hint="one prompt and one seed")
-        entries = run_of(task, self.model, self.refiner).entries(task.asked)
+        entries = run_of(task, self.model, self.refiner).entries(task.requests())
         pictures = []
         for entry in entries:
             _tell(entry)

@@ -44,7 +44,7 @@ def test_every_field_of_the_configuration_and_of_a_request_has_a_row():
     given = {row.field for row in SETTINGS if row.field}
     others = {"settings", "source", "model_hash", "embeddings", "loras", "plugins", "missed"}
     assert own - given == others | {
-        *("found", "named", "hashes", "opened", "changed", "networks", "ignored"),
+        *("found", "named", "hashes", "opened", "changed", "networks", "ignored", "place"),
     }
     assert given <= own
 

@@ -112,6 +112,8 @@ def _commands() -> Iterator[str]:
         for panel, rows in groupby(module.ROWS, key=lambda row: row.panel):
             yield f"#### {name}: {panel}\n"
             yield _options([*rows, *([HELP] if panel == RUN else [])])
+        if listed := [_code(row.flag) for row in module.ROWS if row.listed]:
+            yield f"Several values, `a,b` or `10-30:10`, are tried in turn: {', '.join(listed)}.\n"
 
 
 def _options(rows: Sequence[Option]) -> str:

@@ -44,6 +44,8 @@ def run(values: dict[str, Any]) -> int:
 
     task = prepare(values)
     _doubt(values["prompt"] or ())
+    if task.said:
+        console.say(task.said)
     console.say(f"loading {task.model} ...")
     if values["print_config"]:
         console.print_config(configuration(task))
@@ -82,8 +84,6 @@ class _Show:
 
     def __init__(self, task: SampleTask):
         self.total = task.total
-        self.steps = 0
-        """Of one picture."""
         self.made = self.drawn = self.skipped = self.work = 0
         self.errors: list[DifftoolError] = []
         self.told = console.Alike()
@@ -93,8 +93,8 @@ class _Show:
     def all(self, made: Iterator[events.Event]) -> int:
         """Show all of it; the exit code."""
         try:
-            self.start(next(made))
-            with console.progress("sampling", self.total and self.total * self.steps) as display:
+            work = self.start(next(made))
+            with console.progress("sampling", work) as display:
                 for event in made:
                     self.event(event, display)
                 self.say_notes()
@@ -111,21 +111,24 @@ class _Show:
             return 0
         return 1 if self.made or self.skipped or len(codes) > 1 else codes.pop()
 
-    def start(self, event: events.Event) -> None:
-        """Say how pictures are made, in a line."""
+    def start(self, event: events.Event) -> int | None:
+        """Say how pictures are made, in a line; how many steps there are in all."""
         assert isinstance(event, events.Started)
-        settings, self.steps = event.settings, event.settings.steps
+        settings = event.settings
         for note in event.notes:
             console.detail(note)
         width, height = settings.size
         how = f"{settings.steps} steps of {settings.sampler}, schedule {settings.schedule}"
         console.say(f"{how}, guidance {settings.guidance:g}, {width}x{height}")
+        return event.work
 
     def event(self, event: events.Event, display: Any) -> None:
         """Show what happened."""
         if not isinstance(event, events.Note):
             self.say_notes()
         match event:
+            case events.Started():
+                self.start(event)
             case events.Working(images, step, last):
                 self.work += images
                 if step < last:  # what is finished shows with the next steps, or at the end

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftool.config.listed import Listed, Several
 from difftool.config.numbers import FINITE, Within
 from difftool.config.validate import within_of
 from difftool.errors import UsageError, check_file, clash, suggestion, unknown
@@ -55,6 +56,8 @@ class Option:
     """Values to complete to where others are allowed too; None = `choices`."""
     read: Callable[[Any], Any] | None = None
     """From a value as it was typed to the value that is meant; UsageError if there is none."""
+    listed: Listed | None = None
+    """From what was given to its values, where several are tried in turn; None: it has one."""
     within: Within | None = None
     """What a number must be; None: what its key's must, which without a key is finite."""
     key: str | None = None
@@ -91,8 +94,15 @@ class Option:
         if given is None or (self.many and isinstance(given, list | tuple) and not given):
             return None
         if not self.many:
+            return self._each(given)
+        return [self._each(g) for g in (given if isinstance(given, list | tuple) else [given])]
+
+    def _each(self, given: Any) -> Any:
+        """The value, or several that are to be tried in turn."""
+        if self.listed is None or isinstance(given, bool) or given in ("", [], ()):
             return self.one(given)
-        return [self.one(each) for each in (given if isinstance(given, list | tuple) else [given])]
+        found = Several((text, self.one(part)) for text, part in self.listed(given).items())
+        return found if len(found) > 1 else next(iter(found.values()))
 
     def one(self, given: Any, called: str | None = None) -> Any:
         """The value that is meant by a single one; `called` is what messages call the option where
@@ -138,9 +148,10 @@ class Option:
         """UsageError if a file that it names is not there; what goes with a path may follow it."""
         if self.file is None:
             return
-        for each in value if self.many else [value]:
-            path = each[0] if isinstance(each, tuple) else each
-            check_file(self.file, Path(path), self.folder)
+        for given in value if self.many else [value]:
+            for each in given.values() if isinstance(given, Several) else [given]:
+                path = each[0] if isinstance(each, tuple) else each
+                check_file(self.file, Path(path), self.folder)
 
 
 def _check_shown(given: object, called: str) -> None:

@@ -24,24 +24,30 @@ class PromptAdapters:
 
     def __init__(self, model: Model, lora_dir: Path | None, embedding_dir: Path | None):
         self.model, self.lora_dir, self.embedding_dir = model, lora_dir, embedding_dir
-        self._opened: dict[tuple[Path, float, float], Applied] = {}
+        self._opened: dict[tuple[Path, float, float | None], Applied] = {}
         self._refused: set[str] = set()
 
     # --- LoRAs -------------------------------------------------------------------------------
 
-    def loras(self, named: Sequence[NamedLora]) -> tuple[Applied, ...]:
-        """The LoRAs of a picture: those of the model and those that its prompt names.
+    def loras(
+        self, named: Sequence[NamedLora], own: Sequence[tuple[Path, float]] | None = None
+    ) -> tuple[Applied, ...]:
+        """The LoRAs of a picture: its own, or else those of the model, and those that its prompt
+        names.
 
         UsageError for one that is nowhere, InputError for one that does not fit.
         """
-        return (*self.model.base_loras, *map(self._lora, named))
+        base = self.model.base_loras
+        if own is not None and list(own) != [(each.lora.path, each.strength) for each in base]:
+            base = tuple(self._applied(path, strength, None) for path, strength in own)
+        found = ((self._path(each.name), each.unet, each.text) for each in named)
+        return (*base, *(self._applied(*each) for each in found))
 
-    def _lora(self, named: NamedLora) -> Applied:
-        path = self._path(named.name)
-        key = path, named.unet, named.text
+    def _applied(self, path: Path, strength: float, text: float | None) -> Applied:
+        key = path, strength, text
         if key not in self._opened:
-            (opened,) = self.model.open_loras([(path, named.unet)])
-            self._opened[key] = replace(opened, text=named.text)
+            (opened,) = self.model.open_loras([(path, strength)])
+            self._opened[key] = replace(opened, text=text)
         return self._opened[key]
 
     def _path(self, name: str) -> Path:

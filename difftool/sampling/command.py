@@ -9,9 +9,10 @@ The command and the library both work so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
+from itertools import product as cartesian
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
+from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
 from difftool.sampling.expand import Expander, applied
-from difftool.sampling.output import Output
-from difftool.sampling.requests import Lines, Request, read_requests, request_of
+from difftool.sampling.output import Numbering, Output
+from difftool.sampling.requests import Lines, Request, drawn_seed, read_requests, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
 from difftool.text.syntax import SYNTAXES
 
@@ -48,9 +50,12 @@ class SampleTask:
     layers: list[Layer]
     """The settings of the model among them, each with its flag."""
     base: Request
-    """What every picture is asked for, the prompts and labels apart."""
+    """What every picture is asked for, the prompts and labels apart; of several combinations, the
+    first one."""
+    product: Product
+    """The combinations in which it is."""
     asked: list[Request]
-    """What is asked for; with --prompts, what each of its lines completes."""
+    """What is asked for beside it, where that is no stream."""
     stream: Lines | None
     """The lines of --prompts."""
     output: Output | None
@@ -61,7 +66,24 @@ class SampleTask:
     @property
     def model(self) -> str:
         """The model's name, or where it is, as far as is known before it is loaded."""
-        return model_name(self.values["model"])
+        return " and ".join(dict.fromkeys(model_name(v["model"]) for v, _ in self.product.loads()))
+
+    @property
+    def said(self) -> str:
+        """How many pictures there will be and why; "" where nothing is multiplied."""
+        return self.product.said(self.total)
+
+    def steps(self, own: int) -> int | None:
+        """Steps of all pictures of one model; own: of one that asks for no number."""
+        asked = () if self.total is None else self.product.requests(self.asked)
+        requests = [each for each in asked if isinstance(each, Request)]
+        steps = sum(len(r.images()) * r.settings.get("steps", own) for r in requests)
+        count = sum(len(r.images()) for r in requests) * len(list(self.product.loads()))
+        return steps * (self.total or 0) // count if count else None
+
+    def requests(self, place: Combination = ()) -> Lines:
+        """What is asked for, whole; place: which of several models it is asked of."""
+        return self.product.requests(self.asked if self.stream is None else self.stream, place)
 
 
 def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
@@ -70,54 +92,100 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     pictures go to files only where `output` says so."""
     if values["exact"] and values["batch_size"] not in (None, 1):
         raise clash("--exact", f"--batch-size {values['batch_size']}")
+    axes = axes_of(values)
+    values = single(values, axes)
     labels = [part for text in values["label"] or [] for part in text.split(",")]
     if values["prompts"] and len(labels) > 1:
         raise UsageError("one --label goes with --prompts", hint='put a "label" on each line')
     layers = _layers(values)
-    given = {"prompt": None, "label": None, "no": ", ".join(values["no"] or ()) or None}
-    base = request_of({**values, **given})
-    base = replace(base, settings=merged(layer.values["sample"] for layer in layers))
-    if values["from_image"]:
-        from difftool.sampling.metadata.files import read
-        from difftool.sampling.metadata.named import locate
-
-        opened = PICTURES if loaded else (*PICTURES, "lora", "embedding")
-        picture = read(values["from_image"])
-        named = (f for f in picture.named if f.option not in opened or not values[f.option])
-        picture = replace(picture, named=tuple(named))
-        places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
-        trusted = bool(values["trust_image"])
-        picture = locate(picture, values["from_image"], opened, trusted=trusted, places=places)
-        found = frozenset(picture.settings) - frozenset(base.settings)
-        base = replace(_taken_over(values, base.over(picture)), found=found)
+    if (axes or values["grid"]) and not (values["seed"] or values["from_image"]):
+        values["seed"] = (drawn_seed(),)  # one for all: they are to be compared
+    picture = _picture(values, loaded) if values["from_image"] else None
+    label = labels[0] if values["prompts"] and labels else None
+    product = Product(values, axes, partial(_base, picture=picture, label=label))
+    base = product.base(values)
+    if picture is not None:
+        opened = _opened(loaded)
         _check_files(values, opened, base)
-    if values["match"] == "diffusers":  # which reads every character as it stands
-        base = replace(base, settings={"prompt_syntax": "none", **base.settings})
     _check_plugins(base)
-    _check_settings(base.settings)
+    for each in (base, *product.each()):
+        _check_settings(each.settings)
     asked = [
-        Request(prompt=prompt, label=label).over(base)
-        for prompt, label in product(values["prompt"] or [None], labels or [None])
+        Request(prompt=prompt, label=label)
+        for prompt, label in cartesian(values["prompt"] or [None], labels or [None])
     ]
-    expander = Expander(values["wildcard_dir"], bool(values["combinatorial"]))
-    if not SYNTAXES[base.settings.get("prompt_syntax") or SampleConfig().prompt_syntax].plain:
-        asked = list(map(applied, asked))
-        count = sum(len(request.images()) * expander.count(request) for request in asked)
-    else:
-        count = sum(len(request.images()) for request in asked)
-    each = max(len(request.images()) for request in asked)
-    total = None if values["prompts"] else len(values["from_latents"] or ()) or count
+    count, each = _counted(values, product, asked)
+    loads = len(list(product.loads()))
+    total = None if values["prompts"] else len(values["from_latents"] or ()) or count * loads
     output = None if loaded and values["output"] is None else _output(values, total)
     if output and each > 1:
         output.check_tells_apart(each)
     if not loaded:
-        others = (values[name] for name in ("vae", "prior", "refiner"))
-        for place in (values["model"], *filter(None, others)):
-            place_of_model(place)
-    stream = read_requests(values["prompts"], asked[0]) if values["prompts"] else None
+        for given, _ in product.loads():
+            for place in filter(None, (given[name] for name in ("vae", "prior", "refiner"))):
+                place_of_model(place)
+            place_of_model(given["model"])
+    stream = read_requests(values["prompts"]) if values["prompts"] else None
     if values.get("evaluate"):
         check_evaluation(values["evaluate"], values["features"], total)
-    return SampleTask(values, layers, base, asked, stream, output, total)
+    return SampleTask(values, layers, base, product, asked, stream, output, total)
+
+
+def _base(values: Mapping[str, Any], picture: Request | None, label: str | None) -> Request:
+    """What every picture is asked for by these options, the prompts apart. picture: what one says
+    of itself; label: the class of all lines."""
+    given = {"prompt": None, "label": label, "no": ", ".join(values["no"] or ()) or None}
+    base = request_of({**values, **given})
+    base = replace(base, settings=merged(layer.values["sample"] for layer in _layers(values)))
+    if picture is not None:
+        found = frozenset(picture.settings) - frozenset(base.settings)
+        base = replace(_taken_over(values, base.over(picture)), found=found)
+    if values["match"] == "diffusers":  # which reads every character as it stands
+        base = replace(base, settings={"prompt_syntax": "none", **base.settings})
+    return base
+
+
+def _opened(loaded: bool) -> tuple[str, ...]:
+    """The options whose files are opened where a picture names them."""
+    return PICTURES if loaded else (*PICTURES, "lora", "embedding")
+
+
+def _picture(values: Mapping[str, Any], loaded: bool) -> Request:
+    """The request of --from-image."""
+    from difftool.sampling.metadata.files import read
+    from difftool.sampling.metadata.named import locate
+
+    opened = _opened(loaded)
+    picture = read(values["from_image"])
+    named = (f for f in picture.named if f.option not in opened or not values[f.option])
+    picture = replace(picture, named=tuple(named))
+    places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
+    trusted = bool(values["trust_image"])
+    return locate(picture, values["from_image"], opened, trusted=trusted, places=places)
+
+
+def _counted(
+    values: Mapping[str, Any], product: Product, asked: Sequence[Request]
+) -> tuple[int, int]:
+    """How many pictures requests come to with each model, and the most of one; UsageError for what
+    is wrong with one."""
+    expander = Expander(values["wildcard_dir"], bool(values["combinatorial"]))
+    count = most = 0
+    for request in product.requests([] if values["prompts"] else asked):
+        if not isinstance(request, Request):
+            assert request is not None
+            raise request
+        images, plain = len(request.images()), _is_plain(request)
+        request = request if plain else applied(request)
+        images = len(request.images())
+        count += images * (1 if plain else expander.count(request))
+        most = max(most, images)
+    return count, most
+
+
+def _is_plain(request: Request) -> bool:
+    syntax = request.settings.get("prompt_syntax") or SampleConfig().prompt_syntax
+    return SYNTAXES[syntax].plain
 
 
 def _layers(values: Mapping[str, Any]) -> list[Layer]:
@@ -208,29 +276,41 @@ def sample(
     A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
     can be.
     """
-    values = task.values
-    if model is None:
-        model, refiner = load_models(task)
-    run = run_of(task, model, refiner)
-    plan = run.resolver.plan(task.base.settings)
-    words = [f"word {word} ({word.path})" for word in model.words]
-    notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
-    yield Started(model.name, plan.settings, notes)
-    for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
-        yield Note(warning)
-    if values["from_latents"]:
-        events = run.decode(values["from_latents"])
-    else:
-        events = run.events(task.asked if task.stream is None else task.stream)
-    if values.get("evaluate"):
-        from difftool.sampling.evaluate import judged
+    loads = list(task.product.loads())
+    if len(loads) > 1 and task.stream is not None:
+        task = replace(task, stream=Replayed(task.stream))
+    numbering = Numbering()
+    for values, place in loads:
+        part = replace(task, values=values)
+        if len(loads) > 1 or model is None:
+            model = refiner = None  # let go before the next is loaded
+            model, refiner = load_models(part)
+        run = run_of(part, model, refiner, numbering)
+        plan = run.resolver.plan(task.base.settings)
+        words = [f"word {word} ({word.path})" for word in model.words]
+        notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
+        work = task.steps(plan.settings.steps)
+        yield Started(model.name, plan.settings, notes, work and work * len(loads))
+        for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
+            yield Note(warning)
+        files = values["from_latents"]
+        events = run.decode(files) if files else run.events(part.requests(place))
+        if values.get("evaluate"):
+            from difftool.sampling.evaluate import judged
 
-        events = judged(events, values["evaluate"], values["features"], str(model.device))
-    yield from events
+            device = str(model.device)
+            events = judged(events, values["evaluate"], values["features"], device)
+        yield from events
+        del run, events
 
 
-def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> SampleRun:
-    """The run that makes the pictures of a task."""
+def run_of(
+    task: SampleTask,
+    model: Model,
+    refiner: Model | None = None,
+    numbering: Numbering | None = None,
+) -> SampleRun:
+    """The run that makes the pictures of a task; numbering: where it goes on from another."""
     from difftool.sampling.run import SampleRun
 
     values, start = task.values, task.values["refiner_start"]
@@ -249,6 +329,7 @@ def run_of(task: SampleTask, model: Model, refiner: Model | None = None) -> Samp
         refiner=refiner,
         refiner_start=REFINER_START if start is None else start,
         trusted=bool(values["trust_image"]),
+        numbering=numbering or Numbering(),
     )
 
 
@@ -289,7 +370,7 @@ def readings(task: SampleTask) -> Iterator[Reading | Note | Failure]:
     values = {**task.values, "low_memory": True}  # weights are not read before they are needed
     model, refiner = load_models(replace(task, values=values))
     run = run_of(replace(task, output=None), model, refiner)
-    for entry in run.entries(task.asked if task.stream is None else task.stream):
+    for entry in run.entries(task.requests()):
         if isinstance(entry, Sample):
             yield Reading(entry)
         elif isinstance(entry, Note | Failure):

@@ -26,6 +26,8 @@ class Started:
     """Of a picture that asks for nothing else."""
     notes: Sequence[str]
     """What was decided about the models: files, evidence, adapters, words."""
+    work: int | None = None
+    """Steps of all pictures that are asked for; None where lines are yet to be read."""
 
 
 @dataclass(frozen=True)

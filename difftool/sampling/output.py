@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError, suggestion
@@ -82,6 +82,16 @@ def check_template(template: str) -> None:
             raise UsageError(what, hint=suggestion(name, FIELDS))
         if digits and name.lower() not in NUMBERS:
             raise UsageError(f"[{name}:{digits}] pads what is not a whole number")
+
+
+@dataclass
+class Numbering:
+    """How far the pictures of a command are numbered, and how they are called."""
+
+    index: int = 0
+    """Of the next picture."""
+    names: dict[str, list[tuple[object, ...]]] = field(default_factory=dict)
+    """What templates took of the pictures of each name, that others have with a number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,8 +79,14 @@ class Request:
     """Path of the picture whose white is repainted."""
     image_prompt: str | None = None
     """Path of the picture to vary (unCLIP)."""
+    applied: Sequence[tuple[Path, float]] | None = None
+    """Paths and strengths of the LoRAs that are applied for it; None: those of the model."""
+    replaced: Sequence[tuple[str, str]] | None = None
+    """Texts to replace in its prompts, and what takes their places."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of SampleConfig, and `width`, `height`."""
+    place: tuple[tuple[str, str], ...] = ()
+    """Which combination of listed settings it is: the text of each one's value, by its name."""
     source: str = ""
     """Where it was read, for messages."""
     model_hash: str = ""
@@ -126,7 +132,7 @@ class Request:
         num = (1 if self.num is None else self.num) * (self.repeat or 1)
         if num < 1:
             raise UsageError(f"{num} images cannot be made", hint="give at least 1")
-        first = self.seeds[0] if self.seeds else secrets.randbelow(2**32)
+        first = self.seeds[0] if self.seeds else drawn_seed()
         if first + num - 1 > MAX_SEED:
             raise UsageError(f"seed {first} is too large for {num} images", f"limit {MAX_SEED}")
         return range(first, first + num)
@@ -145,6 +151,11 @@ class Request:
         elif not SIZE.isdisjoint(self.settings):
             own["ar"] = None
         return replace(base, **own, settings=settings)
+
+
+def drawn_seed() -> int:
+    """A seed where none is asked for."""
+    return secrets.randbelow(2**32)
 
 
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +264,11 @@ Lines = Iterable[Request | DifftoolError | None]
 for."""
 
 
-def read_requests(where: str, base: Request) -> Lines:
+NOTHING = Request()
+"""Asks for nothing."""
+
+
+def read_requests(where: str, base: Request = NOTHING) -> Lines:
     """The requests of a file, or of stdin for "-", one a line, each completed by `base`.
 
     A line that cannot be read is its error. None means that nothing more is there yet, so that

@@ -35,7 +35,7 @@ from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.expand import Expander
-from difftool.sampling.output import Output
+from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import SIZE, Lines, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
@@ -60,37 +60,37 @@ class Resolver:
         refiner: tuple[Model, float] | None = None,
         expander: Expander | None = None,
         adapters: PromptAdapters | None = None,
+        numbering: Numbering | None = None,
     ):
         self.model, self.output = model, output
         self.match, self.strict, self.refiner = match, strict, refiner
         self.expander = expander or Expander()
         self.adapters = adapters or PromptAdapters(model, None, None)
         self._noted: set[str] = set()
-        self._names: dict[str, list[tuple[object, ...]]] = {}
-        """What templates took of the pictures of each name, that others have with a number."""
+        self.numbering = numbering or Numbering()
         self._words: set[Word] = set()
         self._last: tuple[Mapping[str, Any], bool, SamplePlan] | None = None
 
     def entries(self, requests: Lines) -> Iterator[Planned | None]:
         """The pictures of requests, in order; a Failure for what cannot be made, a note for what is
         not done to the letter; None is passed on."""
-        index = 0
+        numbering = self.numbering
         for request in requests:
             if request is None:
                 yield None
                 continue
             if isinstance(request, DifftoolError):
-                yield Failure(index, request)
-                index += 1
+                yield Failure(numbering.index, request)
+                numbering.index += 1
                 continue
             try:
                 for each in self._expanded(request):
-                    for entry in self._of_request(each, index):
+                    for entry in self._of_request(each, numbering.index):
                         yield entry
-                        index += not isinstance(entry, Note)
+                        numbering.index += not isinstance(entry, Note)
             except DifftoolError as error:
-                yield Failure(index, located(error, request.source))
-                index += 1
+                yield Failure(numbering.index, located(error, request.source))
+                numbering.index += 1
         for word in self.model.words:
             if word not in self._words:
                 yield Note(f"no prompt has the word {word}: {word.path} was not used")
@@ -136,7 +136,7 @@ class Resolver:
             if named_loras(request.negative or "")[1]:
                 tags = "a LoRA that the negative prompt names"
                 request = replace(request, ignored=(*request.ignored, tags))
-        loras = self.adapters.loras(named)
+        loras = self.adapters.loras(named, request.applied)
         told = [*self._other(request, loras)]
         told += self.adapters.add_words(prompt or "", request.negative or "")
         request = replace(request, changed=(*request.changed, *told))
@@ -230,18 +230,18 @@ class Resolver:
         if path is None:
             return None
         fields = (out, *output.fields(values))
-        alike = self._names.setdefault(_folded(path), [])
+        alike = self.numbering.names.setdefault(_folded(path), [])
         if alike and (out or fields in alike):
             what = f"{path} would be the name of two pictures"
             raise UsageError(what, hint="put [seed] or [index] into the name")
         number = 1
-        while number <= len(alike) or (number > 1 and _folded(path) in self._names):
+        while number <= len(alike) or (number > 1 and _folded(path) in self.numbering.names):
             number += 1
             path = output.name(values, out, number) or path
         output.check_free(path)
         alike.append(fields)
         if number > 1:
-            self._names[_folded(path)] = [fields]
+            self.numbering.names[_folded(path)] = [fields]
         return path
 
     def _notes(self, sample: Sample) -> Iterator[Note]:

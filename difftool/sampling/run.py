@@ -30,7 +30,7 @@ from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.metadata.named import locate
-from difftool.sampling.output import Output
+from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import Lines, Request
 from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
@@ -73,6 +73,8 @@ class SampleRun:
     """Where the learned words are that prompts have."""
     expander: Expander = field(default_factory=Expander)
     """Chooses in prompts that stand for many."""
+    numbering: Numbering = field(default_factory=Numbering)
+    """Goes on from that of another model's pictures."""
     trusted: bool = False
     """Open what files of latents name outside of their folders."""
     limit: int = field(default=1 << 30, init=False)
@@ -85,6 +87,7 @@ class SampleRun:
             self.model, self.output, match=self.match, strict=self.strict, refiner=refiner,
             expander=self.expander,
             adapters=PromptAdapters(self.model, self.lora_dir, self.embedding_dir),
+            numbering=self.numbering,
         )  # fmt: skip
 
     def events(self, requests: Lines) -> Iterator[Event]:

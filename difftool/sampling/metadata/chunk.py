@@ -72,7 +72,7 @@ def _files(sample: Sample) -> Iterator[NamedFile]:
     for option, path in (*paths, *(("embedding", path) for path in sample.embeddings)):
         known = request.hashes.get(path)
         yield NamedFile(option, path, digest_of(option, path) if known is None else known)
-    base = sample.plan.model.base_loras
+    base = sample.loras[: len(sample.plan.model.base_loras)]
     for each in base:
         yield NamedFile("lora", str(each.lora.path), each.lora.hash, each.strength)
     for path, weight in () if base else request.loras:  # of decoded latents

@@ -1,0 +1,188 @@
+"""Every combination of settings of which several were given. Torch-free.
+
+A setting is in turn each of its values if its row of SETTINGS has `listed`, the later rows the
+faster. What a model is loaded by goes slowest, so that each one is loaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+from difftool.config.listed import Several
+from difftool.errors import DifftoolError, UsageError
+from difftool.sampling.expand import TEMPLATES
+from difftool.sampling.requests import Lines, Request, located
+from difftool.sampling.settings import SETTINGS, Setting, Values
+
+MAX_COMBINATIONS = 100_000
+Combination = tuple[tuple[str, str], ...]
+"""Where in a product a picture is: the text of its value on each axis, by the axis' name."""
+
+
+class Axis(NamedTuple):
+    """A setting, and the values that it has in turn."""
+
+    row: Setting
+    name: str
+    values: Several
+    entry: int | None = None
+    """Which one it is of a setting that may be repeated."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether another model is loaded for each."""
+        return self.row.key is None and self.row.field is None
+
+    def set(self, values: dict[str, Any], text: str) -> None:
+        """Give the setting the value of that text, among the values of all options."""
+        value = self.values[text]
+        if self.entry is not None:
+            whole = list(values[self.row.name])
+            whole[self.entry] = value
+            value = whole
+        values[self.row.name] = value
+
+    def is_asked(self, request: Request) -> bool:
+        """Whether a line asks for a value of its own."""
+        if self.row.field is not None:
+            return getattr(request, self.row.field) is not None
+        found: Any = request.settings
+        for key in (self.row.key or "").split(".")[1:]:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found is not None
+
+
+def axes_of(values: Values) -> tuple[Axis, ...]:
+    """The settings of which several are given, the slowest first; UsageError for too many
+    combinations."""
+    found = []
+    for row in SETTINGS:
+        given = values.get(row.name)
+        if isinstance(given, Several):
+            found.append(Axis(row, row.name, given))
+        elif row.many and isinstance(given, list):
+            several = [(i, each) for i, each in enumerate(given) if isinstance(each, Several)]
+            found += (Axis(row, _name(row, each, len(several)), each, i) for i, each in several)
+    count = prod(len(axis.values) for axis in found)
+    if count > MAX_COMBINATIONS:
+        raise UsageError(f"{count} combinations are too many", f"the limit is {MAX_COMBINATIONS}")
+    return tuple(sorted(found, key=lambda axis: not axis.loads))
+
+
+def _name(row: Setting, values: Several, count: int) -> str:
+    return row.name if count == 1 else f"{row.name} {next(iter(values))}"
+
+
+def single(values: Values, axes: Iterable[Axis]) -> dict[str, Any]:
+    """The values of all options with the first of each that has several."""
+    made = dict(values)
+    for axis in axes:
+        axis.set(made, next(iter(axis.values)))
+    return made
+
+
+@dataclass(frozen=True)
+class Product:
+    """The combinations of what was given."""
+
+    values: Values
+    """Of all options, each the first where there are several."""
+    axes: tuple[Axis, ...]
+    base: Callable[[Values], Request]
+    """What every picture is asked for by values of all options."""
+    _kept: list[Any] = field(default_factory=list, repr=False)
+
+    def loads(self) -> Iterator[tuple[dict[str, Any], Combination]]:
+        """What each model is loaded by: the values of all options, and which one it is."""
+        yield from self._combined([axis for axis in self.axes if axis.loads])
+
+    def requests(self, lines: Lines, place: Combination = ()) -> Lines:
+        """Each of these requests in all its combinations, completed by what is asked for of every
+        picture; errors and None, the next has to be waited for, as they are."""
+        for line in lines:
+            if not isinstance(line, Request):
+                yield line
+                continue
+            own = frozenset(axis.name for axis in self.axes if axis.is_asked(line))
+            for base in self._bases(own):
+                try:
+                    made = replaced(line.over(base))
+                except DifftoolError as error:
+                    yield located(error, line.source)
+                    break
+                yield replace(made, source=line.source, place=(*place, *base.place))
+
+    def _bases(self, own: frozenset[str]) -> Iterable[Request]:
+        """What is asked for of every picture, of each combination; own: axes on which a line has a
+        value of its own."""
+        if own:
+            axes = [axis for axis in self._free if axis.name not in own]
+            return [replace(self.base(v), place=place) for v, place in self._combined(axes)]
+        return self._all
+
+    @cached_property
+    def _free(self) -> list[Axis]:
+        return [axis for axis in self.axes if not axis.loads]
+
+    @cached_property
+    def _all(self) -> list[Request]:
+        return [replace(self.base(v), place=place) for v, place in self._combined(self._free)]
+
+    def _combined(self, axes: Iterable[Axis]) -> Iterator[tuple[dict[str, Any], Combination]]:
+        axes = list(axes)
+        for texts in product(*(axis.values for axis in axes)):
+            values = dict(self.values)
+            for axis, text in zip(axes, texts, strict=True):
+                axis.set(values, text)
+            yield values, tuple((a.name, t) for a, t in zip(axes, texts, strict=True))
+
+    def each(self) -> Iterator[Request]:
+        """What is asked for with each value of each axis, the other axes at their first."""
+        for axis in self._free:
+            for values, _ in self._combined([axis]):
+                yield self.base(values)
+
+    def said(self, count: int | None) -> str:
+        """How many pictures there will be and why, for people; "" where nothing is multiplied."""
+        factors = [f"{axis.name.replace('_', ' ')} {len(axis.values)}" for axis in self.axes]
+        if not factors:
+            return ""
+        made = prod(len(axis.values) for axis in self.axes)
+        if count is None:
+            return f"{made} pictures in place of each: {' x '.join(factors)}"
+        factors += [f"images {count // made}"] if count != made else []
+        return f"{count} pictures: {' x '.join(factors)}"
+
+
+def replaced(request: Request) -> Request:
+    """A request with the texts in its prompts replaced; UsageError for one that is not there."""
+    prompts = {name: getattr(request, name) for name in (*TEMPLATES, *TEMPLATES.values())}
+    for sought, text in request.replaced or ():
+        if not any(sought in (each or "") for each in prompts.values()):
+            why = f'it is "{request.prompt or ""}"'[:100]
+            raise UsageError(f'the prompt has no "{sought}" to replace', why)
+        prompts = {name: each and each.replace(sought, text) for name, each in prompts.items()}
+    return replace(request, **prompts, replaced=None)
+
+
+class Replayed:
+    """Requests that may be gone through again."""
+
+    def __init__(self, lines: Lines):
+        self._ahead, self._seen = iter(lines), list[Request | DifftoolError]()
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Request | DifftoolError | None]:
+        yield from list(self._seen)
+        if self._ended:
+            return
+        for line in self._ahead:
+            if line is not None:
+                self._seen.append(line)
+            yield line
+        self._ended = True
