@@ -5,7 +5,10 @@ The exit code of each class is part of the command-line contract.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -121,3 +124,32 @@ def clash(one: object, other: object, why: str | None = None) -> UsageError:
 def unreadable(what: object, error: OSError) -> InputError:
     """The system does not give a file's bytes."""
     return InputError(f"cannot read {what}", error.strerror or str(error) or type(error).__name__)
+
+
+def of_system(error: Exception) -> DifftoolError | None:
+    """The user-facing form of memory and disk giving out, and of what the system refuses to do with
+    a file; None for anything else."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", str(error), "free some space and run again")
+    if out_of_memory(error):
+        hint = "use a smaller --batch-size or --size"
+        return ResourceError("out of memory", first_line(error), hint)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f'there can be no file "{error.filename}"', "its name is too long")
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        why = f"names of files are {error.encoding} here"
+        return UsageError(f'there can be no file "{error.object}"', why, "set LC_ALL=C.UTF-8")
+    if isinstance(error, OSError) and error.filename is not None:
+        return unreadable(error.filename, error)
+    return None
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """What the system refuses within is one of our errors, in words; also a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if (worded := of_system(error)) is None:
+            raise
+        raise worded from error

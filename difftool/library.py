@@ -19,7 +19,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
-from difftool.errors import UsageError
+from difftool.errors import UsageError, in_words
 from difftool.sampling.events import Failure, Note, Result
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from difftool.training.prepared import Training
 
 
+@in_words()
 def load(
     model: str | Path | None = None,
     *,
@@ -99,6 +100,7 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.model.name}, {self.model.device})"
 
+    @in_words()
     def sample(self, prompt: str | Sequence[str] | None = None, **options: Any) -> list[Image]:
         """Pictures, in the order that they are asked for; each one's `.info` has the text chunks
         of its PNG. With `output` they are written too, as by the command.
@@ -203,6 +205,7 @@ class Pipeline:
         finalize(self, rmtree, folder, ignore_errors=True)
         return Path(folder)
 
+    @in_words()
     def encode(self, picture: Image | str | Path, size: tuple[int, int] | None = None) -> Tensor:
         """x0 of a picture, fp32 [1,C,H,W] in the space that the model works in.
 
@@ -224,6 +227,7 @@ class Pipeline:
         images = to_tensor(scaled(image, size))[None].to(self.model.device)
         return encode(self.model, images).float()
 
+    @in_words()
     def decode(self, x0: Tensor) -> Image:
         """The picture of x0, [1,C,H,W] or [C,H,W].
 
@@ -244,6 +248,7 @@ class Pipeline:
         return to_pil(decode(self.model, one.to(self.model.device))[0].cpu())
 
 
+@in_words()
 def train(data: str | Path, *, out: str | Path | None = None, **options: Any) -> Training:
     """Train a model on a folder of pictures, to the end.
 
@@ -263,6 +268,7 @@ def train(data: str | Path, *, out: str | Path | None = None, **options: Any) ->
     return run(read_options(OPTIONS, {"data": data, "out": out, **options}))
 
 
+@in_words()
 def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
     """Convert a model, or a LoRA, to another format, losing nothing; what became of every tensor.
 
@@ -280,6 +286,7 @@ def convert(source: str | Path, target: str | Path, **options: Any) -> Ledger:
     return convert(read_options(OPTIONS, {"source": source, "target": target, **options}))
 
 
+@in_words()
 def noise(picture: Image | str | Path, **options: Any) -> list[Image]:
     """Pictures of x_t = alpha x0 + sigma eps, from the picture to static; each one's `.info` has
     its level: t, alpha, sigma, log_snr.
@@ -301,6 +308,7 @@ def noise(picture: Image | str | Path, **options: Any) -> list[Image]:
     return noised(task, _image(picture))
 
 
+@in_words()
 def inspect(path: str | Path) -> dict[str, Any]:
     """What is in a model, or in any safetensors file, from its headers: the JSON object of
     `difftool convert --inspect`. Loads no tensor, and not torch.

@@ -170,6 +170,21 @@ def test_values_of_another_type_are_refused(model, given):
         model.sample("a fox", steps=1, **given)
 
 
+def test_names_of_files_that_are_too_long_are_refused_in_words(model):
+    name = "x" * 300
+    for call in (
+        lambda: difftool.load(name),
+        lambda: difftool.convert(name, "out", to="ldm"),
+        lambda: difftool.convert("model", "out", to="ldm", lora=name),
+        lambda: difftool.noise(name),
+        lambda: difftool.train(name),
+        lambda: difftool.inspect(name),
+        lambda: model.sample(init=name),
+    ):
+        with pytest.raises(difftool.DifftoolError, match="x"):
+            call()
+
+
 def test_a_picture_that_no_memory_holds_is_refused_before_it_is_begun(command, monkeypatch):
     monkeypatch.setattr(settings, "free_memory", lambda device: 8 << 30)
     ran = command("sample", "a fox", "--size", "16384x16384", "--steps", "1", "--seed", "1")

@@ -9,7 +9,7 @@ import pytest
 
 from difftool.errors import InputError, shortened
 from difftool.storage.read import open_file, read_bytes, read_text
-from difftool.storage.strict_json import parse_json
+from difftool.storage.strict_json import parse_json, read_json
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
@@ -37,6 +37,14 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     with pytest.raises(InputError) as caught:
         read_text(path, 4)
     assert caught.value.why == "it is not UTF-8"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    """Windows' editors save it, and PowerShell."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_text(path, 99) == '{"a": "é"}'
+    assert read_json(path) == {"a": "é"}
 
 
 PIPES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import signal
 import sys
@@ -17,15 +16,7 @@ import typer
 from difftool.cli import completion, console, habits, lists
 from difftool.cli.options import JSON, LIST, PLUGIN, Command, Group, command, with_rows
 from difftool.config.options import RUN, Option
-from difftool.errors import (
-    DifftoolError,
-    ResourceError,
-    UsageError,
-    first_line,
-    out_of_memory,
-    suggestion,
-    unreadable,
-)
+from difftool.errors import DifftoolError, UsageError, first_line, of_system, suggestion
 from difftool.signals import code_of, ended_by_signals
 from difftool.version import __version__
 
@@ -116,7 +107,7 @@ def main() -> None:
         console.leave(sys.stdout, sys.stderr)  # a reader went away: `| head`
         code = 128 + int(getattr(signal, "SIGPIPE", 13))
     except Exception as error:
-        code = _report(_of_system(error) or _fault(error))
+        code = _report(of_system(error) or _fault(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -212,21 +203,3 @@ def _fault(error: Exception) -> DifftoolError:
     what, kind = first_line(error), type(error).__name__
     why = kind if what == kind else f"{kind}: {what}"
     return DifftoolError("something went wrong inside difftool", why, "--debug shows where")
-
-
-def _of_system(error: Exception) -> DifftoolError | None:
-    """The user-facing form of memory and disk giving out, and of what the system refuses to do with
-    a file; None for anything else."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("the disk is full", str(error), "free some space and run again")
-    if out_of_memory(error):
-        hint = "use a smaller --batch-size or --size"
-        return ResourceError("out of memory", first_line(error), hint)
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return UsageError(f'there can be no file "{error.filename}"', "its name is too long")
-    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
-        why = f"names of files are {error.encoding} here"
-        return UsageError(f'there can be no file "{error.object}"', why, "set LC_ALL=C.UTF-8")
-    if isinstance(error, OSError) and error.filename is not None:
-        return unreadable(error.filename, error)
-    return None

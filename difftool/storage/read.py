@@ -38,8 +38,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text in a file of UTF-8; InputError as `read_bytes`, and if it is none."""
+    """The text in a file of UTF-8, without a byte order mark, which Windows' editors put before it;
+    InputError as `read_bytes`, and if it is none."""
     try:
-        return read_bytes(path, limit).decode("utf-8")
+        return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"cannot read {path}", "it is not UTF-8") from None

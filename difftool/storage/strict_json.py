@@ -40,7 +40,7 @@ def parse_json(
 
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")  # as Windows' editors save it
         if sum(map(text.count, "[{,")) > MAX_VALUES:  # at least: those within texts count too
             raise ValueError(f"it holds more than {MAX_VALUES} values")
         value = json.loads(

@@ -72,7 +72,7 @@ class Wildcards:
     def _texts(self, name: str, where: Any) -> Iterator[tuple[float, str]]:
         lines = where
         if isinstance(where, Path):
-            lines = read_text(where, MAX_BYTES).removeprefix("\ufeff").splitlines()
+            lines = read_text(where, MAX_BYTES).splitlines()
         for line in map(str.strip, lines):
             if line and not line.startswith("#"):
                 weighted = _WEIGHT.fullmatch(line)

@@ -28,7 +28,7 @@ def pad_id(folder: Path) -> int | None:
     CLIP's vocabulary."""
     merges: list[str] = []
     if (folder / "merges.txt").is_file():
-        text = read_bytes(folder / "merges.txt", MAX_BYTES).decode("utf-8", "replace")
+        text = read_bytes(folder / "merges.txt", MAX_BYTES).decode("utf-8-sig", "replace")
         merges = [line for line in text.splitlines() if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
         match read_json(folder / "tokenizer.json"):
