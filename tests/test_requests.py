@@ -131,6 +131,14 @@ def test_every_key_of_a_json_line():
         "clip_range": 2.0,
         "clip_quantile": 0.9,
         "rederive_eps": True,
+        "rng": "gpu",
+        "step_noise": "comfyui",
+        "ensd": 31337,
+        "vary": 0.2,
+        "vary_seed": 9,
+        "posterior": "mean",
+        "strength_rule": "a1111",
+        "rounding": "down",
     }
     assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
     request = parse_line(json.dumps(values))
@@ -150,7 +158,15 @@ def test_every_key_of_a_json_line():
         init="photo.png",
         mask="mask.png",
         image_prompt="other.png",
+        vary_seed=9,
         settings={
+            "rng": "gpu",
+            "step_noise": "comfyui",
+            "ensd": 31337,
+            "vary": 0.2,
+            "posterior": "mean",
+            "strength_rule": "a1111",
+            "rounding": "down",
             "strength": 0.5,
             "image_guidance": 2.5,
             "noise_level": 3,

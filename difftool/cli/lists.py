@@ -68,6 +68,16 @@ def _models() -> Iterator[ListEntry]:
         yield ListEntry(name, str(open_model(path).values["about"]), [], {"path": str(path)}, note)
 
 
+def _matches() -> Iterator[ListEntry]:
+    from difftool.pipeline.matches import MATCHES
+
+    for name, row in MATCHES.items():
+        more = {"settings": dict(row.settings), "on_gpu": dict(row.on_gpu)}
+        note = row.listed({}, gpu=False)
+        note += "".join(f"; on a GPU {key.replace('_', ' ')} {v}" for key, v in row.on_gpu.items())
+        yield ListEntry(name, row.about, MATCHES.aliases(name), more, note)
+
+
 def _formats() -> Iterator[ListEntry]:
     from difftool.conversion.options import DIALECTS, FORMATS
 
@@ -109,6 +119,7 @@ KINDS: dict[str, Callable[[], Iterator[ListEntry]]] = {
     "losses": _registry("diffusion.losses", "LOSSES"),
     "optimizers": _registry("training.step.optim", "OPTIMIZERS"),
     "datasets": _registry("data", "BUILTIN"),
+    "matches": _matches,
     "presets": _presets,
     "models": _models,
     "keys": _keys,

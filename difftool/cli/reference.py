@@ -31,6 +31,7 @@ TABLES = {
     "samplers": "`--sampler`, and `sample.sampler`; options are `sample.sampler_options`. Case and "
     "separators make no difference, and a schedule may follow: `DPM++ 2M Karras`.",
     "schedules": "`--schedule`, and `sample.schedule`: the levels that a sampler visits.",
+    "matches": "`--match`: what is set to make a tool's picture again. A flag stands over it.",
     "paths": "`noise --path`, and `path.kind`: how alpha and sigma run from data to noise.",
     "targets": "`target`: what the network predicts.",
     "times": "`train.time`: where on the path training looks.",

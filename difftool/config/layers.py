@@ -77,7 +77,8 @@ def _override(text: str) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`top` laid over `base`, mappings key by key. The options of a component go when another is
-    named: a mapping with another `kind` replaces, another `schedule` drops `schedule_options`."""
+    named, or none are: a mapping with another `kind` replaces, and another `schedule`, or empty
+    `schedule_options`, drop `schedule_options`."""
     merged = dict(base)
     for key in base:
         chooser = key.removesuffix("_options")
@@ -85,7 +86,9 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
             del merged[key]
     for key, value in top.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and (
+            value or not key.endswith("_options")
+        ):  # fmt: skip
             replaces = "kind" in value and value["kind"] != old.get("kind")
             merged[key] = dict(value) if replaces else merge(old, value)
         else:

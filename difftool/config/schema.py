@@ -82,6 +82,25 @@ class SampleConfig:
     """Whether a picture repeats without a seam: from left to right (x), from top to bottom (y)."""
     chaos: Annotated[float, Within(low=0, high=100)] = 0.0
     """How unlike pictures of a prompt are: percent of noise in what is told of it, at first."""
+    rng: Literal["cpu", "gpu"] = "cpu"
+    """Whose generator noise is of, for each picture: PyTorch's on a CPU, or on a GPU (CUDA's
+    Philox)."""
+    step_noise: Literal["continued", "comfyui", "comfyui-gpu", "invokeai", "invokeai-gpu"] = (
+        "continued"
+    )
+    """What ancestral samplers draw: the generator of the start noise goes on, or, in some tools,
+    another one is begun."""
+    ensd: int = 0
+    """A1111's "eta noise seed delta": begins another generator for steps, so far from the seed."""
+    vary: Annotated[float, SHARE] = 0.0
+    """How far start noise is turned to that of another seed, 0 to 1."""
+    posterior: Literal["drawn", "mean"] = "drawn"
+    """Whether the latent of a picture to start from is drawn, before the start noise, or the mean
+    of what the autoencoder says."""
+    strength_rule: Literal["diffusers", "a1111", "comfyui", "invokeai"] = "diffusers"
+    """How many steps a strength is, as that tool counts them."""
+    rounding: Literal["nearest", "down"] = "nearest"
+    """Which of 256 shades a pixel becomes: the nearest, or the one below."""
     stop: Annotated[int, Within(low=1, high=100)] = 100
     """Percent of the steps after which the picture is taken as it is then predicted."""
 

@@ -4,6 +4,8 @@ GRIDS[name](path, n, **options) gives n levels, and the level where the last ste
 
     end                  "clean" (no noise left), "first" (entry 0 of the table), "none" (no end
                          level: the last step ends at the last of the n)
+    drop_penultimate     whether the grid is one of n + 1 levels without the last but one, which
+                         k-diffusion's DPM2 has for the sake of its second stage
     terminal_alpha_bar   lower bound of alpha_bar at the noisiest entry (2^-24 in diffusers)
     lookup               how noise scales run between the table's entries: "log" or "linear"
     time                 what the network is told of a fractional time: "exact", "nearest", "floor"
@@ -53,6 +55,13 @@ class Grid:
     """A1111's name of it; None = it has none."""
 
     def __call__(
+        self, path: Path, n: int, *, drop_penultimate: bool = False, **options: Any
+    ) -> list[Level]:
+        """n levels and the end, noisy to clean; UsageError if the path has no such levels."""
+        levels = self._whole(path, n + drop_penultimate, **options)
+        return [*levels[:-2], levels[-1]] if drop_penultimate else levels
+
+    def _whole(
         self,
         path: Path,
         n: int,
@@ -64,7 +73,6 @@ class Grid:
         lam_min: float | None = None,
         **options: Any,
     ) -> list[Level]:
-        """n levels and the end, noisy to clean; UsageError if the path has no such levels."""
         what = f'schedule "{self.name}"'
         if not 1 <= n <= path.steps:
             why = f"steps = {n}, the noise path has {path.steps}"

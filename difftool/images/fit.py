@@ -73,19 +73,23 @@ def to_tensor(image: Image.Image | Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, as uint8 of the same shape. Rounded, not truncated.
+def to_pixels(images: Tensor, rounding: str = "nearest") -> Tensor:
+    """Images in [-1, 1], clamped, as uint8 of the same shape. rounding: to the nearest shade, or
+    "down" to the one below, as A1111 and ComfyUI cut off what is behind the point.
 
     ResourceError for values that are not finite, which no picture has.
     """
     if not images.isfinite().all():
         raise ResourceError("a picture has values that are not finite", hint="try --dtype fp32")
-    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    images = images.detach().float()
+    if rounding == "down":  # in the order of those tools, on which halves and whole ones depend
+        return ((images + 1) / 2).clamp(0, 1).mul(255).byte()
+    return images.clamp(-1, 1).add(1).mul(127.5).round().byte()
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """One image [3,H,W] in [-1, 1] as an RGB picture."""
-    return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().contiguous().numpy())
+def to_pil(image: Tensor, rounding: str = "nearest") -> Image.Image:
+    """One image [3,H,W] in [-1, 1] as an RGB picture; rounding: see `to_pixels`."""
+    return Image.fromarray(to_pixels(image, rounding).permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def tile(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.guidance import Denoise, guided
-from difftool.diffusion.noise import BrownianNoise, ImageNoise
+from difftool.diffusion.noise import BrownianNoise, ImageNoise, step_noise
 from difftool.diffusion.path import Level
 from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
@@ -63,7 +64,7 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
     codec, factor = model.codec, model.codec.factor
     shape = (codec.channels, *(side // factor for side in reversed(settings.size)))
     seeds = [each.seed for each in inputs]
-    noise = ImageNoise(seeds, shape, device=model.device)
+    noise = ImageNoise(seeds, shape, model.device, settings.rng)
     vector = _variation(plan, inputs, noise)
     terms = terms_of(model, inputs, settings, vector, plan.evaluations)
     pictures = _Pictures(plan, inputs, noise)
@@ -71,7 +72,9 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
     x, numbers, evaluations = pictures.x, count(), count()
     if plan.sampler.brownian:
         levels = [*plan.levels, *(plan.refiner.levels if plan.refiner else ())]
-        noise = BrownianNoise(seeds, shape, levels, device=model.device)
+        noise = BrownianNoise(seeds, shape, levels, model.device, settings.rng)
+    else:
+        noise = step_noise(noise, seeds, settings.step_noise, settings.ensd, settings.rng)
     for part in filter(None, (plan, plan.refiner)):
         if part is not plan:
             terms = terms_of(part.model, inputs, part.settings, None, part.evaluations)
@@ -164,6 +167,21 @@ def _seen(model: Model, inputs: Sequence[SampleInput]) -> Tensor:
     return model.vision(images.to(model.device, model.dtype)).float()
 
 
+def _posterior(settings: SampleConfig, noise: ImageNoise) -> Tensor | None:
+    """The noise of a picture's latent; None = it is the mean."""
+    return noise.draw() if settings.posterior == "drawn" else None
+
+
+def _others(
+    settings: SampleConfig, inputs: Sequence[SampleInput], noise: ImageNoise
+) -> ImageNoise | None:
+    """The noise that start noise is turned to."""
+    if not settings.vary:
+        return None
+    seeds = [each.seed if each.vary_seed is None else each.vary_seed for each in inputs]
+    return ImageNoise(seeds, noise.shape, noise.device, settings.rng)
+
+
 class _Pictures:
     """What is taken from the pictures of a batch: where x starts, what is joined to it and what is
     laid over it."""
@@ -182,15 +200,16 @@ class _Pictures:
         if image is not None:
             model.load_part("vae")
             if kind == "none" or (kind == "inpaint" and settings.strength < 1):
-                known = codec.encode(image, noise.draw())
-        self.noise = noise.draw()
+                known = codec.encode(image, _posterior(settings, noise))
+        self.noise = noise.start(_others(settings, inputs, noise), settings.vary)
         self.x = start_amplitude(settings, first) * self.noise
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
         if kind == "edit" and image is not None:
             self.concat, self.edits = codec.raw(codec.encode(image)), True
         if masks and image is not None:
-            drawn = noise.draw()  # of the masked picture's latents, which not every model has
+            # Of the masked picture's latents, which not every model has.
+            drawn = _posterior(settings, noise)
             mask = torch.stack(masks)[:, None]
             small = F.interpolate(mask, size=self.x.shape[2:])
             if kind == "inpaint":

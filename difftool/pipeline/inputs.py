@@ -26,6 +26,8 @@ class SampleInput(NamedTuple):
     negative: str = ""
     label: int | None = None
     seed: int = 0
+    vary_seed: int | None = None
+    """Of the noise that the start noise is turned to."""
     init: Tensor | None = None
     """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
     mask: Tensor | None = None

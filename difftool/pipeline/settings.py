@@ -9,7 +9,7 @@ The plan is carried to whatever makes, counts or describes pictures; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -26,10 +26,32 @@ from difftool.diffusion.solvers import TwoStage
 from difftool.engine.memory import free_memory
 from difftool.errors import ResourceError, UsageError
 from difftool.formats.diffusers.scheduler_switch import switched
+from difftool.pipeline.matches import MATCHES, Match
 from difftool.pipeline.model import Model
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.text.syntax import SYNTAXES
 
+
+class StrengthRule(NamedTuple):
+    """A row of STRENGTH_RULES."""
+
+    run: Callable[[int, float, Sequence[Level], int], int]
+    """(steps, strength, levels of the whole grid, entries of the table) -> steps that are run."""
+    whole: Callable[[int, float], int] = lambda steps, strength: steps
+    """(steps, strength) -> steps of the whole grid, of which the last ones are run."""
+
+
+STRENGTH_RULES: Mapping[str, StrengthRule] = {
+    "diffusers": StrengthRule(lambda steps, strength, *_: int(steps * strength)),
+    "a1111": StrengthRule(lambda steps, strength, *_: int(min(strength, 0.999) * steps) + 1),
+    "comfyui": StrengthRule(lambda steps, *_: steps, lambda steps, strength: int(steps / strength)),
+    "invokeai": StrengthRule(
+        lambda _, strength, levels, entries: sum(
+            level.t < round(entries * strength) for level in levels[:-1]
+        )
+    ),
+}
+"""How many steps a strength is; `SampleConfig.strength_rule` names one."""
 FP32 = 4
 LARGE = 512 * 512
 """Pixels of pictures that models are trained on in sides of multiples of 64."""
@@ -83,14 +105,29 @@ def resolve_settings(
     width, height = given.get("size", model.preset.sample.size)
     given["size"] = (given.pop("width", width), given.pop("height", height))
     values = to_values(model.preset.sample)
-    if follows_scheduler(model) and (match or {"sampler", "schedule"} & given.keys()):
+    tool = None if match is None else MATCHES[match]
+    follows = follows_scheduler(model) and (tool is None or tool.scheduler is not None)
+    if follows and (tool or {"sampler", "schedule"} & given.keys()):
         names = (given.get("sampler"), given.get("schedule"))
-        values |= switched(model.preset, *names, exact=match == "diffusers")
+        values |= switched(model.preset, *names, exact=tool is not None)
+    if tool is not None:
+        values |= _as_tool(tool, values | given, model.device.type != "cpu")
     settings = validate(SampleConfig, merge(values, given), "the sampling settings")
     SYNTAXES.resolve(settings.prompt_syntax)
     WEIGHTINGS.resolve(settings.prompt_weighting or SYNTAXES[settings.prompt_syntax].weighting)
     _check(model, settings)
     return settings
+
+
+def _as_tool(tool: Match, values: Mapping[str, Any], gpu: bool) -> dict[str, Any]:
+    """What a tool sets, for these values."""
+    fields = tool.of(gpu)
+    if tool.scheduler is not None:
+        return fields
+    fields = spelled({"sampler": values["sampler"], **fields})
+    drops = SAMPLERS.resolve(values["sampler"]) in tool.drops_penultimate
+    grid = {"drop_penultimate": True} if drops else {}
+    return fields | {"sampler_options": {}, "schedule_options": grid, "rederive_eps": None}
 
 
 def shaped(size: tuple[int, int], ratio: tuple[float, float], factor: int) -> tuple[int, int]:
@@ -157,11 +194,13 @@ def plan_sampling(
     shortened = from_picture and model.concat != "edit"
     if shortened and settings.schedule == "lcm" and model.preset.unet.guidance_dim:
         options["strength"], shortened = settings.strength, False  # all steps, on the cleaner part
-    levels = GRIDS[settings.schedule](path, steps, **options)
-    still = len(levels) == steps and options.get("end") == "first"
+    rule = STRENGTH_RULES[settings.strength_rule]
+    whole = rule.whole(steps, settings.strength) if shortened else steps
+    levels = GRIDS[settings.schedule](path, whole, **options)
+    still = len(levels) == whole and options.get("end") == "first"
     if shortened:
-        run = min(int(steps * settings.strength), steps)
-        levels = levels[max(steps, len(levels) - 1) - run :]
+        run = min(rule.run(steps, settings.strength, levels, path.steps), whole)
+        levels = levels[max(whole, len(levels) - 1) - run :]
         if len(levels) < 2:
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
             raise UsageError("no step would be run", why, "give more --steps or --strength")

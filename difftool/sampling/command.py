@@ -25,6 +25,7 @@ from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
+from difftool.pipeline.matches import MATCHES
 from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
 from difftool.sampling.expand import Expander, applied
@@ -100,6 +101,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     layers = _layers(values)
     if (axes or values["grid"]) and not (values["seed"] or values["from_image"]):
         values["seed"] = (drawn_seed(),)  # one for all: they are to be compared
+    if axes and values["vary"] is not None and values["vary_seed"] in (None, -1):
+        values["vary_seed"] = drawn_seed()
     picture = _picture(values, loaded) if values["from_image"] else None
     label = labels[0] if values["prompts"] and labels else None
     product = Product(values, axes, partial(_base, picture=picture, label=label))
@@ -140,8 +143,9 @@ def _base(values: Mapping[str, Any], picture: Request | None, label: str | None)
     if picture is not None:
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
-    if values["match"] == "diffusers":  # which reads every character as it stands
-        base = replace(base, settings={"prompt_syntax": "none", **base.settings})
+    if values["match"]:
+        syntax = MATCHES[values["match"]].settings["prompt_syntax"]
+        base = replace(base, settings={"prompt_syntax": syntax, **base.settings})
     return base
 
 
@@ -291,6 +295,9 @@ def sample(
         notes = [*model.notes, *(refiner.notes if refiner else ()), *words]
         work = task.steps(plan.settings.steps)
         yield Started(model.name, plan.settings, notes, work and work * len(loads))
+        if values["match"]:
+            listed = MATCHES[values["match"]].listed(task.base.settings, model.device.type != "cpu")
+            yield Note(f"as in {values['match']}: {listed}", warning=False)
         for warning in (*model.warnings, *(refiner.warnings if refiner else ())):
             yield Note(warning)
         files = values["from_latents"]

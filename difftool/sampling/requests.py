@@ -71,6 +71,8 @@ class Request:
     """What is not to be drawn beside what the negative prompt says."""
     ar: tuple[float, float] | None = None
     """Width and height of the shape that the model's own number of pixels gets."""
+    vary_seed: int | None = None
+    """Of the first image's variation; -1 or None = drawn."""
     out: str | None = None
     """Name of the picture below the output folder."""
     init: str | None = None
@@ -120,7 +122,8 @@ class Request:
             read_text(text or "")
 
     def images(self) -> Sequence[int]:
-        """The seed of each image: image k of a request has seed + k."""
+        """The seed of each image: image k of a request has seed + k, or, where their noise is
+        turned to other seeds', they all have the first one."""
         if self.seeds and len(self.seeds) > 1:
             if (self.repeat or 1) > 1:
                 what = f"{len(self.seeds)} seeds are not repeated"
@@ -133,9 +136,19 @@ class Request:
         if num < 1:
             raise UsageError(f"{num} images cannot be made", hint="give at least 1")
         first = self.seeds[0] if self.seeds else drawn_seed()
+        if self.settings.get("vary"):
+            return [first] * num
         if first + num - 1 > MAX_SEED:
             raise UsageError(f"seed {first} is too large for {num} images", f"limit {MAX_SEED}")
         return range(first, first + num)
+
+    def variations(self, count: int) -> Sequence[int | None]:
+        """The seed that the noise of each of so many images is turned to; None where it is not."""
+        if not self.settings.get("vary"):
+            return [None] * count
+        drawn = self.vary_seed in (None, -1)
+        first = drawn_seed() if drawn else self.vary_seed or 0
+        return [(first + k) % (MAX_SEED + 1) for k in range(count)]
 
     def over(self, base: Request) -> Request:
         """This request, with what it leaves open taken from `base`."""

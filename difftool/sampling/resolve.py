@@ -115,14 +115,17 @@ class Resolver:
             yield from self._notes(sample)
         if not request.seeds:
             yield Note(f"seed {seeds[0]}", warning=False)
-        for number, seed in enumerate(seeds, index):
+        variations = request.variations(len(seeds))
+        if request.vary_seed in (None, -1) and variations[0] is not None:
+            yield Note(f"variation seed {variations[0]}", warning=False)
+        for number, (seed, other) in enumerate(zip(seeds, variations, strict=True), index):
             if sample is not None:
-                yield self._placed(sample, number, seed)
+                yield self._placed(sample, number, seed, other)
                 continue
             try:
                 chosen = self._resolved(self.expander.chosen(request, seed))
                 yield from self._notes(chosen)
-                yield self._placed(chosen, number, seed)
+                yield self._placed(chosen, number, seed, other)
             except DifftoolError as error:
                 yield Failure(number, located(error, request.source))
 
@@ -208,9 +211,11 @@ class Resolver:
         asked = {name: getattr(settings, name) for name in SHARED}
         return Refiner(model, resolve_settings(model, asked, self.match), start)
 
-    def _placed(self, sample: Sample, index: int, seed: int) -> Sample | Failure | Existing:
-        """The picture of a seed, with the name that it gets."""
-        given = sample.input._replace(seed=seed)
+    def _placed(
+        self, sample: Sample, index: int, seed: int, other: int | None
+    ) -> Sample | Failure | Existing:
+        """The picture of a seed, varied by another, with the name that it gets."""
+        given = sample.input._replace(seed=seed, vary_seed=other)
         sample = replace(sample, index=index, input=given, seed=seed)
         if self.output is None:
             return sample

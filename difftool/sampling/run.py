@@ -190,7 +190,8 @@ class SampleRun:
         folder = self.output.folder(sample.path) if self.output else Path()
         values = chunk(sample, folder) if self.metadata else None
         text = parameters(sample.values()) if self.metadata else None
-        pixels, path, latents = to_pil(image), None, None
+        pixels = to_pil(image, sample.plan.settings.rounding)
+        path = latents = None
         pixels.info.update(texts(text, values))
         try:
             if self.output:
@@ -295,7 +296,7 @@ class _Sheet:
             self.left_out += 1
             return
         self.samples.append(sample)
-        self.images.append(to_pil(image))
+        self.images.append(to_pil(image, sample.plan.settings.rounding))
 
     def drawn(self) -> Image.Image:
         """The sheet, a row a prompt where each has as many."""

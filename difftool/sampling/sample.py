@@ -52,6 +52,7 @@ class Sample:
             "negative_template": _changed(request.negative_template, request.negative),
             "label": request.label,
             "seed": self.seed,
+            "vary_seed": request.vary_seed if self.seed is None else self.input.vary_seed,
             "width": width,
             "height": height,
             "init": request.init,
@@ -77,9 +78,9 @@ class Sample:
         for row in SETTINGS:
             value = values.get(row.name)
             idle = row.effect is not None and not row.effect(values)
-            if row.always or not row.json or idle or value in (None, {}):
+            if row.always or not row.json or idle or value is None:
                 continue
-            if row.key and row.type is not dict and value == getattr(own, row.name):
+            if row.key and (row.type is not dict or not value) and value == getattr(own, row.name):
                 continue
             more[row.json[0]] = ",".join(map(str, value)) if isinstance(value, tuple) else value
         return {row.json[0]: values[row.name] for row in ALWAYS} | facts | more

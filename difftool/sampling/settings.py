@@ -29,9 +29,11 @@ from difftool.config.options import (
     option_layers,
 )
 from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.noise import GENERATORS, STEP_NOISE
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
+from difftool.pipeline.matches import MATCHES
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.registry import canonical
 from difftool.storage.strict_json import is_unicode
@@ -217,6 +219,14 @@ def _known_schedule(name: str) -> str | None:
     return name if name in GRIDS or name == "Automatic" else None
 
 
+RNGS = {"cpu": "CPU", "gpu": "NV"}
+"""A1111's words for generators: NV is the GPU's without one."""
+
+
+def _known_rng(word: str) -> str | None:
+    return {"cpu": "cpu", "gpu": "gpu", "nv": "gpu", "cuda": "gpu"}.get(word.lower())
+
+
 def _size_of_text(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -282,6 +292,10 @@ def _reads(values: Values) -> bool:
 
 def _varies(values: Values) -> bool:
     return values["image_prompt"] is not None or _imagines(values)
+
+
+def _turned(values: Values) -> bool:
+    return values["vary"] > 0
 
 
 def _imagines(values: Values) -> bool:
@@ -357,6 +371,16 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",
         json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
         default="drawn and printed"),
+    _of_model("rng", "Whose random numbers: a CPU's, or a GPU's, as A1111's are", PICTURE,
+        listed=names, choices=lambda: GENERATORS, default="cpu",
+        a1111=A1111("RNG", _known_rng, RNGS.get)),
+    _of_model("vary", "How far the start noise is turned to another seed's, 0 to 1", PICTURE,
+        type=float, listed=numbers, effect=_turned, without="without its strength",
+        a1111=A1111("Variation seed strength", float)),
+    _of_request("vary_seed", "That seed; image k has the same seed and the variation seed + k",
+        PICTURE, type=int, within=Within(low=-1, high=MAX_SEED), needs=("vary",),
+        why="is the seed of a variation", a1111=A1111("Variation seed", int),
+        default="drawn and printed"),
     _of_model("size", "Width and height in pixels", PICTURE, listed=sizes, metavar="WxH",
         read=read_size,
         a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))), json=(),
@@ -391,6 +415,10 @@ SETTINGS: tuple[Setting, ...] = (
         default="the prior's"),
     _setting("eta", "Fresh noise of samplers that have it", SAMPLER, type=float, listed=numbers,
         within=NOT_NEGATIVE, key="sample.sampler_options.eta", json=("eta",)),
+    _of_model("step_noise", "What ancestral samplers draw, as in", SAMPLER, listed=names,
+        choices=lambda: STEP_NOISE, default="continued"),
+    _of_model("ensd", "A1111's eta noise seed delta", SAMPLER, type=int,
+        a1111=A1111("ENSD", int, lambda delta: delta or None)),
     _of_model("sampler_options", "Options of the sampler", SAMPLER, type=dict, option=False),
     _of_model("schedule_options", "Options of the schedule", SAMPLER, type=dict, option=False),
     _of_model("start_noise", "Amplitude of the start noise", SAMPLER, option=False),
@@ -404,6 +432,8 @@ SETTINGS: tuple[Setting, ...] = (
         type=float, listed=numbers, effect=_guided, without="without guidance"),
     _of_model("guidance_interval", "Guidance only at these log SNRs", GUIDANCE, metavar="LOW,HIGH",
         read=read_interval, effect=_guided, without="without guidance"),
+    _of_model("rounding", "Which shade a pixel becomes: nearest, or down", GUIDANCE,
+        option=False),
     _of_model("clip", "Thresholding of the predicted x0", GUIDANCE, option=False),
     _of_model("clip_range", "Bound of the predicted x0", GUIDANCE, type=float, option=False),
     _of_model("clip_quantile", "Share of x0 that dynamic thresholding keeps", GUIDANCE, type=float,
@@ -423,6 +453,9 @@ SETTINGS: tuple[Setting, ...] = (
         listed=numbers,
         short="t", a1111=A1111("Denoising strength", float), effect=_starts,
         default="0.75", also=("denoising_strength",)),
+    _of_model("strength_rule", "How many steps a strength is, as in", IMAGES, option=False),
+    _of_model("posterior", "Whether a picture's latent is drawn, or the mean", IMAGES,
+        option=False),
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
         read=read_path, file="picture", metavar="PICTURE"),
     _of_request("image_prompt", "Picture to vary (unCLIP models)", IMAGES, read=read_path,
@@ -451,8 +484,8 @@ SETTINGS: tuple[Setting, ...] = (
         complete=_models, a1111=A1111("Refiner")),
     _setting("refiner_start", "Share of the path before it", MODEL, type=float, within=SHARE,
         needs=("refiner",), why="has no model to start", default="0.8"),
-    _setting("match", "Numbers exactly as in", MODEL, listed=names, metavar="TOOL",
-        choices=lambda: ("diffusers",)),
+    _setting("match", "Noise, weighting, schedules, rounding and more as in", MODEL, listed=names,
+        metavar="TOOL", read=MATCHES.resolve, choices=lambda: MATCHES),
     _of_request("lora", "Apply a LoRA, at several weights in turn with FILE:0.4,0.8; repeatable",
         ADAPTERS, field="applied", json=(), listed=weighted, metavar="FILE[:WEIGHT]", many=True,
         read=_lora, file="LoRA", folder=True, default="1",

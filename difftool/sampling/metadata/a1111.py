@@ -18,7 +18,8 @@ from difftool.version import __version__
 
 ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
-    *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes", "RNG"),
+    *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes"),
+    *("Variation seed", "Variation seed strength", "RNG", "ENSD"),
     *("Class", "Tiling", "Template", "Negative Template", "Version"),
 )
 """Of the words on the line; any other comes after them."""
@@ -29,13 +30,14 @@ def parameters(values: Values) -> str:
     """The text of a picture of these values."""
     words: dict[str, Any] = {
         "Model hash": values["model_hash"] or None,
-        "RNG": "CPU",
         "Version": f"difftool-{__version__}",
     }
     for word, (row, dialect) in A1111_WORDS.items():
         value = values.get(row.name)
         if value is not None and (row.effect is None or row.effect(values)):
             words[word] = dialect.write(value)
+    if (eta := values["sampler_options"].get("eta")) is not None:
+        words["Eta DDIM" if values["sampler"] == "ddim" else "Eta"] = f"{eta:g}"
     known = [word for word in ORDER if word in words]
     known += [word for word in words if word not in ORDER]
     line = ", ".join(f"{word}: {_quoted(v)}" for word in known if (v := words[word]) is not None)
@@ -116,7 +118,7 @@ def from_parameters(text: str, source: str) -> Request:
 
 SILENT = frozenset(A1111_WORDS) | {
     *("Prompt", "Negative prompt", "Model hash", "Version", "VAE hash", "User", "Hashes"),
-    *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App", "RNG"),
+    *("TI hashes", "Batch size", "Batch pos", "Time taken", "Civitai resources", "App"),
     *("Civitai metadata", "Created Date", "VAE", "Backend"),
     *("Pipeline", "Operations", "Job timestamp", "Eta", "Eta DDIM"),
 }
@@ -157,9 +159,8 @@ def _as_a1111(words: Mapping[str, str], read: dict[str, Any], found: Found) -> N
             read["eta"] = float(words[word])
         else:
             found.miss(f"{word}: {words[word]}")
-    noise = words.get("RNG", "GPU" if version else "CPU")
-    if noise != "CPU":
-        found.miss(f"RNG: {noise} (the noise is another)")
+    if version and "RNG" not in words:
+        read["rng"] = "gpu"  # which is not written
     if words.get("Refiner"):
         found.miss(f"Refiner: {words['Refiner']}: --refiner", "refiner")
     for word, value in words.items():

@@ -28,6 +28,8 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20
 ASKED = ("prompt", "negative", "label", "seed")
 """What is asked for of any picture."""
+ALSO = ("vary_seed", *TEMPLATES.values())
+"""What is asked for of some, and a line of JSON can say."""
 LISTS = {"embedding": "embeddings", "lora": "loras"}
 """Keys of files of which there may be several, by their options; any other is called as it is."""
 MAX_FILES = 100
@@ -38,7 +40,7 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     """Plain values for JSON, in which files are named as a picture in that folder names them."""
     model, values = sample.plan.model, sample.values()
     request = {name: values[name] for name in ASKED}
-    others = ("refiner", "prior", *TEMPLATES.values())
+    others = ("refiner", "prior", *ALSO)
     request |= {name: values[name] for name in others if values[name] is not None}
     hashes: dict[str, Any] = {}
     for file in _files(sample):
@@ -99,7 +101,7 @@ def from_chunk(text: str, source: str) -> Request:
         values = parse_json(text, "it", infinite=True)
         request, settings = values["request"], values["preset"]["sample"]
         asked = {name: request[name] for name in ASKED}
-        asked |= {name: request[name] for name in TEMPLATES.values() if name in request}
+        asked |= {name: request[name] for name in ALSO if name in request}
         named = tuple(_named(request))
         networks = {str(n): str(digest) for n, digest in request.get("networks", {}).items()}
         plugins = tuple((str(name), str(digest)) for name, digest in request.get("plugins", []))

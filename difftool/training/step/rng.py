@@ -2,8 +2,7 @@
 
 Nothing is carried from one draw to the next, so what a training step draws does not depend on how
 many steps, workers or processes came before it, and a resumed run draws the same numbers.
-Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), vectorised in
-torch integers: a whole batch in one go, the same integers on every device.
+They are Philox's, a whole batch in one go, and the same integers on every device.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-MASK = 0xFFFFFFFF
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
+from difftool.diffusion.philox import MASK, philox
+
 GOLDEN = 0x9E3779B97F4A7C15
 """The golden ratio's fraction in units of 2^-64."""
 
@@ -37,23 +35,6 @@ class Stream(IntEnum):
     JUDGED_TIME = 11
     JUDGED_NOISE = 12
     AUGMENT = 13
-
-
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four int64 tensors holding 32-bit words to four of the same shape."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # The product wraps to 64 bits; its bits are right, which is all that is used.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
-        )
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
 
 
 def words(seed: int, stream: Stream, step: int, slots: Tensor, count: int) -> Tensor:
