@@ -28,11 +28,10 @@ from difftool.hub.find import model_name, place_of_model
 from difftool.pipeline.matches import MATCHES
 from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
-from difftool.sampling.expand import Expander, applied
+from difftool.sampling.expand import Expander, applied, is_plain
 from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import Lines, Request, drawn_seed, read_requests, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
-from difftool.text.syntax import SYNTAXES
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -143,9 +142,6 @@ def _base(values: Mapping[str, Any], picture: Request | None, label: str | None)
     if picture is not None:
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
-    if values["match"]:
-        syntax = MATCHES[values["match"]].settings["prompt_syntax"]
-        base = replace(base, settings={"prompt_syntax": syntax, **base.settings})
     return base
 
 
@@ -179,17 +175,12 @@ def _counted(
         if not isinstance(request, Request):
             assert request is not None
             raise request
-        images, plain = len(request.images()), _is_plain(request)
+        images, plain = len(request.images()), is_plain(request, values["match"])
         request = request if plain else applied(request)
         images = len(request.images())
         count += images * (1 if plain else expander.count(request))
         most = max(most, images)
     return count, most
-
-
-def _is_plain(request: Request) -> bool:
-    syntax = request.settings.get("prompt_syntax") or SampleConfig().prompt_syntax
-    return SYNTAXES[syntax].plain
 
 
 def _layers(values: Mapping[str, Any]) -> list[Layer]:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import cast
 
 from difftool.config.options import by_name
+from difftool.config.schema import SampleConfig
 from difftool.data.dice import Dice
 from difftool.errors import UsageError
+from difftool.pipeline.matches import MATCHES
 from difftool.sampling.requests import Request, as_written, request_of
 from difftool.sampling.settings import SETTINGS, Setting
 from difftool.text.dynamic import Dynamic, is_dynamic
 from difftool.text.midjourney import parameters
+from difftool.text.syntax import SYNTAXES
 from difftool.text.wildcards import Wildcards
 
 TEMPLATES = {"prompt": "template", "negative": "negative_template"}
@@ -57,6 +60,14 @@ def applied(request: Request, inner: bool = False) -> Request:
     kept = request.negative_template
     kept = negative if kept is not None and kept == (request.negative or "") else kept
     return replace(request, negative=negative, negative_template=kept, no=None)
+
+
+def is_plain(request: Request, match: str | None, own: SampleConfig | None = None) -> bool:
+    """Whether every character of its prompts is a word's. match: the tool whose syntax they are in
+    where they do not say it; own: else it is this one."""
+    tool = (own or SampleConfig()).prompt_syntax
+    tool = tool if match is None else MATCHES[match].settings["prompt_syntax"]
+    return SYNTAXES[request.settings.get("prompt_syntax") or tool].plain
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from difftool.plugins import loaded
 from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
-from difftool.sampling.expand import Expander
+from difftool.sampling.expand import Expander, is_plain
 from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import SIZE, Lines, Request, located
 from difftool.sampling.sample import Sample
@@ -100,8 +100,7 @@ class Resolver:
         yield from [request] if self._is_plain(request) else self.expander.requests(request)
 
     def _is_plain(self, request: Request) -> bool:
-        syntax = request.settings.get("prompt_syntax", self.model.preset.sample.prompt_syntax)
-        return SYNTAXES[syntax].plain
+        return is_plain(request, self.match, self.model.preset.sample)
 
     def _of_request(
         self, request: Request, index: int
