@@ -115,7 +115,7 @@ def test_what_is_learned_is_what_is_applied(place, difftool):
     assert ran.code == 3 and "--lora run/lora.safetensors" in ran.err
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(place, difftool):
+def test_a_stopped_run_goes_on_bit_for_bit_from_another_folder(place, difftool, monkeypatch):
     common = ("train", "photos", "--from", "base.safetensors", "--lora", *RUN)
     assert difftool(*common, "--out", "whole").code == 0
     for step in sorted(Path("whole/checkpoints").iterdir()):
@@ -129,8 +129,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, difftool):
     Path("part/config.yaml").write_text(
         Path("whole/config.yaml").read_text(encoding="utf-8"), encoding="utf-8"
     )
-    ran = difftool("train", "photos", "--out", "part", "--resume-from", step, *RUN)
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")  # the model that it adapts was named from the other
+    ran = difftool(
+        "train", place / "photos", "--out", place / "part", "--resume-from", place / step, *RUN
+    )
     assert ran.code == 0, ran.err
+    monkeypatch.chdir(place)
     first, second = load_file("whole/lora.safetensors"), load_file("part/lora.safetensors")
     assert first.keys() == second.keys()
     assert all(tensor.equal(second[name]) for name, tensor in first.items())

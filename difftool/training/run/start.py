@@ -179,6 +179,7 @@ def _start_layers(
     values: Mapping[str, Any], base: Path, source: ModelSource, given: Sequence[Layer]
 ) -> list[Layer]:
     """What --from says, and what is to be made of the model; `given` goes before it."""
+    base = base.absolute()  # the run is resumed from anywhere
     layers = staged.start_layers(base, source)
     if values["lora"]:
         layers += staged.lora_layers(base, source, values["rank"] or LORA_RANK)
