@@ -20,6 +20,8 @@ class DifftoolError(Exception):
     """
 
     code = 1
+    line: int | None = None
+    """Of a file of many things, where it is about one of them."""
 
     def __init__(self, what: str, why: str | None = None, hint: str | None = None):
         super().__init__(what)

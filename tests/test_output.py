@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from difftool.errors import UsageError
-from difftool.sampling.output import FIELDS, Output, expand, slug
+from difftool.sampling.files.names import WORDS, expand, slug
+from difftool.sampling.output import Output
 
 VALUES: dict[str, Any] = {
     "seed": 7,
@@ -28,6 +31,12 @@ VALUES: dict[str, Any] = {
     "model": "shapes",
     "model_hash": "0123456789",
     "date": "2026-01-31",
+    "id": 12,
+    "init": "photos/red fox.jpg",
+    "number": 2,
+    "seeds": range(6, 9),
+    "clip_skip": 1,
+    "strength": 0.75,
 }
 
 
@@ -36,8 +45,9 @@ def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_values_are_those_of_the_fields():
-    assert set(VALUES) == set(FIELDS)
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_has_a_value(word):
+    assert re.fullmatch(r"[\w .-]*\.png", expand(f"[{word}].png", VALUES))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +61,16 @@ def test_the_values_are_those_of_the_fields():
         ("[width]x[height]-[cfg]-[sampler].png", "64x32-7.5-dpmpp_2m.png"),
         ("[model]/[model_hash]/[date].png", "shapes/0123456789/2026-01-31.png"),
         ("plain [1].png", "plain [1].png"),
+        ("[prompt_spaces].png", "a red fox smiling.png"),
+        ("[prompt_words]/[generation_number:04].png", "a red fox smiling/0001.png"),
+        ("[init]-[id].png", "red-fox-12.png"),
+        ("[batch_number] of [batch_size]-[seed_first]-[seed_last].png", "2 of 3-6-8.png"),
+        ("[prompt_hash].png", f"{sha256(b'a red fox, smiling').hexdigest()[:8]}.png"),
+        ("[prompt_hash<12>].png", f"{sha256(b'a red fox, smiling').hexdigest()[:12]}.png"),
+        ("[full_prompt_hash].png", f"{sha256(b'a red fox, smiling ').hexdigest()[:8]}.png"),
+        ("[hasprompt<FOX|other><owl|no owl>].png", "FOXno-owl.png"),
+        ("a[none][styles].png", "a.png"),
+        ("[datetime<year>].png", "year.png"),
     ],
 )
 def test_templates(template, name):
@@ -95,7 +115,23 @@ def test_long_values_share_the_room_of_a_name():
     assert name and 100 < len(os.fsencode(name.name)) <= 200 and name.name.endswith("犬-7.png")
 
 
-@pytest.mark.parametrize("where", ["[sed].png", "[seed.__class__].png[x].png", "[prompt:05].png"])
+def test_dates_in_names():
+    before = datetime.now().strftime("%Y%m%d%H%M%S")
+    name = expand("[datetime].png", VALUES)
+    assert before <= name.removesuffix(".png") <= datetime.now().strftime("%Y%m%d%H%M%S")
+    year, month = datetime.now().strftime("%Y %m").split()
+    path = Output.parse("out/[datetime<%Y/%m>]/[DateTime<%Y><Asia/Tokyo>]-[seed].png").path(VALUES)
+    assert path and path.parent == Path("out", f"{year}-{month}")
+    assert re.fullmatch(r"\d{4}-7\.png", path.name)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "[sed].png", "[seed.__class__].png[x].png", "[prompt:05].png", "[seed<5>].png",
+        "[prompt_hash<65>].png", "[datetime<%Y><Mars/Olympus>].png", "[date<%Y>].png",
+    ],
+)  # fmt: skip
 def test_unknown_fields_are_usage_errors(where):
     with pytest.raises(UsageError):
         Output.parse(where)

@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from difftool.errors import DifftoolError, UsageError
-from difftool.sampling.requests import Request, parse_line, read_requests
+from difftool.sampling.files.prompts import read_requests
+from difftool.sampling.requests import Request, parse_line
 from difftool.sampling.settings import (
     KEYS,
     MAX_SEED,
@@ -95,7 +96,9 @@ def test_every_key_of_a_json_line():
         "negative_prompt": "blurry",
         "no": "hills",
         "ar": "3:2",
-        "repeat": 2,
+        "n_iter": 2,
+        "batch_size": 3,
+        "id": "fox-1",
         "tile": True,
         "chaos": 10.0,
         "stop": 80,
@@ -150,6 +153,8 @@ def test_every_key_of_a_json_line():
         no="hills",
         ar=(3.0, 2.0),
         repeat=2,
+        num=3,
+        id="fox-1",
         template="a {fox|owl}",
         negative_template="{blurry|bad}",
         label="3",
@@ -327,6 +332,67 @@ def test_a_line_without_end_is_refused(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"a fox\n" + b"x" * 3_000_000)
     assert [p[:15] for p in read(path)] == ["a fox", "prompts.txt lin"]
+    path.write_bytes(b"a fox\n" + b"x" * 3_000_000 + b"\nan owl\n")
+    assert [p[:24] for p in read(path)] == ["a fox", "prompts.txt line 2: it i", "an owl"]
+
+
+ARRAY = """
+# of another program
+[
+  {"prompt": "a fox",
+   "seed": 7},
+  "an owl --s 5", {"promt": "x"},
+  {"prompt": "no end}, [and \\" ]},
+  [1], {"prompt": "a } ] \\" dog"}
+]
+"""
+
+
+def test_an_array_of_json_is_read_element_by_element(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(ARRAY, encoding="utf-8")
+    found = list(read_requests(str(path), Request(negative="grey")))
+    first, owl, wrong, torn, number, dog = found
+    assert isinstance(first, Request) and (first.prompt, first.seeds) == ("a fox", (7,))
+    assert (first.negative, first.line, first.source) == ("grey", 4, "prompts.json line 4")
+    assert isinstance(owl, Request) and (owl.prompt, owl.settings) == ("an owl", {"steps": 5})
+    assert isinstance(wrong, UsageError) and (wrong.line, wrong.what[:20]) == (
+        6,
+        "prompts.json line 6:",
+    )
+    assert isinstance(torn, UsageError) and torn.line == 7 and "not JSON" in torn.what
+    assert isinstance(number, UsageError) and number.line == 8
+    assert isinstance(dog, Request) and dog.prompt == 'a } ] " dog'
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('["a fox", "an owl",]', ["a fox", "an owl"]),
+        ('[{"prompt": "a fox"}]', ["a fox"]),
+        ("[]", []),
+        ("[\n]", []),
+        ('[{"prompt": "a fox"}', ["a fox", "it.json line 1: the array has no end"]),
+        ('[{"prompt": "a f', ["it.json line 1: not JSON", "it.json line 1: the array has no end"]),
+        ('["a"]\nb', ["a", "it.json line 2: something follows the end of the array"]),
+        ("[1girl] x\n[a|b]", ["[1girl] x", "[a|b]"]),
+        ("[{red|blue}:dog:0.5] x", ["[{red|blue}:dog:0.5] x"]),
+        ('a fox\n["b"]', ["a fox", "it.json line 2: not a JSON object"]),
+    ],
+)
+def test_what_is_an_array_and_what_opens_a_prompt(tmp_path, text, prompts):
+    path = tmp_path / "it.json"
+    path.write_text(text, encoding="utf-8")
+    assert [each.split("\n")[0] for each in read(path)] == prompts
+
+
+def test_an_array_may_be_cut_anywhere(tmp_path, monkeypatch):
+    path = tmp_path / "it.json"
+    path.write_text(ARRAY + " " * 99, encoding="utf-8")
+    whole = read(path)
+    for size in (1, 2, 3, 7):
+        monkeypatch.setattr("difftool.sampling.files.prompts.CHUNK", size)
+        assert read(path) == whole
 
 
 def test_missing_files_and_folders(tmp_path):

@@ -229,8 +229,34 @@ def test_what_is_not_done_to_the_letter_is_said(request_, text):
 def test_one_name_is_not_given_to_two_pictures():
     model: Any = FakeModel()
     output = Output.parse("out/[prompt].png", overwrite=True)
-    events = list(SampleRun(model=model, output=output).events([ask("a", 1, 2)]))
-    assert seeds_of(events) == [1] and "the name of two pictures" in failures_of(events)[0]
+    requests = [ask("a", 1, 2), ask("a-2", 3), ask("A", 4), Request(prompt="b", seeds=(5, 6))]
+    requests[-1] = dataclasses.replace(requests[-1], out="a.png")
+    events = list(SampleRun(model=model, output=output).events(requests))
+    paths = [event.path for event in events if isinstance(event, Result)]
+    names = ["a.png", "a-2.png", "a-2-2.png", "A-3.png", "a-4.png", "a-5.png"]
+    assert paths == [Path("out", name) for name in names]
+
+
+def test_a_folder_to_start_from_makes_one_picture_each():
+    Path("photos").mkdir()
+    Path("masks").mkdir()
+    for name in ("b.png", "a.jpg", "c.png"):
+        Image.new("L", (8, 8), 200).save(Path("photos", name))
+    for name in ("a.png", "b.webp"):
+        Image.new("L", (8, 8), 255).save(Path("masks", name))
+    Path("photos/notes.txt").write_text("no picture", encoding="utf-8")
+    Path("photos/.hidden.png").write_text("no picture", encoding="utf-8")
+    folder = Request(prompt="x", seeds=(1,), num=2, init="photos", settings={"strength": 1.0})
+    events, _ = make([folder], "out/[init]-[seed].png")
+    names = [f"{name}-{seed}.png" for name in "abc" for seed in (1, 2)]
+    assert [e.path for e in events if isinstance(e, Result)] == [Path("out", n) for n in names]
+    masked = dataclasses.replace(folder, mask="masks", num=1)
+    events, _ = make([masked, ask("y", 9)], "masked/[init].png")
+    indices = [e.index for e in events if isinstance(e, Result | Failure)]
+    assert indices == [0, 1, 2, 3] and "masks/c.png" in failures_of(events)[0]
+    Path("none").mkdir()
+    events, _ = make([dataclasses.replace(folder, init="none"), ask("y", 9)], "none/[seed].png")
+    assert "none holds no picture" in failures_of(events)[0] and seeds_of(events) == [9]
 
 
 def test_a_full_disk_stops_the_run(monkeypatch):

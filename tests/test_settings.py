@@ -13,8 +13,8 @@ from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.hub.find import find_model
 from difftool.sampling.command import prepare
+from difftool.sampling.files.names import FIELDS
 from difftool.sampling.metadata.a1111 import ORDER
-from difftool.sampling.output import FIELDS
 from difftool.sampling.requests import Request
 from difftool.sampling.settings import A1111_WORDS, ALWAYS, KEYS, OPTIONS, SETTINGS
 
@@ -42,7 +42,16 @@ def test_every_field_of_the_configuration_and_of_a_request_has_a_row():
     assert keys == fields | {"width", "height"}
     own = {field.name for field in dataclasses.fields(Request)}
     given = {row.field for row in SETTINGS if row.field}
-    others = {"settings", "source", "model_hash", "embeddings", "loras", "plugins", "missed"}
+    others = {
+        "settings",
+        "source",
+        "line",
+        "model_hash",
+        "embeddings",
+        "loras",
+        "plugins",
+        "missed",
+    }
     assert own - given == others | {
         *("found", "named", "hashes", "opened", "changed", "networks", "ignored", "place"),
     }

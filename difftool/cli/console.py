@@ -129,13 +129,16 @@ def leave(*streams: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def fail(error: DifftoolError) -> None:
-    """An error in up to three lines on stderr, or as JSON on stdout under --json."""
+def fail(error: DifftoolError, index: int | None = None) -> None:
+    """An error in up to three lines on stderr, or as JSON on stdout under --json; index: of what
+    was not made because of it."""
     if mode.follower and isinstance(error, UsageError | Stopped):
         return  # the first process says the same
     if mode.json:
         message = ": ".join(part for part in (error.what, error.why) if part)
         detail = {"code": error.code, "message": message, "hint": error.hint}
+        where = {"index": index, "line": error.line}
+        detail |= {name: number for name, number in where.items() if number is not None}
         try:
             emit({"schema": SCHEMA, "error": detail})
             return

@@ -172,7 +172,7 @@ def _defaults(entry: lists.ListEntry) -> str:
 
 
 def _lines() -> Iterator[str]:
-    from difftool.sampling.output import ALIASES, FIELDS, NUMBERS
+    from difftool.sampling.files.names import ALIASES, FIELDS, NUMBERS, WORDS
     from difftool.sampling.settings import ALWAYS, KEYS
     from difftool.training import metrics
 
@@ -205,9 +205,13 @@ def _lines() -> Iterator[str]:
     _, _, text = str(metrics.__doc__).strip().partition("\n\n")
     yield f"```text\n{text}\n```\n"
     yield "## Names of pictures\n"
-    words = ", ".join(_code(f"[{name}]") for name in (*FIELDS, *ALIASES))
+    settings = ", ".join(_code(f"[{name}]") for name in (*FIELDS, *ALIASES) if name not in WORDS)
     numbers = ", ".join(map(_code, NUMBERS))
-    yield f"`sample -o` may have {words}; with as many digits as `[index:04]` says: {numbers}.\n"
+    yield f"`sample -o` may have {settings}, and these, A1111's among them:\n"
+    yield _table(
+        ("word", "meaning"), ((_code(f"[{name}]"), word.about) for name, word in WORDS.items())
+    )
+    yield f"With as many digits as `[index:04]` says: {numbers}.\n"
 
 
 def _ends() -> Iterator[str]:

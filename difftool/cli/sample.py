@@ -60,8 +60,8 @@ def _tell(found: Iterator[Reading | events.Note | events.Failure]) -> int:
     told, codes = console.Alike(), {0}
     for each in found:
         match each:
-            case events.Failure(_, error):
-                console.fail(error)
+            case events.Failure(index, error):
+                console.fail(error, index)
                 codes.add(error.code)
             case events.Note(text, warning):
                 if warning and told.is_news(text):
@@ -140,10 +140,10 @@ class _Show:
             case events.Sheet(path, images):
                 self.drawn = max(self.drawn, images)
                 emit(path, {"path": str(path), "grid": images})
-            case events.Failure(_, error):
+            case events.Failure(index, error):
                 self.errors.append(error)
                 if console.mode.json or self.told.is_news(error.what):
-                    console.fail(error)
+                    console.fail(error, index)
             case events.Existing():
                 self.skipped += 1
             case events.Judged(judgement):

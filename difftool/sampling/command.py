@@ -28,9 +28,10 @@ from difftool.hub.find import model_name, place_of_model
 from difftool.pipeline.matches import MATCHES
 from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
-from difftool.sampling.expand import Expander, applied, is_plain
+from difftool.sampling.expand import Expander, applied, is_plain, spread
+from difftool.sampling.files.prompts import Lines, read_requests
 from difftool.sampling.output import Numbering, Output
-from difftool.sampling.requests import Lines, Request, drawn_seed, read_requests, request_of
+from difftool.sampling.requests import Request, drawn_seed, request_of
 from difftool.sampling.settings import PICTURES, SETTINGS
 
 if TYPE_CHECKING:
@@ -116,12 +117,10 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         Request(prompt=prompt, label=label)
         for prompt, label in cartesian(values["prompt"] or [None], labels or [None])
     ]
-    count, each = _counted(values, product, asked)
+    count = _counted(values, product, asked)
     loads = len(list(product.loads()))
     total = None if values["prompts"] else len(values["from_latents"] or ()) or count * loads
     output = None if loaded and values["output"] is None else _output(values, total)
-    if output and each > 1:
-        output.check_tells_apart(each)
     if not loaded:
         for given, _ in product.loads():
             for place in filter(None, (given[name] for name in ("vae", "prior", "refiner"))):
@@ -164,23 +163,20 @@ def _picture(values: Mapping[str, Any], loaded: bool) -> Request:
     return locate(picture, values["from_image"], opened, trusted=trusted, places=places)
 
 
-def _counted(
-    values: Mapping[str, Any], product: Product, asked: Sequence[Request]
-) -> tuple[int, int]:
-    """How many pictures requests come to with each model, and the most of one; UsageError for what
-    is wrong with one."""
+def _counted(values: Mapping[str, Any], product: Product, asked: Sequence[Request]) -> int:
+    """How many pictures requests come to with each model; UsageError for what is wrong with
+    one."""
     expander = Expander(values["wildcard_dir"], bool(values["combinatorial"]))
-    count = most = 0
+    count = 0
     for request in product.requests([] if values["prompts"] else asked):
         if not isinstance(request, Request):
             assert request is not None
             raise request
-        images, plain = len(request.images()), is_plain(request, values["match"])
-        request = request if plain else applied(request)
-        images = len(request.images())
-        count += images * (1 if plain else expander.count(request))
-        most = max(most, images)
-    return count, most
+        for one in spread(request):
+            plain = is_plain(one, values["match"])
+            one = one if plain else applied(one)
+            count += len(one.images()) * (1 if plain else expander.count(one))
+    return count
 
 
 def _layers(values: Mapping[str, Any]) -> list[Layer]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 from difftool.config.options import by_name
 from difftool.config.schema import SampleConfig
@@ -131,6 +131,43 @@ class Expander:
     def _final(self, request: Request, texts: dict[str, str]) -> Request:
         kept = {TEMPLATES[name]: getattr(request, name) for name in texts}
         return applied(replace(request, **texts, **kept), inner="prompt" in texts)
+
+
+def spread(request: Request) -> Iterator[Request]:
+    """A request for each picture of the folder that it starts from or varies, with the mask of its
+    name where there is a folder of masks; itself, where there is none. UsageError for a folder
+    without a picture."""
+    folders = [name for name in ("init", "image_prompt") if _is_folder(getattr(request, name))]
+    if not folders:
+        yield request
+        return
+    (name, *_) = folders
+    folder = Path(getattr(request, name))
+    if not (found := _pictures(folder)):
+        raise UsageError(f"the folder {folder} holds no picture")
+    masks: dict[str, Path] = {}
+    if _is_folder(request.mask):
+        masks = {file.stem: file for file in _pictures(Path(request.mask))}
+    for file in found:
+        one = replace(request, **{name: str(file)})
+        if _is_folder(request.mask):
+            mask = masks.get(file.stem, Path(request.mask, file.name))
+            one = replace(one, mask=str(mask))
+        yield from spread(one)
+
+
+def _is_folder(path: str | None) -> TypeGuard[str]:
+    return path is not None and Path(path).is_dir()
+
+
+def _pictures(folder: Path) -> list[Path]:
+    from difftool.images.read import SUFFIXES
+
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
 
 
 def final(request: Request) -> Request:

@@ -1,17 +1,13 @@
-"""What is asked for: prompts, seeds, sizes, and files of them, read as they come. Torch-free."""
+"""What is asked for: prompts, seeds, sizes, and lines of them. Torch-free."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 from typing import Any, NamedTuple
 
 from difftool.config.layers import merge
@@ -28,7 +24,6 @@ from difftool.sampling.settings import (
 from difftool.storage.strict_json import parse_json
 from difftool.text.midjourney import MEANT, OTHERS
 
-MAX_LINE = 1 << 20
 SIZE = frozenset(("size", "width", "height"))
 """Settings that a shape takes the place of."""
 MIDJOURNEYS = OTHERS | frozenset(MEANT)
@@ -75,6 +70,8 @@ class Request:
     """Of the first image's variation; -1 or None = drawn."""
     out: str | None = None
     """Name of the picture below the output folder."""
+    id: str | int | None = None
+    """A name of the user's, which is printed with each of its pictures."""
     init: str | None = None
     """Path of the picture to start from, to repaint or to edit."""
     mask: str | None = None
@@ -91,6 +88,8 @@ class Request:
     """Which combination of listed settings it is: the text of each one's value, by its name."""
     source: str = ""
     """Where it was read, for messages."""
+    line: int | None = None
+    """The line that it was read from."""
     model_hash: str = ""
     """Hash of the model that the request was made for; empty = any."""
     embeddings: tuple[str, ...] = ()
@@ -186,7 +185,7 @@ def request_of(values: Mapping[str, Any], **more: Any) -> Request:
     return Request(**given | more, settings=settings_of(values))
 
 
-# --- files and streams of prompts ------------------------------------------------------------
+# --- lines -----------------------------------------------------------------------------------
 
 
 def parse_line(line: str) -> Request | None:
@@ -206,10 +205,25 @@ def parse_line(line: str) -> Request | None:
     return from_json(values)
 
 
+def parse_element(text: str) -> Request:
+    """The request of an element of an array of JSON: an object, or a text, which is read as a line
+    of text is."""
+    try:
+        values = parse_json(text, "the element")
+    except InputError as error:
+        raise UsageError("not JSON", error.why, _LINE.replace("line", "element")) from None
+    if isinstance(values, str):
+        return from_json(_with_options(values.strip()))
+    if not isinstance(values, dict):
+        why = f"it is JSON, {text[:40]}"
+        raise UsageError("not a JSON object", why, _LINE.replace("line", "element"))
+    return from_json(values)
+
+
 _JSON = re.compile(
     r"""(?x)
     \{(?! [^{}"':]* [|{] | [^{}"':]+\}+\s*[^\s\]}] )  # and no {red|blue} fox, {{red}}, {red} fox
-    | (\[\s*)+(["{\]] | $ | (-?[\d.]+|true|false|null)\s*[,\]])
+    | (\[\s*)+(["\]] | \{\s*(["}]|$) | $ | (-?[\d.]+|true|false|null)\s*[,\]])
     | "([^"\\]|\\.)*("\s*(:.*|,?)|$)$                  # and no "red" fox
     | (true|false|null|[\]}\[{,:\s]+)$
     """
@@ -272,98 +286,11 @@ def from_json(values: Mapping[str, Any]) -> Request:
     return request_of(read, model_hash=made_by)
 
 
-Lines = Iterable[Request | DifftoolError | None]
-"""Requests as they come: an error where one cannot be read, None where the next has to be waited
-for."""
-
-
-NOTHING = Request()
-"""Asks for nothing."""
-
-
-def read_requests(where: str, base: Request = NOTHING) -> Lines:
-    """The requests of a file, or of stdin for "-", one a line, each completed by `base`.
-
-    A line that cannot be read is its error. None means that nothing more is there yet, so that
-    what was read can be worked on: a stream's first image does not wait for its last line.
-    """
-    try:
-        # Not the sys.stdin object: a thread left waiting in it would hold its lock at exit.
-        descriptor = 0 if where == "-" else os.open(where, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        mode = os.fstat(descriptor).st_mode
-    except OSError as error:
-        raise UsageError(f"cannot read the prompts {where}", error.strerror) from None
-    if stat.S_ISDIR(mode):
-        raise UsageError(f"the prompts {where} are a folder", hint="give a file, or - for stdin")
-    lines: Iterable[bytes | None] = _split(descriptor)
-    if not stat.S_ISREG(mode):
-        lines = _ahead(lines)
-    return _parsed(lines, "stdin" if where == "-" else Path(where).name, base)
-
-
-def _parsed(lines: Iterable[bytes | None], source: str, base: Request) -> Lines:
-    number = 0
-    for line in lines:
-        if line is None:
-            yield None
-            continue
-        number += 1
-        where = f"{source} line {number}"
-        if len(line) > MAX_LINE:
-            why = f"more than {MAX_LINE} bytes, so what follows is not read"
-            yield UsageError(f"{where} is too long", why)
-            return
-        try:
-            request = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            yield UsageError(f"{where}: not UTF-8 text")
-        except DifftoolError as error:
-            yield located(error, where)
-        else:
-            if request is not None:
-                yield replace(request.over(base), source=where)
-
-
-def located(error: DifftoolError, where: str) -> DifftoolError:
-    """The same error, saying where it is."""
-    what = f"{where}: {error.what}" if where else error.what
-    return type(error)(what, error.why, error.hint)
-
-
-def _split(descriptor: int) -> Iterator[bytes]:
-    """Lines as they arrive, without waiting for a full buffer."""
-    rest = b""
-    try:
-        while chunk := os.read(descriptor, 1 << 16):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-            if len(rest) > MAX_LINE:
-                break
-    finally:
-        if descriptor:
-            os.close(descriptor)
-    if rest:
-        yield rest
-
-
-def _ahead(lines: Iterable[bytes | None]) -> Iterator[bytes | None]:
-    """The lines, read by a thread; None whenever the next one has to be waited for."""
-    queue: Queue[bytes | None] = Queue(maxsize=1024)
-
-    def read() -> None:
-        try:
-            for line in lines:
-                queue.put(line)
-        finally:
-            queue.put(None)
-
-    Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = queue.get_nowait()
-        except Empty:
-            yield None
-            line = queue.get()
-        if line is None:
-            return
-        yield line
+def located(error: DifftoolError, request: Request) -> DifftoolError:
+    """The same error, saying where the request is that it is about."""
+    where = f"{request.source}: " if request.source else ""
+    if where and error.what.startswith(where):
+        return error
+    found = type(error)(f"{where}{error.what}", error.why, error.hint)
+    found.line = request.line
+    return found

@@ -34,9 +34,10 @@ from difftool.plugins import loaded
 from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
-from difftool.sampling.expand import Expander, is_plain
+from difftool.sampling.expand import Expander, is_plain, spread
+from difftool.sampling.files.prompts import Lines
 from difftool.sampling.output import Numbering, Output
-from difftool.sampling.requests import SIZE, Lines, Request, located
+from difftool.sampling.requests import SIZE, Request, located
 from difftool.sampling.sample import Sample
 from difftool.sampling.settings import SETTINGS
 from difftool.text.constructs import unread
@@ -85,11 +86,11 @@ class Resolver:
                 continue
             try:
                 for each in self._expanded(request):
-                    for entry in self._of_request(each, numbering.index):
+                    for entry in self._entries_of(each, numbering.index):
                         yield entry
                         numbering.index += not isinstance(entry, Note)
             except DifftoolError as error:
-                yield Failure(numbering.index, located(error, request.source))
+                yield Failure(numbering.index, located(error, request))
                 numbering.index += 1
         for word in self.model.words:
             if word not in self._words:
@@ -97,7 +98,19 @@ class Resolver:
 
     def _expanded(self, request: Request) -> Iterator[Request]:
         """The requests that one is drawn as."""
-        yield from [request] if self._is_plain(request) else self.expander.requests(request)
+        for one in spread(request):
+            yield from [one] if self._is_plain(one) else self.expander.requests(one)
+
+    def _entries_of(
+        self, request: Request, index: int
+    ) -> Iterator[Sample | Failure | Existing | Note]:
+        """The same of one of these, whose failure is no other's."""
+        try:
+            for entry in self._of_request(request, index):
+                yield entry
+                index += not isinstance(entry, Note)
+        except DifftoolError as error:
+            yield Failure(index, located(error, request))
 
     def _is_plain(self, request: Request) -> bool:
         return is_plain(request, self.match, self.model.preset.sample)
@@ -117,16 +130,16 @@ class Resolver:
         variations = request.variations(len(seeds))
         if request.vary_seed in (None, -1) and variations[0] is not None:
             yield Note(f"variation seed {variations[0]}", warning=False)
-        for number, (seed, other) in enumerate(zip(seeds, variations, strict=True), index):
-            if sample is not None:
-                yield self._placed(sample, number, seed, other)
-                continue
+        for number, (seed, other) in enumerate(zip(seeds, variations, strict=True)):
             try:
-                chosen = self._resolved(self.expander.chosen(request, seed))
-                yield from self._notes(chosen)
-                yield self._placed(chosen, number, seed, other)
+                chosen = sample or self._resolved(self.expander.chosen(request, seed))
+                if sample is None:
+                    yield from self._notes(chosen)
+                given = chosen.input._replace(seed=seed, vary_seed=other)
+                chosen = replace(chosen, index=index + number, input=given, seed=seed)
+                yield self._placed(replace(chosen, seeds=seeds, number=number + 1))
             except DifftoolError as error:
-                yield Failure(number, located(error, request.source))
+                yield Failure(index + number, located(error, request))
 
     def _resolved(self, request: Request) -> Sample:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot
@@ -210,42 +223,28 @@ class Resolver:
         asked = {name: getattr(settings, name) for name in SHARED}
         return Refiner(model, resolve_settings(model, asked, self.match), start)
 
-    def _placed(
-        self, sample: Sample, index: int, seed: int, other: int | None
-    ) -> Sample | Failure | Existing:
-        """The picture of a seed, varied by another, with the name that it gets."""
-        given = sample.input._replace(seed=seed, vary_seed=other)
-        sample = replace(sample, index=index, input=given, seed=seed)
+    def _placed(self, sample: Sample) -> Sample | Existing:
+        """The picture, with the name that it gets; UsageError where it cannot have one."""
         if self.output is None:
             return sample
-        try:
-            path = self._path(self.output, sample)
-        except DifftoolError as error:
-            return Failure(index, located(error, sample.request.source))
+        path = self._path(self.output, sample)
         if path is not None and self.output.skip_existing and path.exists():
-            return Existing(index, path)
+            return Existing(sample.index, path)
         return replace(sample, path=path)
 
     def _path(self, output: Output, sample: Sample) -> Path | None:
-        """Where a picture goes. Other pictures of the run that are called alike, as far as some
-        system can tell, get a number; UsageError where they are asked to have one name."""
+        """Where a picture goes; None if it is numbered when it is written. Of the pictures of a run
+        that are called alike, as far as some system can tell, the later ones get a number."""
         values, out = sample.values(), sample.request.out
         path = output.name(values, out)
         if path is None:
             return None
-        fields = (out, *output.fields(values))
-        alike = self.numbering.names.setdefault(_folded(path), [])
-        if alike and (out or fields in alike):
-            what = f"{path} would be the name of two pictures"
-            raise UsageError(what, hint="put [seed] or [index] into the name")
-        number = 1
-        while number <= len(alike) or (number > 1 and _folded(path) in self.numbering.names):
+        names, plain = self.numbering.names, path
+        number = names.get(_folded(plain), 0) + 1
+        while number > 1 and _folded(path := _numbered(plain, number)) in names:
             number += 1
-            path = output.name(values, out, number) or path
+        names |= {_folded(path): 1, _folded(plain): number}
         output.check_free(path)
-        alike.append(fields)
-        if number > 1:
-            self.numbering.names[_folded(path)] = [fields]
         return path
 
     def _notes(self, sample: Sample) -> Iterator[Note]:
@@ -325,6 +324,10 @@ class Resolver:
                 said = name if sample.request.source else said  # a key of its line, it may be
                 number = f" {value:g}" if isinstance(value, int | float) else ""
                 yield f"{said}{number} has no effect {row.without}"
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def _folded(path: Path) -> str:

@@ -25,13 +25,14 @@ from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned, batches, default_batch
 from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
 from difftool.sampling.expand import Expander
+from difftool.sampling.files.prompts import Lines
 from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.metadata.named import locate
 from difftool.sampling.output import Numbering, Output
-from difftool.sampling.requests import Lines, Request
+from difftool.sampling.requests import Request, located
 from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
 
@@ -204,7 +205,7 @@ class SampleRun:
         except ResourceError:
             raise  # a disk that is full is full for the next picture too
         except DifftoolError as error:
-            return Failure(sample.index, error)
+            return Failure(sample.index, located(error, sample.request))
         return Result(sample=sample, image=pixels, path=path, seconds=seconds, latents=latents)
 
     def _write_sheet(self, sheet: _Sheet, output: Output) -> Sheet | Failure:
@@ -279,7 +280,8 @@ def _unsound(sample: Sample, x0: Tensor, image: Tensor) -> Failure | None:
     if x0.isfinite().all() and image.isfinite().all():
         return None
     what = f"image {sample.index} (seed {sample.seed}) has non-finite values"
-    return Failure(sample.index, ResourceError(what, hint="--dtype fp32 may help"))
+    error = ResourceError(what, hint="--dtype fp32 may help")
+    return Failure(sample.index, located(error, sample.request))
 
 
 class _Sheet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,10 @@ class Sample:
     input: SampleInput
     seed: int | None = None
     """None where it is made of latents that do not say it."""
+    seeds: Sequence[int] = ()
+    """Of all pictures of its request."""
+    number: int = 1
+    """Among these; the first is 1."""
     path: Path | None = None
     """Where it goes; None if it is numbered when it is written, or is not written to a file."""
     loras: tuple[Applied, ...] = ()
@@ -39,8 +44,8 @@ class Sample:
 
     def values(self) -> Values:
         """All that is known of it, by the names of the rows of SETTINGS; and `index`, `model_hash`,
-        `date`; `edits`, whether it is another picture edited, and `reads`, whether it is drawn
-        from words."""
+        `date`; `number` of `seeds`; `edits`, whether it is another picture edited, and `reads`,
+        whether it is drawn from words."""
         model, settings, request = self.plan.model, self.plan.settings, self.request
         refiner, prior = self.plan.refiner, self.plan.prior
         width, height = settings.size
@@ -63,6 +68,9 @@ class Sample:
             "prior": None if prior is None else prior.model.name,
             "refiner": None if refiner is None else refiner.model.name,
             "index": self.index,
+            "id": request.id,
+            "number": self.number,
+            "seeds": self.seeds or (self.seed,),
             "model_hash": model.hash,
             "date": date.today().isoformat(),
             "edits": model.concat == "edit",

@@ -45,6 +45,7 @@ IMAGES, MODEL, ADAPTERS, OUTPUT = "Pictures in", "Model", "Adapters", "Output"
 MAX_SEED = 2**64 - 1
 MAX_SEEDS = 1_000_000
 MAX_TEXT = 10_000
+MAX_NAME = 1_000
 
 Values = Mapping[str, Any]
 """Everything that is known of a picture, by the names of the rows, and a few facts beside it."""
@@ -105,6 +106,13 @@ def read_label(label: Any) -> str:
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise UsageError(f"{label!r} is neither the name nor the index of a class")
     return str(label)
+
+
+def read_id(given: Any) -> str | int:
+    """A number or a short text that tells a line from others."""
+    if isinstance(given, bool) or not isinstance(given, int | str) or len(str(given)) > MAX_NAME:
+        raise UsageError(f'"id" is not a number or a text of {MAX_NAME} characters')
+    return given if isinstance(given, int) else read_text(given)
 
 
 def read_seeds(given: Any) -> tuple[int, ...]:
@@ -365,9 +373,9 @@ SETTINGS: tuple[Setting, ...] = (
         type=bool),
     _setting("tokens", "Print how prompts are read, and stop", PROMPT, type=bool),
     _of_request("num", "Images of each prompt", PICTURE, type=int, flags=("--num", "-n"),
-        within=Within(low=1, high=MAX_SEEDS), default="1", json=()),
+        within=Within(low=1, high=MAX_SEEDS), default="1", also=("batch_size",)),
     _of_request("repeat", "So many times as many, with the seeds that follow", PICTURE, type=int,
-        within=Within(low=1, high=MAX_SEEDS), default="1"),
+        within=Within(low=1, high=MAX_SEEDS), default="1", also=("n_iter",)),
     _setting("seed", "7, or 1,2,5-10, or -1 to draw one", PICTURE, read=read_seeds, field="seeds",
         json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
         default="drawn and printed"),
@@ -398,6 +406,8 @@ SETTINGS: tuple[Setting, ...] = (
         PICTURE, type=int, listed=numbers),
     _of_request("out", "Name of the picture below the output folder", PICTURE, short="f",
         option=False),
+    _of_request("id", "A name of one's own, which is printed with the picture", PICTURE,
+        option=False, read=read_id),
     _of_model("sampler", "Sampler", SAMPLER, listed=names, read=_sampler, choices=lambda: SAMPLERS,
         always=True,
         short="ss", also=("sampler_name",), bundled=True,
@@ -444,8 +454,9 @@ SETTINGS: tuple[Setting, ...] = (
         short="w", option=False),
     _of_model("height", "Height in pixels", PICTURE, type=int, within=SIDE, always=True,
         short="h", option=False),
-    _of_request("init", "Picture to start from; to repaint with --mask; to edit", IMAGES,
-        read=read_path, file="picture", metavar="PICTURE", also=("init_images",)),
+    _of_request("init", "Picture to start from; to repaint with --mask; to edit; a folder: each",
+        IMAGES, read=read_path, file="picture", folder=True, metavar="PICTURE",
+        also=("init_images",)),
     _of_model("image_guidance", "How closely an edit follows --init", IMAGES, type=float,
         listed=numbers,
         a1111=A1111("Image CFG scale", float), effect=_edits, default="1.5"),
@@ -457,9 +468,9 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("posterior", "Whether a picture's latent is drawn, or the mean", IMAGES,
         option=False),
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
-        read=read_path, file="picture", metavar="PICTURE"),
-    _of_request("image_prompt", "Picture to vary (unCLIP models)", IMAGES, read=read_path,
-        file="picture", metavar="PICTURE"),
+        read=read_path, file="picture", folder=True, metavar="PICTURE"),
+    _of_request("image_prompt", "Picture to vary (unCLIP models); a folder: each", IMAGES,
+        read=read_path, file="picture", folder=True, metavar="PICTURE"),
     _of_model("noise_level", "How freely the picture is varied, 0 to 999", IMAGES, type=int,
         listed=numbers,
         effect=_varies),

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from difftool.config.listed import Several
 from difftool.errors import DifftoolError, UsageError
 from difftool.sampling.expand import TEMPLATES
-from difftool.sampling.requests import Lines, Request, located
+from difftool.sampling.files.prompts import Lines
+from difftool.sampling.requests import Request, located
 from difftool.sampling.settings import SETTINGS, Setting, Values
 
 MAX_COMBINATIONS = 100_000
@@ -113,9 +114,9 @@ class Product:
                 try:
                     made = replaced(line.over(base))
                 except DifftoolError as error:
-                    yield located(error, line.source)
+                    yield located(error, line)
                     break
-                yield replace(made, source=line.source, place=(*place, *base.place))
+                yield replace(made, source=line.source, line=line.line, place=(*place, *base.place))
 
     def _bases(self, own: frozenset[str]) -> Iterable[Request]:
         """What is asked for of every picture, of each combination; own: axes on which a line has a
