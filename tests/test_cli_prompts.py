@@ -262,3 +262,12 @@ def test_where_diffusers_is_matched_prompts_are_read_as_they_stand(sample):
     ran = sample("a (red:1.3) {fox|dog}", "--match", "diffusers", "--json", "--seed", 1)
     item = ran.object
     assert (item["prompt"], item["prompt_syntax"]) == ("a (red:1.3) {fox|dog}", "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("prompts.txt", "--prompts"), ("p.jsonl", "--prompts"), ("a.png", "--init")]
+)
+def test_a_file_that_is_given_as_a_prompt_is_answered_with_its_option(sample, name, flag):
+    Path(name).write_text("a red fox\n", encoding="utf-8")
+    ran = sample(name)
+    assert ran.code == 2 and f"{flag} {name}" in ran.err

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as cartesian
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
     from difftool.sampling.run import SampleRun
 
 REFINER_START = 0.8
+OF_FILES = {
+    **dict.fromkeys(
+        (".txt", ".json", ".jsonl", ".ndjson"), ("--prompts", "draws each of its lines")
+    ),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp"), ("--init", "starts from it")),
+}
+"""By ending: the options of files whose names are given as prompts by mistake, and what they do."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     pictures go to files only where `output` says so."""
     if values["exact"] and values["batch_size"] not in (None, 1):
         raise clash("--exact", f"--batch-size {values['batch_size']}")
+    if not loaded:
+        _check_words(values["prompt"] or ())
     axes = axes_of(values)
     values = single(values, axes)
     labels = [part for text in values["label"] or [] for part in text.split(",")]
@@ -130,6 +140,14 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if values.get("evaluate"):
         check_evaluation(values["evaluate"], values["features"], total)
     return SampleTask(values, layers, base, product, asked, stream, output, total)
+
+
+def _check_words(prompts: Sequence[str]) -> None:
+    """UsageError for a prompt that is the name of a file which an option takes."""
+    for prompt in prompts:
+        flag, does = OF_FILES.get(Path(prompt).suffix.lower(), ("", ""))
+        if flag and isfile(prompt):
+            raise UsageError(f'"{prompt}" is a file, and no prompt', hint=f"{flag} {prompt} {does}")
 
 
 def _base(values: Mapping[str, Any], picture: Request | None, label: str | None) -> Request:
