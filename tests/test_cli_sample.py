@@ -214,8 +214,8 @@ def test_many_prompts_seeds_and_names(sample):
     ran = sample("a fox", "a dog", "--seed", "3,8-9", "-o", "out/[prompt]/[seed:03].png")
     expected = [f"out/{p}/{s}.png" for p in ("a-fox", "a-dog") for s in ("003", "008", "009")]
     assert ran.lines == expected and all(Path(path).is_file() for path in expected)
-    ran = sample("a fox", "-n", 2, "--seed", 1, "-o", "fox.png", "--grid")
-    assert ran.lines == ["fox-0000.png", "fox-0001.png", "fox-grid.png"]
+    ran = sample("a fox", "-n", 2, "--seed", 1, "-o", "fox.png")
+    assert ran.lines == ["fox-0000.png", "fox-0001.png"]
 
 
 @pytest.mark.parametrize("options", [["-n", 1], ["-n", 3, "--grid"]])

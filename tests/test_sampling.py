@@ -28,7 +28,6 @@ from difftool.sampling.events import (
     Failure,
     Note,
     Result,
-    Sheet,
     Working,
 )
 from difftool.sampling.metadata.files import read
@@ -353,33 +352,6 @@ def test_latents_without_a_word_still_decode(tmp_path):
     assert isinstance(result, Result) and result.path == Path("out/00000-latents.png")
     with Image.open("out/00000-latents.png") as image:
         assert image.size == (16, 4)
-
-
-def test_a_sheet_of_all():
-    events, _ = make([ask("a", 1, 2, 3), ask("b", 4, size=(16, 8))], "out/x.png", grid=True)
-    assert events[-1] == Sheet(Path("out/x-grid.png"), 4)
-    with Image.open("out/x-grid.png") as sheet:
-        assert sheet.size == (32, 16) and sheet.getpixel((20, 12)) == (round(1.04 * 127.5),) * 3
-    with pytest.raises(UsageError, match="exists"):
-        make([ask("a", 1)], "out/x.png", grid=True)
-
-
-def test_a_prompt_is_a_row_of_the_sheet_where_each_has_as_many():
-    for requests, size in (
-        ([ask("a", 1, 2, 3), ask("b", 4, 5, 6)], (24, 16)),
-        ([ask("a", 1, 2), ask("b", 3, 4), ask("c", 5, 6)], (16, 24)),
-        ([ask("a", 1), ask("b", 2), ask("c", 3), ask("d", 4)], (16, 16)),
-    ):
-        make(requests, f"{len(requests)}/", grid=True)
-        with Image.open(max(Path(str(len(requests))).glob("*grid.png"))) as sheet:
-            assert sheet.size == size
-
-
-def test_a_sheet_has_an_end(monkeypatch):
-    monkeypatch.setattr("difftool.sampling.run.MAX_SHEET_PIXELS", 200)
-    events, _ = make([ask("a", 1, 2, 3, 4)], "out/", grid=True)
-    assert events[-1] == Sheet(Path("out/00004-grid.png"), 3)
-    assert "3 images, 1 are not on it" in next(e.text for e in events if isinstance(e, Note))
 
 
 @pytest.mark.parametrize(

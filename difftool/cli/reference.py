@@ -56,7 +56,8 @@ ENVIRONMENT = {
 }
 """Variables that the commands go by."""
 RESULTS = {
-    "`sample --grid`": "`path`, `grid` (pictures on the sheet)",
+    "`sample --grid`, of each page": "`path`, `grid` (pictures on it), and on the first, "
+    "where they have no files of their own, `pictures`, each as an object",
     "`sample --evaluate`, at the end": "`evaluation`: `features`, `dimensions`, `made`, "
     "`reference` (pictures), `frechet`, `kid`, `kid_deviation`, `kid_subset`, `precision`, "
     "`recall`",

@@ -137,9 +137,8 @@ class _Show:
                 self.made += 1
                 self.drawn += 1
                 emit(event.path, event.report())
-            case events.Sheet(path, images):
-                self.drawn = max(self.drawn, images)
-                emit(path, {"path": str(path), "grid": images})
+            case events.Sheet():
+                emit(event.path, event.report())
             case events.Failure(index, error):
                 self.errors.append(error)
                 if console.mode.json or self.told.is_news(error.what):

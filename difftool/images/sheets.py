@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from difftool.images.fit import tile, to_pil
+from difftool.images.lettering import font, wrapped
 from difftool.images.theme import CAPTION, PAPER, RULE
 
 SIDE = 144
 """Pictures are enlarged, pixel by pixel, to at least about this."""
-LINES, LONGEST, TEXT = 3, 2000, 12
+LINES, TEXT = 3, 12
 GAP, LEADING = 10, 15
 
 
@@ -36,7 +36,7 @@ def enlarged(image: Tensor) -> Image.Image:
 def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
     """The cells in rows, about as many across as down where it is not said."""
     width = max(p.width for cell in cells for p in cell.pictures)
-    texts = [_wrap(cell.caption, width) for cell in cells]
+    texts = [wrapped(cell.caption, width, LINES, font(TEXT)) for cell in cells]
     words = LEADING * max(len(lines) for lines in texts)
     margin = GAP // 2
     drawn = []
@@ -51,41 +51,9 @@ def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
         draw = ImageDraw.Draw(page)
         draw.rectangle((margin - 1, margin - 1, margin + width, top - 2), outline=RULE)
         for i, line in enumerate(lines):
-            draw.text((margin, top + 14 + i * LEADING), line, CAPTION, _font(), anchor="ls")
+            draw.text((margin, top + 14 + i * LEADING), line, CAPTION, font(TEXT), anchor="ls")
         drawn.append(page)
     inner = tile(drawn, columns)
     page = Image.new("RGB", (inner.width + GAP, inner.height + GAP), PAPER)
     page.paste(inner, (margin, margin))
     return page
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """The text in lines that fit, at most LINES; an ellipsis says that there was more."""
-    words, lines = text[:LONGEST].split(), [""]
-    while words:
-        line = f"{lines[-1]} {words[0]}".lstrip()
-        if _font().getlength(line) <= width:
-            lines[-1] = line
-            words.pop(0)
-        elif lines[-1] and len(lines) < LINES:
-            lines.append("")
-        else:
-            whole = line if not lines[-1] else f"{lines[-1]} {' '.join(words)}"
-            lines[-1] = _cut(whole, width)
-            break
-    return [line for line in lines if line]
-
-
-def _cut(text: str, width: int) -> str:
-    while text and _font().getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans in the copy that comes with matplotlib: legible when small, and it has Greek,
-    Cyrillic and Arabic too."""
-    import matplotlib
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", TEXT)

@@ -259,9 +259,15 @@ def _output(values: Mapping[str, Any], total: int | None) -> Output:
         values["output"],
         format=values["format"],
         many=total != 1,
+        grid=bool(values["grid"]),
         overwrite=bool(values["overwrite"]),
         skip_existing=bool(values["skip_existing"]),
     )
+    if output.only_sheet and values["save_latents"]:
+        hint = "-o FOLDER/ has one for each, and the grid beside them"
+        raise UsageError("--save-latents needs a file for each picture", hint=hint)
+    if values["grid"]:
+        output.sheet_path()  # fails now if it is taken, not after all the work
     if not output.stdout:
         output.check_folder()
         return output
@@ -285,6 +291,20 @@ def sample(
     A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
     can be.
     """
+    if not (task.output and task.values["grid"]):
+        yield from _made(task, model, refiner)
+        return
+    from difftool.sampling.compare.gallery import Gallery
+
+    with Gallery(task.output, metadata=not task.values["no_metadata"]) as gallery:
+        for event in _made(task, model, refiner):
+            gallery.take(event)
+            yield event
+        yield from gallery.written()
+
+
+def _made(task: SampleTask, model: Model | None, refiner: Model | None) -> Iterator[Event]:
+    """The pictures of each model in turn."""
     loads = list(task.product.loads())
     if len(loads) > 1 and task.stream is not None:
         task = replace(task, stream=Replayed(task.stream))
@@ -328,12 +348,11 @@ def run_of(
     values, start = task.values, task.values["refiner_start"]
     return SampleRun(
         model=model,
-        output=task.output,
+        output=None if task.output and task.output.only_sheet else task.output,
         batch_size=1 if values["exact"] else values["batch_size"],
         metadata=not values["no_metadata"],
         latents=bool(values["save_latents"]),
         strict=bool(values["strict_prompt"]),
-        grid=bool(values["grid"]),
         lora_dir=values["lora_dir"],
         embedding_dir=values["embedding_dir"],
         expander=Expander(values["wildcard_dir"], bool(values["combinatorial"])),

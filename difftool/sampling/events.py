@@ -59,15 +59,23 @@ class Result:
         """The picture as a JSON object, which as a line of --prompts asks for it again."""
         latents = {} if self.latents is None else {"latents": str(self.latents)}
         said = self.sample.report(seconds=round(self.seconds, 3))
-        return {"path": str(self.path), "index": self.index} | said | latents
+        path = {} if self.path is None else {"path": str(self.path)}
+        return path | {"index": self.index} | said | latents
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The sheet of all the run's pictures."""
+    """A page of the grid of all pictures."""
 
     path: Path | None
     images: int
+    reports: Sequence[dict[str, Any]] = ()
+    """With the first page, what each picture was asked for that has no file of its own."""
+
+    def report(self) -> dict[str, Any]:
+        """As a JSON object."""
+        pictures = {"pictures": list(self.reports)} if self.reports else {}
+        return {"path": str(self.path), "grid": self.images} | pictures
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class Output:
     stdout: bool = False
     overwrite: bool = False
     skip_existing: bool = False
+    only_sheet: bool = False
+    """Whether the name is that of a sheet of all pictures, and none has a file of its own."""
 
     @classmethod
     def parse(
@@ -57,17 +59,19 @@ class Output:
         *,
         format: str | None = None,
         many: bool = False,
+        grid: bool = False,
         overwrite: bool = False,
         skip_existing: bool = False,
     ) -> Output:
         """The meaning of -o: a folder (existing, or with a trailing /), a file, a template, or -.
 
-        A file that is to hold `many` pictures becomes STEM-0000.png and so on.
+        A file that is to hold `many` pictures becomes STEM-0000.png and so on, unless it is that of
+        a `grid` of them, which is then all that is written.
         """
         if where == "-":
             if overwrite or skip_existing:
                 raise UsageError("-o - writes no file that could be there already")
-            return cls(stdout=True, format=format or "png")
+            return cls(stdout=True, format=format or "png", only_sheet=grid)
         if where is None or where.endswith(("/", os.sep)) or Path(where).is_dir():
             return cls(
                 root=Path(where or "outputs"),
@@ -79,7 +83,11 @@ class Output:
         ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
         if format is not None and format_of(ending) != format:
             raise UsageError(f"{where} is not a name for --format {format}", hint="leave one out")
-        if many and not fields(where):
+        only_sheet = grid and not fields(where)
+        if only_sheet and skip_existing:
+            hint = "-o FOLDER/ has one for each, and the grid beside them"
+            raise UsageError("--skip-existing needs a file for each picture", hint=hint)
+        if many and not only_sheet and not fields(where):
             where = f"{where.removesuffix(ending)}-[index:04]{ending}"
         root, template = split_fields(where)
         output = cls(
@@ -88,6 +96,7 @@ class Output:
             format=format_of(ending) or "png",
             overwrite=overwrite,
             skip_existing=skip_existing,
+            only_sheet=only_sheet,
         )
         if not fields(template):
             output.path({})  # fails now if it is taken, not after all the work
@@ -129,14 +138,18 @@ class Output:
         if os.path.lexists(path) and not (self.overwrite or self.skip_existing):
             raise _exists(path)
 
-    def sheet_path(self) -> Path | None:
-        """Where a sheet of all pictures goes; None where it gets a number. UsageError if taken."""
+    def sheet_path(self, page: int = 1) -> Path | None:
+        """Where a page of a sheet of all pictures goes; None where it gets a number. UsageError if
+        taken."""
         if self.stdout or not self.template:
             return None
-        name = PurePath(without_fields(self.template)).name
+        whole = self.template if self.only_sheet else without_fields(self.template)
+        name = PurePath(whole).name
         ending = PurePath(f"x{name}").suffix
         stem = name.removesuffix(ending).strip("-_. ")
-        path = self.root / f"{stem}{'-' if stem else ''}grid{ending}"
+        if not self.only_sheet:
+            stem = f"{stem}{'-' if stem else ''}grid"
+        path = self.root / f"{stem}{f'-{page}' if page > 1 else ''}{ending}"
         if os.path.lexists(path) and not self.overwrite:
             raise _exists(path)
         return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ import torch
 from difftool.config.schema import SampleConfig
 from difftool.engine.tiles import tiled
 from difftool.errors import DifftoolError, ResourceError, first_line, out_of_memory
-from difftool.images.fit import tile, to_pil
+from difftool.images.fit import to_pil
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput, load_init, load_mask
@@ -23,7 +22,7 @@ from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned, batches, default_batch
-from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet, Working
+from difftool.sampling.events import Event, Existing, Failure, Note, Result, Working
 from difftool.sampling.expand import Expander
 from difftool.sampling.files.prompts import Lines
 from difftool.sampling.latents import latents_path, read_latents, write_latents
@@ -37,10 +36,7 @@ from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
-
-MAX_SHEET_PIXELS = 1 << 28
 
 
 @dataclass(kw_only=True)
@@ -61,8 +57,6 @@ class SampleRun:
     """Save each picture's x0 beside it."""
     strict: bool = False
     """Refuse a prompt that the model cannot read to its end."""
-    grid: bool = False
-    """One sheet of all the pictures at the end; on stdout it stands for them."""
     match: str | None = None
     """Another tool, whose numbers are wanted where it has its own."""
     refiner: Model | None = None
@@ -93,9 +87,6 @@ class SampleRun:
 
     def events(self, requests: Lines) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
-        sheet = _Sheet()
-        if self.grid and self.output:
-            self.output.sheet_path()  # fails now if it is taken, not after all the work
         for batch in batches(self.entries(requests), self._room):
             samples = [entry for entry in batch if isinstance(entry, Sample)]
             started = time.perf_counter()
@@ -109,15 +100,7 @@ class SampleRun:
                 if failure := _unsound(entry, x0, image):
                     yield failure
                     continue
-                if self.grid:
-                    sheet.add(entry, image)
-                if not (self.grid and self.output and self.output.stdout):
-                    yield self._written(entry, x0, image, seconds)
-        if sheet.left_out:
-            room = f"the sheet has room for {len(sheet.images)} images"
-            yield Note(f"{room}, {sheet.left_out} are not on it")
-        if sheet.images and self.output:
-            yield self._write_sheet(sheet, self.output)
+                yield self._written(entry, x0, image, seconds)
 
     def entries(self, requests: Lines) -> Iterator[Planned | None]:
         """The pictures to make, resolved and not made; see `Resolver.entries`."""
@@ -208,14 +191,6 @@ class SampleRun:
             return Failure(sample.index, located(error, sample.request))
         return Result(sample=sample, image=pixels, path=path, seconds=seconds, latents=latents)
 
-    def _write_sheet(self, sheet: _Sheet, output: Output) -> Sheet | Failure:
-        text = parameters(sheet.samples[0].values()) if self.metadata else None
-        try:
-            data = encode(sheet.drawn(), output.format, texts(text, None))
-            return Sheet(output.write(data, output.sheet_path(), "grid"), len(sheet.images))
-        except DifftoolError as error:
-            return Failure(len(sheet.images), error)
-
     # --- from saved latents ------------------------------------------------------------------
 
     def decode(self, files: Iterable[Path]) -> Iterator[Event]:
@@ -282,28 +257,3 @@ def _unsound(sample: Sample, x0: Tensor, image: Tensor) -> Failure | None:
     what = f"image {sample.index} (seed {sample.seed}) has non-finite values"
     error = ResourceError(what, hint="--dtype fp32 may help")
     return Failure(sample.index, located(error, sample.request))
-
-
-class _Sheet:
-    """All pictures of a run, as far as there is room, and what the sheet of them looks like."""
-
-    def __init__(self) -> None:
-        self.samples: list[Sample] = []
-        self.images: list[Image.Image] = []
-        self.left_out = 0
-
-    def add(self, sample: Sample, image: Tensor) -> None:
-        """Put an image [3,H,W] on it."""
-        if (len(self.images) + 1) * image[0].numel() > MAX_SHEET_PIXELS:
-            self.left_out += 1
-            return
-        self.samples.append(sample)
-        self.images.append(to_pil(image, sample.plan.settings.rounding))
-
-    def drawn(self) -> Image.Image:
-        """The sheet, a row a prompt where each has as many."""
-        requests = [each.request for each in self.samples]
-        asked = [(each.template or each.prompt, each.label) for each in requests]
-        groups = [len([*group]) for _, group in groupby(asked)]
-        even = len(groups) > 1 and set(groups) == {max(2, groups[0])}
-        return tile(self.images, groups[0] if even else None)
