@@ -427,7 +427,7 @@ SETTINGS: tuple[Setting, ...] = (
         within=NOT_NEGATIVE, key="sample.sampler_options.eta", json=("eta",)),
     _of_model("step_noise", "What ancestral samplers draw, as in", SAMPLER, listed=names,
         choices=lambda: STEP_NOISE, default="continued"),
-    _of_model("ensd", "A1111's eta noise seed delta", SAMPLER, type=int,
+    _of_model("ensd", "A1111's eta noise seed delta", SAMPLER, type=int, listed=numbers,
         a1111=A1111("ENSD", int, lambda delta: delta or None)),
     _of_model("sampler_options", "Options of the sampler", SAMPLER, type=dict, option=False),
     _of_model("schedule_options", "Options of the schedule", SAMPLER, type=dict, option=False),
