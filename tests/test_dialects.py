@@ -148,7 +148,7 @@ def test_a_picture_that_was_started_from_another_says_so():
     text = "a fox\nSteps: 9, Sampler: Euler, Seed: 5, Denoising strength: 0.4, Mask blur: 4"
     request = read(picture(parameters=text))
     assert request.settings["strength"] == 0.4 and "init" in dict(request.missed)
-    assert "Mask blur: 4" in missed(request)
+    assert request.settings["mask_blur"] == 4.0 and "Mask" not in missed(request)
 
 
 @pytest.mark.parametrize(("sampler", "word"), [("Euler a", "Eta"), ("DDIM", "Eta DDIM")])

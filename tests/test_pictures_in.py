@@ -15,10 +15,11 @@ from PIL import Image
 
 import difftool
 from difftool.config.networks import CLIP_MEAN, CLIP_STD
+from difftool.config.schema import SampleConfig
 from difftool.data import open_dataset
 from difftool.errors import InputError
 from difftool.images.read import read_image
-from difftool.pipeline.inputs import load_image_prompt, load_init, load_mask
+from difftool.pipeline.inputs import load_image_prompt, load_start
 from difftool.sampling.metadata.files import read
 
 SIDE = 16
@@ -86,8 +87,9 @@ def test_all_doors_read_every_kind(tmp_path, name):
     clear = name == "P-clear.png"
     seen = np.where(SHADES == 0, 255, SHADES) if clear else SHADES  # white shows through
     size = (SIDE, SIDE)
-    assert near((load_init(str(path), size)[0] + 1) * 127.5, seen)
-    assert near(load_mask(str(path), size) * 255, SHADES)  # what is transparent is black
+    init, mask, _ = load_start(str(path), str(path), SampleConfig(size=size))
+    assert init is not None and near((init[0] + 1) * 127.5, seen)
+    assert mask is not None and near(mask * 255, SHADES)  # what is transparent is black
     prompt = load_image_prompt(str(path), SIDE)[0] * CLIP_STD[0] + CLIP_MEAN[0]
     assert near(prompt * 255, seen)
     assert near(open_dataset(str(tmp_path)).images([0], SIDE)[0, 0], seen)
@@ -142,10 +144,11 @@ def test_no_door_runs_another_decoder(tmp_path, format):
     GREY.convert("RGB").save(file, format)
     path = tmp_path / "a.png"  # whatever it is called
     path.write_bytes(file.getvalue())
-    size = (SIDE, SIDE)
+    good = tmp_path.parent / f"{format}.png"
+    GREY.save(good)
     doors = (
-        lambda: load_init(str(path), size),
-        lambda: load_mask(str(path), size),
+        lambda: load_start(str(path), None, SampleConfig()),
+        lambda: load_start(str(good), str(path), SampleConfig()),
         lambda: load_image_prompt(str(path), SIDE),
         lambda: read(path),
         lambda: open_dataset(str(tmp_path)),

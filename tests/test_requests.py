@@ -142,6 +142,13 @@ def test_every_key_of_a_json_line():
         "posterior": "mean",
         "strength_rule": "a1111",
         "rounding": "down",
+        "fit": "pad",
+        "mask_invert": True,
+        "mask_grow": -2,
+        "mask_blur": 1.5,
+        "only_masked": True,
+        "mask_padding": 8,
+        "outpaint": "left=64,top=32",
     }
     assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
     request = parse_line(json.dumps(values))
@@ -172,6 +179,13 @@ def test_every_key_of_a_json_line():
             "posterior": "mean",
             "strength_rule": "a1111",
             "rounding": "down",
+            "fit": "pad",
+            "mask_invert": True,
+            "mask_grow": -2,
+            "mask_blur": 1.5,
+            "only_masked": True,
+            "mask_padding": 8,
+            "outpaint": (64, 32, 0, 0),
             "strength": 0.5,
             "image_guidance": 2.5,
             "noise_level": 3,

@@ -63,6 +63,21 @@ class SampleConfig:
     """Amplitude of the start noise: 1, sigma_T, or alpha_T sqrt(rho_T^2 + 1)."""
     strength: Annotated[float, Within(above=0, high=1)] = 0.75
     """Share of the steps that are run on a picture to start from."""
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    """How a picture to start from is fitted to another size: its shape not kept, cut, or filled up
+    with its edges."""
+    mask_grow: Annotated[int, Within(low=-512, high=512)] = 0
+    """How many pixels further a mask reaches; less far below 0."""
+    mask_blur: Annotated[float, Within(low=0, high=512)] = 0.0
+    """Deviation in pixels of the Gaussian that softens a mask's edges."""
+    mask_invert: bool = False
+    """Whether black is repainted in place of white."""
+    only_masked: bool = False
+    """Whether only the masked region is drawn, at the whole size, and put back in its own."""
+    mask_padding: Annotated[int, Within(low=0, high=4096)] = 32
+    """So many pixels around the masked region are drawn with it."""
+    outpaint: Annotated[tuple[int, int, int, int] | None, Within(low=0, high=16_384)] = None
+    """Pixels that are drawn beyond the picture: left, top, right, bottom."""
     image_guidance: Annotated[float, Within(low=1)] = 1.5
     """How closely an edited picture is followed (InstructPix2Pix); 1 = off."""
     noise_level: Annotated[int, Within(low=0, high=999)] = 0

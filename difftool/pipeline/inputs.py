@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from difftool.config.families import family
+from difftool.config.schema import SampleConfig
 from difftool.errors import UsageError, check_file
-from difftool.images.fit import scaled, to_tensor
+from difftool.images.fit import to_tensor
 from difftool.images.read import read_image, read_mask
+from difftool.pipeline.canvas import Canvas, Fitting, Start, started
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,8 @@ class SampleInput(NamedTuple):
     """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
     mask: Tensor | None = None
     """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
+    canvas: Canvas | None = None
+    """Where what is drawn goes, if it is not all of the picture."""
     image: Tensor | None = None
     """The picture to vary, as CLIP's picture encoder is given it; [3,S,S]."""
 
@@ -45,8 +49,6 @@ def check_input(model: Model, given: SampleInput) -> None:
         raise UsageError(f"the model {name} repaints pictures", hint="give --init and --mask")
     if kind == "edit" and (given.init is None or given.mask is not None):
         raise UsageError(f"the model {name} edits pictures", hint="give --init, and no --mask")
-    if given.mask is not None and given.init is None:
-        raise UsageError("--mask has nothing to mask", hint="give --init")
     if not family(model.preset.family).vision or model.prior is not None:
         return
     if model.vision is None:
@@ -77,14 +79,24 @@ def picture_size(path: str) -> tuple[int, int]:
     return _read(_file(path)).size
 
 
-def load_init(path: str, size: tuple[int, int]) -> Tensor:
-    """A picture at that size (Lanczos, its shape not kept), [3,H,W] in [-1, 1]."""
-    return _init(_file(path), size)
+def load_start(
+    init: str | None, mask: str | None, settings: SampleConfig, factor: int = 1
+) -> tuple[Tensor | None, Tensor | None, Canvas | None]:
+    """What a model is given of a picture: [3,H,W] in [-1, 1]; of its mask: [H,W], white 1, black
+    and transparent 0; and where what is drawn goes, if it is not all of the picture. factor: of
+    which sides that are drawn are multiples. UsageError where there is nothing to mask, or nothing
+    is masked."""
+    import torch
 
-
-def load_mask(path: str, size: tuple[int, int]) -> Tensor:
-    """A mask at that size, [H,W]: white 1, black 0, transparent as black."""
-    return _mask(_file(path), size)
+    if init is None:
+        if mask is not None:
+            raise UsageError("--mask has nothing to mask", hint="give --init")
+        return None, None, None
+    names = [name for name in Fitting._fields if name != "factor"]
+    fitting = Fitting(factor=factor, **{name: getattr(settings, name) for name in names})
+    found = _start(_file(init), None if mask is None else _file(mask), fitting)
+    values = None if found.mask is None else torch.from_numpy(found.mask)
+    return to_tensor(found.picture), values, found.canvas
 
 
 def load_image_prompt(path: str, side: int) -> Tensor:
@@ -102,21 +114,8 @@ def _read(file: File) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def _init(file: File, size: tuple[int, int]) -> Tensor:
-    image = _read(file)
-    return to_tensor(image if image.size == size else scaled(image, size))
-
-
-@lru_cache(maxsize=4)
-def _mask(file: File, size: tuple[int, int]) -> Tensor:
-    import numpy as np
-    import torch
-
-    flat = read_mask(file.path)
-    values = torch.from_numpy(np.array(flat if flat.size == size else scaled(flat, size)))
-    if not values.any():
-        raise UsageError(f"the mask {file.path} is all black", "nothing would be repainted")
-    return values.float() / 255
+def _start(init: File, mask: File | None, fitting: Fitting) -> Start:
+    return started(_read(init), None if mask is None else read_mask(mask.path), fitting)
 
 
 @lru_cache(maxsize=4)

@@ -33,7 +33,7 @@ from difftool.sampling.expand import Expander, applied, is_plain, spread
 from difftool.sampling.files.prompts import Lines, read_requests
 from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import Request, drawn_seed, request_of
-from difftool.sampling.settings import PICTURES, SETTINGS
+from difftool.sampling.settings import IMAGES, PICTURES, SETTINGS
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
@@ -213,7 +213,9 @@ def _taken_over(values: Mapping[str, Any], request: Request) -> Request:
     missed = tuple((name, text) for name, text in request.missed if not values.get(name))
     settings = dict(request.settings)
     if any(name == "init" for name, _ in missed):
-        settings.pop("strength", None)  # which is said with the picture that is missing
+        for row in SETTINGS:  # which is said with the picture that is missing
+            if row.panel == IMAGES and row.key:
+                settings.pop(row.name, None)
     return replace(request, missed=missed, settings=settings)
 
 

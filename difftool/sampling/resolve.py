@@ -12,13 +12,13 @@ from typing import Any
 from difftool.adapters.lora.algebra import Applied
 from difftool.config.schema import SampleConfig
 from difftool.errors import DifftoolError, UsageError, clash
+from difftool.pipeline.canvas import FITS, Box, canvas_size, rounded_up
 from difftool.pipeline.condition import token_count
 from difftool.pipeline.inputs import (
     SampleInput,
     check_input,
     load_image_prompt,
-    load_init,
-    load_mask,
+    load_start,
     picture_size,
 )
 from difftool.pipeline.model import Model, Word
@@ -158,9 +158,10 @@ class Resolver:
         if request.ar is not None:
             asked = {name: value for name, value in asked.items() if name not in SIZE}
             asked["size"] = shaped(model.preset.sample.size, request.ar, model.preset.side_multiple)
-        elif request.init and not {"size", "width", "height"} & asked.keys():
-            factor = model.preset.side_multiple
-            asked["size"] = tuple(side - side % factor for side in picture_size(request.init))
+        elif request.init and not SIZE & asked.keys() and not asked.get("only_masked"):
+            asked["size"] = self._size_of(request.init, asked.get("outpaint"))
+        if asked.get("outpaint"):
+            asked.setdefault("strength", 1.0)  # there is nothing to start from
         plan = self.plan(asked, from_picture=request.init is not None)
         given = self._input(request, plan.settings)._replace(prompt=prompt or "")
         check_input(model, given)
@@ -170,6 +171,14 @@ class Resolver:
         return Sample(
             index=0, request=request, plan=plan, input=given, loras=loras, embeddings=tuple(paths)
         )
+
+    def _size_of(self, init: str, outpaint: Box | None) -> tuple[int, int]:
+        """The size that a picture is drawn at where none is asked for."""
+        size, factor = picture_size(init), self.model.preset.side_multiple
+        if outpaint is not None:
+            return rounded_up(canvas_size(size, outpaint), factor)
+        width, height = (side - side % factor for side in size)
+        return width, height
 
     def _other(self, request: Request, loras: Sequence[Applied]) -> Iterator[str]:
         """LoRAs that are not those of their names that the picture was made with."""
@@ -207,14 +216,10 @@ class Resolver:
             raise clash("--prior", "--image-prompt")
         if request.image_prompt and model.vision is not None:
             image = load_image_prompt(request.image_prompt, model.vision.config.size)
-        return SampleInput(
-            request.prompt or "",
-            request.negative or "",
-            label,
-            init=load_init(request.init, settings.size) if request.init else None,
-            mask=load_mask(request.mask, settings.size) if request.mask else None,
-            image=image,
-        )
+        given = SampleInput(request.prompt or "", request.negative or "", label, image=image)
+        factor = model.preset.side_multiple
+        init, mask, canvas = load_start(request.init, request.mask, settings, factor)
+        return given._replace(init=init, mask=mask, canvas=canvas)
 
     def _refiner(self, settings: SampleConfig) -> Refiner | None:
         if self.refiner is None:
@@ -259,17 +264,16 @@ class Resolver:
         texts += request.changed
         texts += (f"{each} has no meaning here" for each in request.ignored)
         if request.ar is not None and settings.size != self.model.preset.sample.size:
-            told = "size {}x{}, the shape {:g}:{:g}".format(*settings.size, *request.ar)
-            if told not in self._noted:
-                yield Note(told, warning=False)
-                self._noted.add(told)
+            yield from self._once(
+                "size {}x{}, the shape {:g}:{:g}".format(*settings.size, *request.ar)
+            )
+        if request.init is not None:
+            yield from self._once(self._fitted(request.init, sample))
         partial = request.init is not None or self.refiner is not None or settings.stop < 100
         if partial and plan.steps != settings.steps:
             text = f"{plan.steps} of {settings.steps} steps are run"
             text += f" (strength {settings.strength:g})" if settings.stop == 100 else ""
-            if text not in self._noted:
-                yield Note(text, warning=False)
-                self._noted.add(text)
+            yield from self._once(text)
         if request.model_hash not in ("", self.model.hash):
             made_by = f"not with {self.model.name} ({self.model.hash})"
             texts.append(f"the picture was made with the model {request.model_hash}, {made_by}")
@@ -293,6 +297,31 @@ class Resolver:
         yield from self._unread(sample)
         yield from (Note(text) for text in texts if text not in self._noted)
         self._noted.update(texts)
+
+    def _once(self, text: str) -> Iterator[Note]:
+        """That, if it was not said before and is not nothing."""
+        if text and text not in self._noted:
+            self._noted.add(text)
+            yield Note(text, warning=False)
+
+    def _fitted(self, init: str, sample: Sample) -> str:
+        """How a picture that is started from comes to the size that is drawn; "" = it has it."""
+        settings, canvas = sample.plan.settings, sample.input.canvas
+        own, size = picture_size(init), "{}x{}".format(*settings.size)
+        if own == settings.size and not settings.only_masked and not settings.outpaint:
+            return ""
+        said = "{} is {}x{}".format(Path(init).name, *own)
+        if settings.only_masked and canvas is not None:
+            left, top, right, bottom = canvas.box
+            return (
+                f"{said}: {right - left}x{bottom - top} of it at {left},{top} are drawn at {size}"
+            )
+        if settings.outpaint and canvas is not None and canvas.picture.size != settings.size:
+            return f"{said}, drawn on {size} and cut to {'{}x{}'.format(*canvas.picture.size)}"
+        if settings.outpaint and settings.size == canvas_size(own, settings.outpaint):
+            return f"{said}, drawn on {size}"
+        others = " or ".join(name for name in FITS if name != settings.fit)
+        return f"{said}, fitted to {size} by --fit {settings.fit} (also {others})"
 
     def _unread(self, sample: Sample) -> Iterator[Note]:
         """What the prompts have of other tools' syntax and is drawn as words, each kind once;

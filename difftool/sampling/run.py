@@ -16,7 +16,7 @@ from difftool.errors import DifftoolError, ResourceError, first_line, out_of_mem
 from difftool.images.fit import to_pil
 from difftool.pipeline.decode import decode
 from difftool.pipeline.generate import generate
-from difftool.pipeline.inputs import SampleInput, load_init, load_mask
+from difftool.pipeline.inputs import SampleInput, load_start
 from difftool.pipeline.loras import use_loras
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
@@ -36,7 +36,11 @@ from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
+
+MASKED = ("init", "mask")
+"""Pictures that are needed where what is drawn is put back into one."""
 
 
 @dataclass(kw_only=True)
@@ -146,8 +150,7 @@ class SampleRun:
         except Exception as error:
             self._keep_latents(samples, x0, error)
             raise
-        pasted = [_pasted(image, given) for image, given in zip(images, inputs, strict=True)]
-        return [(x, image.cpu()) for x, image in zip(x0.float().cpu(), pasted, strict=True)]
+        return list(zip(x0.float().cpu(), images.cpu(), strict=True))
 
     def _keep_latents(self, samples: list[Sample], x0: Tensor, error: Exception) -> None:
         """Latents that could not be decoded, onto the disk: ResourceError that says where."""
@@ -174,8 +177,7 @@ class SampleRun:
         folder = self.output.folder(sample.path) if self.output else Path()
         values = chunk(sample, folder) if self.metadata else None
         text = parameters(sample.values()) if self.metadata else None
-        pixels = to_pil(image, sample.plan.settings.rounding)
-        path = latents = None
+        pixels, path, latents = finished(sample, image), None, None
         pixels.info.update(texts(text, values))
         try:
             if self.output:
@@ -199,14 +201,16 @@ class SampleRun:
             started = time.perf_counter()
             try:
                 x0, request = read_latents(file, self.model)
-                both = {"init", "mask"} <= {each.option for each in request.named}
-                opened = ("init", "mask") if both else ()
+                opened = tuple(each.option for each in request.named if each.option in MASKED)
+                if "mask" not in opened and not request.settings.get("outpaint"):
+                    opened = ()
                 request = locate(request, file, opened, trusted=self.trusted)
                 yield from (Note(request.opened, warning=False),) if request.opened else ()
                 yield from map(Note, request.changed)
                 plan = plan_sampling(self.model, resolve_settings(self.model, request.settings))
                 seed = request.seeds[0] if request.seeds else None
-                given, request, lacks = _pictures_of(request, plan.settings.size)
+                factor = self.model.preset.side_multiple
+                given, request, lacks = _pictures_of(request, plan.settings, factor)
                 if lacks:
                     yield Note(f"{file}: what was around the mask is not put back: {lacks}")
                 sample = Sample(
@@ -216,7 +220,7 @@ class SampleRun:
                 path = self.output.path(sample.values()) if self.output else None
                 with tiled(self.model.codec, plan.settings.tile):
                     image = decode(self.model, x0[None].to(self.model.device))[0]
-                image = _pasted(image.cpu(), given)
+                image = image.cpu()
             except DifftoolError as error:
                 yield Failure(index, error)
                 continue
@@ -230,22 +234,23 @@ class SampleRun:
             yield self._written(replace(sample, path=path), x0, image, seconds)
 
 
-def _pasted(image: Tensor, given: SampleInput) -> Tensor:
-    """The image [3,H,W] where it was to be repainted; the rest of its picture stays."""
-    if given.mask is None or given.init is None:
-        return image
-    mask, init = given.mask.to(image), given.init.to(image)
-    return mask * image + (1 - mask) * init
+def finished(sample: Sample, image: Tensor) -> Image.Image:
+    """The picture of an image [3,H,W], put back into the one that it was started from."""
+    drawn = to_pil(image, sample.plan.settings.rounding)
+    canvas = sample.input.canvas
+    return drawn if canvas is None else canvas.finished(drawn)
 
 
-def _pictures_of(request: Request, size: tuple[int, int]) -> tuple[SampleInput, Request, str]:
+def _pictures_of(
+    request: Request, settings: SampleConfig, factor: int
+) -> tuple[SampleInput, Request, str]:
     """The picture and the mask that latents were made from, where they have one; without them,
     what is said, and a request that no longer speaks of a mask."""
-    if not (request.init and request.mask):
+    if not request.init or not (request.mask or settings.outpaint):
         return SampleInput(), request, ""
     try:
-        init, mask = load_init(request.init, size), load_mask(request.mask, size)
-        return SampleInput(init=init, mask=mask), request, ""
+        init, mask, canvas = load_start(request.init, request.mask, settings, factor)
+        return SampleInput(init=init, mask=mask, canvas=canvas), request, ""
     except DifftoolError as error:
         return SampleInput(), replace(request, mask=None), error.what
 

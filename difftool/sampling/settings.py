@@ -33,6 +33,7 @@ from difftool.diffusion.noise import GENERATORS, STEP_NOISE
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
+from difftool.pipeline.canvas import FITS
 from difftool.pipeline.matches import MATCHES
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.registry import canonical
@@ -184,6 +185,24 @@ def read_interval(given: Any) -> tuple[float, float]:
     return low, high
 
 
+def read_outpaint(given: Any) -> tuple[int, int, int, int]:
+    """Pixels on the left, at the top, on the right and at the bottom, of "left=64,top=32", of "64"
+    for all sides, or of four numbers."""
+    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    parts = re.findall(r"[^,\s]+", text)
+    if len(parts) in (1, 4) and all(map(str.isdecimal, parts)):
+        parts = [f"{side}={n}" for side, n in zip(SIDES, parts * (4 // len(parts)), strict=True)]
+    named = {side.lower(): number for side, _, number in (part.partition("=") for part in parts)}
+    if named.keys() - set(SIDES) or len(named) < len(parts):
+        named = {"": ""}
+    if not all(map(str.isdecimal, named.values())) or not any(map(int, named.values())):
+        hint = "give left=64,right=64, or 64 for all sides"
+        raise UsageError(f'"{text}" does not say what is drawn on which side', hint=hint)
+    left, top, right, bottom = (int(named.get(side, 0)) for side in SIDES)
+    SIDE.check(left + top + right + bottom, "--outpaint, all sides together,")
+    return left, top, right, bottom
+
+
 def read_path(given: Any) -> str:
     """The path of a picture; A1111 has a list of one."""
     if isinstance(given, list) and len(given) == 1:
@@ -286,6 +305,18 @@ def _starts(values: Values) -> bool:
     return values["init"] is not None and not values["edits"]
 
 
+def _starts_or_edits(values: Values) -> bool:
+    return values["init"] is not None
+
+
+def _masked(values: Values) -> bool:
+    return values["mask"] is not None or values["outpaint"] is not None
+
+
+def _region(values: Values) -> bool:
+    return values["only_masked"] and values["mask"] is not None
+
+
 def _edits(values: Values) -> bool:
     return values["edits"]
 
@@ -330,6 +361,8 @@ def _of_model(
     return _setting(name, help, panel, key=f"sample.{name}", **more)
 
 
+SIDES = ("left", "top", "right", "bottom")
+"""Of a picture, in the order in which their pixels are listed."""
 TILES = ("both", "x", "y", "none")
 """Ways in which a picture repeats."""
 PICTURES = ("init", "mask", "image_prompt")
@@ -467,8 +500,29 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("strength_rule", "How many steps a strength is, as in", IMAGES, option=False),
     _of_model("posterior", "Whether a picture's latent is drawn, or the mean", IMAGES,
         option=False),
+    _of_model("fit", "How --init of another size is fitted: its shape not kept, cut, or filled up",
+        IMAGES, listed=names, choices=lambda: FITS, effect=_starts_or_edits,
+        without="without --init", default="stretch"),
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
         read=read_path, file="picture", folder=True, metavar="PICTURE"),
+    _of_model("mask_invert", "Black is repainted in place of white", IMAGES, type=bool,
+        effect=_masked, without="without --mask", a1111=A1111("Mask mode",
+        {"Inpaint not masked": True, "Inpaint masked": False}.get,
+        lambda turned: "Inpaint not masked" if turned else None)),
+    _of_model("mask_grow", "Pixels that the mask reaches further; below 0: less far", IMAGES,
+        type=int, listed=numbers, effect=_masked, without="without --mask", default="0"),
+    _of_model("mask_blur", "Pixels over which the mask's edges are softened", IMAGES, type=float,
+        listed=numbers, effect=_masked, without="without --mask", default="0",
+        a1111=A1111("Mask blur", float, lambda blur: f"{blur:g}" if blur else None)),
+    _of_model("only_masked", "Draw the masked region alone, enlarged to the size", IMAGES,
+        type=bool, effect=_masked, without="without --mask", a1111=A1111("Inpaint area",
+        {"Only masked": True, "Whole picture": False}.get,
+        lambda only: "Only masked" if only else None)),
+    _of_model("mask_padding", "Pixels around it that are drawn too", IMAGES, type=int,
+        listed=numbers, effect=_region, without="without --only-masked", default="32",
+        a1111=A1111("Masked area padding", int)),
+    _of_model("outpaint", "Draw so many pixels beyond --init, on any of its sides", IMAGES,
+        metavar="left=64,top=...", read=read_outpaint, effect=_starts, without="without --init"),
     _of_request("image_prompt", "Picture to vary (unCLIP models); a folder: each", IMAGES,
         read=read_path, file="picture", folder=True, metavar="PICTURE"),
     _of_model("noise_level", "How freely the picture is varied, 0 to 999", IMAGES, type=int,

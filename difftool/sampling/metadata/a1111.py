@@ -19,6 +19,7 @@ from difftool.version import __version__
 ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
     *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes"),
+    *("Mask mode", "Mask blur", "Inpaint area", "Masked area padding"),
     *("Variation seed", "Variation seed strength", "RNG", "ENSD"),
     *("Class", "Tiling", "Template", "Negative Template", "Version"),
 )
