@@ -13,7 +13,7 @@ from difftool.config.schema import SampleConfig
 from difftool.errors import UsageError, check_file
 from difftool.images.fit import to_tensor
 from difftool.images.read import read_image, read_mask
-from difftool.pipeline.canvas import Canvas, Fitting, Start, started
+from difftool.pipeline.backdrop import Backdrop, Fitting, Start, started
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class SampleInput(NamedTuple):
     """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
     mask: Tensor | None = None
     """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
-    canvas: Canvas | None = None
+    backdrop: Backdrop | None = None
     """Where what is drawn goes, if it is not all of the picture."""
     image: Tensor | None = None
     """The picture to vary, as CLIP's picture encoder is given it; [3,S,S]."""
@@ -81,7 +81,7 @@ def picture_size(path: str) -> tuple[int, int]:
 
 def load_start(
     init: str | None, mask: str | None, settings: SampleConfig, factor: int = 1
-) -> tuple[Tensor | None, Tensor | None, Canvas | None]:
+) -> tuple[Tensor | None, Tensor | None, Backdrop | None]:
     """What a model is given of a picture: [3,H,W] in [-1, 1]; of its mask: [H,W], white 1, black
     and transparent 0; and where what is drawn goes, if it is not all of the picture. factor: of
     which sides that are drawn are multiples. UsageError where there is nothing to mask, or nothing
@@ -96,7 +96,7 @@ def load_start(
     fitting = Fitting(factor=factor, **{name: getattr(settings, name) for name in names})
     found = _start(_file(init), None if mask is None else _file(mask), fitting)
     values = None if found.mask is None else torch.from_numpy(found.mask)
-    return to_tensor(found.picture), values, found.canvas
+    return to_tensor(found.picture), values, found.backdrop
 
 
 def load_image_prompt(path: str, side: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from difftool.adapters.lora.algebra import Applied
 from difftool.config.schema import SampleConfig
 from difftool.errors import DifftoolError, UsageError, clash
-from difftool.pipeline.canvas import FITS, Box, canvas_size, rounded_up
+from difftool.pipeline.backdrop import FITS, Box, canvas_size, rounded_up
 from difftool.pipeline.condition import token_count
 from difftool.pipeline.inputs import (
     SampleInput,
@@ -218,8 +218,8 @@ class Resolver:
             image = load_image_prompt(request.image_prompt, model.vision.config.size)
         given = SampleInput(request.prompt or "", request.negative or "", label, image=image)
         factor = model.preset.side_multiple
-        init, mask, canvas = load_start(request.init, request.mask, settings, factor)
-        return given._replace(init=init, mask=mask, canvas=canvas)
+        init, mask, backdrop = load_start(request.init, request.mask, settings, factor)
+        return given._replace(init=init, mask=mask, backdrop=backdrop)
 
     def _refiner(self, settings: SampleConfig) -> Refiner | None:
         if self.refiner is None:
@@ -306,18 +306,18 @@ class Resolver:
 
     def _fitted(self, init: str, sample: Sample) -> str:
         """How a picture that is started from comes to the size that is drawn; "" = it has it."""
-        settings, canvas = sample.plan.settings, sample.input.canvas
+        settings, backdrop = sample.plan.settings, sample.input.backdrop
         own, size = picture_size(init), "{}x{}".format(*settings.size)
         if own == settings.size and not settings.only_masked and not settings.outpaint:
             return ""
         said = "{} is {}x{}".format(Path(init).name, *own)
-        if settings.only_masked and canvas is not None:
-            left, top, right, bottom = canvas.box
+        if settings.only_masked and backdrop is not None:
+            left, top, right, bottom = backdrop.box
             return (
                 f"{said}: {right - left}x{bottom - top} of it at {left},{top} are drawn at {size}"
             )
-        if settings.outpaint and canvas is not None and canvas.picture.size != settings.size:
-            return f"{said}, drawn on {size} and cut to {'{}x{}'.format(*canvas.picture.size)}"
+        if settings.outpaint and backdrop is not None and backdrop.picture.size != settings.size:
+            return f"{said}, drawn on {size} and cut to {'{}x{}'.format(*backdrop.picture.size)}"
         if settings.outpaint and settings.size == canvas_size(own, settings.outpaint):
             return f"{said}, drawn on {size}"
         others = " or ".join(name for name in FITS if name != settings.fit)

@@ -237,8 +237,8 @@ class SampleRun:
 def finished(sample: Sample, image: Tensor) -> Image.Image:
     """The picture of an image [3,H,W], put back into the one that it was started from."""
     drawn = to_pil(image, sample.plan.settings.rounding)
-    canvas = sample.input.canvas
-    return drawn if canvas is None else canvas.finished(drawn)
+    backdrop = sample.input.backdrop
+    return drawn if backdrop is None else backdrop.finished(drawn)
 
 
 def _pictures_of(
@@ -249,8 +249,8 @@ def _pictures_of(
     if not request.init or not (request.mask or settings.outpaint):
         return SampleInput(), request, ""
     try:
-        init, mask, canvas = load_start(request.init, request.mask, settings, factor)
-        return SampleInput(init=init, mask=mask, canvas=canvas), request, ""
+        init, mask, backdrop = load_start(request.init, request.mask, settings, factor)
+        return SampleInput(init=init, mask=mask, backdrop=backdrop), request, ""
     except DifftoolError as error:
         return SampleInput(), replace(request, mask=None), error.what
 

@@ -33,7 +33,7 @@ from difftool.diffusion.noise import GENERATORS, STEP_NOISE
 from difftool.diffusion.samplers import SAMPLERS, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
-from difftool.pipeline.canvas import FITS
+from difftool.pipeline.backdrop import FITS
 from difftool.pipeline.matches import MATCHES
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.registry import canonical

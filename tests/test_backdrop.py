@@ -10,7 +10,7 @@ import tiny
 from PIL import Image, ImageDraw
 
 from difftool.errors import UsageError
-from difftool.pipeline.canvas import FITS, Fitting, grown, region_of, softened, started
+from difftool.pipeline.backdrop import FITS, Fitting, grown, region_of, softened, started
 from difftool.pipeline.model import Model
 from difftool.sampling.settings import read_outpaint
 
@@ -69,7 +69,7 @@ def test_a_mask_is_softened_by_a_gaussian():
     ],
 )
 def test_the_masked_region_has_the_shape_that_is_drawn(box, padding, size, region):
-    mask = np.asarray(square(100, 80, box), np.float32) / 255
+    mask = np.asarray(square(100, 80, box)).astype(np.float32) / np.float32(255)
     assert region_of(mask, padding, size) == region
 
 
@@ -183,7 +183,9 @@ def test_what_is_not_masked_stays_to_the_byte(draw, kind, more):
 
 def test_a_mask_that_is_grown_and_softened(draw):
     found, _ = draw("latents", "--mask", "mask.png", "--mask-grow", 2, "--mask-blur", 1)
-    kept = softened(grown(np.asarray(Image.open("mask.png"), np.float32) / 255, 2), 1) == 0
+    kept = (
+        softened(grown(np.asarray(Image.open("mask.png"), np.float32) / np.float32(255), 2), 1) == 0
+    )
     assert (found == pixels("photo.png"))[kept].all() and 0.3 < kept.mean() < 0.75
     assert (found != pixels("photo.png"))[~kept].mean() > 0.5
 

@@ -4,7 +4,7 @@
     outpaint         on a larger canvas, whose new parts are masked
     only masked      the masked region and what is around it, enlarged; put back in its own size
 
-A canvas has the pixels that stay. Masks are grown and softened in its own pixels.
+What stays is the backdrop. Masks are grown and softened in its pixels.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from difftool.images.fit import framed, scaled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Size = tuple[int, int]
+Sides = tuple[int, int]
+"""Width and height."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom."""
 SOFT = 2.5
 """Deviations of a Gaussian after which it is cut off, as A1111's are."""
 
 
-class Canvas(NamedTuple):
+class Backdrop(NamedTuple):
     """Where what is drawn goes."""
 
     picture: Image.Image
@@ -55,14 +56,14 @@ class Start(NamedTuple):
     """Of the size that is drawn."""
     mask: NDArray[np.float32] | None
     """[H,W] of that size."""
-    canvas: Canvas | None
+    backdrop: Backdrop | None
     """None where all of it is drawn anew."""
 
 
 class Fitting(NamedTuple):
     """How a picture is fitted: settings of SampleConfig."""
 
-    size: Size
+    size: Sides
     factor: int = 1
     """Of which sides that are drawn are multiples."""
     fit: str = "stretch"
@@ -88,16 +89,16 @@ def started(picture: Image.Image, mask: Image.Image | None, settings: Fitting) -
         return _region(picture, _mask(scaled(mask, picture.size), settings), settings)
     picture, mask = (FITS[settings.fit](image, size) for image in (picture, mask))
     values = _mask(mask, settings)
-    return Start(picture, values, Canvas(picture, values, (0, 0, *size)))
+    return Start(picture, values, Backdrop(picture, values, (0, 0, *size)))
 
 
-def canvas_size(picture: Size, outpaint: Box) -> Size:
+def canvas_size(picture: Sides, outpaint: Box) -> Sides:
     """Width and height of a picture with what is added on each side."""
     left, top, right, bottom = outpaint
     return picture[0] + left + right, picture[1] + top + bottom
 
 
-def rounded_up(size: Size, factor: int) -> Size:
+def rounded_up(size: Sides, factor: int) -> Sides:
     """The least multiples of a factor that hold a size."""
     width, height = (-(-side // factor) * factor for side in size)
     return width, height
@@ -106,7 +107,7 @@ def rounded_up(size: Size, factor: int) -> Size:
 # --- whole pictures ---------------------------------------------------------------------------
 
 
-def _padded(image: Image.Image, size: Size) -> Image.Image:
+def _padded(image: Image.Image, size: Sides) -> Image.Image:
     """All of it in the middle of the frame, its edges drawn out to fill the rest."""
     pairs = [*zip(image.size, size, strict=True)]
     scale = min(side / own for own, side in pairs)
@@ -117,7 +118,7 @@ def _padded(image: Image.Image, size: Size) -> Image.Image:
     return _drawn_out(inner, (left, top, *rest))
 
 
-FITS: Mapping[str, Callable[[Image.Image, Size], Image.Image]] = {
+FITS: Mapping[str, Callable[[Image.Image, Sides], Image.Image]] = {
     "stretch": scaled,
     "crop": framed,
     "pad": _padded,
@@ -146,12 +147,12 @@ def _extended(
     return _drawn_out(picture, sides), outer
 
 
-def _on_larger(picture: Image.Image, mask: NDArray[np.float32], size: Size) -> Start:
+def _on_larger(picture: Image.Image, mask: NDArray[np.float32], size: Sides) -> Start:
     """What is drawn of a canvas whose sides are no multiples: more, which is cut off again."""
     more = size[0] - picture.width, size[1] - picture.height
-    canvas = Canvas(picture, mask, (0, 0, *size))
+    backdrop = Backdrop(picture, mask, (0, 0, *size))
     drawn = np.pad(mask, ((0, more[1]), (0, more[0])), constant_values=1.0)
-    return Start(_drawn_out(picture, (0, 0, *more)), drawn, canvas)
+    return Start(_drawn_out(picture, (0, 0, *more)), drawn, backdrop)
 
 
 # --- the masked region alone ------------------------------------------------------------------
@@ -159,13 +160,13 @@ def _on_larger(picture: Image.Image, mask: NDArray[np.float32], size: Size) -> S
 
 def _region(picture: Image.Image, mask: NDArray[np.float32], settings: Fitting) -> Start:
     box = region_of(mask, settings.mask_padding, settings.size)
-    canvas = Canvas(picture, mask, box)
+    backdrop = Backdrop(picture, mask, box)
     shades = Image.fromarray((mask * 255).round().astype(np.uint8))
     inner, inner_mask = (scaled(image.crop(box), settings.size) for image in (picture, shades))
-    return Start(inner, np.asarray(inner_mask, np.float32) / np.float32(255), canvas)
+    return Start(inner, np.asarray(inner_mask, np.float32) / np.float32(255), backdrop)
 
 
-def region_of(mask: NDArray[np.float32], padding: int, size: Size) -> Box:
+def region_of(mask: NDArray[np.float32], padding: int, size: Sides) -> Box:
     """The box of what a mask [H,W] masks, with so many pixels around it, then made longer one way
     until it has the shape of a size, as far as there is room in the picture."""
     height, width = mask.shape
