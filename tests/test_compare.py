@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from difftool.images.tables import Page, PictureTable, TableCell, drawn, page_si
 from difftool.sampling.compare import layout
 from difftool.sampling.compare.gallery import folded, unfolded
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, pages
+from difftool.sampling.compare.page import Embedded, page
+from difftool.sampling.metadata.files import read
 
 SIZE = (64, 64)
 
@@ -142,8 +147,8 @@ def test_what_does_not_fit_is_paged_and_nothing_is_lost(lengths, monkeypatch):
     made = product_of(*lengths)
     found = pages(made)
     assert sum(page.pictures for page in found) == len(made.pictures) and len(found) > 1
-    for page in found:
-        assert max(page_size(page)) <= 1250
+    for each in found:
+        assert max(page_size(each)) <= 1250
 
 
 def test_a_picture_larger_than_a_page_has_a_page():
@@ -251,3 +256,70 @@ def test_pages_are_numbered(difftool, model, monkeypatch):
     monkeypatch.setattr("difftool.sampling.compare.layout.MAX_SIDE", 500)
     ran = difftool("sample", "-m", model, "--label", "cat", "-n", 7, "--grid", "-o", "x.webp")
     assert ran.lines == ["x.webp", "x-2.webp"] and ran.code == 0, ran.err
+
+
+class Parsed(HTMLParser):
+    """The tags of a page, and the text of its script of data."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.data, self._in = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = dict(attrs).get("id") or ""
+
+    def handle_data(self, data):
+        self.data += data if self._in == "data" else ""
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+
+def test_a_page_stands_alone_and_its_pictures_say_how_they_were_made(difftool, model):
+    ran = difftool(
+        *("sample", "-m", model, "--label", "cat,dog", "--seed", "1-2", "--steps", "1,2"),
+        *("-o", "page.html", "--json", "--exact"),
+    )
+    assert ran.code == 0 and [p.name for p in Path().iterdir()] == ["page.html"], ran.err
+    (line,) = ran.objects
+    assert (line["path"], line["grid"], len(line["pictures"])) == ("page.html", 8, 8)
+    text = Path("page.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|src=\"(?!data:)", text)
+    parsed = Parsed(text)
+    data = json.loads(parsed.data)
+    assert [axis["name"] for axis in data["axes"]] == ["label", "steps", "seed"]
+    assert [p["at"] for p in data["pictures"]] == [
+        [label, steps, seed] for label in (0, 1) for steps in (0, 1) for seed in (0, 1)
+    ]
+    images = [attrs["src"] or "" for tag, attrs in parsed.tags if tag == "img"]
+    for number, (image, told) in enumerate(zip(images, line["pictures"], strict=True)):
+        kind, _, code = image.partition(";base64,")
+        assert kind == "data:image/png"
+        Path("one.png").write_bytes(base64.b64decode(code))
+        request = read(Path("one.png"))
+        assert (request.label, request.seeds) == (told["label"], (told["seed"],)), number
+    again = difftool("sample", "-m", model, "--from-image", "one.png", "-o", "again.png")
+    with Image.open("again.png") as made, Image.open("one.png") as first:
+        assert made.tobytes() == first.tobytes() and again.code == 0
+
+
+def test_what_a_page_shows_is_text_whatever_it_holds():
+    evil = '</script><!--SCRIPT--><img src=x onerror="alert(1)"> & <b>'
+    made = arranged([shown(prompt=evil, seed=1), shown(prompt=evil, seed=2)])
+    pictures = [Embedded(lambda: b"x", {"prompt": evil}) for _ in range(2)]
+    text = page(made, pictures, "webp").decode()
+    parsed = Parsed(text)
+    assert [tag for tag, _ in parsed.tags].count("img") == 2 and text.count("</script>") == 2
+    assert json.loads(parsed.data)["pictures"][0]["facts"]["prompt"] == evil
+    assert 'src="data:image/webp;base64,eA=="' in text
+
+
+def test_names_of_pages(difftool, model):
+    common = ("sample", "-m", model, "--label", "cat", "--seed", "1")
+    ran = difftool(*common, "-o", "page.htm", "--format", "webp", "--grid")
+    assert ran.lines == ["page.htm"] and "image/webp" in Path("page.htm").read_text("utf-8")
+    for more in (("-o", "[seed].html"), ("-o", "page.htm"), ("-o", "x.html", "--skip-existing")):
+        assert difftool(*common, *more).code == 2

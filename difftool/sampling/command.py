@@ -31,7 +31,7 @@ from difftool.sampling.compare.products import Combination, Product, Replayed, a
 from difftool.sampling.events import Event, Failure, Note, Started
 from difftool.sampling.expand import Expander, applied, is_plain, spread
 from difftool.sampling.files.prompts import Lines, read_requests
-from difftool.sampling.output import Numbering, Output
+from difftool.sampling.output import PAGES, Numbering, Output
 from difftool.sampling.requests import Request, drawn_seed, request_of
 from difftool.sampling.settings import IMAGES, PICTURES, SETTINGS
 
@@ -109,7 +109,7 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
     if values["prompts"] and len(labels) > 1:
         raise UsageError("one --label goes with --prompts", hint='put a "label" on each line')
     layers = _layers(values)
-    if (axes or values["grid"]) and not (values["seed"] or values["from_image"]):
+    if (axes or _compares(values)) and not (values["seed"] or values["from_image"]):
         values["seed"] = (drawn_seed(),)  # one for all: they are to be compared
     if axes and values["vary"] is not None and values["vary_seed"] in (None, -1):
         values["vary_seed"] = drawn_seed()
@@ -148,6 +148,11 @@ def _check_words(prompts: Sequence[str]) -> None:
         flag, does = OF_FILES.get(Path(prompt).suffix.lower(), ("", ""))
         if flag and isfile(prompt):
             raise UsageError(f'"{prompt}" is a file, and no prompt', hint=f"{flag} {prompt} {does}")
+
+
+def _compares(values: Mapping[str, Any]) -> bool:
+    """Whether the pictures are seen side by side."""
+    return bool(values["grid"]) or Path(values["output"] or "").suffix.lower() in PAGES
 
 
 def _base(values: Mapping[str, Any], picture: Request | None, label: str | None) -> Request:
@@ -268,7 +273,7 @@ def _output(values: Mapping[str, Any], total: int | None) -> Output:
     if output.only_sheet and values["save_latents"]:
         hint = "-o FOLDER/ has one for each, and the grid beside them"
         raise UsageError("--save-latents needs a file for each picture", hint=hint)
-    if values["grid"]:
+    if values["grid"] or output.page:
         output.sheet_path()  # fails now if it is taken, not after all the work
     if not output.stdout:
         output.check_folder()
@@ -293,7 +298,7 @@ def sample(
     A picture that cannot be made is a Failure, and the others are made; a DifftoolError where none
     can be.
     """
-    if not (task.output and task.values["grid"]):
+    if task.output is None or not (task.values["grid"] or task.output.page):
         yield from _made(task, model, refiner)
         return
     from difftool.sampling.compare.gallery import Gallery

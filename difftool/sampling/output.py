@@ -24,6 +24,9 @@ from difftool.storage.commit import write_whole
 from difftool.storage.locks import Lock
 from difftool.storage.places import check_place
 
+PAGES = (".html", ".htm")
+"""Endings of names of pages."""
+
 
 @dataclass
 class Numbering:
@@ -51,6 +54,8 @@ class Output:
     skip_existing: bool = False
     only_sheet: bool = False
     """Whether the name is that of a sheet of all pictures, and none has a file of its own."""
+    page: bool = False
+    """Whether that is a page of HTML, with pictures in the format."""
 
     @classmethod
     def parse(
@@ -80,10 +85,15 @@ class Output:
                 skip_existing=skip_existing,
             )
         check_template(where)
-        ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
-        if format is not None and format_of(ending) != format:
+        page = PurePath(where).suffix.lower() in PAGES
+        ending = PurePath(where).suffix
+        if page and fields(where):
+            raise UsageError(f"{where} is one page of all pictures", hint="give it a plain name")
+        if not page:
+            ending = _ending(where, f'"{where}/" is a folder, "{where}.png" a file')
+        if not page and format is not None and format_of(ending) != format:
             raise UsageError(f"{where} is not a name for --format {format}", hint="leave one out")
-        only_sheet = grid and not fields(where)
+        only_sheet = page or (grid and not fields(where))
         if only_sheet and skip_existing:
             hint = "-o FOLDER/ has one for each, and the grid beside them"
             raise UsageError("--skip-existing needs a file for each picture", hint=hint)
@@ -93,10 +103,11 @@ class Output:
         output = cls(
             root=Path(root),
             template=template,
-            format=format_of(ending) or "png",
+            format=format_of(ending) or format or "png",
             overwrite=overwrite,
             skip_existing=skip_existing,
             only_sheet=only_sheet,
+            page=page,
         )
         if not fields(template):
             output.path({})  # fails now if it is taken, not after all the work

@@ -564,7 +564,7 @@ SETTINGS: tuple[Setting, ...] = (
         needs=("lora",), why="is about a LoRA"),
     _setting("embedding", "Textual inversion: a word, as its file is called; repeatable", ADAPTERS,
         type=Path, metavar="FILE", many=True, file="embedding"),
-    _setting("output", "File, folder/, name with [seed] [index] [prompt]..., or - for stdout",
+    _setting("output", "File, folder/, name with [seed] [prompt]..., page.html, or - for stdout",
         OUTPUT, flags=("--output", "-o"), metavar="PATH", default="outputs/NNNNN-SEED.png"),
     _setting("format", "Pictures", OUTPUT, choices=lambda: OUTPUT_FORMATS, default="png"),
     _setting("grid", "One sheet of all pictures, what they differ in at its edges", OUTPUT,

@@ -13,7 +13,8 @@ from PIL import Image
 from difftool.errors import DifftoolError
 from difftool.images.formats import OWN
 from difftool.images.tables import drawn
-from difftool.sampling.compare.layout import Exhibit, arranged, facts_of, pages
+from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, facts_of, pages
+from difftool.sampling.compare.page import Embedded, page
 from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
@@ -33,7 +34,8 @@ class Gallery:
         self._shown: list[Exhibit] = []
         self._chunks: list[dict[str, Any]] = []
         self._reports: list[dict[str, Any]] = []
-        self._text = ""
+        self._places: list[tuple[int, int]] = []
+        self._text: str | None = None
         self._failed = self._there = 0
 
     def __enter__(self) -> Gallery:
@@ -48,24 +50,32 @@ class Gallery:
         self._there += isinstance(event, Existing)
         if not isinstance(event, Result):
             return
-        if self.metadata:
-            self._text = self._text or parameters(event.sample.values())
-            self._chunks.append(chunk(event.sample, self.output.root))
-        self._reports.append(event.report())
-        place, size = self._kept(event.image), event.image.size
-        open_ = partial(self._open, place, size)
-        self._shown.append(Exhibit(facts_of(event.sample), size, open_))
-
-    def _kept(self, image: Image.Image) -> tuple[int, int]:
-        """Where a picture was put in the file."""
-        data = zlib.compress(image.tobytes(), 1)
+        text = parameters(event.sample.values()) if self.metadata else None
+        told = chunk(event.sample, self.output.root) if self.metadata else None
+        if told and not self.output.page:
+            self._text = self._text or text
+            self._chunks.append(told)
+        self._reports.append(event.sample.report())
+        size = event.image.size
+        if self.output.page:
+            data = encode(event.image, self.output.format, texts(text, told))
+        else:
+            data = zlib.compress(event.image.tobytes(), 1)
         start = self._file.seek(0, 2)
         self._file.write(data)
-        return start, len(data)
+        self._places.append((start, len(data)))
+        number = len(self._shown)
+        self._shown.append(
+            Exhibit(facts_of(event.sample), size, lambda: self._opened(number, size))
+        )
 
-    def _open(self, place: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-        self._file.seek(place[0])
-        return Image.frombytes("RGB", size, zlib.decompress(self._file.read(place[1])))
+    def _read(self, number: int) -> bytes:
+        start, length = self._places[number]
+        self._file.seek(start)
+        return self._file.read(length)
+
+    def _opened(self, number: int, size: tuple[int, int]) -> Image.Image:
+        return Image.frombytes("RGB", size, zlib.decompress(self._read(number)))
 
     def written(self) -> Iterator[Event]:
         """Write the grid, page by page."""
@@ -74,10 +84,13 @@ class Gallery:
         if not self._shown:
             return
         arrangement = arranged(self._shown, self._failed)
+        if self.output.page:
+            yield self._page(arrangement)
+            return
         made = pages(arrangement)
-        for number, page in enumerate(made, 1):
+        for number, each in enumerate(made, 1):
             try:
-                image = drawn(page)
+                image = drawn(each)
                 told = {**OWN, **texts(self._text or None, self._chunk() or None)}
                 path = self.output.sheet_path(number)
                 data = encode(image, self.output.format, told)
@@ -85,8 +98,22 @@ class Gallery:
             except DifftoolError as error:
                 yield Failure(len(self._shown), error)
                 return
-            reports = self._reports if self.output.only_sheet and number == 1 else ()
-            yield Sheet(path, page.pictures, reports)
+            reports = self._numbered() if self.output.only_sheet and number == 1 else ()
+            yield Sheet(path, each.pictures, reports)
+
+    def _page(self, arrangement: Arrangement) -> Event:
+        """Write the page in which pictures are compared."""
+        reads = (partial(self._read, number) for number in range(len(self._places)))
+        embedded = [Embedded(*each) for each in zip(reads, self._reports, strict=True)]
+        try:
+            data = page(arrangement, embedded, self.output.format)
+            path = self.output.write(data, self.output.sheet_path(), "grid")
+        except DifftoolError as error:
+            return Failure(len(self._shown), error)
+        return Sheet(path, len(self._shown), self._numbered())
+
+    def _numbered(self) -> list[dict[str, Any]]:
+        return [{"index": i} | report for i, report in enumerate(self._reports)]
 
     def _chunk(self) -> dict[str, Any]:
         """What all the pictures say of themselves."""
