@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, Level, Path, Prediction, recover, transition
 from difftool.diffusion.clocks import CLOCKS, interpolation, moments
+from difftool.diffusion.multisteps import SaSolver
 from difftool.diffusion.noise import BrownianNoise, ImageNoise
 from difftool.diffusion.samplers import REFUSED, OneOf, split_spelling
 from difftool.diffusion.solvers import (
@@ -24,6 +25,7 @@ from difftool.diffusion.solvers import (
     Node,
     Pndm,
     Step,
+    ThreeStage,
     TwoStage,
     full,
     none,
@@ -32,6 +34,7 @@ from difftool.diffusion.solvers import (
     reverse_sde,
     tcd,
 )
+from difftool.diffusion.stages import HeunPlus, Restart
 from difftool.errors import UsageError
 
 TOLERANCE = 2e-5
@@ -324,7 +327,9 @@ def exact_table(scheduler: Any, module: Any) -> None:
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
 
 
-def drive(case: Case, network: Network, monkeypatch: Any, x: Tensor) -> tuple[list[Tensor], Any]:
+def drive(
+    case: Case, network: Network, monkeypatch: Any, x: Tensor, n: int = 0
+) -> tuple[list[Tensor], Any]:
     """x after every step of diffusers, in its own units, and the scheduler."""
     made_by = published(case.scheduler)
     module = importlib.import_module(made_by.__module__)
@@ -335,7 +340,7 @@ def drive(case: Case, network: Network, monkeypatch: Any, x: Tensor) -> tuple[li
     scheduler: Any = made_by(**table, **case.config)
     if table:  # their table is fp32, where 1 - alpha_bar loses four digits
         exact_table(scheduler, module)
-    scheduler.set_timesteps(case.n)
+    scheduler.set_timesteps(n or case.n)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     states = []
     for i, t in enumerate(scheduler.timesteps):
@@ -419,6 +424,31 @@ def test_diffusers_on_a_continuous_path(case, network, monkeypatch):
     assert levels[-1].sigma == 0 and levels[0].sigma > 0.99
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("orders", "n", "lowers"),
+    [((2, 2), 10, True), ((2, 2), 16, False), ((1, 1), 7, True), ((3, 3), 12, True),
+     ((3, 4), 12, True), ((3, 2), 12, False)],
+)  # fmt: skip
+def test_sa_solver_of_diffusers(orders, n, lowers, monkeypatch):
+    """It draws at every step, also where it adds none."""
+    config = {
+        **dict(zip(("predictor_order", "corrector_order"), orders, strict=True)),
+        "lower_order_final": lowers,
+    }
+    theirs, scheduler = drive(Case("SASolverScheduler", config, ""), toy, monkeypatch, start(), n)
+    path, drawn = PATHS["sd15"](), Draws()
+    noises = [drawn() for _ in range(n)]
+    levels = [*map(path.level, scheduler.timesteps.tolist()), path.at_index(0)]
+    options = {"order": orders[0], "corrector_order": orders[1]}
+    options |= {} if lowers else {"lower_order_final": "never"}
+    steps = walk(
+        "SASolverScheduler", path, levels, "eps", start(),
+        lambda here, _: noises[levels.index(here)], options=options,
+    )  # fmt: skip
+    assert max(differences([step.x for step in steps], theirs)) < TOLERANCE
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.0])
 def test_ipndm_on_its_own_path(alpha):
     """Where alpha = 0, diffusers divides by 1e-8 and has x0 = 0 in the first step."""
@@ -462,7 +492,10 @@ def test_lcm_boundary_shows_near_the_clean_end():
 
 GOLDEN = load_file(File(__file__).with_name("golden") / "k_diffusion.safetensors")
 CHURN = {"s_churn": 4.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.01}
-KEYS = sorted(k for k in GOLDEN if "/" in k and not k.endswith("sigmas") and "brownian" not in k)
+KEYS = sorted(
+    k for k in GOLDEN if k.count("/") == 1 and not k.endswith("sigmas") and "brownian" not in k
+)
+OWN = sorted(k for k in GOLDEN if "/own/" in k)
 OF_K: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_churn": ("euler", CHURN),
     "heun_churn": ("heun", CHURN),
@@ -510,6 +543,31 @@ def test_k_diffusion(key):
     assert len(theirs) == (1 if "s_churn" in options else len(steps))
 
 
+OF_OWN: dict[str, dict[str, Any]] = {
+    "dpm_fast-7-eta": {"eta": 0.7, "s_noise": 0.9},
+    "dpm_adaptive-5-order": {
+        "order": 2, "rtol": 0.02, "atol": 0.01, "h_init": 0.4, "accept_safety": 0.9,
+    },
+    "dpm_adaptive-5-pid": {"pcoeff": 0.2, "icoeff": 0.6, "dcoeff": 0.1},
+    "dpm_adaptive-5-eta": {"eta": 0.5, "h_init": 0.3, "rtol": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_k_diffusion_in_steps_of_its_own(key):
+    kind, _, case = key.split("/")
+    name, target = KINDS.get(kind, (kind, kind))
+    path, (hi, *_, lo, _) = PATHS[name](), GOLDEN[f"{kind}/sigmas"].tolist()
+    sampler, n = case.split("-")[0], int(case.split("-")[1])
+    lams = [-math.log(hi) + i / n * math.log(hi / lo) for i in range(n + 1)]
+    levels = list(map(path.at_half_log_snr, lams))
+    draws = iter(GOLDEN["z"].repeat(8, 1, 1, 1, 1))
+    x = GOLDEN["x"] * hi * levels[0].alpha
+    steps = walk(sampler, path, levels, target, x, lambda *_: next(draws), options=OF_OWN.get(case))
+    apart = differences([steps[-1].x / steps[-1].level.alpha], [GOLDEN[key]])
+    assert apart[0] < 1e-10
+
+
 # --- everywhere -------------------------------------------------------------------------------
 
 MODELS = {
@@ -548,20 +606,19 @@ def count(sampler: str, model: str, n: int = 6, end: str = "clean", **options: A
     return Counted(steps, levels, seen, draws.count)
 
 
-@pytest.mark.parametrize("n", [1, 2, 6, 16])
-@pytest.mark.parametrize("end", ["clean", "first"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_walks_every_path(sampler, model, end, n):
-    steps, levels, seen, _ = count(sampler, model, n, end)
-    assert [step.level for step in steps] == levels[1:]
-    assert [step.index for step in steps] == list(range(n))
-    assert all(level.sigma > 0 for level in seen)
-    for step in steps:
-        assert step.x.isfinite().all() and step.x0.isfinite().all()
-        assert step.x.shape == step.x0.shape == SHAPE and step.x.dtype == torch.float32
-    if end == "clean" and SAMPLERS[sampler].loop is TwoStage:
-        assert steps[-1].x.equal(steps[-1].x0)
+def test_every_sampler_walks_every_path(sampler, model):
+    for end, n in product(("clean", "first"), (1, 2, 6, 16)):
+        steps, levels, seen, _ = count(sampler, model, n, end)
+        assert [step.level for step in steps] == levels[1:]
+        assert [step.index for step in steps] == list(range(n))
+        assert all(level.sigma > 0 for level in seen)
+        for step in steps:
+            assert step.x.isfinite().all() and step.x0.isfinite().all()
+            assert step.x.shape == step.x0.shape == SHAPE and step.x.dtype == torch.float32
+        if end == "clean" and SAMPLERS[sampler].loop is TwoStage:
+            assert steps[-1].x.equal(steps[-1].x0)
 
 
 VALUES = [
@@ -573,30 +630,40 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("end", ["clean", "first"])
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("sampler", "option", "value"), VALUES, ids=str)
-def test_every_option_walks_every_path(sampler, option, value, model, end):
-    for n in (1, 5):
+def test_every_option_walks_every_path(sampler, option, value):
+    for n, model, end in product((1, 5), MODELS, ("clean", "first")):
         steps = count(sampler, model, n, end, **{option: value}).steps
         assert all(step.x.isfinite().all() for step in steps)
 
 
+EVALUATIONS: dict[type, tuple[int, int]] = {
+    TwoStage: (11, 1), Restart: (11, 1), ThreeStage: (16, 2), Pndm: (7, 1), HeunPlus: (15, 2),
+}  # fmt: skip
+"""Of six steps, and how many less out of alpha = 0, where eps, or a level between, does not
+exist."""
+
+
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dpm_adaptive"])
 def test_evaluations_and_draws(sampler, model):
     _, levels, seen, draws = count(sampler, model)
-    two_stage = SAMPLERS[sampler].loop is TwoStage
-    from_alpha_0 = levels[0].alpha == 0
-    made = DEFAULTS[sampler]
-    extra = 5 if two_stage else 1 if SAMPLERS[sampler].loop is Pndm else 0
-    if extra and from_alpha_0:  # where eps, or a level between, does not exist
-        extra -= 1
-    assert len(seen) == 6 + extra
-    if getattr(made, "noisy_stage", False):
-        assert draws == 10 - from_alpha_0
+    made, from_alpha_0 = DEFAULTS[sampler], levels[0].alpha == 0
+    evaluations, less = EVALUATIONS.get(SAMPLERS[sampler].loop, (6, 0))
+    if getattr(made, "pece", False):
+        evaluations = 11
+    if sampler.startswith("exp_heun_2_x0"):  # the end of the step exists, and so does x0
+        less = 0
+    assert len(seen) == evaluations - less * from_alpha_0
+    noisy = isinstance(made, TwoStage) and made.noisy_stage
+    per_step = 1 + len(made.shares) if isinstance(made, TwoStage) and noisy else 1
+    if sampler.startswith("exp_heun_2_x0"):  # both stages lie at the end
+        per_step = 1
+    if isinstance(made, SaSolver):  # between two shares of the path alone
+        assert draws == 3
     else:
-        assert draws == (5 if sampler in STOCHASTIC else 0)
+        missing = (per_step - 1) * from_alpha_0
+        assert draws == (5 * per_step - missing if sampler in STOCHASTIC else 0)
 
 
 def test_2m_is_what_its_formula_says():
@@ -645,9 +712,10 @@ def test_churn_draws_where_it_adds_noise():
 LIMITED = [
     name
     for name, method in SAMPLERS.items()
-    if method.loop is Multistep and name not in ("plms", "unipc")
+    if method.loop is Multistep and name not in ("plms", "unipc", "dpmpp_2m_cfg_pp")
 ]
-"""Not those with a first step of another order at alpha = 0, nor B1, which has no limit."""
+"""Not those with a first step of another order at alpha = 0, nor B1, which has no limit, nor CFG++,
+whose eps alone does not tell x0 there."""
 
 
 @pytest.mark.parametrize("sampler", LIMITED)
@@ -713,6 +781,19 @@ ORDERS: list[tuple[str, dict[str, Any], float]] = [
     ("dpm_solver_single", {"lower_order_final": "never", "order": 3}, 3),
     ("plms", {}, 2),
     ("plms", {"start": "runge_kutta"}, 2),
+    ("euler_cfg_pp", {}, 1),
+    ("res_multistep", {}, 2),
+    ("res_multistep_a", {"eta": 0.0}, 2),
+    ("exp_heun_2_x0", {}, 2),
+    ("exp_heun_2_x0", {"solver_type": "phi_1"}, 2),
+    ("seeds_2", {"eta": 0.0}, 2),
+    ("seeds_2", {"eta": 0.0, "solver_type": "phi_2", "r": 0.7}, 2),
+    ("seeds_3", {"eta": 0.0}, 3),
+    *(("sa_solver", {"eta": 0.0, "order": k, "corrector_order": 0}, k) for k in (1, 2, 3, 4)),
+    *(("sa_solver", {"eta": 0.0, "order": k, "corrector_order": k + 1}, k + 1)
+      for k in (1, 2, 3)),
+    *(("sa_solver_bh1", {"eta": 0.0, "order": k, "corrector_order": k,
+                         "lower_order_final": "never"}, k) for k in (2, 3)),
     ("dpm_solver", {"lower_order_final": "never"}, 2),
     ("dpm_solver", {"lower_order_final": "never", "order": 3}, 2),
     ("dpm_solver", {"lower_order_final": "never", "order": 3, "d2_scale": 1}, 3),
@@ -752,7 +833,7 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("dpm2", {"s_churn": 3.0}, {"s_tmax": 1.0}),
     ("dpm2", {"s_churn": 3.0}, {"s_noise": 0.9}),
     *((name, {}, {"s_noise": 0.9}) for name in STOCHASTIC if name not in ("ddpm", "tcd")),
-    *((name, {}, {"eta": 0.5}) for name in STOCHASTIC if name not in ("ddpm", "lcm")),
+    *((name, {}, {"eta": 0.5}) for name in STOCHASTIC if name not in ("ddpm", "lcm", "er_sde")),
     ("lcm", {}, {"boundary_scalings": False}),
     ("lcm", {}, {"timestep_scaling": 0.1}),
     ("dpmpp_2m", {}, {"solver_type": "heun"}),
@@ -791,6 +872,38 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
       for change in ({"order": 1}, {"order": 3}, {"solver_type": "heun"},
                      {"lower_order_final": "never"})),
     ("dpmpp_sde", {}, {"r": 0.4}),
+    *((name, {}, {"s_churn": 3.0}) for name in ("euler_cfg_pp", "heunpp2")),
+    *((name, {"s_churn": 3.0}, change) for name in ("euler_cfg_pp", "heunpp2")
+      for change in ({"s_tmin": 1.0}, {"s_tmax": 1.0}, {"s_noise": 0.9})),
+    ("heunpp2", {}, {"variable": "t"}),
+    ("ddim_cfg_pp", {}, {"eta": 0.3}),
+    *((name, {}, {"clock": "log_sigma"})
+      for name in ("dpmpp_2m_cfg_pp", "res_multistep", "res_multistep_cfg_pp")),
+    *(("er_sde", {}, {"order": order}) for order in (1, 2)),
+    *((name, {}, change)
+      for name in ("sa_solver", "sa_solver_pece", "sa_solver_bh1")
+      for change in ({"order": 1}, {"corrector_order": 0}, {"tau_start": 0.5}, {"tau_end": 0.5})),
+    *((name, {"order": 2}, {"solver_type": "bh1"}) for name in ("sa_solver", "sa_solver_pece")),
+    ("sa_solver_bh1", {}, {"solver_type": "heun"}),
+    *((name, {}, {"lower_order_final": "always"}) for name in ("sa_solver", "sa_solver_pece")),
+    ("sa_solver_bh1", {}, {"lower_order_final": "never"}),
+    *((name, {}, {"tau_at": "here"}) for name in ("sa_solver", "sa_solver_pece")),
+    ("sa_solver_bh1", {}, {"tau_at": "there"}),
+    *((name, {}, change) for name in ("gradient_estimation", "gradient_estimation_cfg_pp")
+      for change in ({"ge_gamma": 1.5}, {"variable": "t"})),
+    *((name, {}, {"solver_type": "phi_1"}) for name in ("exp_heun_2_x0", "exp_heun_2_x0_sde")),
+    ("seeds_2", {}, {"solver_type": "phi_2"}),
+    ("seeds_2", {}, {"r": 0.4}),
+    ("seeds_3", {}, {"r_1": 0.25}),
+    ("seeds_3", {}, {"r_2": 0.75}),
+    *((name, {}, {"eta": 0.5}) for name in ("dpm_fast", "dpm_adaptive")),
+    *((name, {"eta": 0.5}, {"s_noise": 0.9}) for name in ("dpm_fast", "dpm_adaptive")),
+    *(("dpm_adaptive", {}, change) for change in (
+        {"order": 2}, {"rtol": 0.5}, {"h_init": 0.2}, {"pcoeff": 0.2}, {"icoeff": 0.5},
+        {"dcoeff": 0.2})),
+    ("dpm_adaptive", {"rtol": 1e-6}, {"atol": 0.05}),
+    ("dpm_adaptive", {"h_init": 2.0}, {"accept_safety": 0.1}),
+    ("restart", {}, {"s_noise": 0.9}),
 ]  # fmt: skip
 
 
@@ -798,6 +911,8 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_every_option_shows(sampler, base, change):
     path = PATHS["sd15"]()
     times = [999, 800, 570, 350, 180, 40, 1][: 6 if "single" in sampler else 7]  # of whole runs
+    if sampler == "restart":
+        times = list(range(999, 0, -45))
     levels = GRIDS["explicit"](path, len(times), times=times, end="first")
     found = [
         walk(sampler, path, levels, "v", start(), Draws(), options=options)[-1].x
@@ -929,11 +1044,10 @@ def test_spellings_with_a_schedule(spelling):
     assert split_spelling(spelling) == WITH_SCHEDULE[spelling]
 
 
-@pytest.mark.parametrize("schedule", GRIDS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_with_every_schedule_splits(sampler, schedule):
-    assert split_spelling(f"{sampler} {schedule}") == (sampler, schedule)
-    assert split_spelling(f"{sampler}_{schedule}".upper()) == (sampler, schedule)
+def test_every_sampler_with_every_schedule_splits():
+    for sampler, schedule in product(SAMPLERS, GRIDS):
+        assert split_spelling(f"{sampler} {schedule}") == (sampler, schedule)
+        assert split_spelling(f"{sampler}_{schedule}".upper()) == (sampler, schedule)
 
 
 def test_an_unknown_sampler_names_the_nearest():
@@ -1089,7 +1203,8 @@ def test_single_precision_is_enough(sampler, model):
     fp32 = walk(sampler, path, levels, target, x, Draws())
     fp64 = walk(sampler, path, levels, target, x.double(), Draws())
     ours, exact = ([step.x for step in steps] for steps in (fp32, fp64))
-    assert max(differences(ours, exact)) < TOLERANCE
+    bound = 5e-3 if sampler == "dpm_adaptive" else TOLERANCE  # whose steps follow the rounding
+    assert max(differences(ours, exact)) < bound
 
 
 @pytest.mark.parametrize("nodes", [[0.0], [0.0, -1.0], [1.0, 0.0, -0.3], [0.0, -1.0, -2.5, -7.0]])

@@ -202,9 +202,11 @@ def check_parts(preset: Preset, source: str) -> None:
 
 def check_sampling(settings: SampleConfig) -> None:
     """UsageError for values of sampling settings that no model can be sampled with."""
+    from difftool.diffusion.samplers import guides_apart
+
     if settings.steps < 1:
         raise UsageError(f"--steps {settings.steps} is too few", hint="give at least 1")
-    if settings.guidance != 0 and settings.guidance < 1:
+    if settings.guidance != 0 and settings.guidance < 1 and not guides_apart(settings.sampler):
         hint = "1 is off; 2 to 8 are usual"
         raise UsageError(f"guidance {settings.guidance:g} is not usable", hint=hint)
 

@@ -33,6 +33,7 @@ def guided(
     unguided: Sequence[float] | None = None,
     clip: Clip | None = None,
     rederive_eps: bool = False,
+    cfg_pp: bool = False,
 ) -> Denoise:
     """The sum of weight * F over the terms, their weights adding up to 1.
 
@@ -41,17 +42,20 @@ def guided(
     None = the first one counts alone.
     clip: what becomes of x0 once it is predicted: `static_threshold`, `dynamic_threshold`.
     rederive_eps: whether eps follows the clipped x0, so that both still mix to x_t.
+    cfg_pp: whether eps is the last term's, and x0 alone is guided (2406.08070).
     """
 
     def denoise(x_t: Tensor, level: Level) -> Prediction:
         weights = [float(w(level) if callable(w) else w) for _, w in terms]
+        apart = cfg_pp
         if interval and not interval[0] <= 2 * level.half_log_snr <= interval[1]:
             weights = list(unguided or [1.0] + [0.0] * (len(terms) - 1))
-        used = [k for k, weight in enumerate(weights) if weight]
+            apart = False
+        used = [k for k, w in enumerate(weights) if w or (apart and k == len(terms) - 1)]
         outputs = _outputs(denoiser, x_t, level, [terms[k][0] for k in used])
         output = outputs[0] * weights[used[0]]
         for k, term in zip(used[1:], outputs[1:], strict=True):
-            output = output + weights[k] * term
+            output = output + weights[k] * term if weights[k] else output
         if rescale and len(used) > 1 and used[0] == 0:
             output = output * (rescale * _std(outputs[0]) / _std(output) + 1 - rescale)
         x0, eps = recover(x_t.float(), output, level, denoiser.target)
@@ -59,6 +63,8 @@ def guided(
             x0 = clip(x0)
             if rederive_eps:
                 eps = (x_t.float() - level.alpha * x0) / level.sigma
+        if apart:
+            eps = recover(x_t.float(), outputs[-1], level, denoiser.target).eps
         return Prediction(x0, eps)
 
     return denoise

@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.multisteps import (
+    Ancestral,
+    ErSde,
+    GradientEstimation,
+    SaSolver,
+    er_sde,
+)
 from difftool.diffusion.path import Path
 from difftool.diffusion.solvers import (
     Consistency,
@@ -24,8 +31,10 @@ from difftool.diffusion.solvers import (
     Sampler,
     Singlestep,
     Step,
+    ThreeStage,
     TwoStage,
     UniPC,
+    adams,
     full,
     posterior,
     rectified,
@@ -33,6 +42,7 @@ from difftool.diffusion.solvers import (
     tcd,
     transition,
 )
+from difftool.diffusion.stages import DpmAdaptive, DpmFast, HeunPlus, Restart
 from difftool.errors import UsageError, suggestion
 from difftool.registry import Registry, canonical
 
@@ -42,6 +52,7 @@ __all__ = [
     "Noise",
     "Sampler",
     "Step",
+    "guides_apart",
     "spelled",
     "split_spelling",
     "transition",
@@ -181,9 +192,6 @@ class Method:
 REFUSED = {
     "ipndm_v": "its orders 3 and 4 are published with a misplaced bracket; lms is that method",
     "sde-dpmsolver": "as published it does not preserve the variance; use sde-dpmsolver++",
-    "dpm_fast": "its order changes from step to step; dpm_solver is the nearest",
-    "dpm_adaptive": "it takes steps of its own and not --steps; dpm_solver is the nearest",
-    "restart": "it goes back and repeats steps; euler with s_churn is the nearest",
     "dpmpp_2m_sde order 3": "published with a wrong sign in diffusers; dpmpp_3m_sde is that method",
 }
 """Published methods that do not do what they say, and what to take instead."""
@@ -242,11 +250,31 @@ UNIPC: dict[str, SamplerOption] = FINAL | {
     "disable_corrector": StepNumbers(),
 }
 
+ADAMS: dict[str, SamplerOption] = {"eta": ANY, "s_noise": ANY} | {
+    "order": one_of(1, 2, 3, 4),
+    "corrector_order": one_of(0, 1, 2, 3, 4),
+    "solver_type": one_of("heun", "bh1"),
+    "tau_at": one_of("there", "here"),
+    "lower_order_final": one_of("never", "always", "clean"),
+    "tau_start": Range(0.0, 1.0),
+    "tau_end": Range(0.0, 1.0),
+}
+ESTIMATE: dict[str, SamplerOption] = {
+    "ge_gamma": ANY,
+    "variable": variants(rho={"target": "eps"}, t={"target": "flow"}),
+}
+PHI: dict[str, SamplerOption] = {
+    "solver_type": variants(phi_1={"solver_type": "midpoint"}, phi_2={"solver_type": "heun"})
+}
+CONTROL: dict[str, SamplerOption] = dict.fromkeys(("rtol", "h_init"), Range(1e-6, 1e3))
+CONTROL |= dict.fromkeys(("atol", "pcoeff", "icoeff", "dcoeff"), ANY)
+CONTROL |= {"accept_safety": Range(0.0, 1.0), "order": one_of(2, 3)}
+
 # fmt: off
 # First order: kappa alone.
-_row("ddim", FirstOrder, "DDIM; eta = 1 is DDPM", "DDIMScheduler",
+_row("ddim", FirstOrder, "DDIM; eta = 1 is DDPM", "DDIMScheduler DDIMParallelScheduler",
      {"eta": ANY}, kappa=posterior, eta=0.0, a1111="DDIM")
-_row("ddpm", Ddpm, "DDPM", "DDPMScheduler",
+_row("ddpm", Ddpm, "DDPM", "DDPMScheduler DDPMParallelScheduler",
      {"variance": one_of("small", "large")}, kappa=posterior)
 _row("euler", FirstOrder, "Euler, with churn if asked; without it the same as DDIM",
      "EulerDiscreteScheduler EDMEulerScheduler FlowMatchEulerDiscreteScheduler", CHURN,
@@ -260,6 +288,14 @@ _row("lcm", Consistency, "latent consistency models", "LCMScheduler FlowMatchLCM
      kappa=full, a1111="LCM")
 _row("tcd", FirstOrder, "trajectory consistency distillation, eta its gamma", "TCDScheduler",
      {"eta": Range(0.0, 1.0)}, kappa=tcd, eta=0.3)
+
+# The same of CFG++: x0 is guided, eps is not.
+_row("ddim_cfg_pp", FirstOrder, "DDIM of CFG++; a guidance of 12.5 counts as 1", "ddim_cfgpp",
+     {"eta": ANY}, kappa=posterior, eta=0.0, cfg_pp="x0", guidance_unit=12.5, a1111="DDIM CFG++")
+_row("euler_cfg_pp", FirstOrder, "Euler of CFG++, with guidance from 0 to 1 or a little more", "",
+     CHURN, cfg_pp="x0")
+_row("euler_a_cfg_pp", FirstOrder, "Euler ancestral of CFG++", "euler_ancestral_cfg_pp",
+     NOISE, kappa=posterior, cfg_pp="x0")
 
 # Several steps, x0 in lam.
 _row("dpmpp_2m", Multistep, "DPM-Solver++(2M)",
@@ -282,6 +318,25 @@ _row("dpmpp_2m_sde_heun", Multistep, "dpmpp_2m_sde with the exact first moment",
 _row("dpmpp_3m_sde", Multistep, "DPM-Solver++(3M) of the reverse SDE", "dpmpp_3m_sde_gpu",
      BROWNIAN | D2_SCALE,
      order=3, d2_scale=0.5, kappa=reverse_sde, brownian=True, a1111="DPM++ 3M SDE")
+_row("dpmpp_2m_cfg_pp", Multistep, "DPM-Solver++(2M) of CFG++, as in ComfyUI", "", CLOCK,
+     order=2, solver_type="midpoint", cfg_pp="eps", guided_node=True)
+_row("res_multistep", Ancestral, "RES, a DPM-Solver++(2M) with the exact first moment", "",
+     CLOCK, order=2)
+_row("res_multistep_a", Ancestral, "RES ancestral", "res_multistep_ancestral",
+     NOISE, order=2, kappa=posterior)
+_row("res_multistep_cfg_pp", Ancestral, "RES of CFG++, as in ComfyUI", "",
+     CLOCK, order=2, cfg_pp="eps")
+_row("res_multistep_a_cfg_pp", Ancestral, "RES ancestral of CFG++, as in ComfyUI",
+     "res_multistep_ancestral_cfg_pp", NOISE, order=2, kappa=posterior, cfg_pp="eps")
+_row("er_sde", ErSde, "ER-SDE, an SDE that renews its noise faster near the clean end", "",
+     {"order": one_of(1, 2, 3), "s_noise": ANY}, order=3, kappa=er_sde)
+_row("sa_solver", SaSolver, "SA-Solver, an Adams predictor and corrector of an SDE (ComfyUI's)", "",
+     ADAMS, kappa=adams, order=3)
+_row("sa_solver_pece", SaSolver, "sa_solver whose network is asked again after the corrector", "",
+     ADAMS, kappa=adams, order=3, pece=True)
+_row("sa_solver_bh1", SaSolver, "SA-Solver, of order 2 as in diffusers", "SASolverScheduler",
+     ADAMS, kappa=adams, order=2, corrector_order=2, solver_type="bh1", lower_order_final="always",
+     tau_at="here", tau_start=199 / 999, tau_end=799 / 999)
 _row("unipc", UniPC, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",
      UNIPC, order=3, solver_type="bh1", lower_order_final="always", a1111="UniPC")
 _row("unipc_bh2", UniPC, "UniPC, B2 as in diffusers", "uni_pc_bh2 UniPCMultistepScheduler",
@@ -301,6 +356,10 @@ _row("lms", Multistep, "linear multistep in rho, or in t = sigma / (alpha + sigm
      target="eps", order=4, clock="rho", a1111="LMS")
 _row("ipndm", Multistep, "Adams-Bashforth in the number of the step", "IPNDMScheduler",
      ORDER, target="eps", order=4, clock="index")
+_row("gradient_estimation", GradientEstimation, "Euler along the way that eps changes",
+     "", ESTIMATE, target="eps", order=2)
+_row("gradient_estimation_cfg_pp", GradientEstimation, "gradient_estimation of CFG++", "",
+     ESTIMATE, target="eps", order=2, cfg_pp="x0")
 _row("plms", Pndm, "PNDM, begun by Heun or Runge-Kutta; target: the network's own",
      "pndm PNDMScheduler",
      {"target": one_of("eps", "v", "x0", "flow"), "start": one_of("heun", "runge_kutta")},
@@ -330,7 +389,33 @@ _row("dpmpp_2s_a", TwoStage, "DPM-Solver++(2S) ancestral", "dpmpp_2s_ancestral",
 _row("dpmpp_sde", TwoStage, "DPM-Solver++ with fresh noise in both stages",
      "dpmpp_sde_gpu DPMSolverSDEScheduler", BROWNIAN | {"r": Range(0.01, 1.0)},
      kappa=posterior, noisy_stage=True, brownian=True, a1111="DPM++ SDE")
+_row("dpmpp_2s_a_cfg_pp", TwoStage, "DPM-Solver++(2S) ancestral of CFG++",
+     "dpmpp_2s_ancestral_cfg_pp", NOISE, kappa=posterior, cfg_pp="x0")
+_row("exp_heun_2_x0", TwoStage, "Heun in lam on x0", "exp_heun_2", PHI, r=1.0, solver_type="heun")
+_row("exp_heun_2_x0_sde", TwoStage, "Heun in lam on x0, of the reverse SDE", "exp_heun_2_sde",
+     NOISE | PHI, r=1.0, solver_type="heun", kappa=reverse_sde, noisy_stage=True,
+     shared_noise=True)
+_row("seeds_2", TwoStage, "SEEDS-2, of the reverse SDE", "", NOISE | PHI | {"r": Range(0.01, 1.0)},
+     solver_type="midpoint", kappa=reverse_sde, noisy_stage=True, shared_noise=True)
+_row("restart", Restart, "Heun, and from 20 steps on a part of the path again",
+     "", {"s_noise": ANY}, target="eps", r=1.0, a1111="Restart")
+
+# Three stages, or one to three.
+_row("seeds_3", ThreeStage, "SEEDS-3, of the reverse SDE", "",
+     NOISE | dict.fromkeys(("r_1", "r_2"), Range(0.01, 1.0)),
+     kappa=reverse_sde, noisy_stage=True, shared_noise=True)
+_row("heunpp2", HeunPlus, "Heun++, which looks two steps ahead", "heunpp", CHURN | {
+     "variable": variants(rho={"target": "eps"}, t={"target": "flow"})}, target="eps")
+_row("dpm_fast", DpmFast, "DPM-Solver-3 on a grid of its own, with --steps evaluations", "",
+     NOISE, target="eps", eta=0.0, a1111="DPM fast")
+_row("dpm_adaptive", DpmAdaptive, "DPM-Solver of orders 2 and 3, in steps as long as they may be",
+     "dpm_ad", NOISE | CONTROL, target="eps", eta=0.0, a1111="DPM adaptive")
 # fmt: on
+
+
+def guides_apart(name: str) -> bool:
+    """Whether a sampler is of CFG++, in which guidance moves x0 alone, at scales from 0 on."""
+    return name in SAMPLERS and bool(SAMPLERS[name].numbers.get("cfg_pp"))
 
 
 def split_spelling(name: str) -> tuple[str, str | None]:

@@ -9,7 +9,11 @@ Other methods put a mean over the step, F*, for the network's output F, and take
 that:
 
     Multistep   F* from a polynomial through the outputs of earlier steps, one evaluation a step
-    TwoStage    F* from a second evaluation within the step
+    TwoStage    F* from a second evaluation within the step, or a third
+
+CFG++ (2406.08070) guides x0 alone: where a sampler says so, `denoise` returns the guided x0 with
+the unguided eps. FirstOrder takes both as they are; other loops work on what is unguided, and put
+the shift of guidance, delta = guided x0 - unguided x0, to the mean of the step.
 
 lam = log(alpha / sigma), rho = sigma / alpha, h is a step's length in lam. Coefficients are Python
 floats, so that no step waits for the device.
@@ -24,7 +28,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from difftool.diffusion.clocks import CLOCKS, flow_time, interpolation
+from difftool.diffusion.clocks import CLOCKS, flow_time, interpolation, moments
 from difftool.diffusion.consistency import TIMESTEP_SCALING, boundary_scalings
 from difftool.diffusion.guidance import Denoise
 from difftool.diffusion.path import Level, Path
@@ -81,6 +85,11 @@ def posterior(path: Path, here: Level, there: Level, eta: float) -> float:
 def reverse_sde(path: Path, here: Level, there: Level, eta: float) -> float:
     """The reverse SDE with its noise times eta, solved over the step (DPM-Solver++ 2211.01095)."""
     return there.sigma * _renewed(here, there, 2.0 * eta)
+
+
+def adams(path: Path, here: Level, there: Level, eta: float) -> float:
+    """The same with the square of eta for its share (tau of SA-Solver, 2309.05019)."""
+    return reverse_sde(path, here, there, eta**2)
 
 
 def full(path: Path, here: Level, there: Level, eta: float) -> float:
@@ -140,6 +149,13 @@ class Sampler(ABC):
     """Highest rho where it is."""
     brownian: bool = False
     """Whether z is published as the increments of one Brownian path."""
+    cfg_pp: str = ""
+    """What guidance shifts by delta where eps is not guided: x0 (CFG++), or eps by delta / rho, as
+    in ComfyUI's second-order methods; "" = both are guided."""
+    guidance_unit: float = 1.0
+    """The guidance scale that counts as 1."""
+    alone: bool = False
+    """Whether the steps go by the picture, so that each has to be sampled alone."""
     paste: Callable[[Tensor, Level], Tensor] | None = None
     """What becomes of x wherever it arrives: inpainting lays what is known over it."""
 
@@ -155,6 +171,14 @@ class Sampler(ABC):
         """
         return self
 
+    def visits(self, levels: Sequence[Level]) -> Sequence[Level]:
+        """The levels that are visited, where a grid is given: its own, for most methods."""
+        return levels
+
+    def evaluations(self, steps: int) -> int:
+        """How often the network is asked in so many steps, as A1111 counts."""
+        return steps
+
     def _kappa(self, here: Level, there: Level) -> float:
         return self.kappa(self.path, here, there, self.eta) if there.sigma and self.eta else 0.0
 
@@ -162,11 +186,14 @@ class Sampler(ABC):
         """Factor on the fresh noise kappa z."""
         return self.s_noise
 
+    def _fresh(self, here: Level, there: Level, noise: Noise) -> tuple[float, Tensor | None]:
+        """The fresh noise of a step: its deviation, and z if there is any."""
+        kappa = self._kappa(here, there)
+        return kappa, self._noise_scale(here, there, kappa) * noise(here, there) if kappa else None
+
     def _step(self, mean: Prediction, here: Level, there: Level, noise: Noise) -> Tensor:
         """x_t at `there`, from the mean x0 and eps of the step."""
-        kappa = self._kappa(here, there)
-        z = self._noise_scale(here, there, kappa) * noise(here, there) if kappa else None
-        return self._pasted(transition(*mean, there, kappa, z), there)
+        return self._pasted(transition(*mean, there, *self._fresh(here, there, noise)), there)
 
     def _pasted(self, x: Tensor, level: Level) -> Tensor:
         return x if self.paste is None else self.paste(x, level)
@@ -186,6 +213,27 @@ class Sampler(ABC):
         """F = p x0 + q eps of the target that is averaged."""
         p, q = TARGETS[self.target](level.alpha, level.sigma)
         return p * predicted.x0 + q * predicted.eps
+
+    @property
+    def _rate(self) -> float:
+        """Rate by log SNR at which the weight in F* grows."""
+        if self.target == "eps":
+            return -1.0
+        if self.kappa is adams:
+            return 1.0 + self.eta**2
+        return 1.0 + self.eta if self.kappa is reverse_sde else 1.0
+
+    def _unguided(self, predicted: Prediction, x: Tensor, level: Level) -> Prediction:
+        """The prediction without guidance, of one whose eps is not guided."""
+        if not self.cfg_pp or not level.alpha:
+            return predicted
+        return predicted._replace(x0=(x - level.sigma * predicted.eps) / level.alpha)
+
+    def _guided(self, mean: Prediction, delta: Tensor, here: Level) -> Prediction:
+        """A mean of unguided predictions, shifted by guidance."""
+        if self.cfg_pp == "x0":
+            return mean._replace(x0=mean.x0 + delta)
+        return mean._replace(eps=mean.eps + delta / here.rho) if self.cfg_pp else mean
 
     def _recovers(self, level: Level) -> bool:
         """Whether x and F give x0 and eps; from F = eps they do not where alpha = 0."""
@@ -255,6 +303,13 @@ class Begun(NamedTuple):
     level: Level
     nodes: list[Node]
     """Newest first."""
+    past: list[Node]
+    """All that were remembered, newest first."""
+    left: int
+    """Steps that were left, this one among them."""
+    kappa: float = 0.0
+    """Deviation of its fresh noise."""
+    z: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +341,8 @@ class Multistep(Sampler):
     lower_order_final: str = "never"
     """Whether the order falls to 1 towards the end: never, final (the last step only), always,
     or short (as always, if there are less than 15 steps)."""
+    guided_node: bool = False
+    """Whether the newest output counts guided, although eps is not."""
     grid_steps: int = 0
     """Steps of the whole grid, of which the last ones are taken; 0 = those that there are."""
     ends_still: bool = False
@@ -301,19 +358,29 @@ class Multistep(Sampler):
         for i, (here, there) in enumerate(pairwise(levels)):
             x, here = self._churn(x, here, steps, noise)
             predicted = denoise(x, here)
-            node = Node(u[i], self._output(predicted, here))
-            x, mean = self._corrected(x, predicted, here, node, last)
+            own = self._unguided(predicted, x, here)
+            node = Node(u[i], self._output(own, here))
+            x, mean, node = self._corrected(denoise, x, predicted, here, node, last)
 
+            solver, end = self._at(here, there), self._end(here, there, u[i + 1])
             nodes = [node]
-            if math.isfinite(u[i + 1] - u[i]) and u[i + 1] != u[i]:
+            if self.guided_node:
+                nodes = [Node(u[i], self._output(predicted, here))]
+            if math.isfinite(end - u[i]) and end != u[i]:
                 nodes += history[: self._order(steps - i, steps) - 1]
             if started := self._start(i, denoise, x, predicted, here, there):
                 mean = started
             elif any(math.isfinite(past.u) for past in nodes[1:]):
-                mean = recover(x, self.mean_output(nodes, u[i], u[i + 1]), here, self.target)
-            history = [node, *history][: self.order - 1]
-            last = Begun(i + max(self.grid_steps - steps, 0), x, here, nodes)
-            x = self._step(mean, here, there, noise)
+                mean = recover(x, solver.mean_output(nodes, u[i], end), here, self.target)
+                mean = self._guided(mean, predicted.x0 - own.x0, here)
+            past = [node, *history]
+            kappa, z = solver._fresh(here, there, noise)
+            number = i + max(self.grid_steps - steps, 0)
+            last = Begun(number, x, here, nodes, past, steps - i, kappa, z)
+            if end != u[i + 1]:  # what is remembered lies as far back as the step went
+                past = [each._replace(u=each.u + u[i + 1] - end) for each in past]
+            history = past[: self._kept]
+            x = self._pasted(transition(*mean, there, kappa, z), there)
             yield Step(i, there, x, predicted.x0)
 
     def part_of(self, steps: int, *, last: bool = True, still: bool = False) -> Sampler:
@@ -324,11 +391,32 @@ class Multistep(Sampler):
         whole = steps if last else 0
         return replace(self, lower_order_final=falls, ends_still=still, grid_steps=whole)
 
+    @property
+    def _kept(self) -> int:
+        """How many outputs are remembered."""
+        return self.order - 1
+
+    def _at(self, here: Level, there: Level) -> Multistep:
+        """The method with its numbers for that step."""
+        return self
+
+    def _end(self, here: Level, there: Level, u: float) -> float:
+        """The time by the clock at which the deterministic part of a step ends; u: that of
+        `there`."""
+        return u
+
     def _corrected(
-        self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
-    ) -> tuple[Tensor, Prediction]:
-        """x_t and x0, eps there, with what the newest output says of the step that led to it."""
-        return x, predicted
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        predicted: Prediction,
+        here: Level,
+        node: Node,
+        last: Begun | None,
+    ) -> tuple[Tensor, Prediction, Node]:
+        """x_t, x0 and eps there and the newest output, with what this says of the step that led to
+        it."""
+        return x, predicted, node
 
     def _start(
         self, i: int, denoise: Denoise, x: Tensor, predicted: Prediction, here: Level, there: Level
@@ -363,13 +451,6 @@ class Multistep(Sampler):
         first, *others = zip(interpolation(r, means), [*ends, *past], strict=True)
         return sum((w * node.F for w, node in others), start=first[0] * first[1].F)
 
-    @property
-    def _rate(self) -> float:
-        """Rate by log SNR at which the weight in F* grows."""
-        if self.target == "eps":
-            return -1.0
-        return 1.0 + self.eta if self.kappa is reverse_sde else 1.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(Multistep):
@@ -380,13 +461,28 @@ class UniPC(Multistep):
     """Numbers of the steps that are not."""
 
     def _corrected(
-        self, x: Tensor, predicted: Prediction, here: Level, node: Node, last: Begun | None
-    ) -> tuple[Tensor, Prediction]:
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        predicted: Prediction,
+        here: Level,
+        node: Node,
+        last: Begun | None,
+    ) -> tuple[Tensor, Prediction, Node]:
         if last is None or not self._corrects(last, node.u):
-            return x, predicted
-        F = self.mean_output([node, *last.nodes], last.nodes[0].u, node.u)
-        x = transition(*recover(last.x, F, last.level, self.target), here)
-        return x, recover(x, node.F, here, self.target)
+            return x, predicted, node
+        solver = self._at(last.level, here)
+        nodes = [node, *self._nodes(last)]
+        F = node.F
+        if len(nodes) > 1:
+            F = solver.mean_output(nodes, last.nodes[0].u, node.u)
+        mean = recover(last.x, F, last.level, self.target)
+        x = transition(*mean, here, last.kappa, last.z)
+        return x, recover(x, node.F, here, self.target), node
+
+    def _nodes(self, last: Begun) -> list[Node]:
+        """The outputs by which a step is done again, but for the next one."""
+        return last.nodes
 
     def _corrects(self, last: Begun, u_next: float) -> bool:
         u = last.nodes[0].u
@@ -473,33 +569,111 @@ class TwoStage(Sampler):
 
     r: float = 0.5
     """Share in lam; 1 = the end of the step."""
+    solver_type: str = "midpoint"
+    """First moment of the two outputs: one half (midpoint), or exact (heun)."""
     noisy_stage: bool = False
     """Whether the step to the second evaluation has fresh noise of its own; without, it is the
     deterministic part of the step."""
+    shared_noise: bool = False
+    """Whether the whole step keeps what is left of that noise: both lie on one path of the SDE."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Where in the step, in lam, the network is asked again."""
+        return (self.r,)
+
+    def evaluations(self, steps: int) -> int:
+        return steps * (1 + len(self.shares))
 
     def __call__(
         self, denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise
     ) -> Iterator[Step]:
         for i, (here, there) in enumerate(pairwise(levels)):
             x, here = self._churn(x, here, len(levels) - 1, noise)
-            predicted = mean = denoise(x, here)
-            if mid := self._mid(here, there):
-                if self.noisy_stage:
-                    guess = self._step(predicted, here, mid, noise)
-                else:
-                    guess = self._pasted(transition(*predicted, mid), mid)
-                F, F_mid = self._output(predicted, here), self._output(denoise(guess, mid), mid)
-                mean = recover(x, F + (F_mid - F) / (2 * self.r), here, self.target)
-            x = self._step(mean, here, there, noise)
+            predicted = denoise(x, here)
+            mean, kept = self.staged(denoise, x, predicted, here, there, noise)
+            x = self._arrived(mean, here, there, noise, kept if self.shared_noise else None)[0]
             yield Step(i, there, x, predicted.x0)
 
-    def _mid(self, here: Level, there: Level) -> Level | None:
-        """The level of the second evaluation; none where the step is of first order."""
+    def staged(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        predicted: Prediction,
+        here: Level,
+        there: Level,
+        noise: Noise,
+    ) -> tuple[Prediction, tuple[Level, Tensor | None] | None]:
+        """The mean x0 and eps of a step, by the outputs within it; and the last of their levels
+        with the fresh noise that is in its x_t."""
+        mean, own = predicted, self._unguided(predicted, x, here)
+        kept, guess = None, own
+        mids = [self._mid(here, there, share) for share in self.shares]
+        F = self._output(own, here)
+        further = (*self.shares, 1.0)[1:]
+        for share, next_share, mid in zip(self.shares, further, mids, strict=True):
+            if mid is None:
+                return predicted, None
+            level = kept if self.shared_noise else None
+            x_mid, fresh = self._arrived(guess, here, mid, noise, level, staged=True)
+            kept = mid, fresh
+            inner = self._unguided(denoise(x_mid, mid), x_mid, mid)
+            change = self._output(inner, mid) - F
+            if self.solver_type == "midpoint":
+                change = change / (2 * share / next_share)
+            else:
+                h = next_share / share * (mid.half_log_snr - here.half_log_snr)
+                change = change * (moments(self._rate * h, 2)[1] * next_share / share)
+            guess = recover(x, F + change, here, self.target)
+            mean = self._guided(guess, predicted.x0 - own.x0, here)
+        return mean, kept
+
+    def _arrived(
+        self,
+        mean: Prediction,
+        here: Level,
+        there: Level,
+        noise: Noise,
+        kept: tuple[Level, Tensor | None] | None,
+        staged: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x_t at `there`, and the fresh noise in it; kept: a level before it, and the noise there
+        that it has a share of. staged: whether that is within a step."""
+        kappa = 0.0 if staged and not self.noisy_stage else self._kappa(here, there)
+        fresh = None
+        level, before = kept or (here, None)
+        if kappa and before is not None:
+            left = math.exp(self.eta * (level.half_log_snr - there.half_log_snr))
+            fresh = there.sigma / level.sigma * left * before
+            if more := self._kappa(level, there):
+                fresh = fresh + more * (self.s_noise * noise(level, there))
+        elif kappa:
+            fresh = kappa * (self.s_noise * noise(here, there))
+        x = transition(*mean, there, kappa)
+        return self._pasted(x if fresh is None else x + fresh, there), fresh
+
+    def _mid(self, here: Level, there: Level, share: float) -> Level | None:
+        """The level at a share of the step; none where the step is of first order."""
         kappa = 0.0 if self.noisy_stage else self._kappa(here, there)
         if not self._recovers(here) or not (old := _other_leg(there.sigma, kappa)):
             return None
-        if self.r == 1 and not kappa:
+        if share == 1 and not kappa:
             return there
         start, end = here.half_log_snr, math.log(there.alpha / old)
-        lam = end if self.r == 1 else start + self.r * (end - start)
+        lam = end if share == 1 else start + share * (end - start)
         return self.path.at_half_log_snr(lam) if math.isfinite(lam) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeStage(TwoStage):
+    """A TwoStage with one more evaluation, further on, by which alone the step then goes
+    (SEEDS-3, 2305.14267; DPM-Solver-3, 2206.00927)."""
+
+    r_1: float = 1 / 3
+    r_2: float = 2 / 3
+    """Shares in lam of the second evaluation and of the third."""
+    solver_type: str = "heun"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return (self.r_1, self.r_2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
+from difftool.diffusion.samplers import Sampler
 from difftool.errors import UsageError
 from difftool.networks.layers import sinusoids
 from difftool.pipeline.inputs import SampleInput
@@ -155,26 +156,32 @@ def terms_of(
     settings: SampleConfig,
     vector: Tensor | None,
     evaluations: int,
+    sampler: Sampler | None = None,
 ) -> list[Term]:
     """The conditions of a batch of pictures of one shape, the one that it is guided away from last.
 
     With shares w and guidance scale g that is  F = F_no + g sum w (F_yes - F_no).
 
     vector [B,V]: see `build_cond`; what is guided away from has zeros for it. evaluations: of the
-    network, as many as prompts that change are planned for.
+    network, as many as prompts that change are planned for. sampler: what is guided away from is
+    there at any guidance scale for one of CFG++, which has scales below 1.
     """
     model.load_part("text")
     labels, size, syntax = [each.label for each in inputs], settings.size, settings.prompt_syntax
     build = partial(build_cond, model, labels=labels, size=size, vector=vector)
     build = partial(build, guidance=settings.guidance)
     prompts = [read_prompt(each.prompt, syntax, evaluations) for each in inputs]
-    scale = 1.0 if model.preset.unet.guidance_dim else max(settings.guidance, 1.0)
+    cfg_pp = sampler is not None and bool(sampler.cfg_pp) and model.guidable
+    scale = settings.guidance / (sampler.guidance_unit if sampler else 1.0)
+    scale = scale if cfg_pp else max(scale, 1.0)
+    if model.preset.unet.guidance_dim:
+        cfg_pp, scale = False, 1.0
     terms = []
     for told in zip(*prompts, strict=True):
         texts, share = _encoded(model, told, settings), told[0].share
         terms.append(Term(build, texts, _ends(told), share * scale, share))
     shares = sum(term.unguided for term in terms)
-    if scale * shares == 1:
+    if scale * shares == 1 and not cfg_pp:
         return terms
     zeros = None if vector is None else torch.zeros_like(vector)
     build = _unwanted(model, len(inputs), size, zeros)

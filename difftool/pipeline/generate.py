@@ -46,6 +46,7 @@ def generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
     groups: dict[object, list[int]] = {}
     for index, each in enumerate(inputs):
         shape = shape_of(plan.model, each, plan.settings, plan.evaluations)
+        shape = index if plan.sampler.alone else shape
         groups.setdefault(shape, []).append(index)
     if len(groups) == 1:
         yield from _generate(plan, inputs)
@@ -66,7 +67,7 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
     seeds = [each.seed for each in inputs]
     noise = ImageNoise(seeds, shape, model.device, settings.rng)
     vector = _variation(plan, inputs, noise)
-    terms = terms_of(model, inputs, settings, vector, plan.evaluations)
+    terms = terms_of(model, inputs, settings, vector, plan.evaluations, plan.sampler)
     pictures = _Pictures(plan, inputs, noise)
     unrest = ImageNoise([(seed * UNLIKE + 1) % 2**64 for seed in seeds], shape, model.device)
     x, numbers, evaluations = pictures.x, count(), count()
@@ -77,7 +78,8 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
         noise = step_noise(noise, seeds, settings.step_noise, settings.ensd, settings.rng)
     for part in filter(None, (plan, plan.refiner)):
         if part is not plan:
-            terms = terms_of(part.model, inputs, part.settings, None, part.evaluations)
+            told = (part.settings, None, part.evaluations, part.sampler)
+            terms = terms_of(part.model, inputs, *told)
             model.unload()
         denoise = _guided(part, terms, pictures, evaluations, unrest)
         part.model.load_part("unet")
@@ -122,6 +124,7 @@ def _guided(
             interval=settings.guidance_interval,
             unguided=unguided,
             rederive_eps=rederives_eps(settings),
+            cfg_pp=bool(plan.sampler.cfg_pp),
         )
         with tiled(plan.model.network, settings.tile):
             return of_all(x_t, level)

@@ -22,7 +22,6 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.guidance import Clip, dynamic_threshold, static_threshold
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
-from difftool.diffusion.solvers import TwoStage
 from difftool.engine.memory import free_memory
 from difftool.errors import ResourceError, UsageError
 from difftool.formats.diffusers.scheduler_switch import switched
@@ -74,13 +73,14 @@ class SamplePlan:
     @property
     def steps(self) -> int:
         """How many steps are run: less than are asked for from a picture on."""
-        return len(self.levels) - 1 + (0 if self.refiner is None else self.refiner.steps)
+        own = len(self.sampler.visits(self.levels)) - 1
+        return own + (0 if self.refiner is None else self.refiner.steps)
 
     @property
     def evaluations(self) -> int:
         """How often the network is asked in all `settings.steps`, by which prompts that change with
         the step go, as A1111 counts them."""
-        return self.settings.steps * (2 if isinstance(self.sampler, TwoStage) else 1)
+        return self.sampler.evaluations(self.settings.steps)
 
 
 class Refiner(NamedTuple):

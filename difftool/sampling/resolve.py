@@ -11,6 +11,7 @@ from typing import Any
 
 from difftool.adapters.lora.algebra import Applied
 from difftool.config.schema import SampleConfig
+from difftool.diffusion.samplers import guides_apart
 from difftool.errors import DifftoolError, UsageError, clash
 from difftool.pipeline.backdrop import FITS, Box, canvas_size, rounded_up
 from difftool.pipeline.condition import token_count
@@ -44,6 +45,8 @@ from difftool.text.constructs import unread
 from difftool.text.networks import named_loras
 from difftool.text.syntax import SYNTAXES
 
+STRONG = 2.0
+"""Guidance of CFG++ that is told of."""
 SHARED = ("sampler", "schedule", "steps", "guidance", "size", "tile")
 """What a refiner is asked for too."""
 
@@ -256,8 +259,12 @@ class Resolver:
         """What is not done to the letter, once each; UsageError for a cut prompt if strict."""
         request, plan = sample.request, sample.plan
         settings, texts = plan.settings, [*self._idle(sample)]
-        if settings.guidance == 0:
+        apart = guides_apart(settings.sampler)
+        if settings.guidance == 0 and not apart:
             texts.append("guidance 0 is read as 1, which is off")
+        if apart and settings.guidance > STRONG * plan.sampler.guidance_unit:
+            told = f"guidance {settings.guidance:g} is strong for {settings.sampler}"
+            texts.append(f"{told}: of CFG++, 0.2 to 1.5 is usual")
         if request.opened and request.opened not in self._noted:
             yield Note(request.opened, warning=False)
             self._noted.add(request.opened)

@@ -30,7 +30,7 @@ from difftool.config.options import (
 )
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import GENERATORS, STEP_NOISE
-from difftool.diffusion.samplers import SAMPLERS, split_spelling
+from difftool.diffusion.samplers import SAMPLERS, guides_apart, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
 from difftool.pipeline.backdrop import FITS
@@ -322,7 +322,7 @@ def _edits(values: Values) -> bool:
 
 
 def _guided(values: Values) -> bool:
-    return values["guidance"] not in (0, 1)
+    return values["guidance"] not in (0, 1) or guides_apart(values["sampler"])
 
 
 def _reads(values: Values) -> bool:

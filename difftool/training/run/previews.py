@@ -131,7 +131,7 @@ class Previews:
         items = self.items() if items is None else items
         plan = plan_sampling(self.model, resolve_settings(self.model))
         images, size = [], self.trainer.config.batch_size or 1
-        steps = len(plan.levels) - 1
+        steps = plan.steps
         with progress("drawing samples", steps * math.ceil(len(items) / size)) as shown:
             for first in range(0, len(items), size):
                 x0 = torch.empty(0)
