@@ -159,3 +159,17 @@ def test_dynamic_clip_is_used(denoiser: Denoiser):
     free = denoiser.predict(3 * X, LEVEL, prompt(1.0))
     clipped = guided(denoiser, [(prompt(1.0), 1.0)], clip=dynamic_threshold)(3 * X, LEVEL)
     assert torch.equal(clipped.x0, dynamic_threshold(free.x0))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0, 3.0])
+def test_cfg_pp_guides_x0_and_not_eps(denoiser: Denoiser, scale: float):
+    """2406.08070, algorithm 2; what is guided away from is asked for at any scale."""
+    cond, uncond = prompt(1.0), prompt(-0.3)
+    f_c, f_u = denoiser(X, LEVEL, cond), denoiser(X, LEVEL, uncond)
+    terms = [(cond, scale), (uncond, 1 - scale)]
+    found = guided(denoiser, terms, cfg_pp=True)(X, LEVEL)
+    expected = recover(X, f_u + scale * (f_c - f_u), LEVEL, "v").x0
+    torch.testing.assert_close(found.x0, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.eps, recover(X, f_u, LEVEL, "v").eps, rtol=1e-4, atol=1e-5)
+    nowhere = guided(denoiser, terms, cfg_pp=True, interval=(90.0, 99.0))(X, LEVEL)
+    torch.testing.assert_close(nowhere, recover(X, f_c, LEVEL, "v"), rtol=1e-4, atol=1e-5)

@@ -9,10 +9,15 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from difftool.diffusion import PATHS, SAMPLERS, Level, Path, Prediction, recover
+from difftool.diffusion import PATHS, SAMPLERS, Level, Path, Prediction, Step, recover
+from difftool.errors import UsageError
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 SHAPE = (2, 1, 3, 3)
 STEPS = 9
@@ -449,3 +454,45 @@ def test_every_menu_is_known():
         assert SAMPLERS.resolve(name) in SAMPLERS
     assert [SAMPLERS[name].a1111 for name in A1111] == list(A1111)
     assert not [name for name in DIFFUSERS if not hasattr(diffusers, name)]
+
+
+# --- in pictures --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    classes = {"classes": ["a", "b"], "codec": tiny.BLOCKS, "unet": {"num_classes": 3}}
+    return tiny.model(tiny.preset(12, **classes), seed=1)
+
+
+def pictures(model: Any, count: int, **asked: Any) -> list[Step]:
+    plan = plan_sampling(model, resolve_settings(model, {"size": (16, 16), "steps": 3} | asked))
+    inputs = [SampleInput("", label=i % 2, seed=i) for i in range(count)]
+    steps = list(generate(plan, inputs))
+    assert [step.index for step in steps] == list(range(plan.steps))
+    return steps
+
+
+def test_pictures_of_adaptive_steps_are_the_same_in_any_company(model):
+    alone = pictures(model, 1, sampler="DPM adaptive", guidance=3.0)[-1].x
+    together = pictures(model, 3, sampler="DPM adaptive", guidance=3.0)[-1].x
+    assert together[:1].equal(alone)
+
+
+def test_restart_shows_as_many_steps_as_it_takes(model):
+    assert len(pictures(model, 1, sampler="Restart", steps=20)) == 21
+
+
+def test_cfg_pp_has_scales_from_0_on(model):
+    found = [
+        pictures(model, 1, sampler=sampler, guidance=scale)[-1].x
+        for sampler, scale in (
+            ("euler", 1.0), ("euler_cfg_pp", 1.0), ("euler_cfg_pp", 0.5), ("ddim_cfg_pp", 6.25),
+            ("euler_cfg_pp", 0.0),
+        )
+    ]  # fmt: skip
+    assert found[2].allclose(found[3], atol=1e-5)
+    for one, other in pairwise((*found[:3], found[4])):
+        assert not one.allclose(other, atol=1e-3)
+    with pytest.raises(UsageError, match=r"guidance 0\.5"):
+        pictures(model, 1, sampler="euler", guidance=0.5)
