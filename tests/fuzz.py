@@ -149,7 +149,8 @@ def _bounded(name: str, words: list[str], rng: random.Random) -> list[str]:
     if name == "sample":
         if rng.random() < 0.6:
             return [*words, "--print-config"]
-        return [*words, "--steps", "1", "--num", "1", "--seed", "1"]
+        small = [] if any(word.startswith("--size") for word in words) else ["--size", "32"]
+        return [*words, *small, "--steps", "1", "--num", "1", "--seed", "1"]
     return words
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib import import_module
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from difftool.cli import habits
 from difftool.cli.app import COMMANDS
 from difftool.config.options import Option
+from difftool.errors import DifftoolError
 
 
 def row(name: str, **fields) -> Option:
@@ -91,3 +93,16 @@ def test_what_is_answered_with_is_there():
     rows = [row for command in COMMANDS for row in rows_of(command)]
     known = {name for row in rows for name in (*row.spellings, row.flag.strip("[]."))}
     assert habits.COUNTERPARTS.keys() | habits.ANSWERS.keys() <= known
+
+
+class Odd:
+    """A value that no option is ever given by a command line."""
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "noise", "convert"])
+def test_a_value_of_any_type_is_taken_or_refused_in_words(command):
+    values = ({}, [{}], [[1]], {"a": [1]}, Odd(), b"x", ("a",), {1}, [None], float("nan"), 2**70)
+    for row in rows_of(command):
+        for value in values:
+            with suppress(DifftoolError):
+                row.value(value)

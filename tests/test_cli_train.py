@@ -45,22 +45,22 @@ def test_a_folder_becomes_a_model_that_samples(pictures):
         assert image.size == (16, 16)
 
 
-def test_a_dry_run_plans_and_writes_nothing(pictures):
+def test_a_dry_run_plans_and_writes_nothing(pictures, difftool):
     before = sorted(pictures.rglob("*"))
-    done = spawn("train", "photos", "--dry-run", cwd=pictures)
-    assert done.returncode == 0
-    assert done.stdout == ""
+    done = difftool("train", "photos", "--dry-run")
+    assert done.code == 0
+    assert done.out == ""
     for word in ("3 images", "pixel-small", "train.steps", "memory", "disk", "time", "shown"):
-        assert word in done.stderr
+        assert word in done.err
     for key in ("target", "path.kind", "train.lr", "train.warmup"):
-        assert re.search(rf"^{key} +\S+  +\S", done.stderr, re.MULTILINE)
+        assert re.search(rf"^{key} +\S+  +\S", done.err, re.MULTILINE)
     assert sorted(pictures.rglob("*")) == before
 
 
-def test_a_dry_run_is_one_object_where_json_is_asked_for(pictures):
-    done = spawn("train", "photos", "--dry-run", "--json", "--steps", "30", cwd=pictures)
-    plan = json.loads(done.stdout)
-    assert done.returncode == 0 and plan["schema"] == 1 and not plan["warnings"]
+def test_a_dry_run_is_one_object_where_json_is_asked_for(pictures, difftool):
+    done = difftool("train", "photos", "--dry-run", "--json", "--steps", "30")
+    plan = done.object
+    assert done.code == 0 and plan["schema"] == 1 and not plan["warnings"]
     chosen = {key: row["value"] for key, row in plan["plan"].items()}
     assert (chosen["train.size"], chosen["train.steps"], chosen["train.warmup"]) == (20, 30, 3)
     assert all(row["why"] for row in plan["plan"].values())
@@ -68,9 +68,9 @@ def test_a_dry_run_is_one_object_where_json_is_asked_for(pictures):
     assert plan["seconds"] > 0 and "3 images" in plan["data"][0]
 
 
-def test_the_configuration_is_printed_with_its_origins(pictures):
-    done = spawn("train", "photos", "--print-config", "--json", "--lr", "0.5", cwd=pictures)
-    config = json.loads(done.stdout)["config"]
+def test_the_configuration_is_printed_with_its_origins(pictures, difftool):
+    done = difftool("train", "photos", "--print-config", "--json", "--lr", "0.5")
+    config = done.object["config"]
     assert config["train.lr"] == {"value": 0.5, "origin": "--lr"}
     assert config["unet.groups"]["origin"] == "default"
     assert "3 pictures" in config["train.batch_size"]["origin"]
@@ -90,26 +90,31 @@ MISUSE = [
     (["photos", "--set", "unet.chanels=[8]"], 2, "channels"),
     (["photos", "--set", "path.kind=edm", "--set", "target=eps", "--size", "15"], 2, "multiple"),
     (["photos", "--set", "path={kind: linear, zero_snr: true}", "--set", "target=eps"], 2, "eps"),
+    (
+        ["photos", "--set", "unet.attention=transformer", "--set", "unet.context_dim=8"],
+        2,
+        "encoder",
+    ),
     (["photos", "--frobnicate"], 2, "frobnicate"),
     ([], 2, "DATA"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "code", "says"), MISUSE)
-def test_misuse_is_told_in_a_few_lines_and_leaves_nothing(pictures, arguments, code, says):
+def test_misuse_is_told_in_few_lines_and_leaves_nothing(pictures, difftool, arguments, code, says):
     before = sorted(pictures.rglob("*"))
-    done = spawn("train", *arguments, cwd=pictures)
-    assert done.returncode == code
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = difftool("train", *arguments)
+    assert done.code == code
+    assert says in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
     assert sorted(pictures.rglob("*")) == before
 
 
-def test_an_error_is_json_where_json_is_asked_for(pictures):
-    done = spawn("train", "photos", "--steps", "-3", "--json", cwd=pictures)
-    error = json.loads(done.stdout)["error"]
-    assert (done.returncode, error["code"]) == (2, 2)
+def test_an_error_is_json_where_json_is_asked_for(pictures, difftool):
+    done = difftool("train", "photos", "--steps", "-3", "--json")
+    error = done.object["error"]
+    assert (done.code, error["code"]) == (2, 2)
     assert "--steps" in error["message"]
 
 

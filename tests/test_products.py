@@ -61,6 +61,8 @@ def test_names_files_sizes_and_texts_are_lists(tmp_path, monkeypatch):
     }  # fmt: skip
     with pytest.raises(UsageError, match="nothing to put"):
         replacements("red")
+    with pytest.raises(UsageError, match="no list"):
+        replacements("red\nfox,blue")
 
 
 def task(prompt: Any = "a fox", **given: Any) -> SampleTask:

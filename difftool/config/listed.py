@@ -119,10 +119,13 @@ def weighted(given: Any) -> dict[str, Any]:
 def replacements(given: Any) -> dict[str, Any]:
     """What is looked for and what takes its place, pairs of "red,blue,green": the first is looked
     for, and is one of the values too. Quotes keep a comma, as in CSV."""
+    hint = 'give "red,blue,green": the first is in the prompt, the others take its place'
     if isinstance(given, str):
-        given = next(csv.reader([given], skipinitialspace=True), [])
+        try:
+            given = next(csv.reader([given], skipinitialspace=True), [])
+        except csv.Error as error:
+            raise UsageError(f'--replace "{given}" is no list', str(error), hint) from None
     first, *others = [text.strip() for text in map(str, given)] or [""]
     if not first or not others:
-        hint = 'give "red,blue,green": the first is in the prompt, the others take its place'
         raise UsageError(f'--replace "{first}" has nothing to put in its place', hint=hint)
     return {text: (first, text) for text in (first, *others)}

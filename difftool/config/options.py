@@ -93,9 +93,14 @@ class Option:
             given = [f"{key}={json.dumps(value)}" for key, value in given.items()]
         if given is None or (self.many and isinstance(given, list | tuple) and not given):
             return None
-        if not self.many:
-            return self._each(given)
-        return [self._each(g) for g in (given if isinstance(given, list | tuple) else [given])]
+        try:
+            if not self.many:
+                return self._each(given)
+            return [self._each(g) for g in (given if isinstance(given, list | tuple) else [given])]
+        except (TypeError, AttributeError) as error:
+            if isinstance(given, str):
+                raise
+            raise UsageError(f"{self.flag} cannot be {given!r}", str(error)) from None
 
     def _each(self, given: Any) -> Any:
         """The value, or several that are to be tried in turn."""

@@ -131,8 +131,9 @@ def _explain(cls: type, error: Any, source: str) -> tuple[str, str | None, str |
         kind, kinds = str(error["input"]["kind"]), error["ctx"]["kinds"].split()
         return f'{source}: there is no {where} of kind "{kind}"', None, suggestion(kind, kinds)
     if error["type"] == "unexpected_keyword_argument":
-        known = _fields_at(cls, error["loc"][:-1])
-        return f'{source}: there is no key "{where}"', None, suggestion(path[-1], known)
+        known, last = _fields_at(cls, error["loc"][:-1]), str(error["loc"][-1])
+        where = ".".join([*path[: -1 if path[-1:] == [last] else None], last])
+        return f'{source}: there is no key "{where}"', None, suggestion(last, known)
     if error["type"].startswith("missing"):
         if isinstance(error["loc"][-1], int):
             where = ".".join(path[:-1])
@@ -198,6 +199,16 @@ def check_parts(preset: Preset, source: str) -> None:
     if row and row.id != OWN and not has_structure(row, unet, preset.codec, text):
         hint = f"family: {OWN} is any model that is of no published family"
         raise UsageError(f"{source} is not of family {row.id}, which it names", hint=hint)
+
+
+def check_conditioned(preset: Preset) -> None:
+    """UsageError for a network that reads a text where there is no text encoder: a component may be
+    converted so, and not be trained."""
+    unet = preset.unet
+    reads = [f"unet.{n}" for n in ("context_dim", "vector_dim") if getattr(unet, n, None)]
+    if reads and not preset.text:
+        hint = f"add text: to the preset, or leave {' and '.join(reads)} out"
+        raise UsageError(f"{preset.name} reads a text and has no text encoder", hint=hint)
 
 
 def check_sampling(settings: SampleConfig) -> None:

@@ -20,6 +20,7 @@ from difftool.config.layers import (
     resolve,
 )
 from difftool.config.schema import RECIPES, Part, Preset
+from difftool.config.validate import check_conditioned
 from difftool.data import BUILTIN, Audit, Dataset, open_dataset
 from difftool.diffusion.path import build_path
 from difftool.errors import UsageError, clash
@@ -150,6 +151,7 @@ def prepare(
     from difftool.training.step.objectives import times_and_weight
 
     asked = planned.preset
+    check_conditioned(asked)
     times_and_weight(asked.train, build_path(asked.path), asked.target)
     device = parallel.join(pick_device(values["device"] or "auto"))
     tokenizer = staged.vocabulary(stages) or tokenizer
