@@ -77,7 +77,8 @@ def _run(func, args, kwargs):
         WAITS[name] += 1
     device = kwargs.get("device")
     to_device = device is not None and torch.device(device).type == NAME
-    kwargs = {k: ("cpu" if k == "device" and v is not None else v) for k, v in kwargs.items()}
+    if to_device:
+        kwargs = kwargs | {"device": torch.device("cpu")}
     plain_args, plain = tree_map(_raw, (args, kwargs))
     if name in _ACROSS:
         if name != "_to_copy":
@@ -87,7 +88,8 @@ def _run(func, args, kwargs):
             func(*plain_args, **plain)
             return target
         stays = isinstance(args[0], OnDevice) and device is None
-        if isinstance(args[0], OnDevice) and not (to_device or stays):
+        to_host = device is not None and torch.device(device).type == "cpu"
+        if isinstance(args[0], OnDevice) and to_host:
             WAITS["to the host"] += 1
         out = func(*plain_args, **plain)
         return _wrap(out) if to_device or stays else out

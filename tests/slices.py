@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+
+
+def slow_but(quick: Iterable[Any], every: Sequence[Any]) -> list[Any]:
+    """Every one; those that are not among the quick ones are slow."""
+    quick = [*quick]
+    return [
+        each
+        if each in quick
+        else pytest.param(*(each if isinstance(each, tuple) else [each]), marks=pytest.mark.slow)
+        for each in every
+    ]
 
 
 def in_turn(*columns: Sequence[Any]) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from conversions import convert
 from ldm_models import COMPLETE, FAMILIES, OPENCLIP, UNETS, VAE, small
 from safetensors.torch import load_file, save_file
+from slices import in_turn, slow_but
 from torch import Tensor
 
 from difftool.config.layers import load_preset
@@ -200,7 +201,7 @@ ROUNDS = [(name, dtype) for name in FAMILIES for dtype in DTYPES]
 SAMPLE = [(name, list(DTYPES)[i % 3]) for i, name in enumerate(FAMILIES)]
 
 
-@pytest.mark.parametrize(("name", "dtype"), SAMPLE)
+@pytest.mark.parametrize(("name", "dtype"), slow_but(SAMPLE[::3], SAMPLE))
 def test_ways_there_and_back_are_exact(name, dtype, tmp_path):
     check_rounds(name, DTYPES[dtype], tmp_path)
 
@@ -219,11 +220,14 @@ def test_metadata_that_is_not_there_is_not_added(tmp_path):
         assert read_header(tmp_path / "back").metadata == {}
 
 
-@pytest.mark.parametrize(("preset", "like"), [
-    ("sd15", "sd1"), ("sd21-v", "sd2"), ("sdxl", "sdxl"), ("sdxl-refiner", "sdxl-refiner"),
-])  # fmt: skip
-@pytest.mark.parametrize("ways", [("ldm",), ("diffusers", "ldm"), ("ldm", "diffusers")])
-def test_models_of_presets_come_back_with_all_that_they_say(preset, like, ways, tmp_path):
+PRESETS = {"sd15": "sd1", "sd21-v": "sd2", "sdxl": "sdxl", "sdxl-refiner": "sdxl-refiner"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "ways"), in_turn([*PRESETS], [("ldm",), ("diffusers", "ldm"), ("ldm", "diffusers")])
+)
+def test_models_of_presets_come_back_with_all_that_they_say(preset, ways, tmp_path):
+    like = PRESETS[preset]
     """Such as training makes: their own names, descriptions and training settings too."""
     networks = small(like)
     made = replace(load_preset(preset), unet=networks.unet, text=networks.text, codec=VAE)
@@ -648,6 +652,7 @@ def killed(count: int) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_hundreds_of_mutants_of_the_tables_are_found_out():
     assert killed(520) >= 520
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from conversions import convert
 from pipelines import WORDS, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from slices import in_turn
+from slices import in_turn, slow_but
 from torch import Tensor
 
 from difftool import load
@@ -138,7 +139,13 @@ def assert_same(model: Model, wanted: Mapping[str, Tensor], before: Mapping[str,
 # --- PEFT ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "family"), in_turn([*CONFIGS], ["sd1", "sdxl", "refiner"]))
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    slow_but(
+        [*product(CONFIGS, ["sd1"]), ("plain", "sdxl")],
+        [*product(CONFIGS, ["sd1", "sdxl", "refiner"])],
+    ),
+)
 def test_pefts_files_change_what_peft_changes(families, family, kind, tmp_path):
     pipe, folder = opened(families / family), families / family
     before = load_model(str(folder), device="cpu").tensors()
@@ -285,9 +292,11 @@ def kohya(
     return found
 
 
-@pytest.mark.parametrize(("family", "ldm"), [("sd1", False), ("sdxl", False), ("sdxl", True)])
-@pytest.mark.parametrize("alpha", [True, False])
-def test_kohyas_files_change_what_the_formula_says(families, family, ldm, alpha, tmp_path):
+@pytest.mark.parametrize(
+    ("like", "alpha"), in_turn([("sd1", False), ("sdxl", False), ("sdxl", True)], [True, False])
+)
+def test_kohyas_files_change_what_the_formula_says(families, like, alpha, tmp_path):
+    family, ldm = like
     before = load_model(str(families / family), device="cpu")
     tensors = kohya(before, ldm=ldm, alpha=alpha)
     assert ldm == any("lora_unet_input_blocks_" in name for name in tensors)
@@ -309,8 +318,7 @@ def test_kohyas_files_change_what_the_formula_says(families, family, ldm, alpha,
     assert len(model.loras[0].lora.changes) == count
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("alpha", [2.0, None])
+@pytest.mark.parametrize(("family", "alpha"), in_turn(["sd1", "sdxl"], [2.0, None]))
 def test_kohyas_files_change_what_diffusers_changes(families, family, alpha, tmp_path):
     """Of one alpha, or of one rank where there is none: diffusers 0.42 mistakes all others."""
     before = load_model(str(families / family), device="cpu")
@@ -369,8 +377,7 @@ def peft_delta(kind: str, layer: str, families: Path, **config: Any) -> tuple[An
     return module, module.get_delta_weight("default").detach()
 
 
-@pytest.mark.parametrize("layer", [LAYER, CONV])
-@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize(("core", "layer"), in_turn([False, True], [LAYER, CONV]))
 def test_loha_is_pefts(families, layer, core, tmp_path):
     if core and layer == LAYER:
         pytest.skip("cores are of convolutions")
@@ -388,18 +395,16 @@ def test_loha_is_pefts(families, layer, core, tmp_path):
     assert delta.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("layer", [LAYER, CONV])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"decompose_both": True},
-        {"decompose_factor": 4},
-        {"use_effective_conv2d": True},
-        {"r": 64},
-    ],
-    ids=str,
-)
+LOKR = [
+    {},
+    {"decompose_both": True},
+    {"decompose_factor": 4},
+    {"use_effective_conv2d": True},
+    {"r": 64},
+]
+
+
+@pytest.mark.parametrize(("config", "layer"), in_turn(LOKR, [LAYER, CONV]), ids=str)
 def test_lokr_is_pefts(families, layer, config, tmp_path):
     torch.manual_seed(1)
     module, delta = peft_delta("LoKr", layer, families, **config)
@@ -424,8 +429,7 @@ def test_a_core_of_a_lora_is_tuckers(families, tmp_path):
     assert (conv(x, after, padding=1) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("layer", [LAYER, CONV])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("axis", "layer"), in_turn([0, 1], [LAYER, CONV]))
 def test_dora_norms_rows_or_inputs(families, layer, axis, tmp_path):
     torch.manual_seed(3)
     weight = load_model(str(families / "sd1"), device="cpu").tensors()[f"{layer}.weight"]
@@ -609,7 +613,12 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("numbers", "family"), in_turn(NUMBERS, ["sdxl", "sd2", "sd1"]))
+@pytest.mark.parametrize(
+    ("numbers", "family"),
+    slow_but(
+        [(NUMBERS[0], "sd1"), (NUMBERS[1], "sd2")], [*product(NUMBERS, ["sdxl", "sd2", "sd1"])]
+    ),
+)
 def test_kohya_comes_back_from_peft_as_it_was(family, numbers, tmp_path):
     dtype, alpha, dora = numbers
     first, peft_file, back = (tmp_path / f"{n}.safetensors" for n in "abc")

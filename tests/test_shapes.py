@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from slices import slow_but
 
 from difftool.data import open_dataset, shapes
 from difftool.data.dice import coarse_uniforms
@@ -148,7 +149,7 @@ def test_the_set_describes_itself():
         data.labels([0])
 
 
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", slow_but([32], [16, 32, 64]))
 def test_the_judge_believes_real_pictures_and_no_others(size):
     captions = shapes_eval.prompts(25, seed=2)
     pictures = [shapes.draw(caption, size, key) for key, caption in enumerate(captions)]

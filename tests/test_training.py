@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 from runs import start_run
+from slices import slow_but
 
 from difftool.data import open_dataset
 from difftool.errors import ResourceError, Stopped, UsageError
@@ -73,11 +75,9 @@ RECIPES = [
 
 @pytest.mark.parametrize(
     ("stops", "recipe"),
-    [
-        pytest.param(stops, recipe, marks=pytest.mark.slow if stops[0] == 6 or i > 3 else ())
-        for stops in ((11, 10), (6, 5))
-        for i, recipe in enumerate(RECIPES)
-    ],
+    slow_but(
+        [((11, 10), RECIPES[0]), ((11, 10), RECIPES[3])], [*product([(11, 10), (6, 5)], RECIPES)]
+    ),
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, pictures, stops, recipe):
     (stop_at, from_step), (values, data) = stops, recipe
