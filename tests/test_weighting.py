@@ -295,6 +295,17 @@ def test_and_adds_the_guidance_of_prompts(models):
     torch.testing.assert_close(first.x0, x0, rtol=1e-3, atol=1e-3)
 
 
+def test_prompts_of_and_are_as_long_as_the_longest(models):
+    model = models["sd15"]
+    long = "owl " * 100
+    calls = told(model, [f"a fox AND {long}"], steps=1)
+    short = context(model, "a fox", syntax="a1111")
+    padded = torch.cat([short, short[:, -1:].expand(-1, 77, -1)], dim=1)
+    found = torch.cat([contexts for contexts in calls if contexts.shape[1] == 154])
+    torch.testing.assert_close(found[:1], padded)
+    torch.testing.assert_close(found[1:], context(model, long, syntax="a1111"))
+
+
 def test_a_picture_is_the_same_in_any_company(models):
     model = models["sd15"]
     prompts = ["a fox", "fox " * 100, "a fox AND an owl", "[a|b] fox", "a (fox:1.4)"]

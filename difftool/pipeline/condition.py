@@ -180,6 +180,7 @@ def terms_of(
     for told in zip(*prompts, strict=True):
         texts, share = _encoded(model, told, settings), told[0].share
         terms.append(Term(build, texts, _ends(told), share * scale, share))
+    _level(terms)
     shares = sum(term.unguided for term in terms)
     if scale * shares == 1 and not cfg_pp:
         return terms
@@ -192,6 +193,16 @@ def terms_of(
         *terms,
         Term(build, texts, _ends(negatives), 1 - scale * shares, 1 - shares, wanted=False),
     ]
+
+
+def _level(terms: Sequence[Term]) -> None:
+    """Prompts that AND joins are as long as the longest, by their last vector again and again, as
+    A1111 stacks them."""
+    contexts = [(term, c) for term in terms if (c := term.texts.context) is not None]
+    longest = max((context.shape[1] for _, context in contexts), default=0)
+    for term, context in contexts:
+        last = context[:, -1:].expand(-1, longest - context.shape[1], -1)
+        term.texts = term.texts._replace(context=torch.cat([context, last], dim=1))
 
 
 def _ends(prompts: Sequence[Told]) -> list[list[int]]:
