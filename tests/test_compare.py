@@ -15,10 +15,10 @@ from PIL import Image
 
 from difftool.images.tables import Page, PictureTable, TableCell, drawn, page_size
 from difftool.sampling.compare import layout
-from difftool.sampling.compare.gallery import folded, unfolded
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, pages
 from difftool.sampling.compare.page import Embedded, page
 from difftool.sampling.metadata.files import read
+from difftool.sampling.metadata.grids import folded, unfolded
 
 SIZE = (64, 64)
 
@@ -237,6 +237,20 @@ def test_the_grid_itself_is_what_is_named(difftool, model):
     ran = difftool(*common, "--grid", "-o", "x.png")
     assert ran.code == 2 and "x.png exists" in ran.err
     assert difftool(*common, "--grid", "-o", "x.png", "--overwrite").code == 0
+
+
+def test_a_grid_is_made_again_picture_by_picture(difftool, model):
+    common = ("sample", "-m", model, "--exact")
+    asked = ("--label", "cat", "--steps", "1,2", "--seed", "1-2")
+    difftool(*common, *asked, "-o", "first/[label]-[steps]-[seed].png")
+    for name in ("x.png", "x.jpg"):
+        assert difftool(*common, *asked, "--grid", "-o", name).code == 0
+        again = difftool(*common, "--from-image", name, "-o", f"{name}s/[label]-[steps]-[seed].png")
+        assert again.code == 0 and len(again.lines) == 4, again.err
+        for path in again.lines:
+            assert Path(path).read_bytes() == (Path("first") / Path(path).name).read_bytes()
+    again = difftool(*common, "--from-image", "x.png", "--steps", "1,3", "--grid", "-o", "y.png")
+    assert again.lines == ["y.png"]
 
 
 def test_folders_and_templates_have_the_pictures_beside_the_grid(difftool, model):

@@ -113,14 +113,14 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         values["seed"] = (drawn_seed(),)  # one for all: they are to be compared
     if axes and values["vary"] is not None and values["vary_seed"] in (None, -1):
         values["vary_seed"] = drawn_seed()
-    picture = _picture(values, loaded) if values["from_image"] else None
+    pictures = _pictures(values, loaded) if values["from_image"] else [None]
     label = labels[0] if values["prompts"] and labels else None
-    product = Product(values, axes, partial(_base, picture=picture, label=label))
-    base = product.base(values)
-    if picture is not None:
-        opened = _opened(loaded)
-        _check_files(values, opened, base)
-    _check_plugins(base)
+    product = Product(values, axes, partial(_base, label=label), pictures)
+    base = product.base
+    for picture in filter(None, pictures):
+        asked_for = product.ask(values, picture)
+        _check_files(values, _opened(loaded), asked_for)
+        _check_plugins(asked_for)
     for each in (base, *product.each()):
         _check_settings(each.settings)
     asked = [
@@ -155,7 +155,7 @@ def _compares(values: Mapping[str, Any]) -> bool:
     return bool(values["grid"]) or Path(values["output"] or "").suffix.lower() in PAGES
 
 
-def _base(values: Mapping[str, Any], picture: Request | None, label: str | None) -> Request:
+def _base(values: Mapping[str, Any], picture: Request | None, *, label: str | None) -> Request:
     """What every picture is asked for by these options, the prompts apart. picture: what one says
     of itself; label: the class of all lines."""
     given = {"prompt": None, "label": label, "no": ", ".join(values["no"] or ()) or None}
@@ -164,6 +164,8 @@ def _base(values: Mapping[str, Any], picture: Request | None, label: str | None)
     if picture is not None:
         found = frozenset(picture.settings) - frozenset(base.settings)
         base = replace(_taken_over(values, base.over(picture)), found=found)
+        if base.loras and base.applied is None:
+            base = replace(base, applied=[(Path(path), weight) for path, weight in base.loras])
     return base
 
 
@@ -172,18 +174,19 @@ def _opened(loaded: bool) -> tuple[str, ...]:
     return PICTURES if loaded else (*PICTURES, "lora", "embedding")
 
 
-def _picture(values: Mapping[str, Any], loaded: bool) -> Request:
-    """The request of --from-image."""
-    from difftool.sampling.metadata.files import read
+def _pictures(values: Mapping[str, Any], loaded: bool) -> list[Request | None]:
+    """The requests of --from-image: of a picture, or of those of a grid."""
+    from difftool.sampling.metadata.files import read_all
     from difftool.sampling.metadata.named import locate
 
-    opened = _opened(loaded)
-    picture = read(values["from_image"])
-    named = (f for f in picture.named if f.option not in opened or not values[f.option])
-    picture = replace(picture, named=tuple(named))
-    places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
-    trusted = bool(values["trust_image"])
-    return locate(picture, values["from_image"], opened, trusted=trusted, places=places)
+    opened, found = _opened(loaded), list[Request | None]()
+    for picture in read_all(values["from_image"]):
+        named = (f for f in picture.named if f.option not in opened or not values[f.option])
+        picture = replace(picture, named=tuple(named))
+        places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
+        trusted = bool(values["trust_image"])
+        found.append(locate(picture, values["from_image"], opened, trusted=trusted, places=places))
+    return found
 
 
 def _counted(values: Mapping[str, Any], product: Product, asked: Sequence[Request]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,10 +19,11 @@ from difftool.sampling.events import Event, Existing, Failure, Note, Result, She
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
+from difftool.sampling.metadata.grids import folded
 from difftool.sampling.output import Output
 
-PICTURES = "pictures"
-"""Key of a grid's chunk: what each picture's own chunk says beside what all of them do."""
+ONE_PAGE = 1 << 30
+"""A side that no grid has."""
 
 
 class Gallery:
@@ -87,7 +88,7 @@ class Gallery:
         if self.output.page:
             yield self._page(arrangement)
             return
-        made = pages(arrangement)
+        made = pages(arrangement, ONE_PAGE if self.output.stdout else None)
         for number, each in enumerate(made, 1):
             try:
                 image = drawn(each)
@@ -118,46 +119,3 @@ class Gallery:
     def _chunk(self) -> dict[str, Any]:
         """What all the pictures say of themselves."""
         return folded(self._chunks) if self._chunks else {}
-
-
-def folded(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What mappings have in common, once, with what each has beside it."""
-    common = dict(chunks[0])
-    for each in chunks[1:]:
-        common = _common(common, each)
-    return {**common, PICTURES: [_beside(each, common) for each in chunks]}
-
-
-def unfolded(whole: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The mappings again."""
-    common = {name: value for name, value in whole.items() if name != PICTURES}
-    return [_laid(common, each) for each in whole[PICTURES]]
-
-
-def _laid(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(common)
-    for name, value in own.items():
-        both = isinstance(value, Mapping) and isinstance(made.get(name), Mapping)
-        made[name] = _laid(made[name], value) if both else value
-    return made
-
-
-def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name in one.keys() & other.keys():
-        mine, theirs = one[name], other[name]
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            found[name] = _common(mine, theirs)
-        elif mine == theirs and type(mine) is type(theirs):
-            found[name] = mine
-    return {name: found[name] for name in one if name in found}
-
-
-def _beside(one: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in one.items():
-        if name not in common:
-            found[name] = value
-        elif isinstance(value, Mapping) and (more := _beside(value, common[name])):
-            found[name] = more
-    return found

@@ -208,11 +208,12 @@ def _said(picture: Exhibit, name: str) -> str:
 # --- pages -----------------------------------------------------------------------------------
 
 
-def pages(arrangement: Arrangement) -> list[Page]:
-    """The pages of a grid, each within MAX_SIDE as far as a picture is."""
+def pages(arrangement: Arrangement, side: int | None = None) -> list[Page]:
+    """The pages of a grid, each within so many pixels as far as a picture is; None: MAX_SIDE."""
+    side = side or MAX_SIDE
     sizes = [tuple(side * zoom_of(p.size) for side in p.size) for p in arrangement.pictures]
     cell = max(w for w, _ in sizes), max(h for _, h in sizes)
-    room = max(1, int(MAX_SIDE / 1.1 / cell[0])), max(1, int(MAX_SIDE / 1.2 / cell[1]))
+    room = max(1, int(side / 1.1 / cell[0])), max(1, int(side / 1.2 / cell[1]))
     axes = arrangement.axes
     one_row = len(axes) == 1 and axes[0].name not in ("seed", "image")
     if len(axes) < 2 and not (one_row and len(axes[0].texts) <= min(ONE_ROW, room[0])):

@@ -6,8 +6,8 @@ faster. What a model is loaded by goes slowest, so that each one is loaded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -94,9 +94,15 @@ class Product:
     values: Values
     """Of all options, each the first where there are several."""
     axes: tuple[Axis, ...]
-    base: Callable[[Values], Request]
-    """What every picture is asked for by values of all options."""
-    _kept: list[Any] = field(default_factory=list, repr=False)
+    ask: Callable[[Values, Request | None], Request]
+    """What every picture is asked for by values of all options, over what one says of itself."""
+    pictures: Sequence[Request | None] = (None,)
+    """What pictures to be made again say of themselves; None = there are none."""
+
+    @property
+    def base(self) -> Request:
+        """What every picture is asked for, in the first combination."""
+        return self.ask(self.values, self.pictures[0])
 
     def loads(self) -> Iterator[tuple[dict[str, Any], Combination]]:
         """What each model is loaded by: the values of all options, and which one it is."""
@@ -123,8 +129,16 @@ class Product:
         value of its own."""
         if own:
             axes = [axis for axis in self._free if axis.name not in own]
-            return [replace(self.base(v), place=place) for v, place in self._combined(axes)]
+            return self._asked(axes)
         return self._all
+
+    def _asked(self, axes: Iterable[Axis]) -> list[Request]:
+        axes = list(axes)
+        return [
+            replace(self.ask(values, picture), place=place)
+            for picture in self.pictures
+            for values, place in self._combined(axes)
+        ]
 
     @cached_property
     def _free(self) -> list[Axis]:
@@ -132,7 +146,7 @@ class Product:
 
     @cached_property
     def _all(self) -> list[Request]:
-        return [replace(self.base(v), place=place) for v, place in self._combined(self._free)]
+        return self._asked(self._free)
 
     def _combined(self, axes: Iterable[Axis]) -> Iterator[tuple[dict[str, Any], Combination]]:
         axes = list(axes)
@@ -146,7 +160,7 @@ class Product:
         """What is asked for with each value of each axis, the other axes at their first."""
         for axis in self._free:
             for values, _ in self._combined([axis]):
-                yield self.base(values)
+                yield self.ask(values, self.pictures[0])
 
     def said(self, count: int | None) -> str:
         """How many pictures there will be and why, for people; "" where nothing is multiplied."""

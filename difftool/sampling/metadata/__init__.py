@@ -2,6 +2,7 @@
 
 a1111   the `parameters` text that other tools read, both ways
 chunk   the `difftool` JSON chunk, from which a picture can be made again exactly
+grids   the chunks of a grid's pictures
 comfy   the graph of ComfyUI's nodes
 others  the JSON of InvokeAI, NovelAI, SwarmUI and Fooocus
 named   how files are named, and where they are found

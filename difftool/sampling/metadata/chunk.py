@@ -15,10 +15,11 @@ from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import DifftoolError, InputError
 from difftool.plugins import used
 from difftool.sampling.expand import TEMPLATES, final
+from difftool.sampling.metadata.grids import EACH, unfolded
 from difftool.sampling.metadata.named import digest_of, written
 from difftool.sampling.requests import NamedFile, Request, from_json
 from difftool.sampling.settings import PICTURES, read_path
-from difftool.storage.strict_json import parse_json
+from difftool.storage.strict_json import parse_json, to_json
 from difftool.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
+MAX_GRID_BYTES, MAX_READ = 1 << 24, 1 << 28
+"""Of what a grid says, and of that when each of its pictures says it."""
 ASKED = ("prompt", "negative", "label", "seed")
 """What is asked for of any picture."""
 ALSO = ("vary_seed", *TEMPLATES.values())
@@ -99,6 +102,8 @@ def from_chunk(text: str, source: str) -> Request:
         if len(text) > MAX_BYTES:
             raise ValueError(f"{len(text)} characters")
         values = parse_json(text, "it", infinite=True)
+        if EACH in values:
+            raise ValueError(f"it is of a grid of {len(values[EACH])} pictures")
         request, settings = values["request"], values["preset"]["sample"]
         asked = {name: request[name] for name in ASKED}
         asked |= {name: request[name] for name in ALSO if name in request}
@@ -116,6 +121,20 @@ def from_chunk(text: str, source: str) -> Request:
         final(found), settings=settings, model_hash=made_by, plugins=plugins, named=named,
         networks=networks,
     )  # fmt: skip
+
+
+def each_chunk(text: str) -> list[str]:
+    """The chunks of the pictures of a grid, or of the one picture."""
+    if len(text) > MAX_GRID_BYTES or f'"{EACH}"' not in text:
+        return [text]
+    try:
+        whole = parse_json(text, "it", infinite=True)
+        common = to_json({name: value for name, value in whole.items() if name != EACH})
+        if len(whole[EACH]) * len(common) > MAX_READ:
+            return [text]
+        return [to_json(each) for each in unfolded(whole)]
+    except (LookupError, TypeError, ValueError, AttributeError, InputError):
+        return [text]
 
 
 def _named(request: Mapping[str, Any]) -> Iterator[NamedFile]:

@@ -13,7 +13,7 @@ from difftool.images.formats import CHUNK, TEXT
 from difftool.images.read import read_notes
 from difftool.sampling.expand import final
 from difftool.sampling.metadata.a1111 import from_parameters
-from difftool.sampling.metadata.chunk import from_chunk
+from difftool.sampling.metadata.chunk import each_chunk, from_chunk
 from difftool.sampling.metadata.comfy import from_graph
 from difftool.sampling.metadata.others import (
     from_dream,
@@ -60,6 +60,15 @@ def read(path: Path) -> Request:
             if text and (request := _read(reader, text, str(path), notes)) is not None:
                 return final(request)
     raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")
+
+
+def read_all(path: Path) -> list[Request]:
+    """The requests that make the pictures of a grid again, or the one of a picture; see `read`."""
+    check_file("picture", path)
+    chunks = each_chunk(read_notes(path)[0].get(CHUNK) or "")
+    if len(chunks) == 1:
+        return [read(path)]
+    return [final(from_chunk(each, str(path))) for each in chunks]
 
 
 def _read(reader: Reader, text: str, source: str, notes: Notes) -> Request | None:
