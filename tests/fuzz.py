@@ -48,9 +48,9 @@ SPACE = 4 << 30
 """Of addresses, more than before: what asks for more at once is told that there is none."""
 BLOCK = 50
 TEMPORARY = tempfile.gettempdir()
-UNASKED = ("plugin", "list", "likelihood", "steps", "num", "seed", "source", "target")
-"""Options that the library is called with otherwise, or not at all; the first three, of which the
-third is long by right, are none of the commands' either."""
+UNASKED = ("plugin", "list", "likelihood", "reverse", "steps", "num", "seed", "source", "target")
+"""Options that the library is called with otherwise, or not at all; the first four, of which two
+are long by right, are none of the commands' either."""
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
 EXECUTES += ("pickle.find_class", "socket.connect", "pty.spawn")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod")
@@ -104,7 +104,7 @@ def arguments(rng: random.Random, files: corpus.Files) -> Case:
     """A command with options of any values."""
     name = rng.choice(COMMANDS)
     words = [name, *_subject(name, rng, files)]
-    rows = [row for row in ROWS[name] if not row.argument and row.name not in UNASKED[:3]]
+    rows = [row for row in ROWS[name] if not row.argument and row.name not in UNASKED[:4]]
     for row in rng.sample(rows, rng.randint(0, 5)):
         words += _given(row, rng, files)
     if rng.random() < 0.05:
