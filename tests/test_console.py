@@ -149,3 +149,28 @@ def test_an_interrupted_command_says_so(difftool, monkeypatch):
     add_command(monkeypatch, "draw", [], run)
     ran = difftool("draw")
     assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
+
+
+def test_speed_is_told_where_it_is_counted(now, capsys):
+    display = RichProgress("sampling", 80, "it")
+    display.update(1, images="0/4")
+    now[0] = 10.0
+    display.update(41, images="0/4")
+    assert "4.0 it/s" in str(display.line(80)) and "eta" in str(display.line(80))
+    now[0] = 100.0
+    assert "2.5 s/it" in str(display.line(80)) and "it/s" not in str(display.line(30))
+    assert "/s" not in str(RichProgress("training", 80).line(80))
+
+
+def test_what_follows_the_last_step_is_told(now, capsys):
+    rich, log = RichProgress("sampling", 4, "it"), PlainProgress("sampling", 4, "it")
+    for display in (rich, log):
+        display.update(3, images="0/1")
+        display.during("decoding")
+    assert "decoding" in str(rich.line(80)) and "decoding" not in capsys.readouterr().err
+    for display in (rich, log):
+        display.update(4, images="1/1")
+        display.update(4, images="1/1")
+    assert "sampling" in str(rich.line(80)) and capsys.readouterr().err.count("sampling 4/4") == 1
+    log.during("drawing a grid")
+    assert capsys.readouterr().err == "drawing a grid ...\n"

@@ -216,15 +216,17 @@ def print_config(rows: Iterator[tuple[str, Any, str]]) -> None:
 class Pace:
     """How far a work is, how fast it goes, and how long it will take."""
 
-    def __init__(self, description: str, total: int | None):
-        self.description, self.total = description, total
+    def __init__(self, description: str, total: int | None, unit: str = ""):
+        self.description, self.total, self.unit = description, total, unit
+        self.now = description
+        """What is being done."""
         self.done, self.fields = 0.0, {}
         self.began = time.monotonic()
         self.first: tuple[float, float] | None = None
 
     def update(self, done: float, **fields: Any) -> None:
         """Count what is done; a resumed work starts where its first update says."""
-        self.done, self.fields = done, fields
+        self.done, self.fields, self.now = done, fields, self.description
         if self.first is None:
             self.first = time.monotonic(), done
 
@@ -238,21 +240,33 @@ class Pace:
         """Since the beginning."""
         return clock(time.monotonic() - self.began)
 
+    def each(self) -> float | None:
+        """Seconds for each, so far; None before that is known."""
+        if self.first is None or self.done <= self.first[1]:
+            return None
+        return (time.monotonic() - self.first[0]) / (self.done - self.first[1])
+
     def left(self) -> str | None:
         """What is left, at the pace so far; None before there is one."""
-        if not self.total or self.first is None or self.done <= self.first[1]:
+        each = self.each()
+        return None if not self.total or each is None else clock(each * (self.total - self.done))
+
+    def rate(self) -> str | None:
+        """ "3.2 it/s" or "1.6 s/it"; None where it is not counted, or not yet known."""
+        each = self.each() if self.unit else None
+        if not each:
             return None
-        pace = (time.monotonic() - self.first[0]) / (self.done - self.first[1])
-        return clock(pace * (self.total - self.done))
+        return f"{1 / each:.1f} {self.unit}/s" if each < 1 else f"{each:.1f} s/{self.unit}"
 
 
 class PlainProgress:
     """Progress in a log: a line every tenth of the work (not more than one a second), and every ten
     seconds; as a work gets long, rarer."""
 
-    def __init__(self, description: str, total: int | None):
-        self.pace = Pace(description, total)
+    def __init__(self, description: str, total: int | None, unit: str = ""):
+        self.pace = Pace(description, total, unit)
         self.said_at, self.said_share = self.pace.began, 0.0
+        self.said: tuple[float, dict[str, Any]] | None = None
 
     def update(self, done: float, **fields: Any) -> None:
         pace, now = self.pace, time.monotonic()
@@ -260,13 +274,20 @@ class PlainProgress:
         share = done / pace.total if pace.total else 0.0
         waited = now - self.said_at >= max(10, 0.02 * (now - pace.began))
         tenth = share - self.said_share >= 0.1 and now - self.said_at >= 1
-        if not (waited or tenth or done == pace.total):
+        news = done == pace.total and (done, fields) != self.said
+        if not (waited or tenth or news):
             return
+        self.said = done, fields
         self.said_at, self.said_share = now, share
-        left = None if done == pace.total else pace.left()
+        left, rate = None if done == pace.total else pace.left(), pace.rate()
         words = [f"{name} {value}" for name, value in fields.items()]
-        words += [pace.elapsed(), *([f"eta {left}"] if left else [])]
+        words += [pace.elapsed(), *([rate] if rate else []), *([f"eta {left}"] if left else [])]
         say("  ".join([f"{pace.description} {pace.count()}", *words]))
+
+    def during(self, text: str) -> None:
+        """Say what is done beside what is counted, where all of that is done."""
+        if self.pace.done == self.pace.total:
+            say(f"{text} ...")
 
 
 class RichProgress:
@@ -275,11 +296,11 @@ class RichProgress:
     BAR = (8, 40)
     """Shortest and longest bar, in columns."""
 
-    def __init__(self, description: str, total: int | None):
+    def __init__(self, description: str, total: int | None, unit: str = ""):
         from rich.console import Console
         from rich.live import Live
 
-        self.pace = Pace(description, total)
+        self.pace = Pace(description, total, unit)
         self.bar = Live(
             self,
             console=Console(stderr=True),
@@ -290,6 +311,10 @@ class RichProgress:
 
     def update(self, done: float, **fields: Any) -> None:
         self.pace.update(done, **fields)
+
+    def during(self, text: str) -> None:
+        """Show what is done beside what is counted."""
+        self.pace.now = text
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         yield self.line(options.max_width)
@@ -303,11 +328,12 @@ class RichProgress:
         first, *rest = [f"{name} {value}" for name, value in pace.fields.items()] or [""]
         # Name, text, style, in the order of the line; below, in that of what is kept longest.
         pieces = {
-            "description": (pace.description, ""),
+            "description": (pace.now, ""),
             "bar": (" " * self.BAR[0], ""),
             "count": (pace.count(), "green"),
             "first": (first, "cyan"),
             **{f"rest {i}": (text, "cyan") for i, text in enumerate(rest)},
+            "rate": (pace.rate() or "", "dim"),
             "elapsed": (pace.elapsed(), "dim"),
             "eta": (f"eta {left}" if left else "", "yellow"),
         }
@@ -315,7 +341,7 @@ class RichProgress:
             del pieces["bar"]
         others = [name for name in pieces if name.startswith("rest")]
         kept, used = set(), -gap
-        for name in ("count", "first", "eta", "description", *others, "bar", "elapsed"):
+        for name in ("count", "first", "eta", "description", *others, "rate", "bar", "elapsed"):
             text = pieces.get(name, ("", ""))[0]
             if text and used + gap + len(text) <= width:
                 kept.add(name)
@@ -345,12 +371,15 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[PlainProgress | RichProgress]:
-    """A progress display; call `.update(done, field=value, ...)` on what it yields."""
+def progress(
+    description: str, total: int | None, unit: str = ""
+) -> Iterator[PlainProgress | RichProgress]:
+    """A progress display; call `.update(done, field=value, ...)` on what it yields. unit: of what
+    is counted, where its speed is shown."""
     if mode.quiet or mode.follower or not interactive():
-        yield PlainProgress(description, total)
+        yield PlainProgress(description, total, unit)
         return
-    display = RichProgress(description, total)
+    display = RichProgress(description, total, unit)
     with display.bar:
         yield display
         display.bar.transient = display.pace.first is None  # of no work no trace is left

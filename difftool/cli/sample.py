@@ -85,6 +85,8 @@ class _Show:
     def __init__(self, task: SampleTask):
         self.total = task.total
         self.made = self.drawn = self.skipped = self.work = 0
+        self.due = 0
+        """Pictures whose steps are done, and that are not written yet."""
         self.errors: list[DifftoolError] = []
         self.told = console.Alike()
         self.notes: list[str] = []
@@ -94,7 +96,7 @@ class _Show:
         """Show all of it; the exit code."""
         try:
             work = self.start(next(made))
-            with console.progress("sampling", work) as display:
+            with console.progress("sampling", work, "it") as display:
                 for event in made:
                     self.event(event, display)
                 self.say_notes()
@@ -131,12 +133,20 @@ class _Show:
                 self.start(event)
             case events.Working(images, step, last):
                 self.work += images
-                if step < last:  # what is finished shows with the next steps, or at the end
+                if step < last:
                     display.update(self.work, images=self.finished())
+                else:
+                    self.due += images
+                    display.during("decoding")
             case events.Result():
                 self.made += 1
                 self.drawn += 1
                 emit(event.path, event.report())
+                self.due -= 1
+                if self.due == 0:
+                    display.update(self.work, images=self.finished())
+            case events.Drawing(images):
+                display.during(f"drawing a grid of {images} pictures")
             case events.Sheet():
                 emit(event.path, event.report())
             case events.Failure(index, error):

@@ -64,6 +64,13 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """All pictures are made, and a grid of so many of them is drawn."""
+
+    images: int
+
+
+@dataclass(frozen=True)
 class Sheet:
     """A page of the grid of all pictures."""
 
@@ -109,4 +116,4 @@ class Judged:
     judgement: Judgement
 
 
-Event = Started | Working | Result | Sheet | Failure | Existing | Note | Judged
+Event = Started | Working | Result | Drawing | Sheet | Failure | Existing | Note | Judged

@@ -15,7 +15,7 @@ from difftool.images.formats import OWN
 from difftool.images.tables import drawn
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, facts_of, pages
 from difftool.sampling.compare.page import Embedded, page
-from difftool.sampling.events import Event, Existing, Failure, Note, Result, Sheet
+from difftool.sampling.events import Drawing, Event, Existing, Failure, Note, Result, Sheet
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
@@ -84,6 +84,7 @@ class Gallery:
             yield Note(f"{self._there} pictures that were there already are not on the grid")
         if not self._shown:
             return
+        yield Drawing(len(self._shown))
         arrangement = arranged(self._shown, self._failed)
         if self.output.page:
             yield self._page(arrangement)
