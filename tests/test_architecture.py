@@ -38,7 +38,7 @@ TORCH_FREE = (
     *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
     *("formats", "images.read", "cli.app"),
     *(f"sampling.{name}" for name in ("settings", "requests", "output", "events", "command")),
-    *(f"sampling.files.{name}" for name in ("names", "prompts")),
+    *(f"sampling.files.{name}" for name in ("inventory", "names", "prompts")),
     *(f"sampling.metadata.{name}" for name in ("a1111", "chunk", "files")),
     *(
         "training.options",

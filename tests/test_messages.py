@@ -104,7 +104,7 @@ def test_prompts_that_come_to_one_name_are_numbered(monkeypatch, capsys, tmp_pat
     for _ in range(2):
         code, said = run(monkeypatch, capsys, "sample", *prompts, *more, "--skip-existing")
         assert code == 0, said
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"a-fox.png", "a-fox-2.png", "A-Fox-3.png", "狐.png", "犬.png"}
 
 

@@ -39,9 +39,12 @@ def picture(
 ) -> Sample:
     """A picture of a model of that name."""
     made_by = SimpleNamespace(
-        name=model, hash="0123456789", preset=PRESET, base_loras=(), concat="none"
+        name=model, hash="0123456789", preset=PRESET, base_loras=(), concat="none",
+        content="0123", tokenizers=(), single_steps=False, dtype=None,
+    )  # fmt: skip
+    plan: Any = SimpleNamespace(
+        model=made_by, settings=settings, refiner=None, prior=None, levels=()
     )
-    plan: Any = SimpleNamespace(model=made_by, settings=settings, refiner=None, prior=None)
     request = Request(prompt=prompt, negative=negative, label=label)
     return Sample(index=0, request=request, plan=plan, input=SampleInput(), seed=seed)
 

@@ -278,12 +278,6 @@ def test_a_folder_that_is_a_file_is_a_usage_error():
         output.write(b"1", output.path(VALUES), 7)
 
 
-def test_numbered_pictures_cannot_be_skipped():
-    with pytest.raises(UsageError, match="skip-existing"):
-        Output.parse("out/", skip_existing=True).path(VALUES)
-    assert Output.parse("out/", skip_existing=True).path(VALUES, "fox.png") == Path("out/fox.png")
-
-
 @pytest.mark.parametrize(
     ("where", "many", "path"),
     [

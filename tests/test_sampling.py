@@ -47,7 +47,8 @@ PRESET = tiny.preset(
 class FakeModel:
     """Pictures of one colour, the seed's; remembers the batches that it was asked for."""
 
-    name, hash, preset, null_label = "fake", "0123456789", PRESET, None
+    name, hash, content, preset, null_label = "fake", "0123456789", "0123", PRESET, None
+    tokenizers, single_steps, deferred = (), False, False
     concat, vision, prior, words, loras = "none", None, None, (), []
     base_loras, word_files = (), ([], [])
     device, dtype = torch.device("cpu"), torch.float32
@@ -184,8 +185,10 @@ def test_every_picture_is_its_own_seeds():
 def test_pictures_that_are_there_are_skipped_and_keep_their_index():
     make([ask("a", 1)], "out/[index].png")
     old = Path("out/0.png").read_bytes()
-    events, model = make([ask("b", 2), ask("c", 3)], "out/[index].png", skip_existing=True)
-    assert events[0] == Existing(0, Path("out/0.png")) and model.batches == [[3]]
+    requests = [ask("a", 1), ask("c", 3)]
+    events, model = make(requests, "out/[index].png", skip_existing=True)
+    assert isinstance(events[0], Existing) and events[0].path == Path("out/0.png")
+    assert model.batches == [[3]]
     assert Path("out/0.png").read_bytes() == old and Path("out/1.png").exists()
 
 

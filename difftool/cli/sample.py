@@ -46,7 +46,8 @@ def run(values: dict[str, Any]) -> int:
     _doubt(values["prompt"] or ())
     if task.said:
         console.say(task.said)
-    console.say(f"loading {task.model} ...")
+    if not values["skip_existing"]:  # else it may not be needed
+        console.say(f"loading {task.model} ...")
     if values["print_config"]:
         console.print_config(configuration(task))
         return 0
@@ -153,8 +154,13 @@ class _Show:
                 self.errors.append(error)
                 if console.mode.json or self.told.is_news(error.what):
                     console.fail(error, index)
-            case events.Existing():
+            case events.Existing(path=path):
                 self.skipped += 1
+                self.drawn += 1
+                if console.mode.json:
+                    emit(path, event.report())
+            case events.Loading(model):
+                console.say(f"loading {model} ...")
             case events.Judged(judgement):
                 self.say_notes()
                 console.table(judgement.lines())

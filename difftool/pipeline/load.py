@@ -78,6 +78,7 @@ def load_model(
         preset = _with_codec(preset, codec, vae)
     model = Model(preset, source.tokenizer_json)
     model.device, model.file, model.low_memory = target, source.file, low_memory
+    model.files = _files_of(source, vae_source)
     _build_vision(model, source)
     shapes = {name: place.info.shape for name, place in source.tensors.items()}
     model.open_loras = partial(
@@ -107,6 +108,10 @@ def load_model(
     return model
 
 
+def _files_of(*sources: TensorSource) -> tuple[Path, ...]:
+    return tuple({place.file for source in sources for place in source.tensors.values()})
+
+
 def sample_as(model: Model, recipe: Preset) -> None:
     """Let a model be sampled as a preset is (Turbo's way, say, which no tensor shows)."""
     model.preset = replace(model.preset, sample=recipe.sample, scheduler=recipe.scheduler)
@@ -118,7 +123,10 @@ def _load_parts(model: Model, source: ModelSource, dtype: str, vae: TensorSource
     for prefix in model.all_parts():
         origin = vae if prefix == "vae" else source
         model.loaders[prefix] = partial(_load_weights, model, prefix, origin, DTYPES[dtype])
-    if not model.low_memory:
+    if model.low_memory:
+        for part in model.all_parts().values():
+            part.to(DTYPES[dtype])
+    else:
         for load in model.loaders.values():
             load()
 
@@ -148,6 +156,7 @@ def _prior_of(model: Model, source: ModelSource, given: str | None) -> Model:
         raise UsageError(f"the prior of {where} does not fit the model {model.name}", why, hint)
     prior = Model(source.preset, source.tokenizer_json)
     prior.device, prior.file, prior.low_memory = model.device, source.file, model.low_memory
+    prior.files = _files_of(source)
     return prior
 
 

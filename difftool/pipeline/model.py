@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from difftool.adapters.lora.algebra import Applied
 from difftool.config.families import concat_of
 from difftool.config.schema import Preset
+from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
 from difftool.engine.cpu import adapt
@@ -27,9 +29,15 @@ from difftool.formats.native import write_native
 from difftool.networks.codecs import Codec
 from difftool.networks.kinds import build_codec, build_encoder, build_network
 from difftool.networks.vision import ClipVision, Normalizer
-from difftool.storage.commit import sha256_of
+from difftool.storage.commit import known_sha256
+from difftool.storage.strict_json import to_json
 from difftool.text.tokenizer import Tokenizer
 
+DECIDES = (
+    *("family", "codec", "unet", "text", "size_numbers", "path", "target", "scheduler"),
+    *("zero_negative", "classes"),
+)
+"""Parts of a preset that decide what weights make."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,6 +64,8 @@ class Model:
         self.name = preset.name
         self.file: Path | None = None
         """That it was loaded from."""
+        self.files: tuple[Path, ...] = ()
+        """All that its weights are in."""
         self.notes: list[str] = []
         self.warnings: list[str] = []
         """What was odd about its files."""
@@ -73,6 +83,8 @@ class Model:
         self.tokenizer_json = tokenizer_json
         self.device = torch.device(device)
         self.low_memory = False
+        self.deferred = False
+        """Whether its weights are yet to be read, all of them when the first are needed."""
         self.vision: ClipVision | None = None
         self.normalizer: Normalizer | None = None
         self.vision_path: Any = None
@@ -122,9 +134,23 @@ class Model:
         Not before it is asked for: of a large file it takes longer than to read the weights.
         """
         try:
-            return "" if self.file is None else sha256_of(self.file)[:10]
+            return "" if self.file is None else known_sha256(self.file)[:10]
         except OSError:
             return ""
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of all that decides what it makes: of its files of weights, its configuration and
+        its vocabulary; "" where a file is gone. Not before it is asked for, either."""
+        own = to_values(self.preset)
+        told = to_json({name: own[name] for name in DECIDES}, sort_keys=True)
+        digest = sha256((told + (self.tokenizer_json or "")).encode())
+        try:
+            for found in sorted({known_sha256(file) for file in self.files}):
+                digest.update(found.encode())
+        except OSError:
+            return ""
+        return digest.hexdigest()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,6 +179,10 @@ class Model:
         """See to it that the weights of "text", "unet", "vae" or "vision" are there; with little
         memory, that no others are."""
         if not self.low_memory:
+            if self.deferred:
+                self.deferred = False
+                for load in self.loaders.values():
+                    load()
             return
         for prefix, part in self.all_parts().items():
             loaded = not next(part.parameters()).is_meta
@@ -162,9 +192,16 @@ class Model:
             elif not loaded:
                 self.loaders[prefix]()
 
+    def keep_weights(self) -> None:
+        """Of a model that was loaded with little memory: read all weights when the first of them
+        are needed, and keep them."""
+        for each in filter(None, (self, self.prior)):
+            each.low_memory, each.deferred = False, True
+
     def unload(self) -> None:
         """With little memory, drop all weights until they are needed again."""
-        self.load_part("none")
+        if self.low_memory:
+            self.load_part("none")
 
     def check_weights(self, prefix: str, shapes: Mapping[str, Sequence[int]], source: str) -> None:
         """InputError, naming the source, unless weights of those names and shapes are those that

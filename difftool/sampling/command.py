@@ -382,7 +382,7 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     values, refiner = task.values, None
     recipe = None if values["preset"] is None else load_preset(values["preset"])
     common: dict[str, Any] = {name: values[name] or "auto" for name in ("device", "dtype")}
-    common["low_memory"] = bool(values["low_memory"])
+    common["low_memory"] = bool(values["low_memory"] or values["skip_existing"])
     model = load_model(
         values["model"],
         vae=values["vae"],
@@ -399,6 +399,8 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
         each.set_padding(values["match"])
         if each.prior is not None:
             each.prior.set_padding(values["match"])
+        if not values["low_memory"] and values["skip_existing"]:
+            each.keep_weights()
         add_embeddings(each, values["embedding"] or map(Path, task.base.embeddings))
     return model, refiner
 

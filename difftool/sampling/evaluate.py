@@ -22,7 +22,7 @@ def judged(
     for event in events:
         if isinstance(event, Result):
             made.add(to_uint8(event.image))
-        elif isinstance(event, Existing):
+        elif isinstance(event, Existing) and event.path:
             made.add(to_uint8(read_picture(event.path).image))
         yield event
     if not made.count:

@@ -31,6 +31,13 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """A model's weights are about to be read, which were not needed before."""
+
+    model: str
+
+
+@dataclass(frozen=True)
 class Working:
     """A step of the sampler is done for a batch of images."""
 
@@ -93,12 +100,23 @@ class Failure:
     error: DifftoolError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Existing:
     """A picture that is there already."""
 
-    index: int
-    path: Path
+    sample: Sample
+    path: Path | None
+    """None while it is still to be made, for the first of those that ask for it."""
+
+    @property
+    def index(self) -> int:
+        """Its number in the run."""
+        return self.sample.index
+
+    def report(self) -> dict[str, Any]:
+        """The same object as of the picture when it was made."""
+        said = self.sample.report(seconds=0.0)
+        return {"path": str(self.path), "index": self.index} | said | {"existing": True}
 
 
 @dataclass(frozen=True)
@@ -116,4 +134,4 @@ class Judged:
     judgement: Judgement
 
 
-Event = Started | Working | Result | Drawing | Sheet | Failure | Existing | Note | Judged
+Event = Started | Loading | Working | Result | Drawing | Sheet | Failure | Existing | Note | Judged

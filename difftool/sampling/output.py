@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS, format_of
+from difftool.sampling.files.inventory import Inventory
 from difftool.sampling.files.names import (
     check_template,
     expand,
@@ -36,6 +38,8 @@ class Numbering:
     """Of the next picture."""
     names: dict[str, int] = field(default_factory=dict)
     """How often each name was asked for; pictures that came later have a number."""
+    inventory: Inventory | None = None
+    """What is there already, where that is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +138,6 @@ class Output:
         if self.stdout:
             return None
         if not (self.template or out):
-            if self.skip_existing:
-                hint = f"name them, such as -o {self.root}/[index:05].png"
-                raise UsageError("--skip-existing has no meaning for numbered pictures", hint=hint)
             return None
         name = expand(_checked_name(out, self.format) if out else self.template, values)
         for part in PurePath(name).parts:
@@ -170,10 +171,22 @@ class Output:
         working folder where it goes to stdout."""
         return Path() if self.stdout else path.parent if path else self.root
 
-    def write(self, data: bytes, path: Path | None, tail: int | str) -> Path | None:
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the name of one picture."""
+        return bool(self.template) and not fields(self.template)
+
+    def write(
+        self,
+        data: bytes,
+        path: Path | None,
+        tail: int | str,
+        before: Callable[[Path], None] = lambda path: None,
+    ) -> Path | None:
         """Write a picture's bytes whole or not at all; returns its path, None for stdout.
 
-        Without a path it is the next free number in the folder, with a tail (its seed).
+        Without a path it is the next free number in the folder, with a tail (its seed). before: is
+        told the path just before there is a file.
         """
         if self.stdout:
             sys.stdout.buffer.write(data)
@@ -181,6 +194,7 @@ class Output:
             return None
         folder = self._folder(path.parent if path else self.root)
         if path:
+            before(path)
             write_whole(path, data, self.overwrite)
             return path
         # One process at a time takes a number; where folders cannot be locked, no two pictures are
@@ -189,6 +203,7 @@ class Output:
             pattern = re.compile(r"([0-9]{5,9})-")
             taken = [int(m[1]) for name in os.listdir(folder) if (m := pattern.match(name))]
             path = folder / f"{max(taken, default=-1) + 1:05d}-{tail}.{self.format}"
+            before(path)
             write_whole(path, data)
         return path
 

@@ -3,6 +3,7 @@ followed to the letter is said."""
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.expand import Expander, is_plain, spread
+from difftool.sampling.files.content import content_of
 from difftool.sampling.files.prompts import Lines
 from difftool.sampling.output import Numbering, Output
 from difftool.sampling.requests import SIZE, Request, located
@@ -72,6 +74,7 @@ class Resolver:
         self.adapters = adapters or PromptAdapters(model, None, None)
         self._noted: set[str] = set()
         self.numbering = numbering or Numbering()
+        self.inventory = self.numbering.inventory
         self._words: set[Word] = set()
         self._last: tuple[Mapping[str, Any], bool, SamplePlan] | None = None
 
@@ -123,9 +126,10 @@ class Resolver:
     ) -> Iterator[Sample | Failure | Existing | Note]:
         """The pictures of a request, and what is to be said of them; UsageError for what makes none
         of them."""
-        seeds = request.images()
         chooses = not self._is_plain(request) and self.expander.is_open(request)
         sample = None if chooses else self._resolved(request)
+        request = self._seeded(request, sample)
+        seeds = request.images()
         if sample is not None:
             yield from self._notes(sample)
         if not request.seeds:
@@ -143,6 +147,20 @@ class Resolver:
                 yield self._placed(replace(chosen, seeds=seeds, number=number + 1))
             except DifftoolError as error:
                 yield Failure(index + number, located(error, request))
+
+    def _seeded(self, request: Request, sample: Sample | None) -> Request:
+        """A request with the seeds that were drawn for it when a run before this one was stopped.
+        sample: what it comes to, where it does not choose."""
+        drawn = not request.seeds or (
+            request.settings.get("vary") and request.vary_seed in (None, -1)
+        )
+        if self.inventory is None or not drawn:
+            return request
+        sample = sample or self._resolved(self.expander.chosen(request, 0))
+        seed = request.seeds[0] if request.seeds else None
+        other = None if request.vary_seed == -1 else request.vary_seed
+        begun = self.inventory.begun(content_of(sample).series, seed, other)
+        return request if begun is None else replace(request, seeds=begun[:1], vary_seed=begun[1])
 
     def _resolved(self, request: Request) -> Sample:
         """The picture of a request before it has a seed and a name; UsageError if the model cannot
@@ -235,10 +253,19 @@ class Resolver:
         """The picture, with the name that it gets; UsageError where it cannot have one."""
         if self.output is None:
             return sample
-        path = self._path(self.output, sample)
-        if path is not None and self.output.skip_existing and path.exists():
-            return Existing(sample.index, path)
-        return replace(sample, path=path)
+        if self.inventory is not None:
+            content, fixed = content_of(sample).content, self._fixed(self.output, sample)
+            if found := self.inventory.find(content, fixed):
+                return Existing(sample=sample, path=found)
+            if not self.inventory.is_new(content, fixed):
+                return Existing(sample=sample, path=None)
+        return replace(sample, path=self._path(self.output, sample))
+
+    def _fixed(self, output: Output, sample: Sample) -> Path | None:
+        """The only name that a picture is wanted by, where there is one."""
+        if sample.request.out or output.is_fixed:
+            return output.name(sample.values(), sample.request.out)
+        return None
 
     def _path(self, output: Output, sample: Sample) -> Path | None:
         """Where a picture goes; None if it is numbered when it is written. Of the pictures of a run
@@ -249,7 +276,15 @@ class Resolver:
             return None
         names, plain = self.numbering.names, path
         number = names.get(_folded(plain), 0) + 1
-        while number > 1 and _folded(path := _numbered(plain, number)) in names:
+        if self.inventory is not None and os.path.lexists(plain) and self._fixed(output, sample):
+            hint = "give it another name, or remove what is there"
+            raise UsageError(f"{plain} exists, and is another picture", hint=hint)
+
+        def is_taken(path: Path) -> bool:
+            there = self.inventory is not None and os.path.lexists(path)
+            return there or (number > 1 and _folded(path) in names)
+
+        while is_taken(path := _numbered(plain, number)):
             number += 1
         names |= {_folded(path): 1, _folded(plain): number}
         output.check_free(path)
@@ -363,7 +398,8 @@ class Resolver:
 
 
 def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+    """A name with a number at its end, but for the first of its kind."""
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def _folded(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,18 @@ from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
 from difftool.sampling.adapters import PromptAdapters
 from difftool.sampling.batches import Planned, batches, default_batch
-from difftool.sampling.events import Event, Existing, Failure, Note, Result, Working
+from difftool.sampling.events import (
+    Event,
+    Existing,
+    Failure,
+    Loading,
+    Note,
+    Result,
+    Working,
+)
 from difftool.sampling.expand import Expander
+from difftool.sampling.files.content import content_of
+from difftool.sampling.files.inventory import Inventory
 from difftool.sampling.files.prompts import Lines
 from difftool.sampling.latents import latents_path, read_latents, write_latents
 from difftool.sampling.metadata.a1111 import parameters
@@ -79,9 +90,15 @@ class SampleRun:
     limit: int = field(default=1 << 30, init=False)
     """Images that fit in memory, as far as is known."""
     resolver: Resolver = field(init=False)
+    inventory: Inventory | None = field(init=False)
+    """What is there already, where that is left out."""
 
     def __post_init__(self) -> None:
         refiner = None if self.refiner is None else (self.refiner, self.refiner_start)
+        if self.output and self.output.skip_existing and self.numbering.inventory is None:
+            output = self.output
+            self.numbering.inventory = Inventory(output.root, output.template, output.format)
+        self.inventory = self.numbering.inventory
         self.resolver = Resolver(
             self.model, self.output, match=self.match, strict=self.strict, refiner=refiner,
             expander=self.expander,
@@ -97,6 +114,9 @@ class SampleRun:
             made = iter((yield from self._make(samples)))
             seconds = (time.perf_counter() - started) / max(1, len(samples))
             for entry in batch:
+                if isinstance(entry, Existing):
+                    yield self._found(entry)
+                    continue
                 if not isinstance(entry, Sample):
                     yield entry
                     continue
@@ -105,6 +125,15 @@ class SampleRun:
                     yield failure
                     continue
                 yield self._written(entry, x0, image, seconds)
+
+    def _found(self, entry: Existing) -> Existing | Failure:
+        """A picture that is there, where it is; or that it was to be made before, and was not."""
+        if entry.path is None and self.inventory:
+            entry = replace(entry, path=self.inventory.find(content_of(entry.sample).content))
+        if entry.path is not None:
+            return entry
+        error = ResourceError("the same picture was not made before")
+        return Failure(entry.index, located(error, entry.sample.request))
 
     def entries(self, requests: Lines) -> Iterator[Planned | None]:
         """The pictures to make, resolved and not made; see `Resolver.entries`."""
@@ -116,8 +145,12 @@ class SampleRun:
 
     # --- making ------------------------------------------------------------------------------
 
-    def _make(self, samples: list[Sample]) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
+    def _make(
+        self, samples: list[Sample]
+    ) -> Generator[Loading | Working, None, list[tuple[Tensor, Tensor]]]:
         """x0 [C,h,w] and image [3,H,W] of each; batches too large for memory are halved."""
+        if samples and self.model.deferred:
+            yield Loading(self.model.name)
         size = min(len(samples), self.limit)
         made: list[tuple[Tensor, Tensor]] = []
         while len(made) < len(samples):
@@ -183,7 +216,7 @@ class SampleRun:
             if self.output:
                 data = encode(pixels, self.output.format, texts(text, values))
                 tail = "latents" if sample.seed is None else sample.seed
-                path = self.output.write(data, sample.path, tail)
+                path = self.output.write(data, sample.path, tail, partial(self._note, sample, data))
             if self.output and self.latents and path:
                 latents = latents_path(path)
                 write_latents(latents, x0, values, self.output.overwrite)
@@ -192,6 +225,12 @@ class SampleRun:
         except DifftoolError as error:
             return Failure(sample.index, located(error, sample.request))
         return Result(sample=sample, image=pixels, path=path, seconds=seconds, latents=latents)
+
+    def _note(self, sample: Sample, data: bytes, path: Path) -> None:
+        """Let it be known what is about to be written."""
+        if self.inventory is not None and sample.seed is not None:
+            seeds = sample.seed, sample.input.vary_seed
+            self.inventory.add(path, data, content_of(sample), seeds)
 
     # --- from saved latents ------------------------------------------------------------------
 
@@ -225,7 +264,7 @@ class SampleRun:
                 yield Failure(index, error)
                 continue
             if path and self.output and self.output.skip_existing and path.exists():
-                yield Existing(index, path)
+                yield Existing(sample=sample, path=path)
                 continue
             if failure := _unsound(sample, x0, image):
                 yield failure

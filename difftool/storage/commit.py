@@ -50,6 +50,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def known_sha256(path: Path) -> str:
+    """The same, of a file that is asked for again only read again if it has changed."""
+    found = os.stat(path)
+    return _known_sha256(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=256)
+def _known_sha256(path: Path, _stamp: int, _size: int) -> str:
+    return sha256_of(path)
+
+
 # --- a file ----------------------------------------------------------------------------------
 
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from difftool.errors import DifftoolError
 from difftool.images.formats import OWN
+from difftool.images.read import read_image
 from difftool.images.tables import drawn
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, facts_of, pages
 from difftool.sampling.compare.page import Embedded, page
-from difftool.sampling.events import Drawing, Event, Existing, Failure, Note, Result, Sheet
+from difftool.sampling.events import Drawing, Event, Existing, Failure, Result, Sheet
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
@@ -37,7 +38,7 @@ class Gallery:
         self._reports: list[dict[str, Any]] = []
         self._places: list[tuple[int, int]] = []
         self._text: str | None = None
-        self._failed = self._there = 0
+        self._failed = 0
 
     def __enter__(self) -> Gallery:
         return self
@@ -48,8 +49,11 @@ class Gallery:
     def take(self, event: Event) -> None:
         """Put the picture of an event on the grid, if it is one of a picture."""
         self._failed += isinstance(event, Failure)
-        self._there += isinstance(event, Existing)
-        if not isinstance(event, Result):
+        if isinstance(event, Existing) and event.path:
+            image = read_image(event.path)
+        elif isinstance(event, Result):
+            image = event.image
+        else:
             return
         text = parameters(event.sample.values()) if self.metadata else None
         told = chunk(event.sample, self.output.root) if self.metadata else None
@@ -57,11 +61,11 @@ class Gallery:
             self._text = self._text or text
             self._chunks.append(told)
         self._reports.append(event.sample.report())
-        size = event.image.size
+        size = image.size
         if self.output.page:
-            data = encode(event.image, self.output.format, texts(text, told))
+            data = encode(image, self.output.format, texts(text, told))
         else:
-            data = zlib.compress(event.image.tobytes(), 1)
+            data = zlib.compress(image.tobytes(), 1)
         start = self._file.seek(0, 2)
         self._file.write(data)
         self._places.append((start, len(data)))
@@ -80,8 +84,6 @@ class Gallery:
 
     def written(self) -> Iterator[Event]:
         """Write the grid, page by page."""
-        if self._there:
-            yield Note(f"{self._there} pictures that were there already are not on the grid")
         if not self._shown:
             return
         yield Drawing(len(self._shown))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from difftool.config.numbers import FINITE
 from difftool.config.validate import to_values
-from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
 from difftool.errors import DifftoolError, InputError
 from difftool.plugins import used
 from difftool.sampling.expand import TEMPLATES, final
+from difftool.sampling.files.content import components, content_of
 from difftool.sampling.metadata.grids import EACH, unfolded
 from difftool.sampling.metadata.named import digest_of, written
 from difftool.sampling.requests import NamedFile, Request, from_json
@@ -58,13 +58,14 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
     of_prompt = sample.loras[len(model.base_loras) :]
     if networks := {each.lora.path.stem: each.lora.hash for each in of_prompt}:
         request["networks"] = networks
-    if plugins := used(_components(sample)):
+    if plugins := used(components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
     return {
         "schema": SCHEMA,
         "version": __version__,
         "model": model.name,
         "model_hash": model.hash,
+        **({} if sample.seed is None else content_of(sample)._asdict()),
         "request": request,
         "preset": to_values(model.preset) | {"sample": to_values(sample.plan.settings)},
     }
@@ -82,17 +83,6 @@ def _files(sample: Sample) -> Iterator[NamedFile]:
         yield NamedFile("lora", str(each.lora.path), each.lora.hash, each.strength)
     for path, weight in () if base else request.loras:  # of decoded latents
         yield NamedFile("lora", path, request.hashes.get(path, ""), weight)
-
-
-def _components(sample: Sample) -> list[tuple[str, str]]:
-    """The kinds and names of what it is made by, and plugins may have added."""
-    preset, settings = sample.plan.model.preset, sample.plan.settings
-    return [
-        (SAMPLERS.kind, SAMPLERS.resolve(settings.sampler)),
-        (GRIDS.kind, GRIDS.resolve(settings.schedule)),
-        (PATHS.kind, PATHS.resolve(preset.path["kind"])),
-        (TARGETS.kind, TARGETS.resolve(preset.target)),
-    ]
 
 
 def from_chunk(text: str, source: str) -> Request:
