@@ -483,7 +483,9 @@ def test_pictures_and_latents_name_files_from_their_folder_and_open_others_if_tr
 
 
 def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
-    text = "a (red:1.2) fox\nSteps: 2, Sampler: Euler, Seed: 5, Size: 16x16, Hires upscale: 2, "
+    text = (
+        "a (red:1.2) fox\nSteps: 2, Sampler: Euler, Seed: 5, Size: 16x16, Hypertile U-Net: True, "
+    )
     text += "Schedule type: Automatic, Denoising strength: 0.4, Version: v1.10.1"
     Path("a.png").write_bytes(encode(Image.new("RGB", (8, 8)), "png", texts(text, None)))
     ran = sample("--from-image", "a.png", "-o", "again.png", "--json")
@@ -491,7 +493,9 @@ def test_what_of_another_tool_s_picture_is_not_taken_over_is_said(sample):
     assert (item["steps"], item["schedule"]) == (2, "normal")
     assert ran.err.count("not taken over") == 1
     assert item["rng"] == "gpu"  # which A1111 does not write
-    assert "Hires upscale: 2" in ran.err and "RNG" not in ran.err and "no effect" not in ran.err
+    assert (
+        "Hypertile U-Net: True" in ran.err and "RNG" not in ran.err and "no effect" not in ran.err
+    )
 
 
 def test_a_picture_of_comfyui_is_made_again(sample):

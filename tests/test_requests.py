@@ -149,6 +149,12 @@ def test_every_key_of_a_json_line():
         "only_masked": True,
         "mask_padding": 8,
         "outpaint": "left=64,top=32",
+        "upscale": "2x",
+        "hires": 2,
+        "hires_strength": 0.4,
+        "hires_steps": 9,
+        "upscaler": "Lanczos",
+        "window": 512,
     }
     assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
     request = parse_line(json.dumps(values))
@@ -186,6 +192,12 @@ def test_every_key_of_a_json_line():
             "only_masked": True,
             "mask_padding": 8,
             "outpaint": (64, 32, 0, 0),
+            "upscale": 2.0,
+            "hires": 2.0,
+            "hires_strength": 0.4,
+            "hires_steps": 9,
+            "upscaler": "lanczos",
+            "window": 512,
             "strength": 0.5,
             "image_guidance": 2.5,
             "noise_level": 3,

@@ -78,6 +78,18 @@ class SampleConfig:
     """So many pixels around the masked region are drawn with it."""
     outpaint: Annotated[tuple[int, int, int, int] | None, Within(low=0, high=16_384)] = None
     """Pixels that are drawn beyond the picture: left, top, right, bottom."""
+    upscale: Annotated[float, Within(low=1, high=16)] = 1.0
+    """How much larger than itself a picture to start from is drawn."""
+    hires: Annotated[float, Within(low=1, high=16)] = 1.0
+    """How much larger a picture is drawn in a second pass that starts from the first; 1 = none."""
+    hires_strength: Annotated[float, Within(above=0, high=1)] = 0.7
+    """Share of the steps that are run in the second pass."""
+    hires_steps: Annotated[int | None, Within(low=1, high=100_000)] = None
+    """Steps of the second pass, of which it runs that share; None = as many as of the first."""
+    upscaler: str = "latent"
+    """What makes pictures larger: a name, or the file of a network."""
+    window: Annotated[int | None, Within(low=8, high=16_384)] = None
+    """Side in pixels of the overlapping windows in which the network sees what is larger."""
     image_guidance: Annotated[float, Within(low=1)] = 1.5
     """How closely an edited picture is followed (InstructPix2Pix); 1 = off."""
     noise_level: Annotated[int, Within(low=0, high=999)] = 0

@@ -23,11 +23,15 @@ from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
 from difftool.engine.tiles import tiled
 from difftool.errors import UsageError
+from difftool.images.fit import to_pil, to_tensor
 from difftool.pipeline.condition import Term, shape_of, terms_of
+from difftool.pipeline.decode import decode
 from difftool.pipeline.inputs import SampleInput, check_input
 from difftool.pipeline.model import Model
 from difftool.pipeline.prior import imagined
 from difftool.pipeline.settings import SamplePlan, clip_of, rederives_eps, start_amplitude
+from difftool.pipeline.upscale import UPSCALERS, upscaled
+from difftool.pipeline.windows import in_windows
 
 UNLIKE = 0x9E3779B97F4A7C15
 """By which the seed of a picture's other noise is made of its own."""
@@ -43,6 +47,37 @@ def generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
     does not go by, or lacks.
     """
     check_input(plan.model, inputs[0])
+    x = torch.empty(0)
+    for step in _grouped(plan, inputs):
+        x = step.x
+        yield step
+    if plan.hires is not None:
+        larger, first = _larger(plan, plan.hires, inputs, x), plan.steps - plan.hires.steps
+        for step in _grouped(plan.hires, larger):
+            yield step._replace(index=first + step.index)
+
+
+def _larger(
+    plan: SamplePlan, second: SamplePlan, inputs: Sequence[SampleInput], x0: Tensor
+) -> list[SampleInput]:
+    """What the second pass starts from: what the first made [B,c,h,w], made larger."""
+    model, size, name = plan.model, second.settings.size, plan.settings.upscaler
+    sides = size[1] // model.codec.factor, size[0] // model.codec.factor
+    mode = UPSCALERS[name].latent if name in UPSCALERS else None
+    if mode is None:
+        pictures = [to_pil(each, plan.settings.rounding) for each in decode(model, x0)]
+        made = [to_tensor(upscaled(each, name, size, model.device)) for each in pictures]
+        return [i._replace(init=each) for i, each in zip(inputs, made, strict=True)]
+    if model.codec.learned:
+        latents = F.interpolate(x0.float(), size=sides, mode=mode)
+    else:  # whose channels may be neighbouring pixels
+        images = F.interpolate(model.codec.decode(x0), size=size[::-1], mode=mode)
+        latents = model.codec.encode(images)
+    return [i._replace(init=None, latent=each) for i, each in zip(inputs, latents, strict=True)]
+
+
+def _grouped(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
+    """One pass, in groups of pictures whose prompts are of one shape."""
     groups: dict[object, list[int]] = {}
     for index, each in enumerate(inputs):
         shape = shape_of(plan.model, each, plan.settings, plan.evaluations)
@@ -86,7 +121,7 @@ def _generate(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]
         sampler = replace(part.sampler, paste=pictures.paste)
         for step in sampler(denoise, x, part.levels, noise):
             x, index = step.x, next(numbers)
-            if settings.stop < 100 and index == plan.steps - 1:
+            if settings.stop < 100 and index == plan.own_steps - 1:
                 x = step.x0 if pictures.paste is None else pictures.paste(step.x0, step.level)
             yield step._replace(index=index, x=x)
     if plan.refiner is not None:
@@ -116,20 +151,31 @@ def _guided(
         if share := settings.chaos / 100 * _unsettled(1 - evaluation / plan.evaluations):
             told = zip(terms, conds, strict=True)
             conds = [_noised(c, share, unrest) if term.wanted else c for term, c in told]
-        of_all = guided(
-            plan.model.denoiser,
-            list(zip(pictures.joined(conds), weights, strict=True)),
-            rescale=settings.guidance_rescale,
-            clip=clip_of(settings),
-            interval=settings.guidance_interval,
-            unguided=unguided,
-            rederive_eps=rederives_eps(settings),
-            cfg_pp=bool(plan.sampler.cfg_pp),
-        )
+        conds = pictures.joined(conds)
+
+        def of_part(part: Tensor, at: tuple[slice, slice]) -> Prediction:
+            of_all = guided(
+                plan.model.denoiser,
+                [(_seen_at(c, at), weight) for c, weight in zip(conds, weights, strict=True)],
+                rescale=settings.guidance_rescale,
+                clip=clip_of(settings),
+                interval=settings.guidance_interval,
+                unguided=unguided,
+                rederive_eps=rederives_eps(settings),
+                cfg_pp=bool(plan.sampler.cfg_pp),
+            )
+            return of_all(part, level)
+
+        window = settings.window and settings.window // plan.model.codec.factor
         with tiled(plan.model.network, settings.tile):
-            return of_all(x_t, level)
+            return in_windows(of_part, x_t, window)
 
     return denoise
+
+
+def _seen_at(cond: Cond, at: tuple[slice, slice]) -> Cond:
+    """A condition of a part of the picture."""
+    return cond if cond.concat is None else cond._replace(concat=cond.concat[:, :, *at])
 
 
 def _unsettled(t: float) -> float:
@@ -199,7 +245,8 @@ class _Pictures:
         images = [each.init.to(device) for each in inputs if each.init is not None]
         masks = [each.mask.to(device) for each in inputs if each.mask is not None]
         image = torch.stack(images) if images else None
-        known = None
+        latents = [each.latent.to(device) for each in inputs if each.latent is not None]
+        known = torch.stack(latents) if latents else None
         if image is not None:
             model.load_part("vae")
             if kind == "none" or (kind == "inpaint" and settings.strength < 1):

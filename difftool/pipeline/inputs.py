@@ -14,6 +14,7 @@ from difftool.errors import UsageError, check_file
 from difftool.images.fit import to_tensor
 from difftool.images.read import read_image, read_mask
 from difftool.pipeline.backdrop import Backdrop, Fitting, Start, started
+from difftool.pipeline.upscale import enlarged, upscaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ class SampleInput(NamedTuple):
     """Of the noise that the start noise is turned to."""
     init: Tensor | None = None
     """The picture to start from, or to edit; [C,H,W] in [-1, 1]."""
+    latent: Tensor | None = None
+    """x0 to start from in place of a picture; [c,h,w]."""
     mask: Tensor | None = None
     """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
     backdrop: Backdrop | None = None
@@ -80,12 +83,16 @@ def picture_size(path: str) -> tuple[int, int]:
 
 
 def load_start(
-    init: str | None, mask: str | None, settings: SampleConfig, factor: int = 1
+    init: str | None,
+    mask: str | None,
+    settings: SampleConfig,
+    factor: int = 1,
+    device: str = "cpu",
 ) -> tuple[Tensor | None, Tensor | None, Backdrop | None]:
     """What a model is given of a picture: [3,H,W] in [-1, 1]; of its mask: [H,W], white 1, black
     and transparent 0; and where what is drawn goes, if it is not all of the picture. factor: of
-    which sides that are drawn are multiples. UsageError where there is nothing to mask, or nothing
-    is masked."""
+    which sides that are drawn are multiples; device: of the network of an upscaler. UsageError
+    where there is nothing to mask, or nothing is masked."""
     import torch
 
     if init is None:
@@ -94,7 +101,8 @@ def load_start(
         return None, None, None
     names = [name for name in Fitting._fields if name != "factor"]
     fitting = Fitting(factor=factor, **{name: getattr(settings, name) for name in names})
-    found = _start(_file(init), None if mask is None else _file(mask), fitting)
+    larger = settings.upscale, settings.upscaler, device
+    found = _start(_file(init), None if mask is None else _file(mask), fitting, larger)
     values = None if found.mask is None else torch.from_numpy(found.mask)
     return to_tensor(found.picture), values, found.backdrop
 
@@ -114,8 +122,13 @@ def _read(file: File) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def _start(init: File, mask: File | None, fitting: Fitting) -> Start:
-    return started(_read(init), None if mask is None else read_mask(mask.path), fitting)
+def _start(
+    init: File, mask: File | None, fitting: Fitting, larger: tuple[float, str, str]
+) -> Start:
+    picture, (scale, upscaler, device) = _read(init), larger
+    if scale > 1:
+        picture = upscaled(picture, upscaler, enlarged(picture.size, scale), device)
+    return started(picture, None if mask is None else read_mask(mask.path), fitting)
 
 
 @lru_cache(maxsize=4)

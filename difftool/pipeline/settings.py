@@ -10,7 +10,7 @@ The plan is carried to whatever makes, counts or describes pictures; nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 from typing import Any, NamedTuple
@@ -23,10 +23,11 @@ from difftool.diffusion.guidance import Clip, dynamic_threshold, static_threshol
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
 from difftool.engine.memory import free_memory
-from difftool.errors import ResourceError, UsageError
+from difftool.errors import ResourceError, UsageError, clash
 from difftool.formats.diffusers.scheduler_switch import switched
 from difftool.pipeline.matches import MATCHES, Match
 from difftool.pipeline.model import Model
+from difftool.pipeline.upscale import enlarged
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.text.syntax import SYNTAXES
 
@@ -67,14 +68,21 @@ class SamplePlan:
     """That are visited, noisy to clean."""
     refiner: SamplePlan | None = None
     """Of a model that takes over for the last steps, where `levels` end."""
+    hires: SamplePlan | None = None
+    """The second pass, on what this one makes, made larger."""
     prior: SamplePlan | None = None
     """How the embedding of the picture is made that a model of text is told."""
 
     @property
     def steps(self) -> int:
         """How many steps are run: less than are asked for from a picture on."""
-        own = len(self.sampler.visits(self.levels)) - 1
-        return own + (0 if self.refiner is None else self.refiner.steps)
+        others = filter(None, (self.refiner, self.hires))
+        return self.own_steps + sum(other.steps for other in others)
+
+    @property
+    def own_steps(self) -> int:
+        """Those of the model itself, in this pass."""
+        return len(self.sampler.visits(self.levels)) - 1
 
     @property
     def evaluations(self) -> int:
@@ -154,6 +162,12 @@ def _check(model: Model, settings: SampleConfig) -> None:
         nearest = "x".join(str(max(factor, round(s / factor) * factor)) for s in settings.size)
         why = f"sides must be multiples of {factor}"
         raise UsageError(f"size {size} does not fit this model", why, f"try {nearest}")
+    if settings.window and settings.window % factor:
+        nearest = max(factor, round(settings.window / factor) * factor)
+        why = f"it must be a multiple of {factor}"
+        raise UsageError(f"--window {settings.window} does not fit", why, f"try {nearest}")
+    if settings.window and settings.tile != "none":
+        raise clash("--window", "--tile")
     if settings.guidance > 1 and not model.preset.unet.guidance_dim and not model.guidable:
         why = "it was trained without an empty caption or label to guide from"
         raise UsageError(f"the model {model.name} cannot be guided", why, "use --guidance 1")
@@ -162,7 +176,8 @@ def _check(model: Model, settings: SampleConfig) -> None:
 def _check_memory(model: Model, settings: SampleConfig) -> None:
     """ResourceError where not one picture fits: where memory is promised before it is there, the
     process would be killed."""
-    (width, height), codec = settings.size, model.preset.codec
+    codec = model.preset.codec
+    width, height = (min(side, settings.window or side) for side in settings.size)
     maps = model.preset.unet.kept(height // codec.factor, width // codec.factor)
     guided = settings.guidance not in (0, 1) and not model.preset.unet.guidance_dim
     needed = model.dtype.itemsize * maps * (2 if guided else 1)
@@ -187,6 +202,33 @@ def plan_sampling(
     the model edits pictures). UsageError for options that sampler or schedule lack, and where no
     step would be run; ResourceError where there is no memory for a picture of that size.
     """
+    plan = _plan_pass(model, settings, from_picture, refiner)
+    return plan if settings.hires == 1 else replace(plan, hires=_plan_hires(model, settings))
+
+
+def _plan_hires(model: Model, settings: SampleConfig) -> SamplePlan:
+    """The second pass of settings."""
+    if model.concat != "none":
+        what = f"the model {model.name} draws in one pass"
+        raise UsageError(what, "it goes by a picture of one size", "leave --hires out")
+    second = replace(
+        settings,
+        size=enlarged(settings.size, settings.hires, model.preset.side_multiple),
+        steps=settings.hires_steps or settings.steps,
+        strength=settings.hires_strength,
+        hires=1.0,
+        stop=100,
+    )
+    return _plan_pass(model, second, from_picture=True)
+
+
+def _plan_pass(
+    model: Model,
+    settings: SampleConfig,
+    from_picture: bool = False,
+    refiner: Refiner | None = None,
+) -> SamplePlan:
+    """The sampler and the levels of one pass."""
     _check_memory(model, settings)
     path, steps = model.denoiser.path, settings.steps
     sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
@@ -213,7 +255,7 @@ def plan_sampling(
         return SamplePlan(model, settings, cut, levels[: kept + 1], prior=prior)
     if refiner is None:
         return SamplePlan(model, settings, sampler.part_of(steps, still=still), levels, prior=prior)
-    taking_over = plan_sampling(refiner.model, refiner.settings)
+    taking_over = _plan_pass(refiner.model, refiner.settings)
     cut = round(path.steps * (1 - refiner.start))
     first = sum(level.t >= cut for level in levels[:-1])
     rest = sum(level.t < cut for level in taking_over.levels[:-1])
@@ -224,7 +266,7 @@ def plan_sampling(
         refiner.model, refiner.settings, taking_over.sampler, taking_over.levels[-rest - 1 :]
     )
     whole = sampler.part_of(steps, last=False)
-    return SamplePlan(model, settings, whole, levels[: first + 1], rest_of, prior)
+    return SamplePlan(model, settings, whole, levels[: first + 1], rest_of, prior=prior)
 
 
 def clip_of(settings: SampleConfig) -> Clip | None:

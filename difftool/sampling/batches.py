@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from difftool.config.schema import SampleConfig
+from difftool.pipeline.upscale import enlarged
 from difftool.sampling.events import Existing, Failure, Note
 from difftool.sampling.sample import Sample
 
@@ -16,7 +17,7 @@ Planned = Sample | Failure | Existing | Note
 
 def default_batch(settings: SampleConfig) -> int:
     """How many images of that size are made together when nothing is asked for."""
-    width, height = settings.size
+    width, height = enlarged(settings.size, settings.hires)
     return max(1, min(MAX_BATCH, BATCH_PIXELS // (width * height)))
 
 

@@ -86,13 +86,23 @@ class SampleTask:
         """Steps of all pictures of one model; own: of one that asks for no number."""
         asked = () if self.total is None else self.product.requests(self.asked)
         requests = [each for each in asked if isinstance(each, Request)]
-        steps = sum(len(r.images()) * r.settings.get("steps", own) for r in requests)
+        steps = sum(len(r.images()) * _steps(r, own) for r in requests)
         count = sum(len(r.images()) for r in requests) * len(list(self.product.loads()))
         return steps * (self.total or 0) // count if count else None
 
     def requests(self, place: Combination = ()) -> Lines:
         """What is asked for, whole; place: which of several models it is asked of."""
         return self.product.requests(self.asked if self.stream is None else self.stream, place)
+
+
+def _steps(request: Request, own: int) -> int:
+    """Steps of one of its pictures, by a count of the model's own."""
+    asked = request.settings
+    steps = asked.get("steps", own)
+    if asked.get("hires", 1) == 1:
+        return steps
+    share = asked.get("hires_strength", SampleConfig().hires_strength)
+    return steps + int((asked.get("hires_steps") or steps) * share)
 
 
 def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:

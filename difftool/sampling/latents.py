@@ -55,4 +55,6 @@ def read_latents(path: Path, model: Model) -> tuple[Tensor, Request]:
     size = (x0.shape[2] * codec.factor, x0.shape[1] * codec.factor)
     text = header.metadata.get(KEY)
     asked = Request() if text is None else from_chunk(text, str(path))
+    if asked.settings.get("hires", 1) != 1:  # x0 is the second pass's, the size the first's
+        size = tuple(asked.settings["size"])
     return x0, replace(asked, settings={**asked.settings, "size": size})

@@ -14,7 +14,7 @@ from difftool.adapters.lora.algebra import Applied
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.samplers import guides_apart
 from difftool.errors import DifftoolError, UsageError, clash
-from difftool.pipeline.backdrop import FITS, Box, canvas_size, rounded_up
+from difftool.pipeline.backdrop import FITS, canvas_size, rounded_up
 from difftool.pipeline.condition import token_count
 from difftool.pipeline.inputs import (
     SampleInput,
@@ -31,6 +31,7 @@ from difftool.pipeline.settings import (
     resolve_settings,
     shaped,
 )
+from difftool.pipeline.upscale import enlarged
 from difftool.pipeline.words import used_words
 from difftool.plugins import loaded
 from difftool.sampling.adapters import PromptAdapters
@@ -49,6 +50,8 @@ from difftool.text.syntax import SYNTAXES
 
 STRONG = 2.0
 """Guidance of CFG++ that is told of."""
+UPSCALED = 0.35
+"""Strength with which a picture is drawn larger, where nothing else is asked for."""
 SHARED = ("sampler", "schedule", "steps", "guidance", "size", "tile")
 """What a refiner is asked for too."""
 
@@ -180,7 +183,9 @@ class Resolver:
             asked = {name: value for name, value in asked.items() if name not in SIZE}
             asked["size"] = shaped(model.preset.sample.size, request.ar, model.preset.side_multiple)
         elif request.init and not SIZE & asked.keys() and not asked.get("only_masked"):
-            asked["size"] = self._size_of(request.init, asked.get("outpaint"))
+            asked["size"] = self._size_of(request.init, asked)
+        if asked.get("upscale"):
+            asked.setdefault("strength", UPSCALED)
         if asked.get("outpaint"):
             asked.setdefault("strength", 1.0)  # there is nothing to start from
         plan = self.plan(asked, from_picture=request.init is not None)
@@ -193,9 +198,10 @@ class Resolver:
             index=0, request=request, plan=plan, input=given, loras=loras, embeddings=tuple(paths)
         )
 
-    def _size_of(self, init: str, outpaint: Box | None) -> tuple[int, int]:
+    def _size_of(self, init: str, asked: Mapping[str, Any]) -> tuple[int, int]:
         """The size that a picture is drawn at where none is asked for."""
-        size, factor = picture_size(init), self.model.preset.side_multiple
+        factor, outpaint = self.model.preset.side_multiple, asked.get("outpaint")
+        size = enlarged(picture_size(init), asked.get("upscale", 1.0))
         if outpaint is not None:
             return rounded_up(canvas_size(size, outpaint), factor)
         width, height = (side - side % factor for side in size)
@@ -239,7 +245,11 @@ class Resolver:
             image = load_image_prompt(request.image_prompt, model.vision.config.size)
         given = SampleInput(request.prompt or "", request.negative or "", label, image=image)
         factor = model.preset.side_multiple
-        init, mask, backdrop = load_start(request.init, request.mask, settings, factor)
+        device = str(model.device)
+        init, mask, backdrop = load_start(request.init, request.mask, settings, factor, device)
+        if mask is not None and settings.hires > 1:
+            hint = "--only-masked draws the masked region larger"
+            raise UsageError("--hires does not go with a mask", hint=hint)
         return given._replace(init=init, mask=mask, backdrop=backdrop)
 
     def _refiner(self, settings: SampleConfig) -> Refiner | None:
@@ -312,9 +322,15 @@ class Resolver:
         if request.init is not None:
             yield from self._once(self._fitted(request.init, sample))
         partial = request.init is not None or self.refiner is not None or settings.stop < 100
-        if partial and plan.steps != settings.steps:
-            text = f"{plan.steps} of {settings.steps} steps are run"
+        again = 0 if plan.hires is None else plan.hires.steps
+        if partial and plan.steps - again != settings.steps:
+            text = f"{plan.steps - again} of {settings.steps} steps are run"
             text += f" (strength {settings.strength:g})" if settings.stop == 100 else ""
+            yield from self._once(text)
+        if plan.hires is not None:
+            second = plan.hires.settings
+            size = "{}x{}".format(*second.size)
+            text = f"then {again} of {second.steps} steps at {size}, from {settings.upscaler}"
             yield from self._once(text)
         if request.model_hash not in ("", self.model.hash):
             made_by = f"not with {self.model.name} ({self.model.hash})"
@@ -349,10 +365,14 @@ class Resolver:
     def _fitted(self, init: str, sample: Sample) -> str:
         """How a picture that is started from comes to the size that is drawn; "" = it has it."""
         settings, backdrop = sample.plan.settings, sample.input.backdrop
-        own, size = picture_size(init), "{}x{}".format(*settings.size)
-        if own == settings.size and not settings.only_masked and not settings.outpaint:
+        given = picture_size(init)
+        own, size = enlarged(given, settings.upscale), "{}x{}".format(*settings.size)
+        plain = settings.upscale == 1
+        if plain and own == settings.size and not settings.only_masked and not settings.outpaint:
             return ""
-        said = "{} is {}x{}".format(Path(init).name, *own)
+        said = "{} is {}x{}".format(Path(init).name, *given)
+        if settings.upscale > 1:
+            said += f", made {settings.upscale:g} times larger"
         if settings.only_masked and backdrop is not None:
             left, top, right, bottom = backdrop.box
             return (
@@ -362,6 +382,8 @@ class Resolver:
             return f"{said}, drawn on {size} and cut to {'{}x{}'.format(*backdrop.picture.size)}"
         if settings.outpaint and settings.size == canvas_size(own, settings.outpaint):
             return f"{said}, drawn on {size}"
+        if own == settings.size:
+            return f"{said} and drawn at {size}"
         others = " or ".join(name for name in FITS if name != settings.fit)
         return f"{said}, fitted to {size} by --fit {settings.fit} (also {others})"
 

@@ -35,6 +35,7 @@ from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
 from difftool.pipeline.backdrop import FITS
 from difftool.pipeline.matches import MATCHES
+from difftool.pipeline.upscale import UPSCALERS, read_upscaler
 from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.registry import canonical
 from difftool.storage.strict_json import is_unicode
@@ -185,6 +186,18 @@ def read_interval(given: Any) -> tuple[float, float]:
     return low, high
 
 
+def read_scale(given: Any) -> float:
+    """How much larger, of "2x", "1.5" or a number."""
+    text = str(given).strip().lower().removesuffix("x")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 1 <= scale <= 16:
+        raise UsageError(f'"{given}" is not how much larger', hint="give 2x, or 1.5x; up to 16x")
+    return scale
+
+
 def read_outpaint(given: Any) -> tuple[int, int, int, int]:
     """Pixels on the left, at the top, on the right and at the bottom, of "left=64,top=32", of "64"
     for all sides, or of four numbers."""
@@ -254,6 +267,22 @@ def _known_rng(word: str) -> str | None:
     return {"cpu": "cpu", "gpu": "gpu", "nv": "gpu", "cuda": "gpu"}.get(word.lower())
 
 
+def _known_upscaler(name: str) -> str | None:
+    try:
+        return read_upscaler(name) if not Path(name).suffix else None
+    except UsageError:
+        return None
+
+
+def upscaler_name(name: str) -> str:
+    """A1111's name of an upscaler."""
+    return UPSCALERS[name].a1111 if name in UPSCALERS else Path(name).stem
+
+
+def _beyond_1(scale: float) -> str | None:
+    return None if scale == 1 else f"{scale:g}"
+
+
 def _size_of_text(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -303,6 +332,14 @@ def _models() -> Iterable[str]:
 
 def _starts(values: Values) -> bool:
     return values["init"] is not None and not values["edits"]
+
+
+def _twice(values: Values) -> bool:
+    return values["hires"] > 1
+
+
+def _enlarges(values: Values) -> bool:
+    return values["hires"] > 1 or (values["upscale"] > 1 and _starts(values))
 
 
 def _starts_or_edits(values: Values) -> bool:
@@ -521,6 +558,21 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("mask_padding", "Pixels around it that are drawn too", IMAGES, type=int,
         listed=numbers, effect=_region, without="without --only-masked", default="32",
         a1111=A1111("Masked area padding", int)),
+    _of_model("upscale", "Draw --init so much larger than it is", IMAGES, metavar="2x",
+        read=read_scale, effect=_starts, without="without --init"),
+    _of_model("hires", "Draw so much larger in a second pass, from what the first made", PICTURE,
+        metavar="2x", read=read_scale, a1111=A1111("Hires upscale", float, _beyond_1)),
+    _of_model("hires_strength", "Share of the steps that are run in it", PICTURE, type=float,
+        listed=numbers, effect=_twice, without="without --hires", default="0.7"),
+    _of_model("hires_steps", "Its steps, of which that share is run; as many as the first's",
+        PICTURE, type=int, listed=numbers, effect=_twice, without="without --hires",
+        a1111=A1111("Hires steps", lambda text: int(text) or None)),
+    _of_model("upscaler", "What makes pictures larger: a name, or a file of ESRGAN's kind",
+        PICTURE, read=read_upscaler, complete=lambda: UPSCALERS, metavar="NAME|FILE",
+        effect=_enlarges, without="without --hires or --upscale", default="latent",
+        a1111=A1111("Hires upscaler", _known_upscaler, upscaler_name)),
+    _of_model("window", "Side of the windows in which the network sees what is larger", PICTURE,
+        type=int),
     _of_model("outpaint", "Draw so many pixels beyond --init, on any of its sides", IMAGES,
         metavar="left=64,top=...", read=read_outpaint, effect=_starts, without="without --init"),
     _of_request("image_prompt", "Picture to vary (unCLIP models); a folder: each", IMAGES,

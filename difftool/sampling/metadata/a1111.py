@@ -19,6 +19,7 @@ from difftool.version import __version__
 ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
     *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes"),
+    *("Hires upscale", "Hires steps", "Hires upscaler"),
     *("Mask mode", "Mask blur", "Inpaint area", "Masked area padding"),
     *("Variation seed", "Variation seed strength", "RNG", "ENSD"),
     *("Class", "Tiling", "Template", "Negative Template", "Version"),
@@ -37,6 +38,8 @@ def parameters(values: Values) -> str:
         value = values.get(row.name)
         if value is not None and (row.effect is None or row.effect(values)):
             words[word] = dialect.write(value)
+    if values["hires"] > 1 and values["init"] is None:
+        words["Denoising strength"] = values["hires_strength"]
     if (eta := values["sampler_options"].get("eta")) is not None:
         words["Eta DDIM" if values["sampler"] == "ddim" else "Eta"] = f"{eta:g}"
     known = [word for word in ORDER if word in words]
@@ -108,6 +111,8 @@ def from_parameters(text: str, source: str) -> Request:
         why = f"its settings have no seed ({words['Seed'][:60]})" if "Seed" in words else None
         why = why or f'it is not text of A1111\'s: "{text[:60]}"'
         raise InputError(f"the parameters of {source} cannot be read", why)
+    if "strength" in read and read.get("hires", 1.0) > 1:
+        read["hires_strength"] = read.pop("strength")
     read |= {"prompt": words["Prompt"], "negative": words["Negative prompt"]}
     if not words.get("Version", "").startswith("difftool"):
         _as_a1111(words, read, found)
@@ -150,10 +155,8 @@ def _as_a1111(words: Mapping[str, str], read: dict[str, Any], found: Found) -> N
             found.miss(f"the embedding {name}: --embedding", "embedding")
     if words.get("VAE") not in (None, "None", "Automatic"):
         found.miss(f"the VAE {words['VAE']}: --vae", "vae")
-    if "strength" in read and not any(word.startswith("Hires") for word in words):
+    if "strength" in read:
         found.started_from()
-    elif "strength" in read:
-        found.miss(f"Denoising strength: {read.pop('strength'):g}")
     options = SAMPLERS[spelled(read)["sampler"]].options if "sampler" in read else {}
     for word in (word for word in ("Eta", "Eta DDIM") if word in words):
         if "eta" in options and re.fullmatch(r"[01](\.\d+)?", words[word]):

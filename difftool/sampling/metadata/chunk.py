@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool.config.numbers import FINITE
+from difftool.config.schema import SampleConfig
 from difftool.config.validate import to_values
 from difftool.errors import DifftoolError, InputError
+from difftool.pipeline.upscale import UPSCALERS
 from difftool.plugins import used
 from difftool.sampling.expand import TEMPLATES, final
 from difftool.sampling.files.content import components, content_of
@@ -67,8 +69,13 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
         "model_hash": model.hash,
         **({} if sample.seed is None else content_of(sample)._asdict()),
         "request": request,
-        "preset": to_values(model.preset) | {"sample": to_values(sample.plan.settings)},
+        "preset": to_values(model.preset) | {"sample": _settings(sample.plan.settings)},
     }
+
+
+def _settings(settings: SampleConfig) -> dict[str, Any]:
+    """As they were resolved; an upscaler's file by its bare name."""
+    return to_values(replace(settings, upscaler=Path(settings.upscaler).name))
 
 
 def _files(sample: Sample) -> Iterator[NamedFile]:
@@ -107,9 +114,14 @@ def from_chunk(text: str, source: str) -> Request:
             DifftoolError) as error:  # fmt: skip
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
     made_by = str(values.get("model_hash") or "")
+    missed: tuple[tuple[str, str], ...] = ()
+    if str(settings.get("upscaler", "latent")) not in UPSCALERS:  # a file: not ours to open
+        name = Path(str(settings["upscaler"])).name
+        settings = {key: value for key, value in settings.items() if key != "upscaler"}
+        missed = (("upscaler", f"the upscaler {name}: --upscaler"),)
     return replace(
-        final(found), settings=settings, model_hash=made_by, plugins=plugins, named=named,
-        networks=networks,
+        final(found), missed=missed, settings=settings, model_hash=made_by, plugins=plugins,
+        named=named, networks=networks,
     )  # fmt: skip
 
 
