@@ -310,16 +310,19 @@ def noise(picture: Image | str | Path, **options: Any) -> list[Image]:
 
 @in_words()
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is in a model, or in any safetensors file, from its headers: the JSON object of
-    `difftool convert --inspect`. Loads no tensor, and not torch.
+    """What is in a model, or in any safetensors file, from its headers, or what a picture says of
+    how it was made: the JSON object of `difftool convert --inspect`. Loads no tensor, nor torch.
 
         difftool.inspect("emoji")["family"]
     """
     from difftool.config.options import by_name
     from difftool.conversion.inspect import inspect as describe
     from difftool.conversion.options import OPTIONS
+    from difftool.images.formats import is_picture
+    from difftool.sampling.metadata.shown import shown
 
-    return describe(by_name(OPTIONS)["source"].one(path, "path"))
+    source = by_name(OPTIONS)["source"].one(path, "path")
+    return shown(Path(source)) if is_picture(source) else describe(source)
 
 
 def _about_models() -> set[str]:

@@ -15,8 +15,10 @@ import ldm_models
 import pytest
 import tiny
 import torch
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from difftool import inspect
 from difftool.formats import open_model
 from difftool.pipeline.model import Model
 from difftool.storage import safetensors
@@ -370,3 +372,26 @@ def test_a_single_file_is_sampled(difftool):
     words = "sample fox -m sd.safetensors --steps 1 --size 32x32 -o a.png"
     assert difftool(*words.split()).code == 0
     assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_says_how_it_was_made(convert, tmp_path):
+    info = PngImagePlugin.PngInfo()
+    said = "Steps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x32, Hires steps: 3"
+    info.add_text("parameters", f"a fox\nin two lines\nNegative prompt: bad\n{said}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "fox.png", pnginfo=info)
+    ran = convert(tmp_path / "fox.png", "--inspect")
+    assert ran.code == 0 and [line.split(maxsplit=1) for line in ran.lines] == [
+        ["format", "png, 8x8"], ["made", "by           A1111"], ["model", "not said"],
+        ["prompt", "a fox"], ["in", "two lines"], ["negative", "bad"], ["seed", "5"],
+        ["sampler", "euler_a"], ["steps", "9"], ["guidance", "7.0"], ["width", "64"],
+        ["height", "32"], ["not", "taken         Hires steps: 3"],
+    ]  # fmt: skip
+    (told,) = convert(tmp_path / "fox.png", "--inspect", "--json").objects
+    assert told["request"]["seed"] == 5 and told["missed"] == ["Hires steps: 3"]
+    assert inspect(tmp_path / "fox.png") == told
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.webp")
+    (told,) = convert(tmp_path / "plain.webp", "--inspect", "--json").objects
+    assert told["request"] is None and told["format"] == "webp"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert convert(tmp_path / "broken.png", "--inspect").code == 3
+    assert convert(tmp_path / "none.png", "--inspect").code == 2

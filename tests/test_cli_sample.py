@@ -417,6 +417,29 @@ def test_a_picture_is_made_again_from_itself(sample):
     assert (item["negative"], item["sampler"], item["width"]) == ("bad", "euler_a", 32)
 
 
+@pytest.mark.parametrize(
+    "samplers",
+    [
+        "er_sde,Restart",
+        pytest.param(
+            "euler_a,dpmpp_2m_sde,sa_solver_pece,seeds_3,euler_cfg_pp,dpmpp_2s_a_cfg_pp,lcm,"
+            "heunpp2,DPM fast,DPM adaptive,unipc,res_multistep_a,plms,ddpm,deis,er_sde",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_pictures_of_every_kind_of_sampler_are_made_again(sample, samplers):
+    names = samplers.split(",")
+    seeds, steps = ("1,2", 4) if len(names) > 5 else ("1", 20)
+    args = ("--negative", "bad", "--guidance", 3, "--seed", seeds, "--size", "16x16", "--exact")
+    ran = sample("a {red|blue} fox", *args, "--sampler", samplers, "--steps", steps, "-o", "out/")
+    made = sorted(Path("out").iterdir())
+    assert ran.code == 0 and len(made) == len(names) * len(seeds.split(","))
+    for path in made:
+        assert sample("--from-image", path, "-o", "again.png", "--overwrite").code == 0
+        assert Path("again.png").read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("format", ["jpg", "webp"])
 def test_a_picture_of_a_format_without_text_chunks_is_made_again_from_itself(sample, format):
     """Prompt syntax, eta and the picture that it was started from are no words of A1111's text."""

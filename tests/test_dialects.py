@@ -128,6 +128,7 @@ def test_the_hash_of_nothing_is_no_file_s():
         ("Sampler: LMS, Schedule type: Karras", "karras"),
         ("Sampler: DPM fast, Schedule type: Karras", "karras"),
         ("Sampler: DPM adaptive, Schedule type: Karras", "karras"),
+        ("Sampler: DPM of another day, Schedule type: Karras", "karras"),
     ],
 )
 def test_schedules_are_a1111_s(said, schedule):
@@ -136,6 +137,8 @@ def test_schedules_are_a1111_s(said, schedule):
     if schedule is None:
         assert "Schedule type: KL Optimal" in missed(request)
     if "DPM fast" in said or "adaptive" in said:
+        assert request.settings["sampler"] in ("dpm_fast", "dpm_adaptive")
+    if "another" in said:
         assert "Sampler: DPM" in missed(request) and "sampler" not in request.settings
 
 

@@ -10,6 +10,7 @@ from difftool.cli import console
 from difftool.cli.options import TALK
 from difftool.config.options import Option
 from difftool.conversion.options import OPTIONS, OUTPUT
+from difftool.images.formats import is_picture
 
 if TYPE_CHECKING:
     from difftool.conversion.ledger import Ledger
@@ -25,12 +26,13 @@ Examples
   difftool convert sd15.safetensors fox.safetensors --lora fox-lora.safetensors:0.8
   difftool convert kohya-lora.safetensors lora.safetensors --to peft
   difftool convert model.safetensors --inspect --json
+  difftool convert picture.png --inspect
 """
 REPORT = Option(
     name="report", type=Path, panel=OUTPUT, help="Write the ledger of tensors here, as JSON",
 )  # fmt: skip
 INSPECT = Option(
-    name="inspect", type=bool, panel=OUTPUT, help="Say what is in SRC; loads no tensor data",
+    name="inspect", type=bool, panel=OUTPUT, help="Say what is in SRC, a model or a picture",
     excludes=("target", "to", "dtype", "weights", "ema_length", "report", "dry_run"),
 )  # fmt: skip
 MOST = 40
@@ -89,6 +91,9 @@ def _say(ledger: Ledger) -> None:
 
 
 def _inspect(values: dict[str, Any]) -> None:
+    if is_picture(values["source"]):
+        _show(Path(values["source"]), bool(values["json"]))
+        return
     from difftool.conversion.inspect import inspect
 
     found = inspect(values["source"], values["prediction"], values["zero_snr"])
@@ -99,6 +104,20 @@ def _inspect(values: dict[str, Any]) -> None:
         return
     for line in _lines(found):
         console.emit(console.plain(line))
+
+
+def _show(picture: Path, as_json: bool) -> None:
+    """What a picture says of how it was made."""
+    from difftool.sampling.metadata.shown import lines, shown
+
+    told = shown(picture)
+    if as_json:
+        console.emit(told)
+        return
+    for word, text in lines(told):
+        first, *more = text.split("\n")
+        for head, line in ((word, first), *(("", each) for each in more)):
+            console.emit(console.plain(f"{head:<18}{line}"))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

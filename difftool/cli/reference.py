@@ -69,6 +69,9 @@ RESULTS = {
     "`verified`, `warnings`, `family`, `layers`, `path`; in the file of `--report` `entries`",
     "`convert --inspect`": "`format`, `family`, `prediction`, `zero_snr`, `evidence`, `weights`, "
     "`components`, `metadata`, `warnings`, `preset`",
+    "`convert PICTURE --inspect`": "`format`, `width`, `height`, `made_by`, `model`, `model_hash`, "
+    "`request` (a line of `--prompts`), `loras`, `files`, `missed`, `texts`; null where it does "
+    "not say how it was made",
     "`train`": "`model`, `steps`, and of `--evaluate` `evaluation` as of `sample --evaluate`",
     "`--list`": "`list`, `items`, each with `name`, `about`, `also`, and more",
     "`--print-config`": "`config`: of each key `value` and `origin`",

@@ -35,7 +35,8 @@ from difftool.data.pictures import (
     no_usable,
 )
 from difftool.errors import InputError, UsageError
-from difftool.images.read import SUFFIXES, colour
+from difftool.images.formats import SUFFIXES
+from difftool.images.read import colour
 from difftool.storage import runs
 
 SPLITS = ("train", "validation", "valid", "val", "test")

@@ -21,7 +21,8 @@ from difftool.data.dice import Dice, uniforms
 from difftool.data.phrases import count, named
 from difftool.errors import InputError, unreadable
 from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
-from difftool.images.read import MAX_BYTES, SUFFIXES, probe, read_picture
+from difftool.images.formats import SUFFIXES
+from difftool.images.read import MAX_BYTES, probe, read_picture
 
 if TYPE_CHECKING:
     from PIL import Image

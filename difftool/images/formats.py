@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from difftool.registry import Registry
 
 CHUNK, TEXT = "difftool", "parameters"
 """Keywords of the text chunks of a picture that was sampled: ours, and A1111's."""
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+)
+"""Endings of files that are read as pictures."""
 OWN = {"Software": "difftool"}
 """The text chunk of figures and sheets, by which they are not taken for data."""
 
@@ -47,6 +52,11 @@ for row in (
     ),
 ):
     OUTPUT_FORMATS.add(row.name, row)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file's name is a picture's."""
+    return Path(path).suffix.lower() in SUFFIXES
 
 
 def format_of(ending: str) -> str | None:

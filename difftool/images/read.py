@@ -23,9 +23,6 @@ from difftool.storage.read import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders in use; others (EPS, PSD, ...) are never run, whatever the file is called."""
-SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-)
 ORIENTATION = 0x0112
 """EXIF's tag; from 5 on, width and height are exchanged."""
 EXIF_FOLDER, EXIF_USER_COMMENT, EXIF_SOFTWARE = 0x8769, 0x9286, 0x0131
@@ -34,6 +31,10 @@ EXIF_KEYWORDS = (0x010F, 0x0110)
 """Tags of EXIF's main directory, meant for cameras, in which tools write KEYWORD:TEXT."""
 EXIF_PACKED = 0xD1FF
 """A private tag of the sub-directory: keyword, 0, and a text packed with zlib."""
+HIDDEN = b"stealth_"
+"""How a text begins that is hidden in pixels: then the bands, png or rgb, and info, or comp where
+it is packed."""
+LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
 MAX_TEXT = 1 << 20
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64_000_000
@@ -126,6 +127,13 @@ def read_mask(source: str | Path | Image.Image) -> Image.Image:
     return read_picture(source, "black").image.convert("L")
 
 
+def probed(source: str | Path) -> tuple[str, tuple[int, int]]:
+    """A picture's format, and its width and height as they are stored. Raises as `read_picture`
+    does."""
+    with _refusals(str(source)), _open(_read_file(Path(source))) as image:
+        return str(image.format).lower(), image.size
+
+
 def read_notes(source: str | Path) -> tuple[dict[str, str], str | None]:
     """What a picture's file says beside its pixels: texts by keyword, of a PNG's chunks, a JPEG's
     comment ("comment") and EXIF, and the EXIF user comment where there is one. Nothing is decoded.
@@ -146,6 +154,42 @@ def read_notes(source: str | Path) -> tuple[dict[str, str], str | None]:
         if max(map(len, [*texts.values(), comment or ""])) > MAX_TEXT:
             raise _Refused(f"a text in it is longer than {MAX_TEXT} characters")
         return texts, comment
+
+
+def read_hidden(source: str | Path) -> str | None:
+    """The text in the lowest bits of a picture's pixels, of alpha or of red, green and blue, column
+    by column, as NovelAI and others write it; None if there is none. Raises as `read_picture`
+    does."""
+    with _refusals(str(source)), _open(_read_file(Path(source))) as image:
+        if image.format not in LOSSLESS or image.mode not in ("RGB", "RGBA"):
+            return None
+        pixels = np.asarray(image).swapaxes(0, 1)
+        for bands, kind in ((pixels[..., 3:], b"png"), (pixels[..., :3], b"rgb")):
+            data = _Bits(bands.reshape(-1))
+            name = data.take(len(HIDDEN) + 7)
+            if name not in (HIDDEN + kind + b"info", HIDDEN + kind + b"comp"):
+                continue
+            length = int.from_bytes(data.take(4), "big") // 8
+            if length > MAX_TEXT:
+                raise _Refused(f"the text in its pixels is longer than {MAX_TEXT} bytes")
+            told = data.take(length)
+            if name.endswith(b"comp"):
+                told = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(told, MAX_TEXT)
+            return told.decode("utf-8", "replace")
+    return None
+
+
+class _Bits:
+    """The lowest bits of bytes, as bytes, the highest first."""
+
+    def __init__(self, values: np.ndarray):
+        self._values, self._place = values, 0
+
+    def take(self, count: int) -> bytes:
+        """The next bytes, or what there is of them."""
+        start, self._place = self._place, self._place + 8 * count
+        bits = self._values[start : self._place] & 1
+        return np.packbits(bits[: len(bits) // 8 * 8]).tobytes()
 
 
 def _is_own(image: Image.Image) -> bool:

@@ -161,7 +161,7 @@ def _is_folder(path: str | None) -> TypeGuard[str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    from difftool.images.read import SUFFIXES
+    from difftool.images.formats import SUFFIXES
 
     return sorted(
         file

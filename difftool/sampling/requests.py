@@ -92,6 +92,10 @@ class Request:
     """The line that it was read from."""
     model_hash: str = ""
     """Hash of the model that the request was made for; empty = any."""
+    model: str = ""
+    """Name of that model, as its picture says it."""
+    made_by: str = ""
+    """The tool that a picture says it was made by."""
     embeddings: tuple[str, ...] = ()
     """Paths of the learned words that it was made with."""
     loras: tuple[tuple[str, float], ...] = ()

@@ -11,7 +11,7 @@ from difftool.data.captions import Caption, add
 from difftool.data.listing import MAX_METADATA, Listing, read_texts, sound_text, stem
 from difftool.data.phrases import count, named
 from difftool.errors import InputError, missing
-from difftool.images.read import SUFFIXES
+from difftool.images.formats import SUFFIXES
 from difftool.storage.read import read_bytes
 
 NAMES = re.compile(r"meta(data)?([_-]\w+)*\.json", re.I)

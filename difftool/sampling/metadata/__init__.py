@@ -8,4 +8,5 @@ others  the JSON of InvokeAI, NovelAI, SwarmUI and Fooocus
 named   how files are named, and where they are found
 found   what of another tool's picture is taken over, and what is listed
 files   pictures with the first two, and the request in any of them
+shown   all of it, for `convert PICTURE --inspect`
 """

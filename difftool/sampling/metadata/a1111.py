@@ -118,8 +118,17 @@ def from_parameters(text: str, source: str) -> Request:
         _as_a1111(words, read, found)
     request = request_of(spelled(read), model_hash=words.get("Model hash", ""))
     return replace(
-        request, missed=tuple(found.missed), loras=tuple(found.loras), named=tuple(found.named)
-    )
+        request, missed=tuple(found.missed), loras=tuple(found.loras), named=tuple(found.named),
+        made_by=_tool(words.get("Version", "")), model=words.get("Model", ""),
+    )  # fmt: skip
+
+
+def _tool(version: str) -> str:
+    """The tool of a version: Forge's begins with f, others of A1111's text have their names."""
+    name = re.match(r"(difftool|stable-diffusion\.cpp|ComfyUI|Fooocus|InvokeAI)\b-?(.*)", version)
+    if name:
+        return f"{name[1]} {name[2].strip()}".strip()
+    return f"{'Forge' if re.match(r'f[0-9]|neo', version) else 'A1111'} {version}".strip()
 
 
 SILENT = frozenset(A1111_WORDS) | {

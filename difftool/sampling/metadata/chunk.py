@@ -1,16 +1,17 @@
-"""The `difftool` chunk: what was asked for, and the whole preset with the settings as they were
-resolved. Torch-free."""
+"""The `difftool` chunk: what was asked for, and the settings as they were resolved, of which those
+are left out that no preset changes. Torch-free."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftool.config.numbers import FINITE
-from difftool.config.schema import SampleConfig
+from difftool.config.schema import Preset, SampleConfig
 from difftool.config.validate import to_values
 from difftool.errors import DifftoolError, InputError
 from difftool.pipeline.upscale import UPSCALERS
@@ -27,7 +28,8 @@ from difftool.version import __version__
 if TYPE_CHECKING:
     from difftool.sampling.sample import Sample
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had the whole preset, with all the settings."""
 MAX_BYTES = 1 << 20
 MAX_GRID_BYTES, MAX_READ = 1 << 24, 1 << 28
 """Of what a grid says, and of that when each of its pictures says it."""
@@ -62,6 +64,7 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
         request["networks"] = networks
     if plugins := used(components(sample)):
         request["plugins"] = [[plugin.name, plugin.sha256] for plugin in plugins]
+    settings, usual = _settings(sample.plan.settings), to_values(SampleConfig())
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -69,8 +72,17 @@ def chunk(sample: Sample, folder: Path = Path()) -> dict[str, Any]:
         "model_hash": model.hash,
         **({} if sample.seed is None else content_of(sample)._asdict()),
         "request": request,
-        "preset": to_values(model.preset) | {"sample": _settings(sample.plan.settings)},
+        "preset": {
+            "name": model.preset.name,
+            "hash": preset_hash(model.preset),
+            "sample": {k: v for k, v in settings.items() if v != usual[k]},
+        },
     }
+
+
+def preset_hash(preset: Preset) -> str:
+    """12 hexadecimal digits of SHA-256 of a preset's JSON."""
+    return sha256(to_json(to_values(preset), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _settings(settings: SampleConfig) -> dict[str, Any]:
@@ -102,6 +114,8 @@ def from_chunk(text: str, source: str) -> Request:
         if EACH in values:
             raise ValueError(f"it is of a grid of {len(values[EACH])} pictures")
         request, settings = values["request"], values["preset"]["sample"]
+        if type(values.get("schema")) is int and values["schema"] > 1:
+            settings = to_values(SampleConfig()) | settings
         asked = {name: request[name] for name in ASKED}
         asked |= {name: request[name] for name in ALSO if name in request}
         named = tuple(_named(request))
@@ -113,15 +127,15 @@ def from_chunk(text: str, source: str) -> Request:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             DifftoolError) as error:  # fmt: skip
         raise InputError(f"the difftool chunk of {source} cannot be read", repr(error)) from None
-    made_by = str(values.get("model_hash") or "")
+    told = {name: str(values.get(name) or "") for name in ("model", "model_hash")}
     missed: tuple[tuple[str, str], ...] = ()
     if str(settings.get("upscaler", "latent")) not in UPSCALERS:  # a file: not ours to open
         name = Path(str(settings["upscaler"])).name
         settings = {key: value for key, value in settings.items() if key != "upscaler"}
         missed = (("upscaler", f"the upscaler {name}: --upscaler"),)
     return replace(
-        final(found), missed=missed, settings=settings, model_hash=made_by, plugins=plugins,
-        named=named, networks=networks,
+        final(found), missed=missed, settings=settings, plugins=plugins, named=named,
+        networks=networks, made_by=f"difftool {values.get('version') or ''}".strip(), **told,
     )  # fmt: skip
 
 

@@ -87,7 +87,8 @@ class _Graph:
 def from_graph(text: str, source: str) -> Request:
     """The request in a graph; InputError for one in which nothing samples."""
     nodes = parse_json(text, f"the ComfyUI graph of {source}", infinite=True, lenient=True)
-    graph, found = _Graph(nodes if isinstance(nodes, dict) else {}, source), Found(source)
+    graph = _Graph(nodes if isinstance(nodes, dict) else {}, source)
+    found = Found(source, made_by="ComfyUI")
     ends = [n for n, (kind, _) in graph.nodes.items() if kind.startswith(("Save", "Preview"))]
     used = dict.fromkeys(graph.above(*(ends or graph.nodes)))
     samplers = [name for name in used if _samples(graph.nodes[name][1])]
@@ -177,9 +178,12 @@ def _start(graph: _Graph, sampler: str, found: Found) -> None:
 
 
 def _model(graph: _Graph, sampler: str, found: Found) -> None:
-    """LoRAs, and the layer of the text encoder."""
+    """The model's name, LoRAs, and the layer of the text encoder."""
     for name in graph.above(sampler):
         kind, inputs = graph.nodes[name]
+        for key in ("ckpt_name", "unet_name"):
+            if not found.model and isinstance(inputs.get(key), str):
+                found.model = inputs[key]
         if isinstance(inputs.get("lora_name"), str):
             weight = graph.input(name, "strength_model", kind=int | float)
             found.lora(inputs["lora_name"], 1.0 if weight is None else float(weight))

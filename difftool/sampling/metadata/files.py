@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from difftool.errors import InputError, check_file
 from difftool.images import write
 from difftool.images.formats import CHUNK, TEXT
-from difftool.images.read import read_notes
+from difftool.images.read import read_hidden, read_notes
 from difftool.sampling.expand import final
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.chunk import each_chunk, from_chunk
@@ -52,14 +52,43 @@ def read(path: Path) -> Request:
 
     UsageError if there is no such file, InputError if it is no picture or says nothing.
     """
+    request, _ = told_by(path)
+    if request is None:
+        hint = "it was saved without metadata"
+        raise InputError(f"{path} does not say how it was made", hint=hint)
+    return request
+
+
+def told_by(path: Path) -> tuple[Request | None, dict[str, str]]:
+    """That request, None where there is none, and the texts of a picture's file by keyword.
+
+    Raises as `read` does.
+    """
     check_file("picture", path)
     notes, comment = read_notes(path)
+    texts = notes if comment is None else {**notes, COMMENT: comment}
+    if (request := _first(texts, str(path))) is None and (hidden := read_hidden(path)):
+        texts |= _unfolded(hidden, str(path))
+        request = _first(texts, str(path))
+    return None if request is None else final(request), texts
+
+
+def _first(texts: Notes, source: str) -> Request | None:
+    """What the surest of a picture's texts says."""
     for keywords, reader in DIALECTS:
         for keyword in keywords:
-            text = comment if keyword == COMMENT else notes.get(keyword)
-            if text and (request := _read(reader, text, str(path), notes)) is not None:
-                return final(request)
-    raise InputError(f"{path} does not say how it was made", hint="it was saved without metadata")
+            text = texts.get(keyword)
+            if text and (request := _read(reader, text, source, texts)) is not None:
+                return request
+    return None
+
+
+def _unfolded(text: str, source: str) -> dict[str, str]:
+    """The texts in one that is hidden in a picture's pixels: NovelAI's by keyword, or A1111's."""
+    if not text.lstrip().startswith("{"):
+        return {TEXT: text}
+    values = object_in(text, source)
+    return {str(key): v if isinstance(v, str) else to_json(v) for key, v in values.items()}
 
 
 def read_all(path: Path) -> list[Request]:
@@ -99,7 +128,7 @@ def _remark(text: str, source: str, notes: Notes) -> Request | None:
 def _novelai(text: str, source: str, notes: Notes) -> Request | None:
     if "NovelAI" not in notes.get("Software", ""):
         return None
-    return from_novelai(text, source, notes.get("Description", ""))
+    return from_novelai(text, source, notes.get("Description", ""), notes.get("Source", ""))
 
 
 DIALECTS: tuple[tuple[tuple[str, ...], Reader], ...] = (

@@ -41,6 +41,10 @@ class Found:
     missed: list[tuple[str, str]] = field(default_factory=list)
     """See `Request.missed`."""
     loras: list[tuple[str, float]] = field(default_factory=list)
+    made_by: str = ""
+    """The tool."""
+    model: str = ""
+    """Name of the model."""
     named: list[NamedFile] = field(default_factory=list)
     """LoRAs of the name that links lead to, out of the folders that are looked through."""
 
@@ -118,7 +122,7 @@ class Found:
             settings["size"] = tuple(sides)
         return replace(
             request, settings=settings, missed=missed, loras=tuple(self.loras),
-            named=tuple(self.named),
+            named=tuple(self.named), made_by=self.made_by, model=self.model,
         )  # fmt: skip
 
 

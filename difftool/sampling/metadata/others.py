@@ -34,6 +34,7 @@ SWARM = {
 FOOOCUS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "steps": "steps",
     "guidance_scale": "cfg_scale", "sampler": "sampler_name", "scheduler": "scheduler",
+    "clip_skip": "clip_skip",
 }  # fmt: skip
 
 
@@ -47,7 +48,14 @@ def object_in(text: str, source: str) -> dict[str, Any]:
 
 def from_invoke(text: str, source: str) -> Request:
     """The request in InvokeAI's text, of version 3 on or (`sd-metadata`) before."""
-    values, found = object_in(text, source), Found(source, {"prompt_syntax": "compel"})
+    values = object_in(text, source)
+    found = Found(source, {"prompt_syntax": "compel"})
+    found.made_by = f"InvokeAI {values.get('app_version') or ''}".strip()
+    model = values.get("model")
+    if isinstance(model, dict):
+        found.model = str(model.get("name") or model.get("model_name") or "")
+    elif isinstance(values.get("model_weights"), str):  # version 2
+        found.model = values.pop("model_weights")
     values = dict(values["image"]) if isinstance(values.get("image"), dict) else values
     if isinstance(values.get("prompt"), list):  # version 2: parts with weights
         parts = [part for part in values["prompt"] if isinstance(part, dict)]
@@ -81,7 +89,8 @@ def from_invoke(text: str, source: str) -> Request:
 def from_dream(text: str, source: str) -> Request:
     """The request in the command that InvokeAI wrote before: "a fox" -s50 -S 7 -W512 -C7.5."""
     prompt, _, rest = text.strip().removeprefix('"').rpartition('"')
-    found = Found(source, {"prompt": prompt, "prompt_syntax": "compel"})
+    asked = {"prompt": prompt, "prompt_syntax": "compel"}
+    found = Found(source, asked, made_by="InvokeAI")
     options = dict(re.findall(r"(?:^|\s)-([A-Za-z])\s*([^\s-]\S*)", rest))
     if options.pop("I", None):
         found.started_from(options.pop("f", None))
@@ -89,10 +98,13 @@ def from_dream(text: str, source: str) -> Request:
     return found.request()
 
 
-def from_novelai(text: str, source: str, described: str = "") -> Request:
+def from_novelai(text: str, source: str, described: str = "", model: str = "") -> Request:
     """The request in NovelAI's `Comment`; the prompt of older ones is the `Description`."""
-    values, found = object_in(text, source), Found(source)
+    values, found = object_in(text, source), Found(source, made_by="NovelAI", model=model)
     values.setdefault("prompt", described)
+    for role in ("v4_prompt", "v4_negative_prompt"):
+        for caption in _characters(values.get(role)):
+            found.miss(f'{role}, of a character: "{caption[:40]}"')
     sampler = str(values.get("sampler", ""))
     values["sampler"] = "ddim" if sampler.startswith("ddim") else sampler
     if values.get("noise_schedule") == "native":
@@ -108,9 +120,17 @@ def from_novelai(text: str, source: str, described: str = "") -> Request:
     return found.request()
 
 
+def _characters(prompt: Any) -> list[str]:
+    """The captions of characters in a prompt of version 4."""
+    captions = prompt.get("caption", {}).get("char_captions") if isinstance(prompt, dict) else None
+    captions = captions if isinstance(captions, list) else []
+    return [str(each.get("char_caption", "")) for each in captions if isinstance(each, dict)]
+
+
 def from_swarm(values: Mapping[str, Any], source: str) -> Request:
     """The request in SwarmUI's `sui_image_params`."""
-    found, values = Found(source), dict(values)
+    found, values = Found(source, made_by="SwarmUI"), dict(values)
+    found.model = str(values.get("model") or "")
     names, weights = values.pop("loras", None) or [], values.pop("loraweights", None) or []
     for i, name in enumerate(names if isinstance(names, list) else []):
         found.lora(str(name), float(weights[i]) if i < len(weights) else 1.0)
@@ -122,7 +142,9 @@ def from_swarm(values: Mapping[str, Any], source: str) -> Request:
 
 def from_fooocus(values: Mapping[str, Any], source: str) -> Request:
     """The request in Fooocus' `parameters`, where that is JSON."""
-    found, values = Found(source), dict(values)
+    values = dict(values)
+    found = Found(source, made_by=str(values.get("version") or "Fooocus"))
+    found.model = str(values.get("base_model") or "")
     sides = re.findall(r"\d+", str(values.pop("resolution", "")))
     if len(sides) == 2:
         found.asked |= {"width": int(sides[0]), "height": int(sides[1])}
