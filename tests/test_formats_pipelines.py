@@ -12,12 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conversions import convert
+from PIL import Image
 from safetensors.torch import load_file
 
 from difftool.config.networks import TextConfig
 from difftool.config.validate import build_preset
+from difftool.errors import UsageError
 from difftool.formats import open_model
 from difftool.formats.diffusers.tokenizers import tokenizer_files
+from difftool.pipeline.decode import decode
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -155,3 +163,83 @@ def test_a_pipeline_comes_back_whole(name, kind, folders, tmp_path):
             "_class_name"
         ]
     )
+
+
+def drawn(model: Model, asked: dict[str, Any], given: SampleInput) -> torch.Tensor:
+    """The picture that difftool makes, [H,W,3] in [0, 1]."""
+    settings = resolve_settings(model, {"steps": 4, "guidance": 3.0, **asked}, "diffusers")
+    plan = plan_sampling(model, settings, from_picture=given.init is not None)
+    *_, last = generate(plan, [given])
+    return decode(model, last.x)[0].permute(1, 2, 0) / 2 + 0.5
+
+
+def largest(one: torch.Tensor, other: Any) -> float:
+    """Largest difference, in the 255ths that a file has."""
+    return float(((one * 255).round() - torch.tensor(other * 255).round()).abs().max())
+
+
+def test_the_upscaler_draws_as_diffusers_does(folders):
+    pipe = oracle.StableDiffusionUpscalePipeline.from_pretrained(folders["x4-upscaler"])
+    pipe.low_res_scheduler = oracle.DDPMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    made = pipe(
+        "a fox", image=picture, num_inference_steps=4, guidance_scale=3.0, noise_level=150,
+        generator=torch.Generator().manual_seed(5), output_type="np",
+    ).images[0]  # fmt: skip
+    model = load_model(str(folders["x4-upscaler"]), device="cpu")
+    given = SampleInput("a fox", seed=5, init=picture[0])
+    found = drawn(model, {"size": (32, 32), "noise_level": 150}, given)
+    assert found.std() > 0.01 and largest(found, made) <= 1
+    other = drawn(model, {"size": (32, 32), "noise_level": 300}, given)
+    assert largest(other, made) > 1
+    with pytest.raises(UsageError, match="enlarges pictures"):
+        drawn(model, {"size": (32, 32)}, SampleInput("a fox"))
+
+
+def test_a_model_of_depth_draws_as_diffusers_does(folders):
+    pipe = oracle.StableDiffusionDepth2ImgPipeline.from_pretrained(folders["sd2-depth"])
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    picture = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    depth = torch.rand(1, 24, 24, generator=generator)
+    made = pipe(
+        "a fox", image=picture, depth_map=depth, num_inference_steps=4, guidance_scale=3.0,
+        strength=0.75, generator=torch.Generator().manual_seed(5), output_type="np",
+    ).images[0]  # fmt: skip
+    model = load_model(str(folders["sd2-depth"]), device="cpu")
+    given = SampleInput("a fox", seed=5, init=picture[0], depth=depth[0])
+    found = drawn(model, {"size": (16, 16), "strength": 0.75}, given)
+    assert found.std() > 0.01 and largest(found, made) <= 1
+    other = drawn(
+        model, {"size": (16, 16), "strength": 0.75}, given._replace(depth=depth[0].flip(0))
+    )
+    assert largest(other, made) > 1
+    for wrong, said in (
+        ({"depth": None}, "--depth-map"),
+        ({"depth": torch.ones(4, 4)}, "one depth"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            drawn(model, {"size": (16, 16)}, given._replace(**wrong))
+
+
+def test_the_commands_of_models_that_go_by_pictures(folders, tmp_path, monkeypatch, difftool):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save("small.png")
+    common = ("sample", "a fox", "--device", "cpu", "--steps", 2, "--seed", 5)
+    ran = difftool(*common, "-m", folders["x4-upscaler"], "--init", "small.png", "-o", "large.png")
+    assert ran.code == 0, ran.err
+    with Image.open("large.png") as image:
+        assert image.size == (32, 32)
+    assert "small.png is 16x16, made 2 times larger and drawn at 32x32" in " ".join(ran.err.split())
+    ran = difftool(*common, "-m", folders["sd2-depth"], "--depth-map", "small.png", "--size", 16,
+                   "-o", "near.png")  # fmt: skip
+    assert ran.code == 0, ran.err
+    ran = difftool("sample", "--from-image", "near.png", "-m", folders["sd2-depth"], "--device",
+                   "cpu", "-o", "again.png")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert Path("near.png").stat().st_size == Path("again.png").stat().st_size
+    ran = difftool(*common, "-m", folders["sd2-depth"], "--size", 16)
+    assert ran.code == 2 and "--depth-map" in ran.err

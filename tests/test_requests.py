@@ -115,6 +115,7 @@ def test_every_key_of_a_json_line():
         "scheduler": "karras",
         "init_images": ["photo.png"],
         "mask": "mask.png",
+        "depth_map": "depth.png",
         "image_prompt": "other.png",
         "denoising_strength": 0.5,
         "image_guidance": 2.5,
@@ -175,6 +176,7 @@ def test_every_key_of_a_json_line():
         out="fox.png",
         init="photo.png",
         mask="mask.png",
+        depth_map="depth.png",
         image_prompt="other.png",
         vary_seed=9,
         settings={

@@ -23,6 +23,13 @@ picture to edit; a mask and the latent of the masked picture; a depth map; a sma
 channels that is: so many latents, and so many more."""
 
 
+LOW_RES_PATH: dict[str, Any] = {
+    **{"kind": "discrete", "schedule": "scaled_linear"},
+    **{"beta_start": 1e-4, "beta_end": 0.02},
+}
+"""By which the small picture gets its noise."""
+
+
 def concat_of(network: NetworkConfig, codec: CodecConfig) -> str:
     """What joins x_t at a network's input: the first key of CONCAT with as many channels, or
     "other"."""
@@ -216,10 +223,7 @@ FAMILIES = {
             scale=0.08333,
             heads=8,
             targets=("v",),
-            path={
-                **{"kind": "discrete", "schedule": "scaled_linear"},
-                **{"beta_start": 1e-4, "beta_end": 0.02},
-            },
+            path=LOW_RES_PATH,
             pipeline="StableDiffusionUpscalePipeline",
         ),
         _sdxl("ssd-1b", fits=_pruned, v_markers=True),

@@ -100,7 +100,7 @@ def build_cond(
         values = torch.tensor(numbers, device=model.device, dtype=torch.float32)
         sizes = sinusoids(values, 256).flatten().expand(count, -1)
         vector = torch.cat([texts.pooled, sizes.to(texts.pooled.dtype)], dim=1)
-    if unet.num_classes:
+    if unet.num_classes and model.concat != "low_res":  # whose label is a level of noise
         null = model.null_label
         filled = [null if value is None else value for value in labels]
         if None in filled:

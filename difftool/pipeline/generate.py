@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difftool.config.families import LOW_RES_PATH
 from difftool.config.schema import SampleConfig
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.guidance import Denoise, guided
 from difftool.diffusion.noise import BrownianNoise, ImageNoise, step_noise
-from difftool.diffusion.path import Level
+from difftool.diffusion.path import Level, build_path
 from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
 from difftool.engine.tiles import tiled
@@ -231,6 +232,16 @@ def _others(
     return ImageNoise(seeds, noise.shape, noise.device, settings.rng)
 
 
+def _depth(given: SampleInput, sides: Sequence[int]) -> Tensor:
+    """A map of depth as a network sees it: [1,1,h,w], its own range from -1 to 1."""
+    assert given.depth is not None
+    depth = F.interpolate(given.depth[None, None], size=tuple(sides), mode="bicubic")
+    low, high = depth.amin(), depth.amax()
+    if low == high:
+        raise UsageError("the depth map is of one depth", hint="give one with near and far")
+    return 2 * (depth - low) / (high - low) - 1
+
+
 class _Pictures:
     """What is taken from the pictures of a batch: where x starts, what is joined to it and what is
     laid over it."""
@@ -247,14 +258,22 @@ class _Pictures:
         image = torch.stack(images) if images else None
         latents = [each.latent.to(device) for each in inputs if each.latent is not None]
         known = torch.stack(latents) if latents else None
-        if image is not None:
+        self.label: Tensor | None = None
+        if kind == "low_res" and image is not None:
+            drawn = noise.draw(image.shape[1:])
+            at = build_path(LOW_RES_PATH).level(settings.noise_level)
+            self.concat = at.mix(image, drawn)
+            self.label = torch.full((len(inputs),), settings.noise_level, device=device)
+        elif image is not None:
             model.load_part("vae")
-            if kind == "none" or (kind == "inpaint" and settings.strength < 1):
+            if kind in ("none", "depth") or (kind == "inpaint" and settings.strength < 1):
                 known = codec.encode(image, _posterior(settings, noise))
         self.noise = noise.start(_others(settings, inputs, noise), settings.vary)
         self.x = start_amplitude(settings, first) * self.noise
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
+        if kind == "depth":
+            self.concat = torch.cat([_depth(i, self.x.shape[2:]) for i in inputs]).to(device)
         if kind == "edit" and image is not None:
             self.concat, self.edits = codec.raw(codec.encode(image)), True
         if masks and image is not None:
@@ -274,6 +293,8 @@ class _Pictures:
         if self.concat is None:
             return conds
         joined = [cond._replace(concat=self.concat) for cond in conds]
+        if self.label is not None:
+            joined = [cond._replace(label=self.label) for cond in joined]
         if self.edits and len(conds) == 2:
             nothing = torch.zeros_like(self.concat)
             joined.append(conds[1]._replace(concat=nothing))

@@ -39,6 +39,8 @@ class SampleInput(NamedTuple):
     """Where it is repainted; [H,W], 1 = wholly, 0 = not at all."""
     backdrop: Backdrop | None = None
     """Where what is drawn goes, if it is not all of the picture."""
+    depth: Tensor | None = None
+    """How near what it shows is, in any unit; [H,W]."""
     image: Tensor | None = None
     """The picture to vary, as CLIP's picture encoder is given it; [3,S,S]."""
 
@@ -46,12 +48,18 @@ class SampleInput(NamedTuple):
 def check_input(model: Model, given: SampleInput) -> None:
     """UsageError for pictures that the model does not go by, or lacks."""
     kind, name = model.concat, model.name
-    if kind != "none" and (kind not in ("edit", "inpaint") or not model.text):
+    if kind == "other" or (kind != "none" and not model.text):
         raise UsageError(f"the model {name} ({model.preset.family}) cannot be sampled yet")
     if kind == "inpaint" and (given.init is None or given.mask is None):
         raise UsageError(f"the model {name} repaints pictures", hint="give --init and --mask")
     if kind == "edit" and (given.init is None or given.mask is not None):
         raise UsageError(f"the model {name} edits pictures", hint="give --init, and no --mask")
+    if kind == "depth" and given.depth is None:
+        raise UsageError(f"the model {name} goes by depth", hint="give --depth-map")
+    if kind != "depth" and given.depth is not None:
+        raise UsageError(f"the model {name} takes no --depth-map", hint="models of depth do")
+    if kind == "low_res" and (given.init is None or given.mask is not None):
+        raise UsageError(f"the model {name} enlarges pictures", hint="give --init, and no --mask")
     if not family(model.preset.family).vision or model.prior is not None:
         return
     if model.vision is None:
@@ -107,6 +115,11 @@ def load_start(
     return to_tensor(found.picture), values, found.backdrop
 
 
+def load_depth(path: str) -> Tensor:
+    """A map of depth, [H,W]: white is near."""
+    return _depth(_file(path))
+
+
 def load_image_prompt(path: str, side: int) -> Tensor:
     """A picture as CLIP's picture encoder is given it: the shorter side scaled to that
     (bicubic), the middle, normed; [3,side,side]."""
@@ -129,6 +142,14 @@ def _start(
     if scale > 1:
         picture = upscaled(picture, upscaler, enlarged(picture.size, scale), device)
     return started(picture, None if mask is None else read_mask(mask.path), fitting)
+
+
+@lru_cache(maxsize=4)
+def _depth(file: File) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(read_mask(file.path), np.float32))
 
 
 @lru_cache(maxsize=4)

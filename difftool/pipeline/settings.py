@@ -233,7 +233,7 @@ def _plan_pass(
     path, steps = model.denoiser.path, settings.steps
     sampler = SAMPLERS[settings.sampler](path, **settings.sampler_options)
     options = dict(settings.schedule_options)
-    shortened = from_picture and model.concat != "edit"
+    shortened = from_picture and model.concat not in ("edit", "low_res")
     if shortened and settings.schedule == "lcm" and model.preset.unet.guidance_dim:
         options["strength"], shortened = settings.strength, False  # all steps, on the cleaner part
     rule = STRENGTH_RULES[settings.strength_rule]

@@ -47,6 +47,6 @@ def batches(
 
 def _alike(sample: Sample) -> tuple[object, ...]:
     """What the pictures of a batch have in common."""
-    given = (sample.input.init, sample.input.mask, sample.input.image)
+    given = (sample.input.init, sample.input.mask, sample.input.depth, sample.input.image)
     loras = [(each.lora.path, each.strength, each.text) for each in sample.loras]
     return (sample.plan.settings, loras, *(image is not None for image in given))

@@ -76,6 +76,8 @@ class Request:
     """Path of the picture to start from, to repaint or to edit."""
     mask: str | None = None
     """Path of the picture whose white is repainted."""
+    depth_map: str | None = None
+    """Path of the picture of how near what it shows is."""
     image_prompt: str | None = None
     """Path of the picture to vary (unCLIP)."""
     applied: Sequence[tuple[Path, float]] | None = None

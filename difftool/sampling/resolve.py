@@ -19,6 +19,7 @@ from difftool.pipeline.condition import token_count
 from difftool.pipeline.inputs import (
     SampleInput,
     check_input,
+    load_depth,
     load_image_prompt,
     load_start,
     picture_size,
@@ -50,6 +51,8 @@ from difftool.text.syntax import SYNTAXES
 
 STRONG = 2.0
 """Guidance of CFG++ that is told of."""
+LOW_RES_NOISE = 20
+"""Noise level of a picture that a model enlarges, where nothing else is asked for."""
 UPSCALED = 0.35
 """Strength with which a picture is drawn larger, where nothing else is asked for."""
 SHARED = ("sampler", "schedule", "steps", "guidance", "size", "tile")
@@ -184,6 +187,8 @@ class Resolver:
             asked["size"] = shaped(model.preset.sample.size, request.ar, model.preset.side_multiple)
         elif request.init and not SIZE & asked.keys() and not asked.get("only_masked"):
             asked["size"] = self._size_of(request.init, asked)
+        if model.concat == "low_res":
+            asked.setdefault("noise_level", LOW_RES_NOISE)
         if asked.get("upscale"):
             asked.setdefault("strength", UPSCALED)
         if asked.get("outpaint"):
@@ -198,10 +203,15 @@ class Resolver:
             index=0, request=request, plan=plan, input=given, loras=loras, embeddings=tuple(paths)
         )
 
+    @property
+    def _scale(self) -> int:
+        """How much larger the model draws than the picture is that it is given."""
+        return self.model.codec.factor if self.model.concat == "low_res" else 1
+
     def _size_of(self, init: str, asked: Mapping[str, Any]) -> tuple[int, int]:
         """The size that a picture is drawn at where none is asked for."""
         factor, outpaint = self.model.preset.side_multiple, asked.get("outpaint")
-        size = enlarged(picture_size(init), asked.get("upscale", 1.0))
+        size = enlarged(picture_size(init), asked.get("upscale", 1.0) * self._scale)
         if outpaint is not None:
             return rounded_up(canvas_size(size, outpaint), factor)
         width, height = (side - side % factor for side in size)
@@ -232,7 +242,8 @@ class Resolver:
             hint = "give --label" if model.preset.unet.num_classes else "leave the prompt out"
             raise UsageError(f"the model {model.name} reads no prompts", hint=hint)
         label = None if request.label is None else model.label(request.label)
-        if label is None and model.preset.unet.num_classes and model.null_label is None:
+        classes = model.preset.unet.num_classes and model.concat != "low_res"
+        if label is None and classes and model.null_label is None:
             hint = f"give --label, one of {', '.join(model.preset.classes)}"
             raise UsageError(f"the model {model.name} needs a class", hint=hint)
         image = None
@@ -243,10 +254,14 @@ class Resolver:
             raise clash("--prior", "--image-prompt")
         if request.image_prompt and model.vision is not None:
             image = load_image_prompt(request.image_prompt, model.vision.config.size)
+        depth = load_depth(request.depth_map) if request.depth_map else None
         given = SampleInput(request.prompt or "", request.negative or "", label, image=image)
+        given = given._replace(depth=depth)
         factor = model.preset.side_multiple
         device = str(model.device)
-        init, mask, backdrop = load_start(request.init, request.mask, settings, factor, device)
+        small = tuple(side // self._scale for side in settings.size)
+        start = replace(settings, size=small)
+        init, mask, backdrop = load_start(request.init, request.mask, start, factor, device)
         if mask is not None and settings.hires > 1:
             hint = "--only-masked draws the masked region larger"
             raise UsageError("--hires does not go with a mask", hint=hint)
@@ -366,13 +381,14 @@ class Resolver:
         """How a picture that is started from comes to the size that is drawn; "" = it has it."""
         settings, backdrop = sample.plan.settings, sample.input.backdrop
         given = picture_size(init)
-        own, size = enlarged(given, settings.upscale), "{}x{}".format(*settings.size)
-        plain = settings.upscale == 1
+        scale = settings.upscale * self._scale
+        own, size = enlarged(given, scale), "{}x{}".format(*settings.size)
+        plain = scale == 1
         if plain and own == settings.size and not settings.only_masked and not settings.outpaint:
             return ""
         said = "{} is {}x{}".format(Path(init).name, *given)
-        if settings.upscale > 1:
-            said += f", made {settings.upscale:g} times larger"
+        if scale > 1:
+            said += f", made {scale:g} times larger"
         if settings.only_masked and backdrop is not None:
             left, top, right, bottom = backdrop.box
             return (

@@ -44,8 +44,8 @@ class Sample:
 
     def values(self) -> Values:
         """All that is known of it, by the names of the rows of SETTINGS; and `index`, `model_hash`,
-        `date`; `number` of `seeds`; `edits`, whether it is another picture edited, and `reads`,
-        whether it is drawn from words."""
+        `date`; `number` of `seeds`; `edits` and `enlarges`, whether it is another picture edited,
+        or made larger by the model; and `reads`, whether it is drawn from words."""
         model, settings, request = self.plan.model, self.plan.settings, self.request
         refiner, prior = self.plan.refiner, self.plan.prior
         width, height = settings.size
@@ -62,6 +62,7 @@ class Sample:
             "height": height,
             "init": request.init,
             "mask": request.mask,
+            "depth_map": request.depth_map,
             "image_prompt": request.image_prompt,
             "model": model.name,
             "lora": list(self.loras) or None,
@@ -74,6 +75,7 @@ class Sample:
             "model_hash": model.hash,
             "date": date.today().isoformat(),
             "edits": model.concat == "edit",
+            "enlarges": model.concat == "low_res",
             "reads": bool(model.preset.text),
         }
 

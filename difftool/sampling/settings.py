@@ -331,7 +331,7 @@ def _models() -> Iterable[str]:
 
 
 def _starts(values: Values) -> bool:
-    return values["init"] is not None and not values["edits"]
+    return values["init"] is not None and not (values["edits"] or values["enlarges"])
 
 
 def _twice(values: Values) -> bool:
@@ -367,7 +367,7 @@ def _reads(values: Values) -> bool:
 
 
 def _varies(values: Values) -> bool:
-    return values["image_prompt"] is not None or _imagines(values)
+    return values["image_prompt"] is not None or values["enlarges"] or _imagines(values)
 
 
 def _turned(values: Values) -> bool:
@@ -402,7 +402,7 @@ SIDES = ("left", "top", "right", "bottom")
 """Of a picture, in the order in which their pixels are listed."""
 TILES = ("both", "x", "y", "none")
 """Ways in which a picture repeats."""
-PICTURES = ("init", "mask", "image_prompt")
+PICTURES = ("init", "mask", "depth_map", "image_prompt")
 """Pictures that one goes by: options, and fields of a request."""
 ALONE = ("prompt", "prompts", "from_image", "init", "image_prompt", "refiner", "save_latents")
 """What does not go with latents to decode."""
@@ -575,6 +575,8 @@ SETTINGS: tuple[Setting, ...] = (
         type=int),
     _of_model("outpaint", "Draw so many pixels beyond --init, on any of its sides", IMAGES,
         metavar="left=64,top=...", read=read_outpaint, effect=_starts, without="without --init"),
+    _of_request("depth_map", "How near what is drawn is, white the nearest (models of depth)",
+        IMAGES, read=read_path, file="picture", metavar="PICTURE"),
     _of_request("image_prompt", "Picture to vary (unCLIP models); a folder: each", IMAGES,
         read=read_path, file="picture", folder=True, metavar="PICTURE"),
     _of_model("noise_level", "How freely the picture is varied, 0 to 999", IMAGES, type=int,
