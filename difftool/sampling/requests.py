@@ -257,7 +257,7 @@ def _with_options(line: str) -> dict[str, Any]:
         text = text.strip()
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
             text = text[1:-1]
-        values[key] = as_written(key, text)
+        values[key] = as_written(key, text or KEYS[key].alone or "")
     return values
 
 
