@@ -376,7 +376,7 @@ def test_a_single_file_is_sampled(difftool):
 
 def test_a_picture_says_how_it_was_made(convert, tmp_path):
     info = PngImagePlugin.PngInfo()
-    said = "Steps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x32, Hires steps: 3"
+    said = "Steps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x32, NGMS: 3"
     info.add_text("parameters", f"a fox\nin two lines\nNegative prompt: bad\n{said}")
     Image.new("RGB", (8, 8)).save(tmp_path / "fox.png", pnginfo=info)
     ran = convert(tmp_path / "fox.png", "--inspect")
@@ -384,10 +384,10 @@ def test_a_picture_says_how_it_was_made(convert, tmp_path):
         ["format", "png, 8x8"], ["made", "by           A1111"], ["model", "not said"],
         ["prompt", "a fox"], ["in", "two lines"], ["negative", "bad"], ["seed", "5"],
         ["sampler", "euler_a"], ["steps", "9"], ["guidance", "7.0"], ["width", "64"],
-        ["height", "32"], ["not", "taken         Hires steps: 3"],
+        ["height", "32"], ["not", "taken         NGMS: 3"],
     ]  # fmt: skip
     (told,) = convert(tmp_path / "fox.png", "--inspect", "--json").objects
-    assert told["request"]["seed"] == 5 and told["missed"] == ["Hires steps: 3"]
+    assert told["request"]["seed"] == 5 and told["missed"] == ["NGMS: 3"]
     assert inspect(tmp_path / "fox.png") == told
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.webp")
     (told,) = convert(tmp_path / "plain.webp", "--inspect", "--json").objects

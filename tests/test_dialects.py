@@ -117,6 +117,8 @@ def test_the_hash_of_nothing_is_no_file_s():
         ("Sampler: DPM++ 2M SDE, Schedule type: Automatic", "exponential"),
         ("Sampler: Euler a, Schedule type: Automatic", "normal"),
         ("Sampler: DDIM, Schedule type: Automatic", "ddim_uniform"),
+        ("Sampler: DDIM CFG++, Schedule type: Automatic", "ddim_uniform"),
+        ("Sampler: Restart, Schedule type: Automatic", "karras"),
         ("Sampler: DPM++ 2M, Schedule type: Uniform", "normal"),
         ("Sampler: DPM++ 2M, Schedule type: DDIM", "ddim_uniform"),
         ("Sampler: DPM++ 2M, Schedule type: SGM Uniform", "sgm_uniform"),

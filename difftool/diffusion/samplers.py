@@ -447,8 +447,9 @@ def spelled(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 AUTOMATIC = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    "restart": "karras",
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
-    **dict.fromkeys(("ddim", "plms"), "ddim_uniform"),
+    **dict.fromkeys(("ddim", "ddim_cfg_pp", "plms"), "ddim_uniform"),
     "lcm": "lcm",
 }
 """What A1111's schedule "Automatic" is; of its other samplers it is "normal"."""
