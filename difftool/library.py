@@ -48,8 +48,8 @@ def load(
         model = difftool.load("emoji")
 
     options: the other flags of `difftool sample` that are about the model: preset, prior, refiner,
-    refiner_start, match, allow_unused, low_memory. UsageError if nothing is there or a value is
-    wrong, InputError if the model is malformed or not supported.
+    refiner_start, match, allow_unused, low_memory, engine. UsageError if nothing is there or a
+    value is wrong, InputError if the model is malformed or not supported.
     """
     from difftool.config.options import read_options
     from difftool.sampling.command import load_models, prepare
@@ -330,7 +330,7 @@ def _about_models() -> set[str]:
     from difftool.sampling.settings import ADAPTERS, MODEL, OPTIONS
 
     rows = (row.name for row in OPTIONS if row.panel in (MODEL, ADAPTERS))
-    return {*rows, "device", "dtype", "low_memory"}
+    return {*rows, "device", "dtype", "low_memory", "engine"}
 
 
 def _tell(event: object) -> None:

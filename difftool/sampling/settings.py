@@ -630,6 +630,9 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("batch_size", "Images made together", RUN, type=int, within=COUNT, default="by size"),
     _setting("exact", "One image at a time: the same bits in any company", RUN, type=bool),
     _setting("low_memory", "Hold one network at a time; slower", RUN, type=bool),
+    _setting("engine", "How large convolutions are computed on a CPU: quick takes fewer "
+        "multiplications and more memory", RUN, choices=lambda: ("plain", "quick"),
+        default="plain"),
 )
 # fmt: on
 
