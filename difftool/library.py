@@ -119,7 +119,7 @@ class Pipeline:
         task = self._task(prompt, options)
         pictures = []
         for event in sample(task, self.model, self.refiner):
-            _tell(event)
+            _tell(event, above=3)
             if isinstance(event, Result):
                 pictures.append(event.image)
         return pictures
@@ -146,7 +146,7 @@ class Pipeline:
         entries = run_of(task, self.model, self.refiner).entries(task.requests())
         pictures = []
         for entry in entries:
-            _tell(entry)
+            _tell(entry, above=2)
             if isinstance(entry, Sample):
                 pictures.append(entry)
         (picture,) = pictures
@@ -333,12 +333,13 @@ def _about_models() -> set[str]:
     return {*rows, "device", "dtype", "low_memory", "engine"}
 
 
-def _tell(event: object) -> None:
-    """Raise the error of a picture, and warn of what is not done to the letter, two callers up."""
+def _tell(event: object, above: int) -> None:
+    """Raise the error of a picture, and warn of what is not done to the letter, so many callers
+    up."""
     if isinstance(event, Failure):
         raise event.error
     if isinstance(event, Note) and event.warning:
-        warnings.warn(event.text, stacklevel=3)
+        warnings.warn(event.text, stacklevel=above + 1)
 
 
 def _image(picture: Image | str | Path) -> Image:

@@ -98,7 +98,7 @@ def test_the_library_refuses_them_too(tmp_path, monkeypatch, call):
     ("words", "says"),
     [
         (["noise", "photos"], "photos is a folder and no picture"),
-        (["sample", "a fox", "--init", "photos"], "photos is a folder and no picture"),
+        (["sample", "a fox", "--init", "photos"], "the folder photos holds no picture"),
         (["sample", "--from-image", "photos"], "photos is a folder and no picture"),
         (["sample", "a fox", "--embedding", "photos"], "photos is a folder and no embedding"),
     ],

@@ -106,6 +106,8 @@ class Option:
         """The value, or several that are to be tried in turn."""
         if self.listed is None or isinstance(given, bool) or given in ("", [], ()):
             return self.one(given)
+        if isinstance(given, str):
+            self._check_text(given, self.flag)
         found = Several((text, self.one(part)) for text, part in self.listed(given).items())
         return found if len(found) > 1 else next(iter(found.values()))
 
