@@ -46,7 +46,7 @@ def test_every_field_of_the_configuration_and_of_a_request_has_a_row():
         "settings",
         "source",
         "line",
-        "model_hash",
+        *("model", "model_hash", "made_by"),
         "embeddings",
         "loras",
         "plugins",

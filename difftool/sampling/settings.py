@@ -572,7 +572,7 @@ SETTINGS: tuple[Setting, ...] = (
         effect=_enlarges, without="without --hires or --upscale", default="latent",
         a1111=A1111("Hires upscaler", _known_upscaler, upscaler_name)),
     _of_model("window", "Side of the windows in which the network sees what is larger", PICTURE,
-        type=int),
+        type=int, listed=numbers),
     _of_model("outpaint", "Draw so many pixels beyond --init, on any of its sides", IMAGES,
         metavar="left=64,top=...", read=read_outpaint, effect=_starts, without="without --init"),
     _of_request("depth_map", "How near what is drawn is, white the nearest (models of depth)",
