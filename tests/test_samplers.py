@@ -789,6 +789,7 @@ ORDERS: list[tuple[str, dict[str, Any], float]] = [
     ("seeds_2", {"eta": 0.0}, 2),
     ("seeds_2", {"eta": 0.0, "solver_type": "phi_2", "r": 0.7}, 2),
     ("seeds_3", {"eta": 0.0}, 3),
+    ("res_2s", {}, 2),
     *(("sa_solver", {"eta": 0.0, "order": k, "corrector_order": 0}, k) for k in (1, 2, 3, 4)),
     *(("sa_solver", {"eta": 0.0, "order": k, "corrector_order": k + 1}, k + 1)
       for k in (1, 2, 3)),
@@ -896,8 +897,8 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("seeds_2", {}, {"r": 0.4}),
     ("seeds_3", {}, {"r_1": 0.25}),
     ("seeds_3", {}, {"r_2": 0.75}),
-    *((name, {}, {"eta": 0.5}) for name in ("dpm_fast", "dpm_adaptive")),
-    *((name, {"eta": 0.5}, {"s_noise": 0.9}) for name in ("dpm_fast", "dpm_adaptive")),
+    *((name, {}, {"eta": 0.5}) for name in ("dpm_fast", "dpm_adaptive", "res_2s")),
+    *((name, {"eta": 0.5}, {"s_noise": 0.9}) for name in ("dpm_fast", "dpm_adaptive", "res_2s")),
     *(("dpm_adaptive", {}, change) for change in (
         {"order": 2}, {"rtol": 0.5}, {"h_init": 0.2}, {"pcoeff": 0.2}, {"icoeff": 0.5},
         {"dcoeff": 0.2})),
@@ -974,7 +975,7 @@ def test_wrong_options_are_told(sampler, options, says):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ipndm_v", "sde-dpmsolver"])
+@pytest.mark.parametrize("name", ["ipndm_v", "sde-dpmsolver", "dpm++2mv2"])
 def test_broken_methods_are_refused_by_name(name):
     assert name in REFUSED
     for lookup in (SAMPLERS.resolve, SAMPLERS.__getitem__, split_spelling):
@@ -1002,7 +1003,8 @@ SPELLINGS = {
     "dpmpp_3m_sde_gpu": "dpmpp_3m_sde", "dpmpp_sde_gpu": "dpmpp_sde",
     # stable-diffusion.cpp
     "dpm++2m": "dpmpp_2m", "dpm++2s_a": "dpmpp_2s_a", "dpm++2m_sde": "dpmpp_2m_sde",
-    "dpm++2m_sde_bt": "dpmpp_2m_sde", "tcd": "tcd",
+    "dpm++2m_sde_bt": "dpmpp_2m_sde", "tcd": "tcd", "res_2s": "res_2s", "er_sde": "er_sde",
+    "euler_a_cfg_pp": "euler_a_cfg_pp",
     # diffusers
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a",
     "HeunDiscreteScheduler": "heun", "KDPM2DiscreteScheduler": "dpm2",

@@ -338,6 +338,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Reference]] = {
     "seeds_2 phi_2": (
         "seeds_2", {"solver_type": "phi_2", "r": 0.3, "eta": 0.6}, seeds((0.3,), 0.6, True),
     ),
+    "res_2s": ("res_2s", {}, seeds((0.5,), 0.0, True)),
     "exp_heun_2_x0": ("exp_heun_2_x0", {}, seeds((1.0,), 0.0, True)),
     "exp_heun_2_x0 phi_1": (
         "exp_heun_2_x0", {"solver_type": "phi_1"}, seeds((1.0,), 0.0, False),

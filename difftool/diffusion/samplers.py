@@ -192,6 +192,7 @@ class Method:
 REFUSED = {
     "ipndm_v": "its orders 3 and 4 are published with a misplaced bracket; lms is that method",
     "sde-dpmsolver": "as published it does not preserve the variance; use sde-dpmsolver++",
+    "dpm++2mv2": "its steps do not go from one noise level to the next; dpmpp_2m is the nearest",
     "dpmpp_2m_sde order 3": "published with a wrong sign in diffusers; dpmpp_3m_sde is that method",
 }
 """Published methods that do not do what they say, and what to take instead."""
@@ -391,6 +392,8 @@ _row("dpmpp_sde", TwoStage, "DPM-Solver++ with fresh noise in both stages",
      kappa=posterior, noisy_stage=True, brownian=True, a1111="DPM++ SDE")
 _row("dpmpp_2s_a_cfg_pp", TwoStage, "DPM-Solver++(2S) ancestral of CFG++",
      "dpmpp_2s_ancestral_cfg_pp", NOISE, kappa=posterior, cfg_pp="x0")
+_row("res_2s", TwoStage, "RES of two stages, a dpmpp_2s with the exact first moment", "",
+     NOISE, kappa=posterior, eta=0.0, solver_type="heun")
 _row("exp_heun_2_x0", TwoStage, "Heun in lam on x0", "exp_heun_2", PHI, r=1.0, solver_type="heun")
 _row("exp_heun_2_x0_sde", TwoStage, "Heun in lam on x0, of the reverse SDE", "exp_heun_2_sde",
      NOISE | PHI, r=1.0, solver_type="heun", kappa=reverse_sde, noisy_stage=True,
