@@ -225,6 +225,7 @@ def test_a_model_of_depth_draws_as_diffusers_does(folders):
             drawn(model, {"size": (16, 16)}, given._replace(**wrong))
 
 
+@pytest.mark.slow
 def test_the_commands_of_models_that_go_by_pictures(folders, tmp_path, monkeypatch, difftool):
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").resize((16, 16)).convert("RGB").save("small.png")

@@ -3,6 +3,7 @@ which are written anew here."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -27,6 +28,7 @@ from difftool.pipeline.model import Model
 from difftool.pipeline.settings import STRENGTH_RULES, plan_sampling, resolve_settings
 from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.metadata.files import read
+from difftool.sampling.metadata.others import from_invoke
 from difftool.sampling.requests import Request
 
 SHAPE = (3, 8, 8)
@@ -326,6 +328,14 @@ def test_a_flag_stands_over_the_tool_s_own(model, tmp_path, monkeypatch, difftoo
     ran = difftool("sample", "-m", "m.safetensors", "--device", "cpu", "--vary-seed", "3", "--seed",
                    "5", "-o", "x.png")  # fmt: skip
     assert ran.code == 2 and "add --vary" in ran.err
+
+
+@pytest.mark.parametrize(("device", "rng"), [("cpu", None), ("cuda", "gpu"), ("mps", None)])
+def test_where_invokeai_drew_its_noise_is_read(device, rng):
+    said = {"positive_prompt": "a fox", "seed": 5, "steps": 9, "rand_device": device}
+    request = from_invoke(json.dumps(said), "test")
+    assert request.settings.get("rng") == rng
+    assert bool(request.missed) == (device == "mps")
 
 
 def test_a1111_s_words_are_read():

@@ -72,7 +72,9 @@ def from_invoke(text: str, source: str) -> Request:
     if values.pop("vae", None):
         found.miss("its VAE: --vae", "vae")
     device = values.pop("rand_device", "cpu")
-    if device != "cpu":
+    if device == "cuda":
+        found.asked["rng"] = "gpu"
+    elif device != "cpu":
         found.miss(f"noise of {device}")
     for part in ("positive", "negative"):  # SDXL's second encoder may be told more
         if values.get(f"{part}_style_prompt") == values.get(f"{part}_prompt"):
