@@ -177,3 +177,10 @@ def test_pictures_that_are_there_are_on_the_grid(sample):
     Path("out/1.png").unlink()
     ran = sample(*args)
     assert made(ran) == ["out/1.png", "out/grid.png"] and ran.objects[-1]["grid"] == 2
+
+
+def test_combinations_of_a_drawn_seed_are_begun_again(sample):
+    args = ("a fox", "--steps", "1,2", "-o", "out/")
+    first = sample(*args)
+    assert len(made(first)) == 2 and len({each["seed"] for each in first.objects}) == 1
+    assert made(sample(*args)) == []

@@ -75,7 +75,8 @@ RESULTS = {
     "`train`": "`model`, `steps`, and of `--evaluate` `evaluation` as of `sample --evaluate`",
     "`--list`": "`list`, `items`, each with `name`, `about`, `also`, and more",
     "`--print-config`": "`config`: of each key `value` and `origin`",
-    "an error": "`error`: `code` (the exit code), `message`, `hint`",
+    "an error": "`error`: `code` (the exit code), `message`, `hint`; of a picture `index`, and "
+    "of one of --prompts `line`",
 }
 """What commands print with --json, but for pictures of `sample`."""
 SIGNALS = {
@@ -201,7 +202,8 @@ def _lines() -> Iterator[str]:
         ("command", "keys"),
         [
             ("`sample`, of each picture", f"`path`, `index`, {always}, `model`, `model_hash`, "
-             "`seconds`, and any other key above whose value is not the model's own"),
+             "`seconds`, any other key above whose value is not the model's own, and `existing` "
+             "if it was there already"),
             *RESULTS.items(),
         ],
     )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from itertools import product as cartesian
 from os.path import isfile
 from pathlib import Path
@@ -120,9 +121,9 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
         raise UsageError("one --label goes with --prompts", hint='put a "label" on each line')
     layers = _layers(values)
     if (axes or _compares(values)) and not (values["seed"] or values["from_image"]):
-        values["seed"] = (drawn_seed(),)  # one for all: they are to be compared
+        values["seed"] = (_seed_of_all(values),)
     if axes and values["vary"] is not None and values["vary_seed"] in (None, -1):
-        values["vary_seed"] = drawn_seed()
+        values["vary_seed"] = _seed_of_all(values)
     pictures = _pictures(values, loaded) if values["from_image"] else [None]
     label = labels[0] if values["prompts"] and labels else None
     product = Product(values, axes, partial(_base, label=label), pictures)
@@ -197,6 +198,15 @@ def _pictures(values: Mapping[str, Any], loaded: bool) -> list[Request | None]:
         trusted = bool(values["trust_image"])
         found.append(locate(picture, values["from_image"], opened, trusted=trusted, places=places))
     return found
+
+
+def _seed_of_all(values: Mapping[str, Any]) -> int:
+    """One seed of pictures to be compared: drawn, but with --skip-existing the same whenever the
+    same is asked for, so that a run that was stopped can be begun again."""
+    if not values["skip_existing"]:
+        return drawn_seed()
+    asked = repr([values[name] for name in ("prompt", "prompts", "negative", "label", "vary")])
+    return int(sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16)
 
 
 def _counted(values: Mapping[str, Any], product: Product, asked: Sequence[Request]) -> int:
