@@ -176,6 +176,11 @@ def test_the_values_of_a_file_are_wrong_as_input_and_a_user_s_as_usage():
             build_preset(values, "model.safetensors", error)
 
 
+def test_a_part_is_trained_once():
+    with pytest.raises(UsageError, match="named twice"):
+        build_preset(to_values(load_preset("pixel-small")) | {"parts": ["unet", "unet"]})
+
+
 @pytest.mark.parametrize("key", ["Config", "MyConfig", "]", "", "steps]"])
 def test_a_key_that_is_named_as_a_type_is_unknown_as_any_other(key):
     with pytest.raises(UsageError, match="there is no key"):

@@ -176,6 +176,8 @@ def check_names(preset: Preset) -> None:
 def check_parts(preset: Preset, source: str) -> None:
     """UsageError for networks that do not fit together, or are not of the family that is named."""
     what, unet, text = f"{source} does not fit together", preset.unet, preset.text
+    if len({*preset.parts}) < len(preset.parts):
+        raise UsageError(f"{source}: a part is named twice in parts", ", ".join(preset.parts))
     width, context = sum(encoder.width for encoder in text), getattr(unet, "context_dim", None)
     if text and context and context != width:
         raise UsageError(what, f"the text is {width} wide, and the network reads {context}")

@@ -133,8 +133,9 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
         "trailing": {"kind": "trailing"},
     }[spacing]
     options = {}
-    if f.values.get("lambda_min_clipped", -math.inf) > -math.inf and spacing != "trailing":
-        grid["lam_min"] = f.number("lambda_min_clipped")
+    least = f.number("lambda_min_clipped") if "lambda_min_clipped" in f.values else -math.inf
+    if least > -math.inf and spacing != "trailing":
+        grid["lam_min"] = least
     for option, (schedule, time) in SPACINGS.items():
         if option in f.values and f.get(option, bool):
             if name == "DPMSolverMultistepScheduler" and path.get("schedule") == "cosine":
