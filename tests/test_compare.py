@@ -337,3 +337,10 @@ def test_names_of_pages(difftool, model):
     assert ran.lines == ["page.htm"] and "image/webp" in Path("page.htm").read_text("utf-8")
     for more in (("-o", "[seed].html"), ("-o", "page.htm"), ("-o", "x.html", "--skip-existing")):
         assert difftool(*common, *more).code == 2
+
+
+def test_pictures_that_are_there_already_are_on_the_grid_too(difftool, model):
+    common = ("sample", "-m", model, "--label", "cat", "-o", "[seed].png")
+    assert difftool(*common, "--seed", "1").code == 0
+    ran = difftool(*common, "--seed", "1-2", "--skip-existing", "--grid", "--json")
+    assert ran.code == 0 and ran.objects[-1]["grid"] == 2, ran.err

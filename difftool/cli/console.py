@@ -17,9 +17,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from difftool.errors import DifftoolError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SCHEMA = 1
 
@@ -284,6 +287,9 @@ class PlainProgress:
         words += [pace.elapsed(), *([rate] if rate else []), *([f"eta {left}"] if left else [])]
         say("  ".join([f"{pace.description} {pace.count()}", *words]))
 
+    def show(self, picture: Image) -> None:
+        """A log shows no pictures."""
+
     def during(self, text: str) -> None:
         """Say what is done beside what is counted, where all of that is done."""
         if self.pace.done == self.pace.total:
@@ -291,7 +297,8 @@ class PlainProgress:
 
 
 class RichProgress:
-    """Progress on a terminal: a bar that moves in place, with the fields that there is room for."""
+    """Progress on a terminal: a bar that moves in place, with the fields that there is room for,
+    and above it a picture, if there is one to show."""
 
     BAR = (8, 40)
     """Shortest and longest bar, in columns."""
@@ -301,6 +308,7 @@ class RichProgress:
         from rich.live import Live
 
         self.pace = Pace(description, total, unit)
+        self.picture: tuple[Image, tuple[int, int], str] | None = None
         self.bar = Live(
             self,
             console=Console(stderr=True),
@@ -316,8 +324,41 @@ class RichProgress:
         """Show what is done beside what is counted."""
         self.pace.now = text
 
+    def show(self, picture: Image) -> None:
+        """Show a picture above the bar."""
+        from difftool.images.terminal import cells, escapes, protocol
+
+        if "NO_COLOR" in os.environ:
+            return
+        how, shell = protocol(os.environ), self.bar.console
+        size = cells(picture.size, (shell.width - 1, shell.height - 4))
+        self.picture = picture, size, how
+        if how == "blocks":
+            return
+        self.bar.auto_refresh = False  # which would draw over the picture
+        self.bar.refresh()
+        shell.file.write(f"\x1b7\x1b[{size[1]}A\r{escapes(picture, size, how)}\x1b8")
+        shell.file.flush()
+
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        if self.picture is not None:
+            yield self._lines(*self.picture)
         yield self.line(options.max_width)
+
+    def _lines(self, picture: Image, size: tuple[int, int], how: str) -> Any:
+        """A picture as half blocks, or room for it."""
+        from rich.text import Text
+
+        from difftool.images.terminal import BLOCK, blocks
+
+        if how != "blocks":
+            return Text("\n" * (size[1] - 1))
+        text = Text(no_wrap=True, overflow="crop")
+        for row in blocks(picture, size):
+            text.append("\n" if text else "")
+            for upper, lower in row:
+                text.append(BLOCK, f"{upper} on {lower}")
+        return text
 
     def line(self, width: int) -> Any:
         """The line in that many columns: what matters most, then a bar if there is room."""

@@ -84,7 +84,7 @@ class _Show:
     """What happens, as results on stdout and talk on stderr."""
 
     def __init__(self, task: SampleTask):
-        self.total = task.total
+        self.total, self.shows = task.total, bool(task.values["preview"])
         self.made = self.drawn = self.skipped = self.work = 0
         self.due = 0
         """Pictures whose steps are done, and that are not written yet."""
@@ -96,6 +96,8 @@ class _Show:
     def all(self, made: Iterator[events.Event]) -> int:
         """Show all of it; the exit code."""
         try:
+            if self.shows and not console.interactive():
+                console.warn("--preview shows on terminals alone; --preview-path FILE is renewed")
             work = self.start(next(made))
             with console.progress("sampling", work, "it") as display:
                 for event in made:
@@ -134,6 +136,10 @@ class _Show:
                 self.start(event)
             case events.Working(images, step, last):
                 self.work += images
+                if event.preview is not None and self.shows:
+                    display.show(event.preview)
+                if not images:
+                    return
                 if step < last:
                     display.update(self.work, images=self.finished())
                 else:

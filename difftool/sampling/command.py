@@ -27,6 +27,7 @@ from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
+from difftool.images.formats import format_of
 from difftool.pipeline.matches import MATCHES
 from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
@@ -35,9 +36,11 @@ from difftool.sampling.files.prompts import Lines, read_requests
 from difftool.sampling.output import PAGES, Numbering, Output
 from difftool.sampling.requests import Request, drawn_seed, request_of
 from difftool.sampling.settings import IMAGES, PICTURES, SETTINGS
+from difftool.storage.places import check_place
 
 if TYPE_CHECKING:
     from difftool.pipeline.model import Model
+    from difftool.sampling.preview import LivePreviews
     from difftool.sampling.reading import Reading
     from difftool.sampling.run import SampleRun
 
@@ -293,9 +296,15 @@ def _output(values: Mapping[str, Any], total: int | None) -> Output:
         overwrite=bool(values["overwrite"]),
         skip_existing=bool(values["skip_existing"]),
     )
-    if output.only_sheet and values["save_latents"]:
-        hint = "-o FOLDER/ has one for each, and the grid beside them"
-        raise UsageError("--save-latents needs a file for each picture", hint=hint)
+    for name in ("save_latents", "gif"):
+        if output.only_sheet and values[name]:
+            hint = "-o FOLDER/ has one for each, and the grid beside them"
+            flag = by_name(SETTINGS)[name].flag
+            raise UsageError(f"{flag} needs a file for each picture", hint=hint)
+    if shown := values["preview_path"]:
+        if format_of(shown.suffix) is None:
+            raise UsageError(f"{shown} is not the name of a picture", hint=f"{shown}.png is one")
+        check_place(shown)
     if values["grid"] or output.page:
         output.sheet_path()  # fails now if it is taken, not after all the work
     if not output.stdout:
@@ -303,8 +312,10 @@ def _output(values: Mapping[str, Any], total: int | None) -> Output:
         return output
     if values.get("json"):
         raise UsageError("-o - and --json both want stdout", hint="leave one of them out")
-    if values["save_latents"]:
-        raise UsageError("--save-latents needs a picture's name", hint="give -o FILE")
+    for name in ("save_latents", "gif"):
+        if values[name]:
+            flag = by_name(SETTINGS)[name].flag
+            raise UsageError(f"{flag} needs a picture's name", hint="give -o FILE")
     if total != 1 and not values["grid"]:
         hint = "--grid puts them on one sheet, -o out/ writes files"
         raise UsageError("-o - takes one image", f"{total or 'a stream'} asked for", hint)
@@ -391,7 +402,18 @@ def run_of(
         refiner_start=REFINER_START if start is None else start,
         trusted=bool(values["trust_image"]),
         numbering=numbering or Numbering(),
+        previews=_previews(values, model),
     )
+
+
+def _previews(values: Mapping[str, Any], model: Model) -> LivePreviews | None:
+    if not any(values[name] for name in ("preview", "preview_path", "gif")):
+        return None
+    from difftool.sampling.preview import LivePreviews, Previewer, open_tiny
+
+    file = values["preview_decoder"]
+    tiny = None if file is None else open_tiny(file, model)
+    return LivePreviews(Previewer(model, tiny), values["preview_path"], bool(values["gif"]))
 
 
 def load_models(task: SampleTask) -> tuple[Model, Model | None]:

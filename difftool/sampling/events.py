@@ -44,6 +44,8 @@ class Working:
     images: int
     step: int
     steps: int
+    preview: Image | None = None
+    """What x0 looks like, where that is asked for; with 0 images, what became of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Result:
     path: Path | None
     seconds: float
     latents: Path | None = None
+    gif: Path | None = None
 
     @property
     def index(self) -> int:
@@ -64,10 +67,11 @@ class Result:
 
     def report(self) -> dict[str, Any]:
         """The picture as a JSON object, which as a line of --prompts asks for it again."""
-        latents = {} if self.latents is None else {"latents": str(self.latents)}
+        beside = {"latents": self.latents, "gif": self.gif}
+        files = {name: str(path) for name, path in beside.items() if path is not None}
         said = self.sample.report(seconds=round(self.seconds, 3))
         path = {} if self.path is None else {"path": str(self.path)}
-        return path | {"index": self.index} | said | latents
+        return path | {"index": self.index} | said | files
 
 
 @dataclass(frozen=True)

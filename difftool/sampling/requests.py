@@ -27,7 +27,10 @@ from difftool.text.midjourney import MEANT, OTHERS
 SIZE = frozenset(("size", "width", "height"))
 """Settings that a shape takes the place of."""
 MIDJOURNEYS = OTHERS | frozenset(MEANT)
-FACTS = ("path", "existing", "index", "model", "seconds", "latents", "refiner", "prior")
+FACTS = (
+    *("path", "existing", "index", "model", "seconds", "latents", "gif"),
+    *("refiner", "prior"),
+)
 """What a printed picture says beside its settings, which its line does not ask for."""
 
 

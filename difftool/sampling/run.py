@@ -42,9 +42,11 @@ from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.metadata.named import locate
 from difftool.sampling.output import Numbering, Output
+from difftool.sampling.preview import LivePreviews
 from difftool.sampling.requests import Request, located
 from difftool.sampling.resolve import Resolver
 from difftool.sampling.sample import Sample
+from difftool.storage.commit import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,6 +87,8 @@ class SampleRun:
     """Chooses in prompts that stand for many."""
     numbering: Numbering = field(default_factory=Numbering)
     """Goes on from that of another model's pictures."""
+    previews: LivePreviews | None = None
+    """Takes x0 at each step."""
     trusted: bool = False
     """Open what files of latents name outside of their folders."""
     limit: int = field(default=1 << 30, init=False)
@@ -173,16 +177,22 @@ class SampleRun:
     ) -> Generator[Working, None, list[tuple[Tensor, Tensor]]]:
         plan, inputs = samples[0].plan, [sample.input for sample in samples]
         use_loras(self.model, samples[0].loras)
-        x0 = torch.empty(0)
+        x0, numbers = torch.empty(0), [sample.index for sample in samples]
+        if self.previews:
+            self.previews.begin(numbers)
         for step in generate(plan, inputs):
             x0 = step.x
-            yield Working(len(samples), step.index + 1, plan.steps)
+            seen = self.previews.step(numbers, step.x0) if self.previews else None
+            yield Working(len(samples), step.index + 1, plan.steps, seen)
         try:
             with tiled(self.model.codec, plan.settings.tile):
                 images = decode(self.model, x0)
         except Exception as error:
             self._keep_latents(samples, x0, error)
             raise
+        if self.previews and images.isfinite().all():
+            seen = self.previews.shown([to_pil(image) for image in images.cpu()])
+            yield Working(0, plan.steps, plan.steps, seen)
         return list(zip(x0.float().cpu(), images.cpu(), strict=True))
 
     def _keep_latents(self, samples: list[Sample], x0: Tensor, error: Exception) -> None:
@@ -210,7 +220,7 @@ class SampleRun:
         folder = self.output.folder(sample.path) if self.output else Path()
         values = chunk(sample, folder) if self.metadata else None
         text = parameters(sample.values()) if self.metadata else None
-        pixels, path, latents = finished(sample, image), None, None
+        pixels, path, latents, gif = finished(sample, image), None, None, None
         pixels.info.update(texts(text, values))
         try:
             if self.output:
@@ -220,11 +230,17 @@ class SampleRun:
             if self.output and self.latents and path:
                 latents = latents_path(path)
                 write_latents(latents, x0, values, self.output.overwrite)
+            if self.output and path and self.previews and self.previews.animated:
+                gif = path.with_suffix(".gif")
+                made = self.previews.animation(sample.index, pixels)
+                write_whole(gif, made, self.output.overwrite)
         except ResourceError:
             raise  # a disk that is full is full for the next picture too
         except DifftoolError as error:
             return Failure(sample.index, located(error, sample.request))
-        return Result(sample=sample, image=pixels, path=path, seconds=seconds, latents=latents)
+        return Result(
+            sample=sample, image=pixels, path=path, seconds=seconds, latents=latents, gif=gif
+        )
 
     def _note(self, sample: Sample, data: bytes, path: Path) -> None:
         """Let it be known what is about to be written."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from difftool.errors import DifftoolError
 from difftool.images.formats import OWN
-from difftool.images.read import read_image
+from difftool.images.read import read_picture
 from difftool.images.tables import drawn
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, facts_of, pages
 from difftool.sampling.compare.page import Embedded, page
@@ -22,6 +22,7 @@ from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
 from difftool.sampling.metadata.grids import folded
 from difftool.sampling.output import Output
+from difftool.sampling.sample import Sample
 
 ONE_PAGE = 1 << 30
 """A side that no grid has."""
@@ -49,18 +50,18 @@ class Gallery:
     def take(self, event: Event) -> None:
         """Put the picture of an event on the grid, if it is one of a picture."""
         self._failed += isinstance(event, Failure)
-        if isinstance(event, Existing) and event.path:
-            image = read_image(event.path)
-        elif isinstance(event, Result):
-            image = event.image
-        else:
-            return
-        text = parameters(event.sample.values()) if self.metadata else None
-        told = chunk(event.sample, self.output.root) if self.metadata else None
+        if isinstance(event, Result):
+            self._add(event.sample, event.image)
+        elif isinstance(event, Existing) and event.path:
+            self._add(event.sample, read_picture(event.path).image)
+
+    def _add(self, sample: Sample, image: Image.Image) -> None:
+        text = parameters(sample.values()) if self.metadata else None
+        told = chunk(sample, self.output.root) if self.metadata else None
         if told and not self.output.page:
             self._text = self._text or text
             self._chunks.append(told)
-        self._reports.append(event.sample.report())
+        self._reports.append(sample.report())
         size = image.size
         if self.output.page:
             data = encode(image, self.output.format, texts(text, told))
@@ -70,9 +71,7 @@ class Gallery:
         self._file.write(data)
         self._places.append((start, len(data)))
         number = len(self._shown)
-        self._shown.append(
-            Exhibit(facts_of(event.sample), size, lambda: self._opened(number, size))
-        )
+        self._shown.append(Exhibit(facts_of(sample), size, lambda: self._opened(number, size)))
 
     def _read(self, number: int) -> bytes:
         start, length = self._places[number]

@@ -1,0 +1,127 @@
+"""What pictures look like while they are made: shown, in a file that is renewed, animated.
+
+x0 is seen through a tiny decoder, or a linear map from latents to colours that is fitted to the
+decoder itself, at little cost; codecs that learn nothing decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from difftool.errors import UsageError
+from difftool.images.animation import gif
+from difftool.images.fit import tile, to_pil
+from difftool.images.formats import format_of
+from difftool.images.tables import zoom_of
+from difftool.images.write import encode
+from difftool.networks.tiny import TinyDecoder, tiny_decoder
+from difftool.pipeline.decode import decode
+from difftool.pipeline.model import Model
+from difftool.storage.commit import write_whole
+from difftool.storage.tensor_file import open_source
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+"""In a folder of diffusers."""
+FIELDS, SIDE, COARSE = 8, 16, 3
+"""Latents that the map is fitted on: so many, of that side, of noise that is so coarse."""
+
+
+def open_tiny(path: Path, model: Model) -> TinyDecoder:
+    """The tiny decoder of a file (TAESD's, or diffusers' AutoencoderTiny) for a model.
+
+    InputError if it is none, UsageError if it is for other latents.
+    """
+    path = path / DIFFUSERS if path.is_dir() else path
+    decoder = tiny_decoder(open_source(path).load(dtype=torch.float32), str(path))
+    codec = model.codec
+    if (decoder.channels, decoder.factor) != (codec.channels, codec.factor):
+        theirs = f"{decoder.channels} channels, {decoder.factor} times smaller"
+        own = f"{codec.channels} and {codec.factor}"
+        raise UsageError(f"{path} does not fit the model {model.name}", f"{theirs}, and not {own}")
+    return decoder.to(model.device)
+
+
+@torch.no_grad()
+def colours(model: Model) -> tuple[Tensor, Tensor]:
+    """(weight [3,c], bias [3]) by which x0 is about the mean colour, in [-1, 1], of each of its
+    places: least squares over smooth random latents that the model's decoder decodes."""
+    channels, factor = model.codec.channels, model.codec.factor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(FIELDS, channels, COARSE, COARSE, generator=generator)
+    x0 = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic", align_corners=True)
+    x0 = (x0 / x0.std()).to(model.device)
+    images = F.avg_pool2d(decode(model, x0).nan_to_num(), factor)
+    places = x0.float().movedim(1, -1).flatten(0, 2).cpu()
+    inputs = torch.cat([places, torch.ones(len(places), 1)], dim=1)
+    targets = images.float().movedim(1, -1).flatten(0, 2).cpu()
+    solved = torch.linalg.lstsq(inputs, targets).solution
+    return solved[:-1].T, solved[-1]
+
+
+class Previewer:
+    """Makes small pictures of x0."""
+
+    def __init__(self, model: Model, tiny: TinyDecoder | None = None):
+        self.model, self.tiny = model, tiny
+        self._map: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Pictures [B,3,h,w] in [-1, 1], on the CPU, of x0 [B,c,h,w]; h and w are x0's own, or the
+        picture's where they cost little more."""
+        if self.tiny is not None:
+            made = self.tiny(x0.float())
+        elif not self.model.codec.learned:
+            made = decode(self.model, x0)
+        else:
+            self._map = self._map or colours(self.model)
+            weight, bias = (each.to(x0.device) for each in self._map)
+            made = torch.einsum("oc,bchw->bohw", weight, x0.float()) + bias[:, None, None]
+        return made.nan_to_num().clamp(-1, 1).cpu()
+
+
+@dataclass
+class LivePreviews:
+    """Takes x0 at each step of a batch."""
+
+    previewer: Previewer
+    path: Path | None = None
+    """Of a file that is renewed at each step."""
+    animated: bool = False
+    """Whether frames are kept for an animation."""
+    _frames: dict[int, list[Image.Image]] = field(default_factory=dict)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """A batch of the pictures of these numbers begins, or begins anew."""
+        self._frames |= {number: [] for number in numbers}
+
+    def step(self, numbers: Sequence[int], x0: Tensor) -> Image.Image:
+        """What x0 [B,c,h,w] of these pictures looks like."""
+        pictures = [to_pil(each) for each in self.previewer.pictures(x0)]
+        if self.animated:
+            for number, picture in zip(numbers, pictures, strict=True):
+                self._frames[number].append(picture)
+        return self.shown(pictures)
+
+    def shown(self, pictures: Sequence[Image.Image]) -> Image.Image:
+        """The pictures of a batch side by side, and in the file."""
+        sheet = tile(pictures)
+        if self.path is not None:
+            zoom = zoom_of(pictures[0].size)
+            size = sheet.width * zoom, sheet.height * zoom
+            data = encode(
+                sheet.resize(size, Image.Resampling.NEAREST), format_of(self.path.suffix) or "png"
+            )
+            write_whole(self.path, data, overwrite=True)
+        return sheet
+
+    def animation(self, number: int, last: Image.Image) -> bytes:
+        """A picture from noise to what it became, as a GIF."""
+        return gif([*self._frames.pop(number), last])
