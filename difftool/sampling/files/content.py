@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from difftool.config.validate import to_values
 from difftool.diffusion import GRIDS, PATHS, SAMPLERS, TARGETS
@@ -58,8 +58,9 @@ def content_of(sample: Sample) -> Content:
         "loras": [(each.lora.hash, each.strength, each.text) for each in sample.loras],
         "words": [known_sha256(Path(path)) for path in sample.embeddings],
         "class": given.label,
-        "pictures": [_pixels(each) for each in (given.init, given.mask, given.image)],
+        "pictures": {n: _pixels(each) for n, each in given._asdict().items() if _is_tensor(each)},
         "backdrop": _around(given.backdrop),
+        "upscaler": _of_file(decides.get("upscaler")),
         "plugins": [plugin.sha256 for plugin in used(components(sample))],
     }
     chosen_from = {n: values[t] for n, t in TEMPLATES.items() if n in decides and values[t]}
@@ -96,10 +97,19 @@ def _hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
 
 
+def _of_file(name: str | None) -> str | None:
+    """A name, or in place of a file's its hash."""
+    return known_sha256(Path(name)) if name and Path(name).is_file() else name
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return hasattr(value, "numpy")
+
+
 @lru_cache(maxsize=8)
-def _pixels(image: Tensor | None) -> str:
+def _pixels(image: Tensor) -> str:
     """A picture as the model is given it."""
-    return "" if image is None else hashlib.sha256(image.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
 def _around(backdrop: Backdrop | None) -> list[Any]:
