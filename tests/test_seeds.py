@@ -273,6 +273,13 @@ def test_how_many_steps_a_strength_is(model, rule, strength, whole, run):
     assert list(levels) == GRIDS["normal"](model.denoiser.path, whole)[-run - 1 :]
 
 
+def test_a_strength_of_invokeai_s_on_a_path_without_a_table():
+    flow = tiny.model(tiny.preset(3, path={"kind": "flow"}, target="flow", sample={"size": [8, 8]}))
+    asked = {"steps": 10, "strength": 0.5, "strength_rule": "invokeai", "schedule": "trailing"}
+    plan = plan_sampling(flow, resolve_settings(flow, asked), from_picture=True)
+    assert plan.steps == sum(1 - i / 10 < 0.5 for i in range(10)) == 4
+
+
 def test_shades_are_cut_off_as_a1111_does():
     images = torch.linspace(-1.2, 1.2, 997).reshape(1, 1, -1)
     shades = 255 * np.clip((images.numpy() + 1) / 2, 0, 1)

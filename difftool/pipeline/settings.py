@@ -32,11 +32,19 @@ from difftool.pipeline.weighting import WEIGHTINGS
 from difftool.text.syntax import SYNTAXES
 
 
+def _below(levels: Sequence[Level], strength: float, times: float) -> int:
+    """Levels to step from whose times are in that share of all, which is whole in a table."""
+    share = times * strength
+    share = round(share) if isinstance(times, int) else share
+    return sum(level.t < share for level in levels[:-1])
+
+
 class StrengthRule(NamedTuple):
     """A row of STRENGTH_RULES."""
 
-    run: Callable[[int, float, Sequence[Level], int], int]
-    """(steps, strength, levels of the whole grid, entries of the table) -> steps that are run."""
+    run: Callable[[int, float, Sequence[Level], float], int]
+    """(steps, strength, levels of the whole grid, how many times there are) -> steps that are
+    run."""
     whole: Callable[[int, float], int] = lambda steps, strength: steps
     """(steps, strength) -> steps of the whole grid, of which the last ones are run."""
 
@@ -45,11 +53,7 @@ STRENGTH_RULES: Mapping[str, StrengthRule] = {
     "diffusers": StrengthRule(lambda steps, strength, *_: int(steps * strength)),
     "a1111": StrengthRule(lambda steps, strength, *_: int(min(strength, 0.999) * steps) + 1),
     "comfyui": StrengthRule(lambda steps, *_: steps, lambda steps, strength: int(steps / strength)),
-    "invokeai": StrengthRule(
-        lambda _, strength, levels, entries: sum(
-            level.t < round(entries * strength) for level in levels[:-1]
-        )
-    ),
+    "invokeai": StrengthRule(lambda _, strength, levels, times: _below(levels, strength, times)),
 }
 """How many steps a strength is; `SampleConfig.strength_rule` names one."""
 FP32 = 4
@@ -241,7 +245,8 @@ def _plan_pass(
     levels = GRIDS[settings.schedule](path, whole, **options)
     still = len(levels) == whole and options.get("end") == "first"
     if shortened:
-        run = min(rule.run(steps, settings.strength, levels, path.steps), whole)
+        entries = path.t_max if path.continuous else path.steps
+        run = min(rule.run(steps, settings.strength, levels, entries), whole)
         levels = levels[max(whole, len(levels) - 1) - run :]
         if len(levels) < 2:
             why = f"{steps} steps times strength {settings.strength:g} is less than one step"
