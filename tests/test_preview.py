@@ -97,6 +97,7 @@ def test_the_map_is_the_nearest_linear_one_to_the_decoder():
     ).repeat_interleave(2, 2).repeat_interleave(2, 3) + 0.2  # fmt: skip
     flat = torch.full((1, 4, 4, 4), 0.5)
     made = Previewer(model).pictures(flat)
+    assert made.shape == (1, 3, 8, 8)
     torch.testing.assert_close(made[:, :, 0, 0], decode(model, flat)[:, :, 0, 0], atol=5e-2, rtol=0)
 
 

@@ -29,6 +29,8 @@ from difftool.storage.tensor_file import open_source
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 """In a folder of diffusers."""
+SEEN = 256
+"""A side of previews of the map, at most about."""
 FIELDS, SIDE, COARSE = 8, 16, 3
 """Latents that the map is fitted on: so many, of that side, of noise that is so coarse."""
 
@@ -74,8 +76,8 @@ class Previewer:
 
     @torch.no_grad()
     def pictures(self, x0: Tensor) -> Tensor:
-        """Pictures [B,3,h,w] in [-1, 1], on the CPU, of x0 [B,c,h,w]; h and w are x0's own, or the
-        picture's where they cost little more."""
+        """Pictures [B,3,H,W] in [-1, 1], on the CPU, of x0 [B,c,h,w]; those of large latents are
+        smaller than what they become."""
         if self.tiny is not None:
             made = self.tiny(x0.float())
         elif not self.model.codec.learned:
@@ -84,6 +86,8 @@ class Previewer:
             self._map = self._map or colours(self.model)
             weight, bias = (each.to(x0.device) for each in self._map)
             made = torch.einsum("oc,bchw->bohw", weight, x0.float()) + bias[:, None, None]
+            zoom = min(self.model.codec.factor, max(1, SEEN // min(made.shape[2:])))
+            made = F.interpolate(made, scale_factor=float(zoom), mode="bicubic")
         return made.nan_to_num().clamp(-1, 1).cpu()
 
 
