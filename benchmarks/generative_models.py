@@ -358,7 +358,8 @@ def table(results: Mapping[str, Any]) -> str:
             bits = [f"{k} {written(run[k] for run in runs)}" for k in BITS if k in runs[0]]
             cells.append("<br>".join(bits) or "none")
             cells.append(f"{runs[0]['evaluations']}")
-            cells.append(f"{statistics.median(run['a_second'] for run in runs):.3g}")
+            speed = statistics.median(run["a_second"] for run in runs)
+            cells.append(f"{speed:,.{0 if speed >= 100 else 1}f}")
             cells.append(f"{runs[0]['parameters'] / 1e6:.2f} M")
             cells.append(f"{statistics.median(run['steps'] for run in runs):.0f}")
             lines.append(f"| {' | '.join(cells)} |")
