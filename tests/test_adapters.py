@@ -111,6 +111,16 @@ def test_what_is_learned_is_what_is_applied(place, difftool):
     assert (pictures[0] - pictures[1]).abs().max() < 1e-4
     assert (pictures[0] - pictures[2]).abs().max() > 0.01
 
+    assert difftool("convert", "run", "--inspect").code == 0
+    made = [("run", "run.png"), ("run/lora.safetensors", "file.png")]  # the folder's is the file's
+    for lora, name in made:
+        ran = difftool(
+            *("sample", "a large red circle", "-m", "base.safetensors", "--lora", lora),
+            *("--seed", 1, "-o", name, "--no-metadata"),
+        )
+        assert ran.code == 0, ran.err
+    assert Path("run.png").read_bytes() == Path("file.png").read_bytes()
+
     ran = difftool("sample", "a large red circle", "-m", "run")
     assert ran.code == 3 and "--lora run/lora.safetensors" in ran.err
 

@@ -28,6 +28,9 @@ from difftool.config.numbers import (
 Options = dict[str, Any]
 
 
+FitName = Literal["stretch", "crop", "pad"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How a model is sampled when nothing is asked for."""
@@ -63,7 +66,7 @@ class SampleConfig:
     """Amplitude of the start noise: 1, sigma_T, or alpha_T sqrt(rho_T^2 + 1)."""
     strength: Annotated[float, Within(above=0, high=1)] = 0.75
     """Share of the steps that are run on a picture to start from."""
-    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    fit: FitName = "stretch"
     """How a picture to start from is fitted to another size: its shape not kept, cut, or filled up
     with its edges."""
     mask_grow: Annotated[int, Within(low=-512, high=512)] = 0

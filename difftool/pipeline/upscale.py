@@ -11,13 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from difftool.errors import InputError, UsageError, check_file, first_line, suggestion
-from difftool.images.fit import scaled
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 TILE, AROUND = 256, 24
@@ -32,7 +29,8 @@ class Upscaler(NamedTuple):
     a1111: str
     latent: str | None = None
     """torch's mode of interpolation of latents; None: pictures are scaled."""
-    resample: Image.Resampling = Image.Resampling.LANCZOS
+    resample: str = "LANCZOS"
+    """Pillow's name of the filter."""
 
 
 UPSCALERS: Mapping[str, Upscaler] = {
@@ -40,8 +38,8 @@ UPSCALERS: Mapping[str, Upscaler] = {
     "latent-bicubic": Upscaler("latents, bicubic", "Latent (bicubic)", "bicubic"),
     "latent-nearest": Upscaler("latents, nearest", "Latent (nearest-exact)", "nearest-exact"),
     "lanczos": Upscaler("pixels, Lanczos", "Lanczos"),
-    "bicubic": Upscaler("pixels, bicubic", "Bicubic", None, Image.Resampling.BICUBIC),
-    "nearest": Upscaler("pixels, nearest", "Nearest", None, Image.Resampling.NEAREST),
+    "bicubic": Upscaler("pixels, bicubic", "Bicubic", None, "BICUBIC"),
+    "nearest": Upscaler("pixels, nearest", "Nearest", None, "NEAREST"),
 }
 """What makes pictures larger without a network; `read_upscaler` takes the file of one too."""
 
@@ -70,14 +68,20 @@ def upscaled(image: Image.Image, name: str, size: tuple[int, int], device: Any) 
     """A picture at a larger size, by a name in UPSCALERS or by the network of a file; latents'
     interpolation is Lanczos here. UsageError without spandrel, InputError for a file that holds no
     such network."""
+    from PIL import Image
+
+    from difftool.images.fit import scaled
+
     row = UPSCALERS.get(name)
     if row is None:
         return scaled(_by_network(image, name, str(device)), size)
-    return image.resize(size, row.resample)
+    return image.resize(size, Image.Resampling[row.resample])
 
 
 def _by_network(image: Image.Image, path: str, device: str) -> Image.Image:
+    import numpy as np
     import torch
+    from PIL import Image
 
     network, scale = _network(path, Path(path).stat().st_mtime_ns, device)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from difftool.config.listed import names, numbers, replacements, sizes, weighted
 from difftool.config.numbers import COUNT, NOT_NEGATIVE, SHARE, SIDE, Within
@@ -28,12 +28,12 @@ from difftool.config.options import (
     assignments,
     option_layers,
 )
+from difftool.config.schema import FitName
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import GENERATORS, STEP_NOISE
 from difftool.diffusion.samplers import SAMPLERS, guides_apart, split_spelling
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS
-from difftool.pipeline.backdrop import FITS
 from difftool.pipeline.matches import MATCHES
 from difftool.pipeline.upscale import UPSCALERS, read_upscaler
 from difftool.pipeline.weighting import WEIGHTINGS
@@ -538,7 +538,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("posterior", "Whether a picture's latent is drawn, or the mean", IMAGES,
         option=False),
     _of_model("fit", "How --init of another size is fitted: its shape not kept, cut, or filled up",
-        IMAGES, listed=names, choices=lambda: FITS, effect=_starts_or_edits,
+        IMAGES, listed=names, choices=lambda: get_args(FitName), effect=_starts_or_edits,
         without="without --init", default="stretch"),
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
         read=read_path, file="picture", folder=True, metavar="PICTURE"),

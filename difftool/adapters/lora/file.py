@@ -45,8 +45,8 @@ SAMPLED_BY = (
     *("guidance", "guidance_rescale", "guidance_interval"),
 )
 """Those settings."""
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""What LoRAs are called in folders of diffusers and of PEFT; and the same with .bin."""
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "lora.safetensors")
+"""What LoRAs are called in folders of diffusers, of PEFT and of runs; and the same with .bin."""
 
 NEEDED: dict[LoraKind, tuple[frozenset[str], ...]] = {
     "lora": (frozenset({"down", "up"}),),
