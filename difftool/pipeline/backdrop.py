@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from difftool.config.schema import FitName
 from difftool.errors import UsageError
 from difftool.images.fit import framed, scaled
 
@@ -119,7 +118,7 @@ def _padded(image: Image.Image, size: Sides) -> Image.Image:
     return _drawn_out(inner, (left, top, *rest))
 
 
-FITS: Mapping[FitName, Callable[[Image.Image, Sides], Image.Image]] = {
+FITS: Mapping[str, Callable[[Image.Image, Sides], Image.Image]] = {
     "stretch": scaled,
     "crop": framed,
     "pad": _padded,
