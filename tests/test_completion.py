@@ -72,8 +72,8 @@ def test_paths_are_left_to_the_shell(complete):
 
 
 def test_other_shells_are_told_what_values_mean(complete):
-    (line,) = complete("difftool draw --sampler heu", "fish")
-    assert line == f"heun\t{SAMPLERS.about('heun')}"
+    (line,) = complete("difftool draw --sampler heunp", "fish")
+    assert line == f"heunpp2\t{SAMPLERS.about('heunpp2')}"
     shown = " ".join(complete("difftool draw --sampler heu", "zsh"))
     assert '"heun":"Heun in rho' in shown
     (line,) = complete("difftool draw --set train.decay=c", "fish")

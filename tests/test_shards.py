@@ -21,7 +21,7 @@ from difftool.pipeline.load import load_model
 from difftool.storage import shards as shards_module
 from difftool.storage import tensors as tensors_module
 from difftool.storage.safetensors import DATA_HASH, save_tensors
-from difftool.storage.shards import index_of, parse_size, split, write_shards
+from difftool.storage.shards import index_of, parse_size, split, write_shards, written_at
 from difftool.storage.tensor_file import is_source, open_source
 from difftool.storage.tensors import Piece, digest_of, piece_of_file, piece_of_tensor
 
@@ -382,3 +382,8 @@ def test_training_writes_shards_and_goes_on_from_them(difftool):
     again = difftool(*common, "--steps", 3, "--out", "run", "--resume", "--allow-change")
     assert again.code == 0 and again.out == "run/model.safetensors\n", again.err
     assert not Path("run/model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("path", [Path("/"), Path(".")], ids=str)
+def test_a_folder_without_a_name_is_there(path):
+    assert written_at(path) == path

@@ -35,7 +35,13 @@ Examples
   difftool sample -m runs/photos --seed 0-999 -o "made/[seed].png" --skip-existing --evaluate photos
 """
 OF_RUN = tuple(row for row in OPTIONS if row.panel == RUN)
-ROWS = (*(row for row in OPTIONS if row.panel != RUN), *EVALUATION, *OF_RUN, PRINT_CONFIG, *TALK)
+_PANELS = [*dict.fromkeys(row.panel for row in OPTIONS if row.panel != RUN)]
+_OF_PICTURES = (row for row in OPTIONS if row.panel != RUN)
+ROWS = (
+    *sorted(_OF_PICTURES, key=lambda row: _PANELS.index(row.panel)),
+    *(*EVALUATION, *OF_RUN, PRINT_CONFIG, *TALK),
+)
+"""In the order of help: by panels."""
 
 
 def run(values: dict[str, Any]) -> int:

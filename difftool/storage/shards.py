@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
 
 def index_of(path: Path) -> Path:
     """The index of the shards that stand for a file."""
-    return path.with_name(f"{path.name}.index.json")
+    return path.parent / f"{path.name}.index.json"  # a folder may have no name: / and .
 
 
 def split(pieces: Mapping[str, Piece], limit: int) -> list[dict[str, Piece]]:
@@ -114,7 +114,7 @@ def written_at(path: Path) -> Path | None:
     """What is read where a file was asked for: that, or the index of its shards, if one is there;
     for one of the shards their index."""
     whole = re.sub(r"-\d{5}-of-\d{5}(?=\.\w+$)", "", path.name)
-    for file in (index_of(path), index_of(path.with_name(whole))):
+    for file in (index_of(path), index_of(path.parent / whole)):
         if file.is_file() and (whole != path.name or not path.exists()):
             return file
     return path if path.exists() else None
