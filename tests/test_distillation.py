@@ -243,7 +243,7 @@ def values(bases, tmp_path, monkeypatch):
     [
         LCM | {"data": "captions.txt"},
         TURBO,
-        LCM | {"lora": True, "rank": 2},
+        pytest.param(LCM | {"lora": True, "rank": 2}, marks=pytest.mark.slow),
         pytest.param(LCM, marks=pytest.mark.slow),
         pytest.param(ECT, marks=pytest.mark.slow),
         pytest.param(TURBO | {"lora": True, "rank": 2}, marks=pytest.mark.slow),

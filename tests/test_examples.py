@@ -18,6 +18,7 @@ from commands import ENVIRONMENT, ROOT, Ran
 from folders import lay, pictures
 from ldm_models import state, write
 from PIL import Image
+from slices import slow_but
 
 import difftool as package
 
@@ -26,6 +27,8 @@ PAGES = sorted(
     for path in (Path(ROOT) / "README.md", *Path(ROOT, "docs").glob("*.md"))
     if path.name != "reference.md"
 )
+LONG = Path("docs/training.md")
+"""A minute of training."""
 FENCE = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -110,7 +113,7 @@ def run(line: str, place: Path, difftool: Callable[..., Ran]) -> Ran:
 
 
 @pytest.mark.usefixtures("forget")
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", slow_but([p for p in PAGES if p != LONG], PAGES), ids=str)
 def test_the_examples_of_a_page_run(page, place, difftool):
     names: dict[str, Any] = {}
     ran = 0

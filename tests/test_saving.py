@@ -126,7 +126,8 @@ def test_the_time_is_the_user_s(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("number", "stride"),
     [
-        (errno.ENOSPC, 7),
+        (errno.ENOSPC, 21),
+        pytest.param(errno.ENOSPC, 7, marks=pytest.mark.slow),
         pytest.param(errno.EIO, 1, marks=pytest.mark.slow),
         pytest.param(errno.ENOSPC, 1, marks=pytest.mark.slow),
     ],
