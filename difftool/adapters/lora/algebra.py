@@ -117,6 +117,7 @@ def apply(tensors: dict[str, Tensor], prefix: str, loras: Sequence[Applied]) -> 
 
     tensors: by name within a network, before which in whole stands the prefix ("unet.").
     """
+    lost: list[tuple[Path, str, Tensor]] = []  # looked at once, in the end: each look is a wait
     for applied in loras:
         for layer, change in applied.lora.changes.items():
             name = layer.removeprefix(prefix)
@@ -124,11 +125,14 @@ def apply(tensors: dict[str, Tensor], prefix: str, loras: Sequence[Applied]) -> 
                 continue
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             made, moved = changed(weight, bias, change, applied.at(layer))
-            if not made.isfinite().all() and weight.isfinite().all():
-                raise InputError(f"{applied.lora.path} cannot be used", f"{layer} is not finite")
+            broken = weight.isfinite().all() & ~made.isfinite().all()
+            lost.append((applied.lora.path, layer, broken))
             tensors[f"{name}.weight"] = made
             if moved is not None:
                 tensors[f"{name}.bias"] = moved
+    if lost and torch.stack([broken for *_, broken in lost]).any():
+        path, layer = next((path, layer) for path, layer, broken in lost if broken)
+        raise InputError(f"{path} cannot be used", f"{layer} is not finite")
 
 
 @torch.no_grad()
@@ -136,9 +140,11 @@ def changed(
     weight: Tensor, bias: Tensor | None, change: Change, strength: float
 ) -> tuple[Tensor, Tensor | None]:
     """The weight and bias [out] that a change at some strength makes of a layer's, fp32."""
-    loaded = load_located(change.tensors, str(weight.device))
-    t = {role: tensor.double() if role == "alpha" else tensor.float() for role, tensor in
-         loaded.items()}  # fmt: skip
+    # alpha is a number of the host's: in float64, which not every device has, and without a wait
+    places = {role: place for role, place in change.tensors.items() if role != "alpha"}
+    numbers = {role: place for role, place in change.tensors.items() if role == "alpha"}
+    t = {n: each.float() for n, each in load_located(places, str(weight.device)).items()}
+    t |= {n: each.double() for n, each in load_located(numbers, "cpu").items()}
     scale = strength * _scale(change, t)
     new = weight.float()
     if change.kind != "full" or "diff" in t:
