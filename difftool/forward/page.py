@@ -10,7 +10,6 @@ import json
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from io import BytesIO
 from itertools import cycle
 from typing import Any
@@ -22,6 +21,7 @@ from difftool.diffusion.path import Level
 from difftool.forward.figures import Figure, Strip
 from difftool.forward.plots import positions
 from difftool.forward.process import Pixels
+from difftool.images.pages import filled
 from difftool.images.theme import COLORS
 
 NOISE_STEP = 1 / 26
@@ -33,18 +33,10 @@ QUALITY = 92
 
 def page(figure: Figure) -> bytes:
     """The page of a figure."""
-    source = files("difftool.forward")
-    text = (source / "page.html").read_text(encoding="utf-8")
     data = json.dumps(_data(figure), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    parts = {
-        "TITLE": escape(f"{figure.title} · difftool noise"),
-        "STYLE": (source / "page.css").read_text(encoding="utf-8"),
-        "DATA": data.replace("<", "\\u003c"),
-        "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
-    }
-    for name, part in parts.items():
-        text = text.replace(f"<!--{name}-->", part)
-    return text.encode()
+    title = escape(f"{figure.title} · difftool noise")
+    parts = {"TITLE": title, "DATA": data.replace("<", "\\u003c")}
+    return filled("difftool.forward", parts).encode()
 
 
 def _data(figure: Figure) -> dict[str, Any]:

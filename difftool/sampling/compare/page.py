@@ -8,16 +8,16 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
+from difftool.images.fit import zoom_of
 from difftool.images.formats import OUTPUT_FORMATS
-from difftool.images.tables import zoom_of
+from difftool.images.pages import colours, filled
 from difftool.images.theme import INK, MUTED, PAPER, RULE
 from difftool.sampling.compare.layout import Arrangement
 from difftool.storage.strict_json import to_json
 
-VARIABLES = {"paper": PAPER, "ink": INK, "muted": MUTED, "rule": RULE}
+INKS = {"paper": PAPER, "ink": INK, "muted": MUTED, "rule": RULE}
 
 
 class Embedded(NamedTuple):
@@ -31,20 +31,14 @@ class Embedded(NamedTuple):
 
 def page(arrangement: Arrangement, pictures: Sequence[Embedded], format: str) -> bytes:
     """The page, as HTML. pictures: those of the arrangement, in a format."""
-    source = files("difftool.sampling.compare")
-    style = f":root {{ {' '.join(f'--{name}: {ink};' for name, ink in VARIABLES.items())} }}\n"
     heading = arrangement.title or f"{len(pictures)} pictures"
     parts = {
         "TITLE": html.escape(heading[:120]),
-        "STYLE": style + (source / "page.css").read_text(encoding="utf-8"),
         "HEADING": html.escape(heading),
         "ABOUT": html.escape(arrangement.about),
         "DATA": to_json(_data(arrangement, pictures, format)).replace("<", "\\u003c"),
-        "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
     }
-    text = (source / "page.html").read_text(encoding="utf-8")
-    for place, part in parts.items():  # in which "<" is none of a place
-        text = text.replace(f"<!--{place}-->", part)
+    text = filled("difftool.sampling.compare", parts, colours(INKS))
     start, end = text.split("<!--PICTURES-->")
     return b"".join([start.encode(), *_figures(arrangement, pictures, format), end.encode()])
 

@@ -13,12 +13,12 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from difftool.config.schema import RECIPES, Part, Preset
 from difftool.config.validate import build_preset
+from difftool.images.pages import colours, filled
 from difftool.images.read import read_image
 from difftool.storage import runs
 from difftool.storage.commit import write_whole
@@ -61,18 +61,9 @@ def report(folder: Path) -> str:
         _configuration(facts, config),
         *(_earlier(folder / part, part) for part in ("vae", "clip")),
     ]
-    source = files("difftool.training.report")
-    colours = f":root {{ {' '.join(f'{name}: {ink};' for ink, name in VARIABLES.items())} }}\n"
-    text = (source / "page.html").read_text(encoding="utf-8")
-    parts = {
-        "TITLE": _text(name),
-        "STYLE": colours + (source / "page.css").read_text(encoding="utf-8"),
-        "SCRIPT": (source / "page.js").read_text(encoding="utf-8"),
-        "BODY": "\n".join(part for part in body if part),  # last: it may hold anything
-    }
-    for place, part in parts.items():
-        text = text.replace(f"<!--{place}-->", part)
-    return text
+    parts = {"TITLE": _text(name), "BODY": "\n".join(part for part in body if part)}
+    inks = colours({name: ink for ink, name in VARIABLES.items()})
+    return filled("difftool.training.report", parts, inks)
 
 
 def usage(preset: Preset, facts: dict[str, Any], folder: Path) -> list[str]:

@@ -26,9 +26,9 @@ TIME = ("#c3dde1", "#8fc0c7", "#5ba3ae", "#2a8795", "#006374")
 CHANNELS = {"red": RED, "green": GREEN, "blue": "#3b6ea5"}
 TERMS = (BLUE, AMBER, VIOLET, RED, GREEN)
 VARIABLES = {
-    **{PAPER: "--paper", INK: "--ink", MUTED: "--muted", RULE: "--rule"},
-    **{BLUE: "--line", PALE: "--pale", RED: "--red"},
-    **{color: f"--time{i}" for i, color in enumerate(TIME)},
+    **{PAPER: "paper", INK: "ink", MUTED: "muted", RULE: "rule"},
+    **{BLUE: "line", PALE: "pale", RED: "red"},
+    **{color: f"time{i}" for i, color in enumerate(TIME)},
 }
 """A page's names of the inks, which a dark one sets anew (page.css)."""
 POINTS = 800
@@ -305,7 +305,7 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     for ink, variable in VARIABLES.items():
-        text = text.replace(ink, f"var({variable})")
+        text = text.replace(ink, f"var(--{variable})")
     text = text.replace("'DejaVu Sans'", "var(--sans)")
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids would repeat in a page of several
     head, rest = text.split(">", 1)
