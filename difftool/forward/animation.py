@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import cycle
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image, ImageColor
 from difftool.forward.drawing import AnimationFrame, animation_frames
 from difftool.forward.figures import Figure
 from difftool.forward.process import Pixels
+from difftool.images.animation import GIF, animated
 from difftool.images.formats import OWN
 from difftool.images.read import EXIF_SOFTWARE
 from difftool.images.theme import COLORS, INK, MUTED, PAPER, RULE
@@ -29,7 +29,7 @@ def gif(figure: Figure) -> bytes:
     """The figure as a GIF that plays for ever."""
     inks = _inks(figure)
     frames = [_indexed(frame, inks) for frame in animation_frames(figure)]
-    return _saved(frames, "GIF", optimize=False, disposal=1, comment=OWN["Software"])
+    return animated(frames, _durations(frames), "GIF", **GIF)
 
 
 def webp(figure: Figure) -> bytes:
@@ -38,17 +38,14 @@ def webp(figure: Figure) -> bytes:
     frames = [frame.page for frame in animation_frames(figure)]
     exif = Image.Exif()
     exif[EXIF_SOFTWARE] = OWN["Software"]
-    return _saved(frames, "WEBP", lossless=True, quality=EFFORT, method=2, exif=exif)
+    lossless = {"lossless": True, "quality": EFFORT, "method": 2}
+    return animated(frames, _durations(frames), "WEBP", **lossless, exif=exif)
 
 
-def _saved(frames: Sequence[Image.Image], format: str, **options: object) -> bytes:
-    duration = [PACE] * len(frames)
-    duration[0], duration[-1] = FIRST, LAST
-    file, (first, *rest) = BytesIO(), frames
-    if rest:
-        options |= {"save_all": True, "append_images": rest, "duration": duration, "loop": 0}
-    first.save(file, format, **options)
-    return file.getvalue()
+def _durations(frames: Sequence[Image.Image]) -> list[int]:
+    durations = [PACE] * len(frames)
+    durations[0], durations[-1] = FIRST, LAST
+    return durations
 
 
 def _inks(figure: Figure) -> Pixels:

@@ -1,4 +1,4 @@
-"""Pictures one after the other as a GIF. Torch-free."""
+"""Pictures one after the other, as a GIF or a WebP. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ PACE, LAST = 90, 1600
 """Milliseconds of a frame, and of the last one."""
 MAX_SIDE = 512
 """Of frames."""
+GIF: dict[str, object] = {"optimize": False, "disposal": 1, "comment": OWN["Software"]}
+"""How a GIF is saved whose frames have palettes of their own."""
 
 
 def gif(frames: Sequence[Image.Image]) -> bytes:
@@ -23,10 +25,15 @@ def gif(frames: Sequence[Image.Image]) -> bytes:
         frame.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC).quantize(256)
         for frame in frames
     ]
-    file, (first, *rest) = BytesIO(), made
-    durations = [PACE] * len(rest) + [LAST]
-    first.save(
-        file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0,
-        optimize=False, disposal=1, comment=OWN["Software"],
-    )  # fmt: skip
+    return animated(made, [PACE] * (len(made) - 1) + [LAST], "GIF", **GIF)
+
+
+def animated(
+    frames: Sequence[Image.Image], durations: Sequence[int], format: str, **options: object
+) -> bytes:
+    """Frames as they are, each for so many milliseconds, for ever; one alone stands still."""
+    file, (first, *rest) = BytesIO(), frames
+    if rest:
+        options |= {"save_all": True, "append_images": rest, "duration": [*durations], "loop": 0}
+    first.save(file, format, **options)
     return file.getvalue()

@@ -15,6 +15,9 @@ from difftool.images.read import MAX_PIXELS
 if TYPE_CHECKING:
     from torch import Tensor
 
+SEEN = 176
+"""A side at which the pixels of a picture can be seen."""
+
 
 class Fit(NamedTuple):
     """How a picture fills a frame: scaled to width x height, from which the frame is cut at (left,
@@ -90,6 +93,12 @@ def to_pixels(images: Tensor, rounding: str = "nearest") -> Tensor:
 def to_pil(image: Tensor, rounding: str = "nearest") -> Image.Image:
     """One image [3,H,W] in [-1, 1] as an RGB picture; rounding: see `to_pixels`."""
     return Image.fromarray(to_pixels(image, rounding).permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def zoom_of(size: tuple[int, int], seen: int = SEEN) -> int:
+    """How many times a picture of that size is enlarged, pixel by pixel, to be at least about so
+    large."""
+    return max(1, round(seen / min(size)))
 
 
 def tile(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from difftool.images.fit import tile, to_pil
+from difftool.images.fit import tile, to_pil, zoom_of
 from difftool.images.lettering import font, wrapped
 from difftool.images.theme import CAPTION, PAPER, RULE
 
@@ -27,8 +27,8 @@ class Cell(NamedTuple):
 
 def enlarged(image: Tensor) -> Image.Image:
     """An image [3,H,W] in [-1, 1] as a picture whose pixels can be seen."""
-    zoom = max(1, round(SIDE / min(image.shape[1:])))
     picture = to_pil(image)
+    zoom = zoom_of(picture.size, SIDE)
     size = (picture.width * zoom, picture.height * zoom)
     return picture.resize(size, Image.Resampling.NEAREST)
 

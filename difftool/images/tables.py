@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from difftool.images.fit import zoom_of
 from difftool.images.lettering import font, wrapped
 from difftool.images.theme import CAPTION, INK, MUTED, PAPER, RULE
 
-SEEN = 176
-"""Pictures are enlarged, pixel by pixel, to at least about this."""
 TEXT = (13, 44)
 """The smallest and the largest text, in pixels; within, a share of the pictures."""
 SHARE = 15
@@ -56,11 +55,6 @@ class Page:
         """How many there are on it."""
         tables = (table for row in self.tables for table in row)
         return sum(cell is not None for t in tables for line in t.cells for cell in line)
-
-
-def zoom_of(size: tuple[int, int]) -> int:
-    """How many times a picture of that size is enlarged."""
-    return max(1, round(SEEN / min(size)))
 
 
 @dataclass

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from difftool.errors import UsageError
+from difftool.formats.diffusers.components import component_tensors
 from difftool.images.animation import gif
-from difftool.images.fit import tile, to_pil
+from difftool.images.fit import tile, to_pil, zoom_of
 from difftool.images.formats import format_of
-from difftool.images.tables import zoom_of
 from difftool.images.write import encode
 from difftool.networks.tiny import TinyDecoder, tiny_decoder
 from difftool.pipeline.decode import decode
@@ -27,8 +27,8 @@ from difftool.pipeline.model import Model
 from difftool.storage.commit import write_whole
 from difftool.storage.tensor_file import open_source
 
-DIFFUSERS = "diffusion_pytorch_model.safetensors"
-"""In a folder of diffusers."""
+STEM = "diffusion_pytorch_model"
+"""Of the file in a folder of diffusers."""
 SEEN = 256
 """A side of previews of the map, at most about."""
 FIELDS, SIDE, COARSE = 8, 16, 3
@@ -40,8 +40,8 @@ def open_tiny(path: Path, model: Model) -> TinyDecoder:
 
     InputError if it is none, UsageError if it is for other latents.
     """
-    path = path / DIFFUSERS if path.is_dir() else path
-    decoder = tiny_decoder(open_source(path).load(dtype=torch.float32), str(path))
+    source = component_tensors(path, STEM) if path.is_dir() else open_source(path)
+    decoder = tiny_decoder(source.load(dtype=torch.float32), str(path))
     codec = model.codec
     if (decoder.channels, decoder.factor) != (codec.channels, codec.factor):
         theirs = f"{decoder.channels} channels, {decoder.factor} times smaller"

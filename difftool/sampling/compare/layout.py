@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from difftool.images.tables import Page, PictureTable, TableCell, zoom_of
+from difftool.images.fit import zoom_of
+from difftool.images.tables import Page, PictureTable, TableCell
 from difftool.sampling.sample import Sample
 
 MAX_SIDE = 8192
