@@ -239,7 +239,7 @@ def _beta(T: int, n: int, alpha: float = 0.6, beta: float = 0.6) -> Sequence[flo
 # --- scale grids: from noise scale hi to lo ---------------------------------------------------
 
 
-def _karras(hi: float, lo: float, n: int, rho: float = 7.0) -> Sequence[float]:
+def karras(hi: float, lo: float, n: int, rho: float = 7.0) -> Sequence[float]:
     """EDM (2206.00364, eq. 5)."""
     a, b = hi ** (1 / rho), lo ** (1 / rho)
     return [(a + share * (b - a)) ** rho for share in _ramp(n)]
@@ -358,7 +358,7 @@ for row in (
     Grid("ddim_uniform", "index", _ddim_uniform, "every T/n-th entry from 1: ComfyUI"),
     Grid("lcm", "index", _lcm, "every so many of the steps an LCM was distilled on"),
     Grid("beta", "index", _beta, "quantiles of a beta distribution over the index", a1111="Beta"),
-    Grid("karras", "scale", _karras, "even in sigma^(1/rho), rho = 7 (EDM)", a1111="Karras"),
+    Grid("karras", "scale", karras, "even in sigma^(1/rho), rho = 7 (EDM)", a1111="Karras"),
     Grid(
         *("polyexponential", "scale", _polyexponential, "a power of even steps in log sigma"),
         a1111="Polyexponential",

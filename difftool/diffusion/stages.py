@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.diffusion.clocks import flow_time
+from difftool.diffusion.grids import karras
 from difftool.diffusion.guidance import Denoise
 from difftool.diffusion.path import Level, Path
 from difftool.diffusion.prediction import Prediction, recover
@@ -85,9 +86,8 @@ class Restart(TwoStage):
         return [*grid[: low + 1], *again, *grid[low + 1 :]]
 
     def _karras(self, first: Level, last: Level, count: int) -> list[Level]:
-        """So many levels, both ends among them (EDM 2206.00364, eq. 5)."""
-        start, end = first.rho ** (1 / 7), last.rho ** (1 / 7)
-        rhos = [(start + i / (count - 1) * (end - start)) ** 7 for i in range(1, count - 1)]
+        """So many levels, both ends among them."""
+        rhos = karras(first.rho, last.rho, count)[1:-1]
         return [first, *(self.path.at_half_log_snr(-math.log(rho)) for rho in rhos), last]
 
     def __call__(

@@ -207,10 +207,7 @@ def grown(mask: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
         return mask
     pick = np.maximum if pixels > 0 else np.minimum
     for axis in (0, 1):
-        windows = np.lib.stride_tricks.sliding_window_view(
-            _around(mask, abs(pixels), axis), 2 * abs(pixels) + 1, axis
-        )
-        mask = pick.reduce(windows, axis=-1)
+        mask = pick.reduce(_windows(mask, abs(pixels), axis), axis=-1)
     return mask
 
 
@@ -222,15 +219,13 @@ def softened(mask: NDArray[np.float32], deviation: float) -> NDArray[np.float32]
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
     for axis in (0, 1):
-        windows = np.lib.stride_tricks.sliding_window_view(
-            _around(mask, reach, axis), 2 * reach + 1, axis
-        )
-        mask = (windows @ weights).clip(0, 1)
+        mask = (_windows(mask, reach, axis) @ weights).clip(0, 1)
     return mask
 
 
-def _around(mask: NDArray[np.float32], pixels: int, axis: int) -> NDArray[np.float32]:
-    """The mask with its edges repeated at both ends of an axis."""
+def _windows(mask: NDArray[np.float32], reach: int, axis: int) -> NDArray[np.float32]:
+    """What is within reach of each place along an axis, its edges repeated: [H,W,2 reach + 1]."""
     around = [(0, 0), (0, 0)]
-    around[axis] = (pixels, pixels)
-    return np.pad(mask, around, mode="edge")
+    around[axis] = (reach, reach)
+    padded = np.pad(mask, around, mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis)
