@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from difftool.errors import DifftoolError, InputError
 from difftool.storage.commit import write_whole
+from difftool.storage.places import user_cache
 from difftool.storage.strict_json import read_json
 
 SMALL = 64 * 64
@@ -127,8 +128,7 @@ def kept() -> Path:
     threads."""
     machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}"
     name = f"convolutions-{machine}-{torch.__version__}-{torch.get_num_threads()}.json"
-    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(above).expanduser() / "difftool" / name.replace(" ", "-")
+    return user_cache() / "difftool" / name.replace(" ", "-")
 
 
 @cache

@@ -28,6 +28,7 @@ from difftool.formats.diffusers.components import (
     stem_of,
     weight_names,
 )
+from difftool.storage.places import user_cache
 from difftool.storage.strict_json import read_json
 
 NAME = re.compile(
@@ -160,8 +161,7 @@ def cache_folder() -> Path:
     where = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if where:
         return Path(where).expanduser()
-    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{above}/huggingface").expanduser() / "hub"
+    return Path(os.environ.get("HF_HOME") or user_cache() / "huggingface").expanduser() / "hub"
 
 
 def cached(name: HubName) -> Path | None:

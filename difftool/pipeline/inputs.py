@@ -15,6 +15,7 @@ from difftool.images.fit import to_tensor
 from difftool.images.read import read_image, read_mask
 from difftool.pipeline.backdrop import Backdrop, Fitting, Start, started
 from difftool.pipeline.upscale import enlarged, upscaled
+from difftool.storage.read import Stamped, stamped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,17 +73,9 @@ def check_input(model: Model, given: SampleInput) -> None:
         raise UsageError(f"the model {name} varies a picture", hint=hint)
 
 
-class File(NamedTuple):
-    """A file and what tells whether it has changed."""
-
-    path: Path
-    stamp: int
-
-
-def _file(path: str) -> File:
+def _file(path: str) -> Stamped:
     check_file("picture", Path(path))
-    where = Path(path).resolve()
-    return File(where, where.stat().st_mtime_ns)
+    return stamped(Path(path).resolve())
 
 
 def picture_size(path: str) -> tuple[int, int]:
@@ -130,13 +123,13 @@ def load_image_prompt(path: str, side: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _read(file: File) -> Image.Image:
+def _read(file: Stamped) -> Image.Image:
     return read_image(file.path)
 
 
 @lru_cache(maxsize=4)
 def _start(
-    init: File, mask: File | None, fitting: Fitting, larger: tuple[float, str, str]
+    init: Stamped, mask: Stamped | None, fitting: Fitting, larger: tuple[float, str, str]
 ) -> Start:
     picture, (scale, upscaler, device) = _read(init), larger
     if scale > 1:
@@ -145,7 +138,7 @@ def _start(
 
 
 @lru_cache(maxsize=4)
-def _depth(file: File) -> Tensor:
+def _depth(file: Stamped) -> Tensor:
     import numpy as np
     import torch
 
@@ -153,7 +146,7 @@ def _depth(file: File) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _image_prompt(file: File, side: int) -> Tensor:
+def _image_prompt(file: Stamped, side: int) -> Tensor:
     import torch
 
     from difftool.config.networks import CLIP_MEAN, CLIP_STD

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from difftool.errors import InputError, UsageError, check_file, first_line, suggestion
+from difftool.storage.read import Stamped, stamped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,7 +84,7 @@ def _by_network(image: Image.Image, path: str, device: str) -> Image.Image:
     import torch
     from PIL import Image
 
-    network, scale = _network(path, Path(path).stat().st_mtime_ns, device)
+    network, scale = _network(stamped(Path(path)), device)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         made = in_tiles(pixels.to(device), network, scale)
@@ -92,8 +93,9 @@ def _by_network(image: Image.Image, path: str, device: str) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _network(path: str, _stamp: int, device: str) -> tuple[Any, int]:
+def _network(file: Stamped, device: str) -> tuple[Any, int]:
     """The network of a file, from [1,3,H,W] in [0, 1] to that times its scale."""
+    path = str(file.path)
     try:
         spandrel = import_module("spandrel")
     except ImportError:

@@ -26,7 +26,7 @@ from typing import IO, TypeVar
 
 from difftool.errors import ResourceError, UsageError, taken
 from difftool.storage.locks import Lock, abandoned
-from difftool.storage.read import open_file
+from difftool.storage.read import Stamped, open_file, stamped
 
 T = TypeVar("T")
 
@@ -52,13 +52,12 @@ def sha256_of(path: Path) -> str:
 
 def known_sha256(path: Path) -> str:
     """The same, of a file that is asked for again only read again if it has changed."""
-    found = os.stat(path)
-    return _known_sha256(path, found.st_mtime_ns, found.st_size)
+    return _known_sha256(stamped(path))
 
 
 @lru_cache(maxsize=256)
-def _known_sha256(path: Path, _stamp: int, _size: int) -> str:
-    return sha256_of(path)
+def _known_sha256(file: Stamped) -> str:
+    return sha256_of(file.path)
 
 
 # --- a file ----------------------------------------------------------------------------------

@@ -25,6 +25,11 @@ TRIAL = 4096
 """Bytes that are written to see whether any can be."""
 
 
+def user_cache() -> Path:
+    """Where programs keep what can be made or had again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
 def there(path: Path) -> Path:
     """What there is of a path: itself, or the nearest above it."""
     while not os.path.lexists(path):

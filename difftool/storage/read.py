@@ -7,6 +7,7 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 from difftool.errors import InputError, unreadable
 
@@ -23,6 +24,20 @@ def open_file(path: Path | str) -> BufferedReader:
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+class Stamped(NamedTuple):
+    """A file and what tells whether it has changed: a key of what was read of it."""
+
+    path: Path
+    modified: int
+    size: int
+
+
+def stamped(path: Path) -> Stamped:
+    """A file as it is now."""
+    found = os.stat(path)
+    return Stamped(path, found.st_mtime_ns, found.st_size)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
