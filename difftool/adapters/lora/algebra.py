@@ -125,8 +125,9 @@ def apply(tensors: dict[str, Tensor], prefix: str, loras: Sequence[Applied]) -> 
                 continue
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
             made, moved = changed(weight, bias, change, applied.at(layer))
-            broken = weight.isfinite().all() & ~made.isfinite().all()
-            lost.append((applied.lora.path, layer, broken))
+            sound = made.isfinite().all()
+            if not (sound.is_cpu and sound):  # where a look is no wait
+                lost.append((applied.lora.path, layer, weight.isfinite().all() & ~sound))
             tensors[f"{name}.weight"] = made
             if moved is not None:
                 tensors[f"{name}.bias"] = moved
