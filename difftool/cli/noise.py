@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool.cli import console
 from difftool.cli.options import PRINT_CONFIG, TALK
+from difftool.config.options import by_panels
 from difftool.errors import DifftoolError
 from difftool.forward.options import FIGURES, OPTIONS, PANELS
 
@@ -26,7 +27,7 @@ Examples
   difftool noise photo.png --likelihood -m model.safetensors
   difftool noise --curve --schedule karras --steps 25 -o curve.png
 """
-OF_NOISE = sorted((*FIGURES, *OPTIONS), key=lambda row: PANELS.index(row.panel))
+OF_NOISE = by_panels((*FIGURES, *OPTIONS), PANELS)
 ROWS = (*OF_NOISE, PRINT_CONFIG, *TALK)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftool.cli import console
 from difftool.cli.options import PRINT_CONFIG, TALK
-from difftool.config.options import RUN
+from difftool.config.options import RUN, by_panels
 from difftool.errors import DifftoolError
 from difftool.evaluation.options import EVALUATION
 from difftool.sampling import events
@@ -35,13 +35,8 @@ Examples
   difftool sample -m runs/photos --seed 0-999 -o "made/[seed].png" --skip-existing --evaluate photos
 """
 OF_RUN = tuple(row for row in OPTIONS if row.panel == RUN)
-_PANELS = [*dict.fromkeys(row.panel for row in OPTIONS if row.panel != RUN)]
-_OF_PICTURES = (row for row in OPTIONS if row.panel != RUN)
-ROWS = (
-    *sorted(_OF_PICTURES, key=lambda row: _PANELS.index(row.panel)),
-    *(*EVALUATION, *OF_RUN, PRINT_CONFIG, *TALK),
-)
-"""In the order of help: by panels."""
+OF_PICTURES = by_panels(row for row in OPTIONS if row.panel != RUN)
+ROWS = (*OF_PICTURES, *EVALUATION, *OF_RUN, PRINT_CONFIG, *TALK)
 
 
 def run(values: dict[str, Any]) -> int:

@@ -177,6 +177,14 @@ def by_name(rows: Iterable[Option]) -> dict[str, Option]:
     return named
 
 
+def by_panels(rows: Iterable[Option], panels: Iterable[str] = ()) -> list[Option]:
+    """Rows in the order of help, panel by panel: those named first, then as their first rows
+    stand."""
+    rows = [*rows]
+    order = [*dict.fromkeys((*panels, *(row.panel for row in rows)))]
+    return sorted(rows, key=lambda row: order.index(row.panel))
+
+
 def read_options(rows: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """Every option of a command by name: what was given, read and checked; None for the others.
 

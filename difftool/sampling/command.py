@@ -27,7 +27,7 @@ from difftool.diffusion.samplers import SAMPLERS, spelled
 from difftool.errors import UsageError, clash
 from difftool.evaluation.options import check_evaluation
 from difftool.hub.find import model_name, place_of_model
-from difftool.images.formats import format_of
+from difftool.images.formats import format_of, is_picture
 from difftool.pipeline.matches import MATCHES
 from difftool.sampling.compare.products import Combination, Product, Replayed, axes_of, single
 from difftool.sampling.events import Event, Failure, Note, Started
@@ -45,13 +45,8 @@ if TYPE_CHECKING:
     from difftool.sampling.run import SampleRun
 
 REFINER_START = 0.8
-OF_FILES = {
-    **dict.fromkeys(
-        (".txt", ".json", ".jsonl", ".ndjson"), ("--prompts", "draws each of its lines")
-    ),
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp"), ("--init", "starts from it")),
-}
-"""By ending: the options of files whose names are given as prompts by mistake, and what they do."""
+LISTS = (".txt", ".json", ".jsonl", ".ndjson")
+"""Endings of files of prompts."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +154,15 @@ def prepare(values: Mapping[str, Any], *, loaded: bool = False) -> SampleTask:
 def _check_words(prompts: Sequence[str]) -> None:
     """UsageError for a prompt that is the name of a file which an option takes."""
     for prompt in prompts:
-        flag, does = OF_FILES.get(Path(prompt).suffix.lower(), ("", ""))
-        if flag and isfile(prompt):
-            raise UsageError(f'"{prompt}" is a file, and no prompt', hint=f"{flag} {prompt} {does}")
+        if not isfile(prompt):
+            continue
+        hint = None
+        if is_picture(prompt):
+            hint = f"--init {prompt} starts from it"
+        elif Path(prompt).suffix.lower() in LISTS:
+            hint = f"--prompts {prompt} draws each of its lines"
+        if hint:
+            raise UsageError(f'"{prompt}" is a file, and no prompt', hint=hint)
 
 
 def _compares(values: Mapping[str, Any]) -> bool:
