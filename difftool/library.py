@@ -100,7 +100,6 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.model.name}, {self.model.device})"
 
-    @in_words()
     def sample(self, prompt: str | Sequence[str] | None = None, **options: Any) -> list[Image]:
         """Pictures, in the order that they are asked for; each one's `.info` has the text chunks
         of its PNG. With `output` they are written too, as by the command.
@@ -116,12 +115,13 @@ class Pipeline:
         """
         from difftool.sampling.command import sample
 
-        task = self._task(prompt, options)
         pictures = []
-        for event in sample(task, self.model, self.refiner):
-            _tell(event, above=3)
-            if isinstance(event, Result):
-                pictures.append(event.image)
+        with in_words():
+            task = self._task(prompt, options)
+            for event in sample(task, self.model, self.refiner):
+                _tell(event)
+                if isinstance(event, Result):
+                    pictures.append(event.image)
         return pictures
 
     def steps(
@@ -146,7 +146,7 @@ class Pipeline:
         entries = run_of(task, self.model, self.refiner).entries(task.requests())
         pictures = []
         for entry in entries:
-            _tell(entry, above=2)
+            _tell(entry)
             if isinstance(entry, Sample):
                 pictures.append(entry)
         (picture,) = pictures
@@ -333,13 +333,12 @@ def _about_models() -> set[str]:
     return {*rows, "device", "dtype", "low_memory", "engine"}
 
 
-def _tell(event: object, above: int) -> None:
-    """Raise the error of a picture, and warn of what is not done to the letter, so many callers
-    up."""
+def _tell(event: object) -> None:
+    """Raise the error of a picture, and warn of what is not done to the letter, two callers up."""
     if isinstance(event, Failure):
         raise event.error
     if isinstance(event, Note) and event.warning:
-        warnings.warn(event.text, stacklevel=above + 1)
+        warnings.warn(event.text, stacklevel=3)
 
 
 def _image(picture: Image | str | Path) -> Image:
