@@ -179,6 +179,41 @@ def test_pictures_that_are_there_are_on_the_grid(sample):
     assert made(ran) == ["out/1.png", "out/grid.png"] and ran.objects[-1]["grid"] == 2
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("where", ["out/", "out/[steps]-[seed].{}"])
+def test_a_grid_is_not_made_again_where_its_pictures_are_there(sample, where, ending):
+    """Neither refused as what is there already, nor made under another number."""
+    args = ("a fox", "--steps", "1,2", "--seed", "5,6", "--grid", "-o", where.format(ending))
+    args += ("--format", ending)
+    first = sample(*args)
+    files = {path: path.read_bytes() for path in Path("out").iterdir()}
+    (grid,) = (each["path"] for each in first.objects if "grid" in each)
+    for _ in range(2):
+        again = sample(*args)
+        assert made(again) == [] and "loading" not in again.err
+        known = {"schema": 1, "path": grid, "grid": 4, "existing": True}
+        assert again.objects[-1] == known and len(again.objects) == 5
+        assert {path: path.read_bytes() for path in Path("out").iterdir()} == files
+    Path(first.objects[1]["path"]).unlink()
+    assert len(made(sample(*args))) == 1
+    more = sample(*args, "--seed", "5-7")
+    (grown,) = (each["path"] for each in more.objects if "grid" in each)
+    assert more.objects[-1]["grid"] == 6 and (grown == grid) == ("[" in where)
+
+
+def test_only_a_grid_is_renewed(sample, difftool, models):
+    Path("out").mkdir()
+    Image.new("RGB", (16, 16)).save("out/grid.png")
+    args = ("a fox", "--seed", 5, "-o", "out/[seed].png", "--grid")
+    more = ("--device", "cpu", "--skip-existing")
+    ran = difftool("sample", "-m", models[0], *args, *more)
+    assert ran.code == 2 and "out/grid.png exists, and is no grid" in ran.err
+    Path("out/grid.png").unlink()
+    assert made(sample(*args)) == ["out/5.png", "out/grid.png"]
+    Path("out/5.png").unlink()  # a grid of one picture is not that picture
+    assert made(sample(*args)) == ["out/5.png"]
+
+
 def test_combinations_of_a_drawn_seed_are_begun_again(sample):
     args = ("a fox", "--steps", "1,2", "-o", "out/")
     first = sample(*args)

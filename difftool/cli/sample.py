@@ -156,7 +156,8 @@ class _Show:
             case events.Drawing(images):
                 display.during(f"drawing a grid of {images} pictures")
             case events.Sheet():
-                emit(event.path, event.report())
+                if console.mode.json or not event.existing:
+                    emit(event.path, event.report())
             case events.Failure(index, error):
                 self.errors.append(error)
                 if console.mode.json or self.told.is_news(error.what):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from difftool.errors import InputError, UsageError, unreadable
+from difftool.errors import DifftoolError, InputError, UsageError, unreadable
 from difftool.images.formats import CHUNK, OWN, TEXT
 from difftool.storage.read import open_file
 
@@ -96,6 +96,15 @@ def probe(data: bytes, background: str = "white") -> ProbedPicture:
         own = _is_own(image)
         picture = _to_rgb(image, background)
         return ProbedPicture(size if drafted else picture.image.size, picture.notes, own)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether there is a picture of several of difftool's, or a figure, as far as it says."""
+    try:
+        with _refusals(str(path)), _open(_read_file(path)) as image:
+            return _is_sheet(image)
+    except DifftoolError:
+        return False
 
 
 @contextmanager
@@ -194,12 +203,16 @@ class _Bits:
 
 def _is_own(image: Image.Image) -> bool:
     """Whether a picture says that difftool made it."""
+    if CHUNK in image.info or _is_sheet(image):
+        return True
+    return f"Version: {OWN['Software']}-" in f"{image.info.get(TEXT)} {_comment(image)}"
+
+
+def _is_sheet(image: Image.Image) -> bool:
     info, name = image.info, OWN["Software"]
-    if CHUNK in info or info.get("comment") == name.encode():
+    if info.get("comment") == name.encode():
         return True
-    if name in (info.get("Software"), image.getexif().get(EXIF_SOFTWARE)):
-        return True
-    return f"Version: {name}-" in f"{info.get(TEXT)} {_comment(image)}"
+    return name in (info.get("Software"), image.getexif().get(EXIF_SOFTWARE))
 
 
 def _text(value: str | bytes) -> str:

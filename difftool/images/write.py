@@ -11,8 +11,8 @@ from typing import BinaryIO
 from PIL import Image, PngImagePlugin
 
 from difftool.errors import UsageError
-from difftool.images.formats import CHUNK, OUTPUT_FORMATS
-from difftool.images.read import EXIF_FOLDER, EXIF_PACKED, EXIF_USER_COMMENT
+from difftool.images.formats import CHUNK, OUTPUT_FORMATS, OWN
+from difftool.images.read import EXIF_FOLDER, EXIF_PACKED, EXIF_SOFTWARE, EXIF_USER_COMMENT
 from difftool.storage.commit import write_whole
 
 
@@ -20,7 +20,8 @@ def encode(
     image: Image.Image, format: str, chunks: Mapping[str, str] | None = None, text: str = ""
 ) -> bytes:
     """The bytes of a picture's file, with the texts by keyword; or where the format has no room
-    for these the one text, that it carries, and difftool's own packed, if that fits too.
+    for these the one text, that it carries, and difftool's own packed, if that fits too, and
+    whether it is a sheet.
     UsageError where the text does not."""
     row = OUTPUT_FORMATS[format]
     if row.chunks:
@@ -29,6 +30,8 @@ def encode(
     if text:
         comment = b"UNICODE\0" + text.encode("utf-16-be")
         exif.get_ifd(EXIF_FOLDER)[EXIF_USER_COMMENT] = comment
+    if chunks and OWN.items() <= chunks.items():
+        exif[EXIF_SOFTWARE] = OWN["Software"]
     if chunks and CHUNK in chunks:
         packed = CHUNK.encode() + b"\0" + zlib.compress(chunks[CHUNK].encode(), 9)
         if row.room is None or 2 * len(text) + len(packed) < row.room:

@@ -89,11 +89,14 @@ class Sheet:
     images: int
     reports: Sequence[dict[str, Any]] = ()
     """With the first page, what each picture was asked for that has no file of its own."""
+    existing: bool = False
+    """Whether it was there already, as it would be made."""
 
     def report(self) -> dict[str, Any]:
         """As a JSON object."""
         pictures = {"pictures": list(self.reports)} if self.reports else {}
-        return {"path": str(self.path), "grid": self.images} | pictures
+        existing = {"existing": True} if self.existing else {}
+        return {"path": str(self.path), "grid": self.images} | pictures | existing
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from difftool.errors import UsageError
 from difftool.images.formats import OUTPUT_FORMATS, format_of
+from difftool.images.read import is_sheet
 from difftool.sampling.files.inventory import Inventory
 from difftool.sampling.files.names import (
     check_template,
@@ -25,9 +26,12 @@ from difftool.sampling.settings import Values
 from difftool.storage.commit import write_whole
 from difftool.storage.locks import Lock
 from difftool.storage.places import check_place
+from difftool.storage.read import read_bytes
 
 PAGES = (".html", ".htm")
 """Endings of names of pages."""
+SHEET = "grid"
+"""How the name of a sheet ends that is beside the pictures."""
 
 
 @dataclass
@@ -152,7 +156,7 @@ class Output:
 
     def sheet_path(self, page: int = 1) -> Path | None:
         """Where a page of a sheet of all pictures goes; None where it gets a number. UsageError if
-        taken."""
+        taken; where what is there is left, a sheet of before is renewed."""
         if self.stdout or not self.template:
             return None
         whole = self.template if self.only_sheet else without_fields(self.template)
@@ -160,11 +164,27 @@ class Output:
         ending = PurePath(f"x{name}").suffix
         stem = name.removesuffix(ending).strip("-_. ")
         if not self.only_sheet:
-            stem = f"{stem}{'-' if stem else ''}grid"
+            stem = f"{stem}{'-' if stem else ''}{SHEET}"
         path = self.root / f"{stem}{f'-{page}' if page > 1 else ''}{ending}"
         if os.path.lexists(path) and not self.overwrite:
-            raise _exists(path)
+            if not self.skip_existing:
+                raise _exists(path)
+            if not is_sheet(path):
+                hint = "give another name, or remove what is there"
+                raise UsageError(f"{path} exists, and is no grid of difftool's", hint=hint)
         return path
+
+    def write_sheet(self, data: bytes, page: int = 1) -> tuple[Path | None, bool]:
+        """Write a page of a sheet of all pictures; its path, None for stdout, and whether it was
+        there already: where what is there is left, the same sheet is not written again."""
+        path = self.sheet_path(page)
+        if self.skip_existing:
+            there = [path] if path else sorted(self.root.glob(f"*-{SHEET}.{self.format}"))
+            for each in filter(os.path.isfile, there):
+                if os.path.getsize(each) == len(data) and read_bytes(each, len(data)) == data:
+                    return each, True
+        renewed = replace(self, overwrite=self.overwrite or self.skip_existing)
+        return renewed.write(data, path, SHEET), False
 
     def folder(self, path: Path | None) -> Path:
         """The folder of a picture of that path, or of one that is numbered when it is written; the

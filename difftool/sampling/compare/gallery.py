@@ -51,7 +51,9 @@ class Gallery:
         """Put the picture of an event on the grid, if it is one of a picture."""
         self._failed += isinstance(event, Failure)
         if isinstance(event, Result):
-            self._add(event.sample, event.image)
+            # Of what a file has that may be lossy, as of a picture that was there already.
+            kept = event.path if self.output.skip_existing else None
+            self._add(event.sample, read_picture(kept).image if kept else event.image)
         elif isinstance(event, Existing) and event.path:
             self._add(event.sample, read_picture(event.path).image)
 
@@ -95,14 +97,13 @@ class Gallery:
             try:
                 image = drawn(each)
                 told = {**OWN, **texts(self._text or None, self._chunk() or None)}
-                path = self.output.sheet_path(number)
                 data = encode(image, self.output.format, told)
-                path = self.output.write(data, path, "grid")
+                path, existing = self.output.write_sheet(data, number)
             except DifftoolError as error:
                 yield Failure(len(self._shown), error)
                 return
             reports = self._numbered() if self.output.only_sheet and number == 1 else ()
-            yield Sheet(path, each.pictures, reports)
+            yield Sheet(path, each.pictures, reports, existing)
 
     def _page(self, arrangement: Arrangement) -> Event:
         """Write the page in which pictures are compared."""
@@ -110,7 +111,7 @@ class Gallery:
         embedded = [Embedded(*each) for each in zip(reads, self._reports, strict=True)]
         try:
             data = page(arrangement, embedded, self.output.format)
-            path = self.output.write(data, self.output.sheet_path(), "grid")
+            path, _ = self.output.write_sheet(data)
         except DifftoolError as error:
             return Failure(len(self._shown), error)
         return Sheet(path, len(self._shown), self._numbered())

@@ -12,6 +12,7 @@ from difftool.errors import DifftoolError
 from difftool.images.formats import CHUNK, format_of
 from difftool.images.read import read_notes, read_picture
 from difftool.sampling.files.names import patterns
+from difftool.sampling.metadata.grids import EACH
 from difftool.storage.read import read_bytes
 from difftool.storage.strict_json import parse_json, to_json
 
@@ -175,6 +176,8 @@ class Inventory:
         try:
             texts, _ = read_notes(file)
             chunk = parse_json(texts[CHUNK], str(file), infinite=True)
+            if EACH in chunk:  # a grid, which is none of its pictures
+                return None
             asked, name = chunk["request"], file.relative_to(self.root).as_posix()
             hashes = chunk["content"], chunk["series"]
             seeds = asked["seed"], asked.get("vary_seed")
