@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from difftool.config.listed import names, numbers, replacements, sizes, weighted
 from difftool.config.options import read_options
 from difftool.errors import DifftoolError, UsageError
 from difftool.sampling.command import SampleTask, prepare
+from difftool.sampling.expand import Expander, applied
 from difftool.sampling.requests import Request
 from difftool.sampling.settings import OPTIONS, SETTINGS
 
@@ -159,6 +161,46 @@ def test_lines_are_each_drawn_in_every_combination_but_for_what_they_say_themsel
         *(("a cat", *each) for each in every),
     ]
     assert made.total is None and made.said.startswith("4 pictures in place of each")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "told"),
+    [
+        ("a fox --ar 3:2", {"ar": "1:1,2:1"}, "not with --ar 1:1,2:1"),
+        ("a fox --ar 3:2", {"size": "64,64x32"}, "not with --size 64,64x32"),
+        ("a fox --chaos 20", {"chaos": "10,50"}, "not with --chaos 10,50"),
+        ("a fox --seed 7", {"seed": "1-3"}, "not with the 3 seeds of --seed"),
+        ("a red fox --ar 1:1", {"ar": "1:1,2:1", "replace": "red,blue"}, "not with --ar 1:1,2:1"),
+        ("a fox", {"ar": "1:1,2:1"}, None),
+        ("a fox --ar 3:2", {"ar": "1:1,2:1", "prompt_syntax": "none"}, None),
+        ({"prompt": "a fox", "ar": "3:2"}, {"size": "64,32"}, ""),
+        ({"prompt": "a fox", "width": 64, "height": 32}, {"size": "64,32"}, ""),
+        ({"prompt": "a fox", "width": 64}, {"ar": "1:1,3:2"}, ""),
+        ({"prompt": "a fox", "sampler": "euler_a"}, {"eta": "0,1"}, ""),
+    ],
+)
+def test_no_value_is_drawn_that_a_prompt_or_a_line_overrules(prompt, given, told):
+    """Else the cells of an axis would be one picture again and again. told: what is said of it."""
+    file = None
+    if isinstance(prompt, dict):
+        Path("l.jsonl").write_text(json.dumps(prompt), encoding="utf-8")
+        prompt, file = None, "l.jsonl"
+    made = task(prompt, prompts=file, steps="1,2", **{"seed": 4} | given)
+    found = [each for each in made.requests() if isinstance(each, Request)]
+    blue = 2 if "replace" in given else 1
+    seeds = {len(applied(each).images()) for each in found}
+    assert len(found) == 2 * blue * (1 if told is not None else 2) and seeds == {1}
+    assert all(bool(each.changed) == bool(told) for each in found)
+    if told:
+        assert told in found[0].changed[0] and made.total == len(found)
+        assert made.said.startswith(f"{len(found)} pictures: ")
+
+
+def test_a_parameter_within_braces_takes_its_picture_off_the_axis():
+    (request,) = asked(task("{a fox --ar 3:2}", seed=1))
+    chosen = Expander().chosen(replace(request, place=(("ar", "1:1"), ("steps", "2"))), 1)
+    assert chosen.place == (("steps", "2"),) and chosen.ar == (3, 2)
+    assert "not with ar 1:1" in chosen.changed[0]
 
 
 def test_weights_of_loras_are_listed():

@@ -79,7 +79,7 @@ class SampleTask:
     @property
     def said(self) -> str:
         """How many pictures there will be and why; "" where nothing is multiplied."""
-        return self.product.said(self.total)
+        return self.product.said(self.total, self.asked)
 
     def steps(self, own: int) -> int | None:
         """Steps of all pictures of one model; own: of one that asks for no number."""

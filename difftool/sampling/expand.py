@@ -6,7 +6,7 @@ prompt that has one is final: nothing in it stands for anything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
@@ -49,6 +49,7 @@ def applied(request: Request, inner: bool = False) -> Request:
             row = cast(Setting, rows[name])
             given = as_written(name, text or row.alone or "")
             read[name] = row.one(given, f"--{name} in the prompt")
+        request = _placed(request, read) if inner else request
         no = ", ".join(filter(None, (request.no, read.pop("no", ""))))
         request = replace(
             request_of(read).over(request), prompt=found.prompt, no=no or None,
@@ -60,6 +61,18 @@ def applied(request: Request, inner: bool = False) -> Request:
     kept = request.negative_template
     kept = negative if kept is not None and kept == (request.negative or "") else kept
     return replace(request, negative=negative, negative_template=kept, no=None)
+
+
+def _placed(request: Request, read: Collection[str]) -> Request:
+    """A request without its places on axes whose values what was chosen takes the places of."""
+    taken = {*read, "size"} if "ar" in read else {*read}
+    kept = tuple((axis, text) for axis, text in request.place if axis not in taken)
+    told = [
+        f'"{request.prompt}" is drawn as it says itself, not with {axis.replace("_", " ")} {text}'
+        for axis, text in request.place
+        if axis in taken
+    ]
+    return replace(request, place=kept, changed=(*request.changed, *told))
 
 
 def is_plain(request: Request, match: str | None, own: SampleConfig | None = None) -> bool:

@@ -183,6 +183,7 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Settings laid over others; options of a sampler or grid go with the one they belong to."""
     dropped = {f"{name}_options" for name in ("sampler", "schedule") if name in top}
     dropped |= {"width", "height"} if "size" in top else set()
+    dropped |= {"size"} if {"width", "height"} <= top.keys() else set()
     return merge({name: value for name, value in base.items() if name not in dropped}, top)
 
 

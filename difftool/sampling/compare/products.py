@@ -6,16 +6,16 @@ faster. What a model is loaded by goes slowest, so that each one is loaded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from math import prod
 from typing import Any, NamedTuple
 
 from difftool.config.listed import Several
 from difftool.errors import DifftoolError, UsageError
-from difftool.sampling.expand import TEMPLATES
+from difftool.sampling.expand import TEMPLATES, applied, is_plain
 from difftool.sampling.files.prompts import Lines
 from difftool.sampling.requests import Request, located
 from difftool.sampling.settings import SETTINGS, Setting, Values
@@ -47,15 +47,6 @@ class Axis(NamedTuple):
             whole[self.entry] = value
             value = whole
         values[self.row.name] = value
-
-    def is_asked(self, request: Request) -> bool:
-        """Whether a line asks for a value of its own."""
-        if self.row.field is not None:
-            return getattr(request, self.row.field) is not None
-        found: Any = request.settings
-        for key in (self.row.key or "").split(".")[1:]:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found is not None
 
 
 def axes_of(values: Values) -> tuple[Axis, ...]:
@@ -89,7 +80,8 @@ def single(values: Values, axes: Iterable[Axis]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Product:
-    """The combinations of what was given."""
+    """The combinations of what was given. A line's own value on an axis, or one in its prompt,
+    takes the places of all of the axis'."""
 
     values: Values
     """Of all options, each the first where there are several."""
@@ -99,7 +91,7 @@ class Product:
     pictures: Sequence[Request | None] = (None,)
     """What pictures to be made again say of themselves; None = there are none."""
 
-    @property
+    @cached_property
     def base(self) -> Request:
         """What every picture is asked for, in the first combination."""
         return self.ask(self.values, self.pictures[0])
@@ -115,14 +107,37 @@ class Product:
             if not isinstance(line, Request):
                 yield line
                 continue
-            own = frozenset(axis.name for axis in self.axes if axis.is_asked(line))
-            for base in self._bases(own):
-                try:
-                    made = replaced(line.over(base))
-                except DifftoolError as error:
-                    yield located(error, line)
-                    break
-                yield replace(made, source=line.source, line=line.line, place=(*place, *base.place))
+            at = {"source": line.source, "line": line.line}
+            try:
+                own, told = self._own(line)
+                for base in self._bases(own):
+                    made, where = replaced(line.over(base)), (*place, *base.place)
+                    yield replace(made, **at, place=where, changed=(*made.changed, *told))
+            except DifftoolError as error:
+                yield located(error, line)
+
+    def _own(self, line: Request) -> tuple[frozenset[str], list[str]]:
+        """The axes on which a line has a value of its own, so that none of theirs changes it; and
+        what is said of values that the parameters in its prompt take the places of."""
+        own, told = set(), []
+        for axis, bases in self._firsts:
+            one, other = (line.over(base) for base in bases)
+            if one == other:
+                own.add(axis.name)
+                continue
+            one, other = (self._read(each) for each in (one, other))
+            if one == other:
+                own.add(axis.name)
+                told.append(_overruled(line, f"{axis.row.flag} {','.join(axis.values)}"))
+        if line.seeds is None and len(seeds := self.base.seeds or ()) > 1:
+            if len(self._read(line.over(self.base)).seeds or ()) == 1:
+                told.append(_overruled(line, f"the {len(seeds)} seeds of --seed"))
+        return frozenset(own), told
+
+    def _read(self, request: Request) -> Request:
+        """A request with what the parameters in its prompt ask for."""
+        request = replaced(request)
+        return request if is_plain(request, self.values["match"]) else applied(request)
 
     def _bases(self, own: frozenset[str]) -> Iterable[Request]:
         """What is asked for of every picture, of each combination; own: axes on which a line has a
@@ -131,6 +146,15 @@ class Product:
             axes = [axis for axis in self._free if axis.name not in own]
             return self._asked(axes)
         return self._all
+
+    @cached_property
+    def _firsts(self) -> list[tuple[Axis, list[Request]]]:
+        """What is asked for with the first two values of each axis, the others at their first."""
+        return [
+            (axis, [self.ask(values, self.pictures[0]) for values, _ in two])
+            for axis in self._free
+            if len(two := list(islice(self._combined([axis]), 2))) == 2
+        ]
 
     def _asked(self, axes: Iterable[Axis]) -> list[Request]:
         axes = list(axes)
@@ -162,16 +186,26 @@ class Product:
             for values, _ in self._combined([axis]):
                 yield self.ask(values, self.pictures[0])
 
-    def said(self, count: int | None) -> str:
-        """How many pictures there will be and why, for people; "" where nothing is multiplied."""
+    def said(self, count: int | None, lines: Sequence[Request]) -> str:
+        """How many pictures there will be of lines and why, for people; "" where nothing is
+        multiplied."""
         factors = [f"{axis.name.replace('_', ' ')} {len(axis.values)}" for axis in self.axes]
         if not factors:
             return ""
         made = prod(len(axis.values) for axis in self.axes)
         if count is None:
             return f"{made} pictures in place of each: {' x '.join(factors)}"
+        if sum(1 for _ in self.requests(lines)) < len(lines) * len(self._all):
+            few = f"{count} picture{'s' if count > 1 else ''}"
+            return f"{few}: {' x '.join(factors)}, where prompts leave these open"
         factors += [f"images {count // made}"] if count != made else []
         return f"{count} pictures: {' x '.join(factors)}"
+
+
+def _overruled(line: Request, values: str) -> str:
+    prompt = f"{line.prompt or ''}"
+    prompt = prompt if len(prompt) <= 60 else f"{prompt[:30]}...{prompt[-27:]}"
+    return f'"{prompt}" is drawn as it says itself, not with {values}'[:200]
 
 
 def replaced(request: Request) -> Request:
