@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from commands import ENVIRONMENT
 from PIL import Image
 
 import difftool as library
+from difftool.errors import UsageError
+from difftool.pipeline.load import load_model
+from difftool.sampling.events import Result, Working
+from difftool.sampling.files.prompts import Lines
 from difftool.sampling.metadata.files import read
+from difftool.sampling.requests import Request, parse_line
+from difftool.sampling.run import SampleRun
 from difftool.text.tokenizer import Tokenizer
 
 SAMPLE = {"size": [16, 16], "steps": 2, "sampler": "euler_a", "guidance": 2.0}
@@ -101,6 +108,64 @@ def test_what_is_printed_is_read_again_as_lines_and_as_one_array(model, difftool
         for one, other in zip(first.objects, again.objects, strict=True):
             assert Path(one["path"]).read_bytes() == Path(other["path"]).read_bytes(), one
             assert {**one, "path": "", "seconds": 0} == {**other, "path": "", "seconds": 0}
+
+
+SHAPES = ("1:1", "2:1", "1:2")
+
+
+def run(model: Path, lines: Lines, **more: Any) -> list[Any]:
+    """The images of each batch of a run and the index of each result, as they come."""
+    made = SampleRun(model=load_model(str(model), device="cpu"), **more)
+    found = []
+    for event in made.events(lines):
+        if isinstance(event, Working) and event.step == 1:
+            found.append(f"{event.images} together")
+        elif isinstance(event, Result):
+            found.append(event.index)
+    return found
+
+
+def request(number: int, shape: str = "") -> Request:
+    found = parse_line(f"a fox --ar {shape or SHAPES[number % 3]} --d {number}")
+    assert found is not None
+    return found
+
+
+def test_pictures_of_one_shape_are_made_together_from_among_others(model):
+    lines = [request(number) for number in range(13)]
+    together = run(model, lines, batch_size=4)
+    several = [0, "4 together", 1, "4 together", *range(2, 12)]
+    assert together == ["4 together", *several, "1 together", 12]
+    # what has to be waited for keeps back nothing, and what is no picture is told in its place
+    wrong = UsageError("it is none")
+    found = run(model, [*lines[:5], None, *lines[5:9], wrong], batch_size=4)
+    assert found[:8] == ["2 together", 0, "2 together", 1, "1 together", 2, 3, 4]
+    assert [each for each in found if isinstance(each, int)] == list(range(9))
+
+
+def test_a_picture_that_is_alone_of_its_shape_holds_up_few(model):
+    asked = []
+
+    def lines() -> Iterator[Request]:
+        for number in range(40):
+            asked.append(number)
+            yield request(number, "2:1" if not number else "1:1")
+
+    made = SampleRun(model=load_model(str(model), device="cpu"), batch_size=4)
+    first = next(event for event in made.events(lines()) if isinstance(event, Result))
+    assert first.index == 0 and len(asked) <= 4 * 4 + 1
+
+
+def test_mixed_shapes_are_printed_in_order_and_each_as_it_is_alone(model, difftool):
+    lines = [f"a fox --ar {SHAPES[i % 3]} --d {i}" for i in range(7)]
+    Path("p.txt").write_text("\n".join(lines), encoding="utf-8")
+    common = ("sample", "-m", model, "--device", "cpu", "--json", "--exact")
+    ran = difftool(*common, "--prompts", "p.txt", "-o", "out/")
+    assert [each["seed"] for each in ran.objects] == list(range(7))
+    assert [each["path"] for each in ran.objects] == [f"out/0000{i}-{i}.png" for i in range(7)]
+    for i in (1, 5):
+        (path,) = difftool(*common[:-2], "--exact", lines[i].replace("--d", "--seed")).lines
+        assert Path(path).read_bytes() == Path(ran.objects[i]["path"]).read_bytes()
 
 
 # --- a thousand prompts, in processes of their own -------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from difftool.config.schema import SampleConfig
 from difftool.pipeline.upscale import enlarged
@@ -11,6 +13,10 @@ from difftool.sampling.sample import Sample
 
 MAX_BATCH = 16
 BATCH_PIXELS = 1 << 20
+WINDOW = 4.0
+"""So many batches' worth of pictures wait for each other at most."""
+OTHER = 1 / 256
+"""What an entry that is no picture to make counts for of a batch."""
 
 Planned = Sample | Failure | Existing | Note
 
@@ -21,28 +27,60 @@ def default_batch(settings: SampleConfig) -> int:
     return max(1, min(MAX_BATCH, BATCH_PIXELS // (width * height)))
 
 
+@dataclass(eq=False)
+class _Group:
+    """Pictures that are made alike, and how many of them are made together."""
+
+    like: tuple[object, ...]
+    limit: int
+    samples: list[Sample]
+
+
+Batch = tuple[list[Sample], list[Planned]]
+"""Pictures to make together; and the entries, in their order, that wait for no other then."""
+
+
 def batches(
     entries: Iterable[Planned | None], room: Callable[[SampleConfig], int]
-) -> Iterator[list[Planned]]:
-    """Entries in order, cut so that the pictures of each batch are made alike and are no more than
-    `room` says. None says that the next entry has to be waited for, so what there is goes on."""
-    batch: list[Planned] = []
-    like: tuple[object, ...] = ()
-    count = limit = 0
+) -> Iterator[Batch]:
+    """The pictures among entries in batches, each made alike and no more than `room` says.
+
+    Pictures of one kind are gathered from among others, as far ahead as WINDOW says, and what is
+    made waits for what comes before it. None says that the next entry has to be waited for, so what
+    there is goes on.
+    """
+    queue: deque[tuple[float, Planned]] = deque()
+    groups: list[_Group] = []  # that of the first picture that is to be made comes first
+
+    def batch(group: _Group | None = None) -> Batch:
+        if group:
+            groups.remove(group)
+        first, due = groups[0].samples[0] if groups else None, []
+        while queue and queue[0][1] is not first:
+            due.append(queue.popleft()[1])
+        return group.samples if group else [], due
+
     for entry in entries:
-        if isinstance(entry, Sample):
-            if count and _alike(entry) != like:
-                yield batch
-                batch, count = [], 0
-            like, limit = _alike(entry), room(entry.plan.settings)
-            count += 1
-        if entry is not None:
-            batch.append(entry)
-        if batch and (not count or count >= limit or entry is None):
-            yield batch
-            batch, count = [], 0
-    if batch:
-        yield batch
+        if entry is None:
+            while groups:
+                yield batch(groups[0])
+        elif isinstance(entry, Sample):
+            like = _alike(entry)
+            group = next((group for group in groups if group.like == like), None)
+            if group is None:
+                groups.append(group := _Group(like, room(entry.plan.settings), []))
+            group.samples.append(entry)
+            queue.append((1 / group.limit, entry))
+            if len(group.samples) >= group.limit:
+                yield batch(group)
+        else:
+            queue.append((OTHER, entry))
+            if not groups:
+                yield batch()
+        while sum(share for share, _ in queue) > WINDOW:
+            yield batch(groups[0])
+    while groups:
+        yield batch(groups[0])
 
 
 def _alike(sample: Sample) -> tuple[object, ...]:

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+Made = tuple["Tensor", "Tensor", float]
+"""x0 [C,h,w], image [3,H,W] and the seconds that it took."""
 MASKED = ("init", "mask")
 """Pictures that are needed where what is drawn is put back into one."""
 
@@ -112,23 +114,25 @@ class SampleRun:
 
     def events(self, requests: Lines) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
-        for batch in batches(self.entries(requests), self._room):
-            samples = [entry for entry in batch if isinstance(entry, Sample)]
+        made: dict[int, Made] = {}
+        for samples, due in batches(self.entries(requests), self._room):
             started = time.perf_counter()
-            made = iter((yield from self._make(samples)))
+            images = yield from self._make(samples)
             seconds = (time.perf_counter() - started) / max(1, len(samples))
-            for entry in batch:
+            made |= {s.index: (*image, seconds) for s, image in zip(samples, images, strict=True)}
+            for entry in due:
                 if isinstance(entry, Existing):
                     yield self._found(entry)
-                    continue
-                if not isinstance(entry, Sample):
+                elif isinstance(entry, Sample):
+                    yield self._finished(entry, *made.pop(entry.index))
+                else:
                     yield entry
-                    continue
-                x0, image = next(made)
-                if failure := _unsound(entry, x0, image):
-                    yield failure
-                    continue
-                yield self._written(entry, x0, image, seconds)
+
+    def _finished(
+        self, sample: Sample, x0: Tensor, image: Tensor, seconds: float
+    ) -> Result | Failure:
+        """What became of a picture that is made."""
+        return _unsound(sample, x0, image) or self._written(sample, x0, image, seconds)
 
     def _found(self, entry: Existing) -> Existing | Failure:
         """A picture that is there, where it is; or that it was to be made before, and was not."""
@@ -282,11 +286,8 @@ class SampleRun:
             if path and self.output and self.output.skip_existing and path.exists():
                 yield Existing(sample=sample, path=path)
                 continue
-            if failure := _unsound(sample, x0, image):
-                yield failure
-                continue
             seconds = time.perf_counter() - started
-            yield self._written(replace(sample, path=path), x0, image, seconds)
+            yield self._finished(replace(sample, path=path), x0, image, seconds)
 
 
 def finished(sample: Sample, image: Tensor) -> Image.Image:
