@@ -39,6 +39,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._names: dict[str, str] = {}
         self._aliases: dict[str, tuple[str, ...]] = {}
         self._abouts: dict[str, str] = {}
+        self._answers: dict[str, str] = {}
 
     def add(self, name: str, component: T, *aliases: str, about: str = "") -> T:
         """Register a component under its name and further spellings; each must be new. about: the
@@ -52,6 +53,11 @@ class Registry(Mapping[str, T], Generic[T]):
         self._aliases[name], self._abouts[name] = aliases, about
         ADDITIONS.append((self, name))
         return component
+
+    def answer(self, names: str, hint: str) -> None:
+        """Say that of names of other tools' components, with spaces between, that there are none
+        of."""
+        self._answers |= {canonical(name): hint for name in names.split()}
 
     def remove(self, name: str) -> None:
         """Take a component back, with all spellings of its name."""
@@ -88,7 +94,8 @@ class Registry(Mapping[str, T], Generic[T]):
             return self._names[canonical(name)]
         except KeyError:
             what = f'there is no {self.kind} "{name}"'
-            raise UsageError(what, hint=suggestion(str(name), self._entries)) from None
+            hint = self._answers.get(canonical(name)) or suggestion(str(name), self._entries)
+            raise UsageError(what, hint=hint) from None
 
     def __getitem__(self, name: str) -> T:
         return self._entries[self.resolve(name)]

@@ -13,10 +13,13 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from difftool.adapters.lora.file import lora_hash
+from difftool.config.options import read_options
 from difftool.errors import DifftoolError, InputError
+from difftool.sampling.command import prepare
 from difftool.sampling.metadata.comfy import from_graph
 from difftool.sampling.metadata.files import read
 from difftool.sampling.requests import Request
+from difftool.sampling.settings import OPTIONS
 
 A1111 = """a (red:1.3) fox, [dark] <lora:ink:0.6>, BREAK a hill
 Negative prompt: (bad:1.2)
@@ -99,6 +102,31 @@ def test_a_lora_of_the_name_and_another_hash_is_another():
     assert dict(request.missed)["lora"]
 
 
+@pytest.mark.parametrize(
+    ("name", "same", "says"),
+    [
+        ("ink", True, ""),
+        ("renamed", True, ""),
+        ("INK", False, "not the LoRA"),
+        ("pen", False, None),
+    ],
+)
+def test_loras_of_a_picture_are_looked_for_in_the_user_s_folder(name, same, says):
+    digest = lora(f"styles/sub/{name}.safetensors")
+    digest = digest if same else "00112233aabb"
+    picture(parameters=A1111.format(digest=digest).replace("VAE: x.safetensors, ", ""))
+    (made,) = prepare(
+        read_options(OPTIONS, {"from_image": "x.png", "lora_dir": "styles"})
+    ).requests()
+    assert isinstance(made, Request)
+    if says is None:
+        assert made.loras == () and f"the LoRA ink ({digest})" in missed(made)
+        return
+    assert made.loras == ((f"styles/sub/{name}.safetensors", 0.6),)
+    assert "LoRA ink" not in missed(made) and made.sought == ()
+    assert [says in text for text in made.changed] == ([True] if says else [])
+
+
 def test_the_hash_of_nothing_is_no_file_s():
     """As forge wrote it for files that it could not read, and took for another one's."""
     save_file({}, "pen.safetensors")
@@ -122,7 +150,8 @@ def test_the_hash_of_nothing_is_no_file_s():
         ("Sampler: DPM++ 2M, Schedule type: Uniform", "normal"),
         ("Sampler: DPM++ 2M, Schedule type: DDIM", "ddim_uniform"),
         ("Sampler: DPM++ 2M, Schedule type: SGM Uniform", "sgm_uniform"),
-        ("Sampler: DPM++ 2M, Schedule type: KL Optimal", None),
+        ("Sampler: DPM++ 2M, Schedule type: KL Optimal", "kl_optimal"),
+        ("Sampler: DPM++ 2M, Schedule type: Align Your Steps GITS", None),
         ("Sampler: DPM++ 2M Karras, Version: v1.6.0", "karras"),
         ("Sampler: DPM++ 2M, Version: v1.6.0", "normal"),
         ("Sampler: DPM++ 2M, Version: v1.9.3", "karras"),
@@ -137,7 +166,7 @@ def test_schedules_are_a1111_s(said, schedule):
     request = read(picture(parameters=f"a fox\nSteps: 9, {said}, Seed: 5"))
     assert request.settings.get("schedule") == schedule
     if schedule is None:
-        assert "Schedule type: KL Optimal" in missed(request)
+        assert "Schedule type: Align Your Steps GITS" in missed(request)
     if "DPM fast" in said or "adaptive" in said:
         assert request.settings["sampler"] in ("dpm_fast", "dpm_adaptive")
     if "another" in said:
@@ -404,6 +433,7 @@ def test_novelai():
     assert (request.prompt, request.negative, request.seeds) == ("{fox}, hill", "bad", (77,))
     assert request.settings["sampler"] == "euler_a" and request.settings["schedule"] == "karras"
     assert request.settings["guidance"] == 5.0 and missed(request) == "sm True"
+    assert request.settings["prompt_syntax"] == "novelai" and request.template == "{fox}, hill"
     del said["prompt"]
     request = read(picture(**texts | {"Comment": json.dumps(said)}))
     assert request.prompt == "{fox}, hill"

@@ -199,10 +199,33 @@ def test_index_grids_of_comfyui_and_k_diffusion(n: int):
         "simple": [999 - int(i * 1000 / n) for i in range(n)],
         "ddim_uniform": np.arange(1, 1000, 1000 // n)[::-1],
         "beta": beta,
+        "beta57": np.rint(
+            scipy.stats.beta.ppf(1 - np.linspace(0, 1, n, endpoint=False), 0.5, 0.7) * 999
+        ),
     }
     for name, times in expected.items():
         ours = [level.t for level in levels(name, PATHS["sd15"](), n)]
         assert ours == pytest.approx(list(times), abs=1e-9), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_scale_grids_of_comfyui(n: int):
+    lo, hi = 0.0291671582, 14.6146412293
+    ramp = np.arange(n) / max(n - 1, 1)
+    first, last = n // 2, n - n // 2
+    line = [i * 0.025 / first for i in range(first)]
+    square = []
+    if first:  # as Mochi writes it out
+        a = (first - 0.025 * n) / (first * last**2)
+        b = 0.025 / first - 2 * (first - 0.025 * n) / last**2
+        square = [a * i**2 + b * i + a * first**2 for i in range(first, n)]
+    expected = {
+        "kl_optimal": np.tan(ramp * math.atan(lo) + (1 - ramp) * math.atan(hi)),
+        "linear_quadratic": hi * (1 - np.array([*line, *square] if n > 1 else [0.0])),
+    }
+    for name, scales in expected.items():
+        ours = [level.rho for level in levels(name, PATHS["sd15"](), n)]
+        assert ours == pytest.approx(scales.tolist(), rel=1e-8), name
 
 
 def test_polyexponential():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hangs import ends
@@ -10,6 +12,8 @@ from torch import Tensor
 from difftool.config.layers import load_preset
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.model import Model
+from difftool.sampling.expand import is_plain
+from difftool.sampling.requests import Request
 from difftool.text import compel
 from difftool.text.a1111 import conjunction, schedule, weighted
 from difftool.text.comfy import nested
@@ -191,11 +195,11 @@ UNREAD = [
     ("a (red:1.2) fox", "(red:1.2)", "comfy a1111"),
     ("a (red (dark) x:.5) fox", "(red (dark) x:.5)", "comfy a1111"),
     ("((red)) fox", "((red))", "comfy a1111"),
-    ("a [red] fox", "[red]", "a1111"),
+    ("a [red] fox", "[red]", "a1111 novelai"),
     ("a fox BREAK a hill", "BREAK", "a1111"),
     ("a {red|blue} fox", "{red|blue}", ""),
     ("a {2$$red|blue} fox", "{2$$red|blue}", ""),
-    ("{{masterpiece}}, fox", "{masterpiece}", ""),
+    ("{{masterpiece}}, fox", "{masterpiece}", "novelai"),
     ("a __colour/dark__ fox", "__colour/dark__", ""),
     ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", "a1111 comfy compel"),
     ("a fox <hypernet:ink:1>", "<hypernet:ink:1>", ""),
@@ -206,18 +210,42 @@ UNREAD = [
     ("a [fox|owl]", "[fox|owl]", "a1111"),
     ("a fox --ar 3:2", "--ar 3:2", ""),
     ("a fox --no hills", "--no", ""),
-    ("hot:: dog::2", "::", ""),
-    ("1.5::fox::, hill", "1.5::", ""),
+    ("hot:: dog::2", "::", "novelai"),
+    ("1.5::fox::, hill", "1.5::", "novelai"),
     ("a fox++ on a hill", "fox++", "compel"),
     ("a (red fox)1.3", ")1.3", "compel"),
     ('("a fox", "a hill").and()', ").and()", "compel"),
-    ('("a fox", "a hill").blend(1, 2)', ").blend(", ""),
+    ('("a fox", "a hill").blend(1, 2)', ").blend(", "compel"),
+    ('("a fox", "a hill").and(1, 2)', ").and(1", "compel"),
+    ("a cat.swap(dog)", ".swap(", ""),
 ]
 WORDS = [
     *("a fox (smiling), 3d", r"a fox \(red:1.2\)", "C++ for a book, 10:30", "a -- b - c"),
     *("snake_case names", "wow!! <3", "PRISON BREAKOUT", "a well--known fox", "x < y > z"),
     *("(one (two)) three", "std::vector of foxes", "it's ratio 16:9 (wide)", ""),
 ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("{{fox}}, [hill]", [("fox", 1.05**2), (", ", 1), ("hill", 1 / 1.05)]),
+        ("{a [b] c}", [("a ", 1.05), ("b", 1), (" c", 1.05)]),
+        ("{red fox", [("red fox", 1.05)]),
+        ("a fox} (1.3) at 10:30", [("a fox} (1.3) at 10:30", 1)]),
+        ("1.5::rain, {night}::, x", [("rain, ", 1.5), ("night", 1.575), (", x", 1)]),
+        ("-1::hat::a fox", [("hat", -1), ("a fox", 1)]),
+    ],
+)
+def test_novelai_s_weights(prompt, pieces):
+    (found,) = SYNTAXES["novelai"].parts(prompt)
+    assert [text for text, _ in found] == [text for text, _ in pieces]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
+
+
+def test_braces_are_weights_where_the_syntax_says_so():
+    request = Request(prompt="{a|b} {fox} --ar 3:2", settings={"prompt_syntax": "novelai"})
+    assert is_plain(request, None) and not is_plain(replace(request, settings={}), None)
 
 
 @pytest.mark.parametrize(("prompt", "text", "readers"), UNREAD)

@@ -801,6 +801,9 @@ ORDERS: list[tuple[str, dict[str, Any], float]] = [
     *(("deis", {"lower_order_final": "never", "order": k, "variant": v}, k)
       for k in (1, 2, 3, 4) for v in ("log_rho", "rho", "tab")),
     *(("lms", {"order": k, "variable": v}, k) for k in (1, 2, 3, 4) for v in ("rho", "t")),
+    *(("ipndm_v", {"lower_order_final": "never", "order": k, "weights": "exact"}, k)
+      for k in (1, 2, 3, 4)),
+    ("ipndm_v", {"lower_order_final": "never", "order": 2}, 2),
     *(("unipc", {"lower_order_final": "never", "order": k, "solver_type": v, "target": t}, k + 1)
       for k in (1, 2, 3) for v in ("bh1", "bh2") for t in ("x0", "eps")),
 ]  # fmt: skip
@@ -867,6 +870,9 @@ VISIBLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(("lms", {}, {"order": order}) for order in (1, 2, 3)),
     ("lms", {}, {"variable": "t"}),
     *(("ipndm", {}, {"order": order}) for order in (1, 2, 3)),
+    *(("ipndm_v", {}, change) for change in (
+        {"order": 1}, {"order": 2}, {"order": 3}, {"lower_order_final": "never"},
+        {"weights": "exact"})),
     *(("plms", {}, {"target": target}) for target in ("v", "x0", "flow")),
     ("plms", {}, {"start": "runge_kutta"}),
     *((name, {}, change) for name in ("dpmpp_single", "dpmpp_single_sde", "dpm_solver_single")
@@ -975,7 +981,7 @@ def test_wrong_options_are_told(sampler, options, says):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ipndm_v", "sde-dpmsolver", "dpm++2mv2"])
+@pytest.mark.parametrize("name", ["sde-dpmsolver", "dpm++2mv2"])
 def test_broken_methods_are_refused_by_name(name):
     assert name in REFUSED
     for lookup in (SAMPLERS.resolve, SAMPLERS.__getitem__, split_spelling):

@@ -4,6 +4,7 @@ published definition, written down here in k-diffusion's units: x / alpha, sigma
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from difftool.diffusion import PATHS, SAMPLERS, Level, Path, Prediction, Step, recover
+from difftool.diffusion import GRIDS, PATHS, SAMPLERS, Level, Path, Prediction, Step, recover
+from difftool.diffusion.samplers import split_spelling
 from difftool.errors import UsageError
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
@@ -167,6 +169,41 @@ def gradient_estimation(cfg_pp: bool, gamma: float = 2.0) -> Reference:
             if last is not None and t:
                 x = x + (gamma - 1) * (d - last) * (t - s)
             last = d
+            yield x
+
+    return run
+
+
+def published_weights(a: float, b: float, c: float | None, d: float | None) -> list[float]:
+    """Of the newest output and those before it, for a step of length a after steps of b, c and d:
+    diff-sampler's coefficients of iPNDM_v, with what is misprinted in them."""
+    found = [1 + a / (2 * b), -a / (2 * b)]
+    if c is None:
+        return found
+    k = 0.5 * (1 - a * a * (a + b) / (3 * (a + b) * b * (b + c)))
+    found = [found[0] + k, found[1] - k - k * b / c, k * b / c]
+    if d is None:
+        return found
+    m = 0.5 - a / (6 * (a + b)) + (a / 6 - a * a / (12 * (a + b))) / (a + b + c)
+    m *= a * (a + b) * (a + b + c) / (b * (b + c) * (b + c + d))
+    q = b * (b + c) / (c * (c + d))
+    change = [m, -m * (1 + b / c + q), m * (b / c + q + q * c / d), -m * q * b / c]
+    return [old + new for old, new in zip([*found, 0.0], change, strict=True)]
+
+
+def ipndm_v(most: int) -> Reference:
+    """ComfyUI's: the last step goes to x0."""
+
+    def run(x: Tensor, sigmas: Sequence[float], noise: Noises) -> Iterator[Tensor]:
+        ds: list[Tensor] = []
+        for i, (s, t) in enumerate(pairwise(sigmas)):
+            x0 = see(x, s).x0
+            ds = [(x - x0) / s, *ds][:most]
+            back = [sigmas[i - k] - sigmas[i - k - 1] if k < len(ds) - 1 else None
+                    for k in range(3)]  # fmt: skip
+            weights = [1.0] if back[0] is None else published_weights(t - s, back[0], *back[1:])
+            mean = sum((w * d for w, d in zip(weights, ds, strict=True)), start=0 * x)
+            x = x + (t - s) * mean if t else x0
             yield x
 
     return run
@@ -328,6 +365,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Reference]] = {
     "res_a 0.5": ("res_multistep_ancestral", {"eta": 0.5}, res(0.5, False)),
     "res_cfg_pp": ("res_multistep_cfg_pp", {}, res(0.0, True)),
     "res_a_cfg_pp": ("res_multistep_ancestral_cfg_pp", {}, res(1.0, True)),
+    **{f"ipndm_v {k}": ("ipndm_v", {"order": k}, ipndm_v(k)) for k in (1, 2, 3, 4)},
     "gradient": ("gradient_estimation", {}, gradient_estimation(False)),
     "gradient 1.3": (
         "gradient_estimation", {"ge_gamma": 1.3}, gradient_estimation(False, 1.3),
@@ -426,11 +464,30 @@ euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heunpp2 exp_heun_
 exp_heun_2_x0_sde dpm_2 dpm_2_ancestral lms dpm_fast dpm_adaptive dpmpp_2s_ancestral
 dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu dpmpp_2m dpmpp_2m_cfg_pp dpmpp_2m_sde
 dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu ddpm lcm
-ipndm deis res_multistep res_multistep_cfg_pp res_multistep_ancestral
+ipndm ipndm_v deis res_multistep res_multistep_cfg_pp res_multistep_ancestral
 res_multistep_ancestral_cfg_pp gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2
 seeds_3 sa_solver sa_solver_pece ddim uni_pc uni_pc_bh2
 """.split()
-"""KSampler's, but for ipndm_v, whose published orders 3 and 4 are broken: it is answered."""
+"""KSampler's."""
+FORGE = ("HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM")
+"""What it has beside A1111's."""
+SCHEDULES = """
+simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal beta57
+align_your_steps turbo discrete ays lcm polyexponential uniform
+""".split()
+"""ComfyUI's, with RES4LYF's, Forge's and stable-diffusion.cpp's."""
+A1111_SCHEDULES = (
+    *("Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps"),
+    *("Simple", "Normal", "DDIM", "Beta"),
+)
+ANSWERED = """
+res_2m res_3s deis_3m rk4 euler_smea_dy kohaku_lonyu_yog DPM++_2M_alt k-diffusion UnCLIPScheduler
+CosineDPMSolverMultistepScheduler CogVideoXDPMScheduler KarrasVeScheduler ScoreSdeVpScheduler
+CMStochasticIterativeScheduler RePaintScheduler DDIMInverseScheduler VQDiffusionScheduler
+""".split()
+ANSWERED_SCHEDULES = (
+    "bong_tangent smoothstep gits align_your_steps_32 default scaled_linear".split()
+)
 A1111 = (
     *("DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE"),
     *("Euler a", "Euler", "LMS", "Heun", "DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart"),
@@ -451,10 +508,21 @@ LTXEulerAncestralRFScheduler DDIMParallelScheduler DDPMParallelScheduler
 def test_every_menu_is_known():
     import diffusers
 
-    for name in (*COMFY, *A1111, *DIFFUSERS):
+    for name in (*COMFY, *FORGE, *A1111, *DIFFUSERS):
         assert SAMPLERS.resolve(name) in SAMPLERS
+    assert all(GRIDS.resolve(name) in GRIDS for name in SCHEDULES)
+    assert [GRIDS[name].a1111 for name in A1111_SCHEDULES] == list(A1111_SCHEDULES)
+    assert split_spelling("DPM++ 2M Turbo") == ("dpmpp_2m", "trailing")
     assert [SAMPLERS[name].a1111 for name in A1111] == list(A1111)
     assert not [name for name in DIFFUSERS if not hasattr(diffusers, name)]
+
+
+@pytest.mark.parametrize("name", [*ANSWERED, *ANSWERED_SCHEDULES])
+def test_what_no_row_is_is_answered_by_name(name):
+    registry = GRIDS if name in ANSWERED_SCHEDULES else SAMPLERS
+    with pytest.raises(UsageError, match=re.escape(f'"{name}"')) as caught:
+        registry.resolve(name)
+    assert caught.value.hint and "choose from" not in caught.value.hint
 
 
 # --- in pictures --------------------------------------------------------------------------------

@@ -314,7 +314,8 @@ def _long_heun(case: Case) -> bool:
 
 def _stays(case: Case) -> bool:
     sigmas = [f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "flow")]
-    return case.scheduler == "DEISMultistepScheduler" and any(map(case.config.get, sigmas))
+    stays = case.scheduler in ("DEISMultistepScheduler", "SASolverScheduler")
+    return stays and any(map(case.config.get, sigmas))
 
 
 DIFFERENCES: dict[str, Any] = {
@@ -379,6 +380,8 @@ SLICE = [
     Case("DPMSolverMultistepScheduler", "order 1", 3),
     Case("LCMScheduler", "lcm scaling", 3),
     Case("TCDScheduler", "dynamic", 3),
+    Case("SASolverScheduler", "trailing", 12),
+    Case("SASolverScheduler", "full order", 7, 0.6),
 ]
 
 
@@ -440,6 +443,17 @@ def test_a_class_name_is_a_sampler_or_unknown():
             sampler = SAMPLERS.resolve(name)
             assert name not in CLASSES or CLASSES[name].sampler == sampler, name
     assert SAMPLERS.resolve("DPMSolverSinglestepScheduler") == "dpmpp_single"
+    read = {"SASolverScheduler": "sa_solver_bh1", "DDIMParallelScheduler": "ddim",
+            "DDPMParallelScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm",
+            "LTXEulerAncestralRFScheduler": "euler_a_rf"}  # fmt: skip
+    for name, sampler in read.items():
+        assert read_scheduler({"_class_name": name}, "it").sample["sampler"] == sampler
+    orders = {"_class_name": "SASolverScheduler", "predictor_order": 3, "corrector_order": 0}
+    options = read_scheduler(orders, "it").sample["sampler_options"]
+    assert options == {"order": 3, "corrector_order": 0}
+    for name, says in (("IPNDMScheduler", "ipndm"), ("UnCLIPScheduler", "ddpm")):
+        with pytest.raises(InputError, match=says):
+            read_scheduler({"_class_name": name}, "it")
     for broken in (
         {"solver_order": 3, "solver_type": "heun", "algorithm_type": "sde-dpmsolver++"},
     ):

@@ -17,11 +17,13 @@ from difftool.config.layers import load_preset, merged
 from difftool.config.networks import TextConfig
 from difftool.config.validate import build_preset, to_values
 from difftool.diffusion.prediction import recover
+from difftool.errors import UsageError
 from difftool.pipeline.condition import encode_prompts
 from difftool.pipeline.generate import generate
 from difftool.pipeline.inputs import SampleInput
 from difftool.pipeline.model import Model
 from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.text.syntax import SYNTAXES
 from difftool.text.tokenizer import Tokenizer
 
 LENGTH, ROOM = 77, 75
@@ -220,6 +222,52 @@ def test_compel(models, family, prompt, pieces):
     other = "".join(f"({text}:{weight}) " for text, weight in pieces)
     found = context(model, other, syntax="a1111", weighting="compel")[0]
     torch.testing.assert_close(found, by_compel(model, pieces), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_compel_composes(models, family):
+    """Blends are sums of encodings, of the longest's chunks; .and() lays them side by side, each
+    moved from the empty prompt by its weight."""
+    model = models[family]
+
+    def of(text: str) -> Tensor:
+        return context(model, text, syntax="compel")[0]
+
+    long = "an owl and a fox on a hill at night, " * 9
+    empty, fox, owl = (of(text) for text in ("", "a (red)1.5 fox", "an owl"))
+    many = of(long)
+    blocks = len(many) // len(fox)
+    assert blocks > 1
+    padded = torch.cat([owl, *[empty] * (blocks - 1)])
+    half = empty + 0.5 * (owl - empty)
+    for prompt, expected in (
+        ('("a (red)1.5 fox", "an owl").blend(3, 1)', 0.75 * fox + 0.25 * owl),
+        ('("a (red)1.5 fox", "an owl").blend()', (fox + owl) / 2),
+        ('("a (red)1.5 fox", "an owl").blend(0.9, -0.4, no_normalize)', 0.9 * fox - 0.4 * owl),
+        (f'("{long}", "an owl").blend(1, 1)', (many + padded) / 2),
+        ('("a (red)1.5 fox", "an owl").and(1, 0.5)', torch.cat([fox, half])),
+        (
+            '(("a (red)1.5 fox", "an owl").blend(1, 3), "an owl").and()',
+            torch.cat([0.25 * fox + 0.75 * owl, owl]),
+        ),
+    ):
+        torch.testing.assert_close(of(prompt), expected, rtol=1e-4, atol=1e-5)
+    both = context(model, '("a (red)1.5 fox", "an owl").blend(3, 1)', long, syntax="compel")
+    torch.testing.assert_close(both[1], many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ('("a fox", "an owl").blend(1, 2, 3)', "2 prompts have 3 weights"),
+        ('("a fox", "an owl").blend(1, x)', "no numbers"),
+        ('("a fox", "an owl").blend(1, -1)', "add no_normalize"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(prompt, says):
+    with pytest.raises(UsageError) as caught:
+        SYNTAXES["compel"].composition(prompt)
+    assert says in str(caught.value)
 
 
 def test_weights_that_are_not_applied(models):

@@ -262,6 +262,28 @@ def _beta_sigma(
     return [lo + (hi - lo) * beta_quantile(1 - share, alpha, beta) for share in _ramp(n)]
 
 
+def _kl_optimal(hi: float, lo: float, n: int) -> Sequence[float]:
+    """Even in the angle of sigma, which is least in KL divergence (2404.14507, appendix): ComfyUI,
+    and A1111, which ends above 0."""
+    return [math.tan((1 - share) * math.atan(hi) + share * math.atan(lo)) for share in _ramp(n)]
+
+
+def _linear_quadratic(
+    hi: float, lo: float, n: int, threshold_noise: float = 0.025, linear_steps: int | None = None
+) -> Sequence[float]:
+    """Evenly down by that share in the first half of the steps, or as many, then a parabola whose
+    slope goes on and which ends at 0: Mochi, ComfyUI."""
+    first = n // 2 if linear_steps is None else linear_steps
+    if n == 1:
+        return [hi]
+    if not 0 < first < n:
+        raise ValueError(f"linear_steps = {first} of {n} steps")
+    slope, left = threshold_noise / first, n - first
+    bend = (1 - threshold_noise - slope * left) / left**2
+    after = (slope * i + bend * max(i - first, 0) ** 2 for i in range(n))
+    return [hi * (1 - gone) for gone in after]
+
+
 # --- grids of their own kind ------------------------------------------------------------------
 
 # Align Your Steps (2404.14507): rho of 10 steps.
@@ -341,7 +363,7 @@ for row in (
     Grid("leading_open", "index", _leading_open, "every T/(n+1)-th entry: diffusers' DPM-Solver"),
     Grid(
         *("trailing", "index", _trailing, "every T/n-th entry back from T; 1 - i/n on a flow"),
-        aliases=("uniform",),
+        aliases=("uniform", "turbo", "sd_turbo"),
         rounds=True,
     ),
     Grid("linspace", "index", _linspace, "both ends of the table, rounded", rounds=True),
@@ -349,15 +371,24 @@ for row in (
         *("linspace_open", "index", _linspace_open, "linspace of n + 1 without entry 0, rounded"),
         rounds=True,
     ),
-    Grid("normal", "index", _normal, "both ends of the table, never rounded", a1111="Normal"),
+    Grid(
+        *("normal", "index", _normal, "both ends of the table, never rounded"),
+        aliases=("discrete",),
+        a1111="Normal",
+    ),
     Grid(
         *("sgm_uniform", "index", _sgm_uniform, "normal of n + 1 without entry 0: sgm, ComfyUI"),
         a1111="SGM Uniform",
     ),
     Grid("simple", "index", _simple, "every T/n-th entry back from T - 1: ComfyUI", a1111="Simple"),
-    Grid("ddim_uniform", "index", _ddim_uniform, "every T/n-th entry from 1: ComfyUI"),
+    Grid(
+        *("ddim_uniform", "index", _ddim_uniform, "every T/n-th entry from 1: ComfyUI"),
+        aliases=("ddim",),
+        a1111="DDIM",
+    ),
     Grid("lcm", "index", _lcm, "every so many of the steps an LCM was distilled on"),
     Grid("beta", "index", _beta, "quantiles of a beta distribution over the index", a1111="Beta"),
+    Grid("beta57", "index", partial(_beta, alpha=0.5, beta=0.7), "beta of 0.5 and 0.7: RES4LYF"),
     Grid("karras", "scale", karras, "even in sigma^(1/rho), rho = 7 (EDM)", a1111="Karras"),
     Grid(
         *("polyexponential", "scale", _polyexponential, "a power of even steps in log sigma"),
@@ -368,10 +399,15 @@ for row in (
         aliases=("lu",),
         a1111="Exponential",
     ),
+    Grid(
+        *("kl_optimal", "scale", _kl_optimal, "even in arctan sigma: ComfyUI, A1111"),
+        a1111="KL Optimal",
+    ),
+    Grid("linear_quadratic", "scale", _linear_quadratic, "even, then a parabola: Mochi, ComfyUI"),
     Grid("beta_sigma", "scale", _beta_sigma, "quantiles of a beta distribution over sigma"),
     Grid(
         *("ays", "level", _ays, "Align Your Steps: optimised for SD1, SDXL or SVD"),
-        aliases=("align_your_steps",),
+        aliases=("align_your_steps", "align_your_steps_11"),
         a1111="Align Your Steps",
     ),
     Grid(
@@ -382,6 +418,17 @@ for row in (
     Grid("explicit", "level", _explicit, "a list of times or of sigmas"),
 ):
     GRIDS.add(row.name, row, *row.aliases)
+
+for names, hint in (
+    ("align_your_steps_GITS gits align_your_steps_32 ays_30 ays_32 ays+",
+     "ays has the published table, and explicit takes a list of sigmas of your own"),
+    ("bong_tangent smoothstep laplace cosine vp sqrt_linear ltxv ltxv_image constant",
+     "kl_optimal, beta and karras are near; explicit takes a list of sigmas of your own"),
+    ("default", "leave --schedule out for the model's own"),
+    ("epsilon v_prediction linear scaled_linear squaredcos_cap_v2 sigmoid",
+     "that is a noise path, which the model was trained on; --schedule spaces the steps"),
+):  # fmt: skip
+    GRIDS.answer(names, hint)
 
 
 # --- the beta distribution --------------------------------------------------------------------

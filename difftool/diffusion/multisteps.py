@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from difftool.diffusion.guidance import Denoise
@@ -38,6 +39,34 @@ class GradientEstimation(Multistep):
     def mean_output(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
         newest, last = nodes
         return newest.F + (self.ge_gamma - 1) * (newest.F - last.F)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpndmV(Multistep):
+    """Adams-Bashforth over the lengths of the steps, by the formulas that were published
+    (diff-sampler, ComfyUI): those of three and four outputs are not the method's, which lms is."""
+
+    weights: str = "published"
+    """published, or exact: the method's own."""
+
+    def mean_output(self, nodes: Sequence[Node], u: float, u_next: float) -> Tensor:
+        if len(nodes) < 3 or self.weights == "exact":
+            return super().mean_output(nodes, u, u_next)
+        times = [u_next, *(node.u for node in nodes)]
+        h, h1, h2, *more = (later - earlier for later, earlier in pairwise(times))
+        F = [node.F for node in nodes]
+        mean = F[0] + h / (2 * h1) * (F[0] - F[1])
+        bend = (1 - h / (3 * (h + h1)) * (h * (h + h1)) / (h1 * (h1 + h2))) / 2
+        mean = mean + bend * (F[0] - (1 + h1 / h2) * F[1] + h1 / h2 * F[2])
+        if not more:
+            return mean
+        (h3,) = more
+        third = (1 - h / (3 * (h + h1))) / 2 + (1 - h / (2 * (h + h1))) * h / (6 * (h + h1 + h2))
+        third *= h * (h + h1) * (h + h1 + h2) / (h1 * (h1 + h2) * (h1 + h2 + h3))
+        a = h1 * (h1 + h2) / (h2 * (h2 + h3))
+        change = F[0] - (1 + h1 / h2 + a) * F[1]
+        change = change + (h1 / h2 + a * (1 + h2 / h3)) * F[2] - a * h1 / h2 * F[3]
+        return mean + third * change
 
 
 # --- ER-SDE ---------------------------------------------------------------------------------------
@@ -99,6 +128,9 @@ class SaSolver(UniPC):
     """Where in a step that is asked: at its end (there, ComfyUI), or where it begins (here)."""
     pece: bool = False
     """Whether the network is asked again after the corrector."""
+    draws_always: bool = False
+    """Whether noise is drawn in steps that add none, as diffusers does: further ones' depends on
+    it."""
     lower_order_final: str = "clean"
     """clean: where the grid ends without noise, the orders fall to 1 in the last step but that
     one, the corrector's one later. always: in the last step, the corrector's to 3."""
@@ -113,6 +145,12 @@ class SaSolver(UniPC):
 
     def evaluations(self, steps: int) -> int:
         return steps * (1 + self.pece)
+
+    def _fresh(self, here: Level, there: Level, noise: Noise) -> tuple[float, Tensor | None]:
+        kappa, z = super()._fresh(here, there, noise)
+        if z is None and self.draws_always and there.sigma:
+            noise(here, there)
+        return kappa, z
 
     @property
     def _kept(self) -> int:

@@ -17,6 +17,7 @@ from difftool.diffusion.multisteps import (
     Ancestral,
     ErSde,
     GradientEstimation,
+    IpndmV,
     SaSolver,
     er_sde,
 )
@@ -190,7 +191,6 @@ class Method:
 # --- the rows ---------------------------------------------------------------------------------
 
 REFUSED = {
-    "ipndm_v": "its orders 3 and 4 are published with a misplaced bracket; lms is that method",
     "sde-dpmsolver": "as published it does not preserve the variance; use sde-dpmsolver++",
     "dpm++2mv2": "its steps do not go from one noise level to the next; dpmpp_2m is the nearest",
     "dpmpp_2m_sde order 3": "published with a wrong sign in diffusers; dpmpp_3m_sde is that method",
@@ -337,7 +337,7 @@ _row("sa_solver_pece", SaSolver, "sa_solver whose network is asked again after t
      ADAMS, kappa=adams, order=3, pece=True)
 _row("sa_solver_bh1", SaSolver, "SA-Solver, of order 2 as in diffusers", "SASolverScheduler",
      ADAMS, kappa=adams, order=2, corrector_order=2, solver_type="bh1", lower_order_final="always",
-     tau_at="here", tau_start=199 / 999, tau_end=799 / 999)
+     tau_at="here", tau_start=199 / 999, tau_end=799 / 999, draws_always=True)
 _row("unipc", UniPC, "UniPC, B1 as in A1111 and ComfyUI", "uni_pc",
      UNIPC, order=3, solver_type="bh1", lower_order_final="always", a1111="UniPC")
 _row("unipc_bh2", UniPC, "UniPC, B2 as in diffusers", "uni_pc_bh2 UniPCMultistepScheduler",
@@ -357,6 +357,9 @@ _row("lms", Multistep, "linear multistep in rho, or in t = sigma / (alpha + sigm
      target="eps", order=4, clock="rho", a1111="LMS")
 _row("ipndm", Multistep, "Adams-Bashforth in the number of the step", "IPNDMScheduler",
      ORDER, target="eps", order=4, clock="index")
+_row("ipndm_v", IpndmV, "the same over the lengths of steps, as published; lms is exact", "",
+     ORDER | FINAL | {"weights": one_of("published", "exact")},
+     target="eps", order=4, clock="rho", lower_order_final="final")
 _row("gradient_estimation", GradientEstimation, "Euler along the way that eps changes",
      "", ESTIMATE, target="eps", order=2)
 _row("gradient_estimation_cfg_pp", GradientEstimation, "gradient_estimation of CFG++", "",
@@ -416,6 +419,32 @@ _row("dpm_adaptive", DpmAdaptive, "DPM-Solver of orders 2 and 3, in steps as lon
 # fmt: on
 
 
+for names, hint in (
+    ("res_2m res_3m res res_solver RES", "res_multistep is RES of two steps, res_2s of two stages"),
+    ("res_3s res_5s res_6s res_8s", "res_2s and seeds_3 have two and three stages"),
+    ("deis_2m deis_3m deis_4m", "deis, with --set sample.sampler_options.order=3"),
+    ("rk4 rk4_4s rk45 dopri5 ode bosh3 fehlberg2 midpoint ralston_2s",
+     "heun has two evaluations a step, dpm_adaptive steps as long as they may be"),
+    ("euler_max euler_dy euler_smea_dy euler_negative euler_dy_negative kohaku_lonyu_yog "
+     "euler_smea Extended_Reverse-Time_SDE nai_smea", "euler and euler_a are the nearest"),
+    ("dpmpp_2m_alt DPM++_2M_alt DPM++_2M_Sharp dpmpp_dualmodel", "dpmpp_2m is the nearest"),
+    ("clyb_4m_sde_momentumized ttm ttmjvp", "dpmpp_3m_sde is the nearest"),
+    ("k-diffusion k_diffusion kdiffusion", "--list samplers has all of them"),
+    ("CosineDPMSolverMultistepScheduler", "dpmpp_2m_sde is that method"),
+    ("CogVideoXDPMScheduler CogVideoXDDIMScheduler", "dpmpp_2m_sde and ddim are these methods"),
+    ("KarrasVeScheduler", "euler or heun, with --set sample.sampler_options.s_churn=40"),
+    ("ScoreSdeVeScheduler ScoreSdeVpScheduler", "euler_a and ddpm are the nearest"),
+    ("CMStochasticIterativeScheduler", "lcm is the sampler of consistency models"),
+    ("UnCLIPScheduler", "ddpm is that method"),
+    ("RePaintScheduler", "--init and --mask repaint, with any sampler"),
+    ("DDIMInverseScheduler DPMSolverMultistepInverseScheduler",
+     "these make noise of a picture; --init starts from one"),
+    ("ConsistencyDecoderScheduler VQDiffusionScheduler AmusedScheduler DDPMWuerstchenScheduler "
+     "HeliosScheduler", "its models are not read"),
+):  # fmt: skip
+    SAMPLERS.answer(names, hint)
+
+
 def guides_apart(name: str) -> bool:
     """Whether a sampler is of CFG++, in which guidance moves x0 alone, at scales from 0 on."""
     return name in SAMPLERS and bool(SAMPLERS[name].numbers.get("cfg_pp"))
@@ -425,7 +454,7 @@ def split_spelling(name: str) -> tuple[str, str | None]:
     """Sampler and schedule of a name such as "DPM++ 2M Karras"; the latter None if not named."""
     if name in SAMPLERS:
         return SAMPLERS.resolve(name), None
-    suffixes = {canonical(schedule): schedule for schedule in GRIDS}
+    suffixes = {canonical(each): own for own in GRIDS for each in (own, *GRIDS.aliases(own))}
     for suffix, schedule in (suffixes | SUFFIXES).items():
         stem = canonical(name).removesuffix(suffix)
         if stem != canonical(name) and stem in SAMPLERS:

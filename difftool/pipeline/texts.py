@@ -12,7 +12,7 @@ from difftool.errors import UsageError
 from difftool.networks.base import TextEncoder
 from difftool.pipeline.model import Model
 from difftool.pipeline.weighting import WEIGHTINGS, EncodeChunks, Encoded
-from difftool.text.chunks import Chunk
+from difftool.text.chunks import Blend, Chunk
 from difftool.text.syntax import SYNTAXES, chunks
 
 
@@ -45,14 +45,18 @@ def read_negative(prompt: str, syntax: str, evaluations: int) -> Told:
 
 def chunk_count(model: Model, told: Told, syntax: str) -> int:
     """In how many chunks it is read, at most."""
-    return max(
-        (
-            len(chunks(tokenizer, text, config.length, syntax))
-            for tokenizer, config in zip(model.tokenizers, model.preset.text, strict=True)
-            for _, text in told.schedule
-        ),
-        default=0,
-    )
+    row = SYNTAXES[syntax]
+    texts = [text for _, text in told.schedule] if model.text else []
+    return max((sum(_lengths(model, row.composition(text), syntax)) for text in texts), default=0)
+
+
+def _lengths(model: Model, composition: Sequence[Blend], syntax: str) -> list[int]:
+    """In how many chunks each of a prompt's blends is read, by the encoder that needs most."""
+    pairs = list(zip(model.tokenizers, model.preset.text, strict=True))
+    return [
+        max(len(chunks(t, text, c.length, syntax)) for t, c in pairs for text, _ in blend.texts)
+        for blend in composition
+    ]
 
 
 class EncodedPrompts(NamedTuple):
@@ -91,6 +95,9 @@ def encode_prompts(
     if not model.text:
         return EncodedPrompts(None, None)
     apply = WEIGHTINGS[weighting or SYNTAXES[syntax].weighting]
+    compositions = [SYNTAXES[syntax].composition(prompt) for prompt in prompts]
+    if any(len(each) > 1 or len(each[0].texts) > 1 for each in compositions):
+        return _composed(model, compositions, clip_skip, syntax, weighting)
     pairs = list(zip(model.tokenizers, model.preset.text, strict=True))
     read = [[chunks(t, prompt, c.length, syntax) for prompt in prompts] for t, c in pairs]
     most = max(len(row) for rows in read for row in rows)
@@ -108,6 +115,44 @@ def encode_prompts(
         if pool is not None and pooled is None:
             pooled = pool.unflatten(0, (len(rows), most))[:, 0]
     return EncodedPrompts(torch.cat(contexts, dim=-1), pooled)
+
+
+def _composed(
+    model: Model,
+    compositions: Sequence[Sequence[Blend]],
+    clip_skip: int | None,
+    syntax: str,
+    weighting: str | None,
+) -> EncodedPrompts:
+    """The same of prompts that are composed: texts are encoded alone, blended, moved from the empty
+    prompt by the weight of their blend, and laid side by side. The pooled text is the first
+    blend's."""
+    texts = [text for each in compositions for blend in each for text, _ in blend.texts]
+    found = encode_prompts(model, ["", *texts], clip_skip, syntax, weighting=weighting)
+    assert found.context is not None
+    (empty, *_), *contexts = found.context.unflatten(1, (-1, model.preset.text[0].length))
+    pools = () if found.pooled is None else found.pooled[1:]
+    whole, pooled, first = [], [], 0
+    for each in compositions:
+        sides = []
+        for blend, length in zip(each, _lengths(model, each, syntax), strict=True):
+            shares = [share for _, share in blend.texts]
+            own = slice(first, first + len(shares))
+            mean = _sum(shares, [context[:length] for context in contexts[own]])
+            mean = mean if blend.weight == 1 else empty + (mean - empty) * blend.weight
+            if not sides and len(pools):
+                pooled.append(_sum(shares, list(pools[own])))
+            sides.append(mean)
+            first = own.stop
+        whole.append(torch.cat(sides))
+    most = max(map(len, whole))
+    filled = [torch.cat([side, empty.expand(most - len(side), -1, -1)]) for side in whole]
+    context = torch.stack(filled).flatten(1, 2)
+    return EncodedPrompts(context, torch.stack(pooled) if pooled else None)
+
+
+def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([share * t for share, t in zip(shares, tensors, strict=True)]).sum(0)
 
 
 def _hidden(layers: int, clip_skip: int | None) -> int | None:

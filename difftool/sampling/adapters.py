@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,10 +12,8 @@ from difftool.adapters.lora.algebra import Applied
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.pipeline.model import Model
 from difftool.pipeline.words import add_embeddings
-from difftool.sampling.metadata.named import LORA_FOLDERS
+from difftool.sampling.metadata.named import LORA_FOLDERS, files_below
 from difftool.text.networks import NamedLora
-
-ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 
 
 class PromptAdapters:
@@ -65,7 +62,9 @@ class PromptAdapters:
     def _files(self) -> list[tuple[str, Path]]:
         """The files that may be LoRAs, by their paths within their folder without an ending."""
         folders = [Path(name) for name in LORA_FOLDERS if name]
-        return [pair for folder in (self.lora_dir, *folders) if folder for pair in _below(folder)]
+        return [
+            pair for folder in (self.lora_dir, *folders) if folder for pair in files_below(folder)
+        ]
 
     # --- words -------------------------------------------------------------------------------
 
@@ -89,19 +88,10 @@ class PromptAdapters:
 
     @cached_property
     def _words(self) -> dict[str, Path]:
-        files = _below(self.embedding_dir) if self.embedding_dir else ()
+        files = files_below(self.embedding_dir) if self.embedding_dir else ()
         return {path.stem.casefold(): path for _, path in reversed([*files])}
 
     @cached_property
     def _pattern(self) -> re.Pattern[str] | None:
         names = "|".join(map(re.escape, sorted(self._words, key=len, reverse=True)))
         return re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE) if names else None
-
-
-def _below(folder: Path) -> Iterator[tuple[str, Path]]:
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            if name.endswith(ENDINGS):
-                path = Path(place, name)
-                yield path.relative_to(folder).with_suffix("").as_posix(), path

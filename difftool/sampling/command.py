@@ -192,12 +192,14 @@ def _opened(loaded: bool) -> tuple[str, ...]:
 def _pictures(values: Mapping[str, Any], loaded: bool) -> list[Request | None]:
     """The requests of --from-image: of a picture, or of those of a grid."""
     from difftool.sampling.metadata.files import read_all
-    from difftool.sampling.metadata.named import locate
+    from difftool.sampling.metadata.named import locate, sought_in
 
     opened, found = _opened(loaded), list[Request | None]()
     for picture in read_all(values["from_image"]):
         named = (f for f in picture.named if f.option not in opened or not values[f.option])
         picture = replace(picture, named=tuple(named))
+        if "lora" in opened and values["lora_dir"] and not values["lora"]:
+            picture = sought_in(picture, values["lora_dir"])
         places = [p for p in (values["lora_dir"], values["embedding_dir"]) if p]
         trusted = bool(values["trust_image"])
         found.append(locate(picture, values["from_image"], opened, trusted=trusted, places=places))

@@ -76,11 +76,11 @@ def _placed(request: Request, read: Collection[str]) -> Request:
 
 
 def is_plain(request: Request, match: str | None, own: SampleConfig | None = None) -> bool:
-    """Whether every character of its prompts is a word's. match: the tool whose syntax they are in
-    where they do not say it; own: else it is this one."""
+    """Whether nothing in its prompts stands for anything else. match: the tool whose syntax they
+    are in where they do not say it; own: else it is this one."""
     tool = (own or SampleConfig()).prompt_syntax
     tool = tool if match is None else MATCHES[match].settings["prompt_syntax"]
-    return SYNTAXES[request.settings.get("prompt_syntax") or tool].plain
+    return not SYNTAXES[request.settings.get("prompt_syntax") or tool].stands
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from difftool.pipeline.texts import Told, read_negative, read_prompt
 from difftool.sampling.sample import Sample
-from difftool.text.syntax import chunks
+from difftool.text.syntax import SYNTAXES, chunks
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Reading:
             for part in parts:
                 if len(parts) > 1:
                     share, (first, last) = part["share"], part["evaluations"]
-                    text = part["text"].strip()
-                    yield f"  share {share:g}, evaluations {first} to {last}: {text}"
+                    text, blended = part["text"].strip(), ""
+                    if "blend" in part:
+                        blended = ", blended by {:g} and weighed by {:g}".format(*part["blend"])
+                    yield f"  share {share:g}, evaluations {first} to {last}{blended}: {text}"
                 for number, chunk in enumerate(part["chunks"], 1):
                     words = (
                         token if weight == 1 else f"{token}*{weight:.4g}"
@@ -57,10 +59,14 @@ class Reading:
                 last = min(end + 1, count)
                 if last < first:
                     continue
-                yield {
-                    "of": of, "share": each.share, "evaluations": [first, last], "text": text,
-                    "chunks": [*self._chunks(text)],
-                }  # fmt: skip
+                for blend in SYNTAXES[syntax].composition(text):
+                    for leaf, share in blend.texts:
+                        factors = [share, blend.weight]
+                        yield {
+                            "of": of, "share": each.share, "evaluations": [first, last],
+                            "text": leaf, **({} if factors == [1, 1] else {"blend": factors}),
+                            "chunks": [*self._chunks(leaf)],
+                        }  # fmt: skip
                 first = last + 1
 
     def _chunks(self, text: str) -> Iterator[dict[str, Any]]:

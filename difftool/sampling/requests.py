@@ -111,6 +111,8 @@ class Request:
     """Names and hashes of the plugins that it was made with."""
     named: tuple[NamedFile, ...] = ()
     """Files that the picture names, which `locate` makes paths of: no other field has them yet."""
+    sought: tuple[NamedFile, ...] = ()
+    """LoRAs that another tool's picture names, by their bare names, and that were not found."""
     hashes: Mapping[str, str] = field(default_factory=dict)
     """What is known of the files that it named, by their paths."""
     opened: str = ""

@@ -409,6 +409,7 @@ class Resolver:
         syntax = sample.plan.settings.prompt_syntax
         words = [name for word in self.model.words for name in word.names]
         for prompt in (sample.request.prompt, sample.request.negative):
+            SYNTAXES[syntax].composition(prompt or "")  # which has sound weights, if any
             for construct, text in unread(prompt or "", syntax, words):
                 if syntax in construct.refused:
                     raise construct.refusal(text)

@@ -22,6 +22,14 @@ Parts = list[list[TextPiece]]
 """The pieces of a prompt, a list for each of the parts that share no chunk."""
 
 
+class Blend(NamedTuple):
+    """Texts whose encodings are added up, each times its factor, and the factor of the sum's way
+    from the empty prompt's."""
+
+    texts: tuple[TextPiece, ...]
+    weight: float = 1.0
+
+
 class Token(NamedTuple):
     """A token with the weight of its text, and that text's number in the prompt."""
 

@@ -29,7 +29,7 @@ class Construct(NamedTuple):
         return UsageError(f"{self.what} are not supported", text, self.hint)
 
 
-A1111, COMFY, COMPEL = "a1111", "comfy", "compel"
+A1111, COMFY, COMPEL, NOVELAI = "a1111", "comfy", "compel", "novelai"
 NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
 FILES = "give --embedding FILE, or --embedding-dir"
 READS = "--prompt-syntax {} reads them"
@@ -44,19 +44,23 @@ CONSTRUCTS = (
     Construct(rf"(?<!\\)\((?:[^()]|\([^()]*\))*:{NUMBER}\)|(?<!\\)\(\([^()]+\)\)",
               "weights in round brackets", READS.format("a1111 or comfy"), read=(A1111, COMFY)),
     Construct(r"(?<!\\)\[[^\[\]:|]+(?<!\\)\]", "weights in square brackets", READS.format(A1111),
-              read=(A1111,)),
+              read=(A1111, NOVELAI)),
     Construct(r"\bBREAK\b", "breaks between chunks", READS.format(A1111), read=(A1111,)),
     Construct(r"\{[^{}|]*\|[^{}]*\}", "alternatives", "write the one that is meant"),
-    Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05)"),
+    Construct(r"\{[^{}|]+\}", "weights in braces", "(word:1.05), or " + READS.format(NOVELAI),
+              read=(NOVELAI,)),
     Construct(r"(?<!\w)__[\w./*-]+?__(?!\w)", "wildcards", "--wildcard-dir has none of that name"),
     Construct(r"\bembedding:(?P<name>[^\s,:()]+)", "embeddings", FILES),
     Construct(r"<(?P<name>[^\s<>|:]+)>", "words of embeddings", FILES),
     Construct(r"(?:^|(?<=\s))--[A-Za-z][\w-]*(?:\s+[\d.:]+)?", "flags within a prompt",
               "give them beside it: --size 768x512"),
     Construct(r"(?<=\w)::(?=\s|$|-?[\d.])[-\d.]*|\b\d[\d.]*::", "weights after ::",
-              "(word:1.2)"),
-    Construct(r"\)\.(?:blend|swap)\(|\)\.(?:and|add)\(\s*[^\s)]", "compel's blends and swaps",
+              "(word:1.2)", read=(NOVELAI,)),
+    Construct(r"\.swap\(", "compel's swaps, which no pipeline of diffusers draws either,",
+              "[cat:dog:0.3] changes after a share of the steps: " + READS.format(A1111),
               refused=(COMPEL,)),
+    Construct(r"\)\.blend\(|\)\.(?:and|add)\(\s*[^\s)]", "compel's blends", READS.format(COMPEL),
+              read=(COMPEL,)),
     Construct(r"(?:\)|\b[a-z]{2,})(?:\+{2,4}|-{2,4})(?![\w+-])|\)[+-](?![\w+-])|\)\d*\.\d+"
               r"|\)\.and\(\s*\)", "compel's weights", READS.format(COMPEL), read=(COMPEL,)),
 )

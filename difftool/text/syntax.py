@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from difftool.registry import Registry
-from difftool.text import a1111, comfy, compel
+from difftool.text import a1111, comfy, compel, novelai
 from difftool.text.chunks import (
+    Blend,
     Chunk,
     Parts,
     TextPiece,
@@ -27,6 +28,10 @@ from difftool.text.tokenizer import Tokenizer
 
 def _alone(prompt: str) -> list[TextPiece]:
     return [(prompt, 1.0)]
+
+
+def _whole(prompt: str) -> list[Blend]:
+    return [Blend(((prompt, 1.0),))]
 
 
 def _always(prompt: str, steps: int) -> list[tuple[int, str]]:
@@ -48,6 +53,10 @@ class PromptSyntax:
     """The prompts that it is made of, each with its share of the guidance."""
     schedule: Callable[[str, int], list[tuple[int, str]]] = _always
     """(prompt, steps) -> its texts, each with the last step that it is for; the first step is 1."""
+    composition: Callable[[str], list[Blend]] = _whole
+    """A text -> what it is composed of, which share no chunk, each of texts that are blended."""
+    stands: bool = True
+    """Whether {a|b}, __wildcards__, <lora:name:1> and Midjourney's parameters mean something."""
     plain: bool = False
     """Whether every character is a word's, and nothing in a prompt stands for anything else."""
 
@@ -61,10 +70,18 @@ for row in (
         schedule=a1111.schedule,
     ),
     PromptSyntax("comfy", "(x:1.3); [] is text", "comfy", comfy.parts, by_words),
-    PromptSyntax("compel", "(a b)1.3, word++, .and()", "compel", compel.parts, by_sentences),
+    PromptSyntax(
+        *("compel", "(a b)1.3, word++, .and(), .blend()", "compel", compel.parts, by_sentences),
+        composition=compel.composition,
+    ),
+    PromptSyntax(
+        *("novelai", "{x}, [x], 1.5::x::", "a1111", novelai.parts, by_commas),
+        stands=False,
+    ),
     PromptSyntax(
         *("none", "every character as it stands, and what is too long is cut", "none"),
         *(lambda prompt: [[(prompt, 1.0)]], whole),
+        stands=False,
         plain=True,
     ),
 ):

@@ -134,6 +134,11 @@ UNIPC = (
         FieldKind(lambda f, n: tuple(f.get(n, list)), list),
     ),
 )
+SA = (
+    Row("predictor_order", "order", choice({1: 1, 2: 2, 3: 3, 4: 4})),
+    Row("corrector_order", "corrector_order", choice({0: 0, 1: 1, 2: 2, 3: 3, 4: 4})),
+    Row("lower_order_final", "lower_order_final", choice({True: "always", False: "never"})),
+)
 VARIANCE = Row(
     "variance_type",
     "variance",
@@ -160,11 +165,14 @@ class Class(NamedTuple):
     """Fields that are options of the sampler."""
 
 
+_DDIM = Class("ddim", "table", _TABLE | _CLIP | {"set_alpha_to_one": True})
+_DDPM = Class("ddpm", "table", _TABLE | _CLIP | {"variance_type": "fixed_small"}, (VARIANCE,))
+
 CLASSES: dict[str, Class] = {
-    "DDIMScheduler": Class("ddim", "table", _TABLE | _CLIP | {"set_alpha_to_one": True}),
-    "DDPMScheduler": Class(
-        "ddpm", "table", _TABLE | _CLIP | {"variance_type": "fixed_small"}, (VARIANCE,)
-    ),
+    "DDIMScheduler": _DDIM,
+    "DDIMParallelScheduler": _DDIM,
+    "DDPMScheduler": _DDPM,
+    "DDPMParallelScheduler": _DDPM,
     "PNDMScheduler": Class(
         "plms",
         "table",
@@ -232,6 +240,17 @@ CLASSES: dict[str, Class] = {
         },
         UNIPC,
     ),
+    "SASolverScheduler": Class(
+        "sa_solver_bh1",
+        "dpm",
+        {name: value for name, value in _DPM.items()
+         if name not in ("solver_order", "use_dynamic_shifting", "time_shift_type")}
+        | {
+            "algorithm_type": "data_prediction", "predictor_order": 2, "corrector_order": 2,
+            "lambda_min_clipped": -float("inf"), "variance_type": None, "tau_func": None,
+        },
+        SA,
+    ),
     "LCMScheduler": Class(
         "lcm", "lcm", _LCM, (Row("timestep_scaling", "timestep_scaling", FLOAT),)
     ),
@@ -246,6 +265,23 @@ CLASSES: dict[str, Class] = {
             "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
             "time_shift_type": "exponential", "stochastic_sampling": False,
         },
+    ),
+    "FlowMatchLCMScheduler": Class(
+        "lcm",
+        "flow",
+        _SIGMAS
+        | {
+            "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+            "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+            "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
+            "time_shift_type": "exponential", "scale_factors": None, "upscale_mode": "bicubic",
+        },
+    ),
+    "LTXEulerAncestralRFScheduler": Class(
+        "euler_a_rf",
+        "flow",
+        {"num_train_timesteps": 1000, "shift": 1.0, "eta": 1.0, "s_noise": 1.0},
+        (Row("eta", "eta", FLOAT), Row("s_noise", "s_noise", FLOAT)),
     ),
     "FlowMatchHeunDiscreteScheduler": Class(
         "heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}
@@ -289,6 +325,7 @@ SOLVERS = {
     ),
     "dpm_solver_single": Solver("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver"}),
     "unipc": Solver("UniPCMultistepScheduler", {}),
+    "sa_solver_bh1": Solver("SASolverScheduler", {"algorithm_type": "data_prediction"}),
 }
 
 

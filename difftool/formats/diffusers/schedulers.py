@@ -16,7 +16,7 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.path import SCHEDULES, Discrete, Edm, Flow, Path
 from difftool.diffusion.prediction import SIGMA_DATA
 from difftool.diffusion.samplers import SAMPLERS
-from difftool.errors import InputError
+from difftool.errors import InputError, UsageError
 from difftool.formats.diffusers.fields import VERSION, Fields, read_rows, write_rows
 from difftool.formats.diffusers.scheduler_classes import (
     BETA_ROWS,
@@ -27,6 +27,7 @@ from difftool.formats.diffusers.scheduler_classes import (
     FLOOR,
     FLOW_ROWS,
     PATH_FIELDS,
+    SA,
     SINGLE,
     SOLVERS,
     SPACINGS,
@@ -59,7 +60,7 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         what = f"{where} is of a class that difftool does not have"
-        raise InputError(what, f"_class_name = {name}")
+        raise InputError(what, f"_class_name = {name}", _instead(name))
     kind = CLASSES[name]
     known = {key: value for key, value in config.items() if key in kind.defaults}
     fields = Fields(known, kind.defaults, where)
@@ -80,6 +81,15 @@ def read_scheduler(config: Mapping[str, Any], where: str) -> Scheduling:
             notes.append(f"{name}'s {option} = {value} is not supported and was left out")
     says = f"{name}: target {target}, path {path['kind']}"
     return Scheduling(path, target, sample, says, tuple(notes))
+
+
+def _instead(name: object) -> str | None:
+    """What to use in place of a class that is not read, where its method is known."""
+    try:
+        return f"--sampler {SAMPLERS.resolve(str(name))} is its method, with a scheduler of others"
+    except UsageError as error:
+        known = isinstance(name, str) and "choose from" not in (error.hint or "choose from")
+        return error.hint if known else None
 
 
 def kept(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,9 +164,9 @@ def _grid(name: str, kind: Class, f: Fields, path: dict[str, Any]) -> dict[str, 
             break
     if grid["kind"] == "normal":  # the one whose times are fractional
         options["lookup"] = "linear"
-    if name in ("DDIMScheduler", "PNDMScheduler"):
+    if "set_alpha_to_one" in f.values:
         options |= {} if f.get("set_alpha_to_one", bool) else {"end": "first"}
-    elif name == "DEISMultistepScheduler":
+    elif name in ("DEISMultistepScheduler", "SASolverScheduler"):
         options["end"] = "first"
     elif f.values.get("final_sigmas_type") == "sigma_min":
         options["end"] = "first"
@@ -179,7 +189,8 @@ def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, 
         options["shift_terminal"] = f.number("shift_terminal")
     f.ignore("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     f.ignore("shift_terminal", "time_shift_type")
-    return path, "flow", {"schedule": "sd3", "schedule_options": options}
+    schedule = "trailing" if name.startswith("LTX") else "sd3"
+    return path, "flow", {"schedule": schedule, "schedule_options": options}
 
 
 def _read_flow_dpm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -263,6 +274,8 @@ def _sampler(
         return "tcd", {"eta": 0.0}  # what every pipeline passes, whatever the class's own 0.3
     if kind.options is DEIS:
         f.ignore("algorithm_type")
+    if kind.options is SA:
+        f.one_of("algorithm_type", "data_prediction", "dpmsolver", "dpmsolver++")
     if kind.options is SINGLE:
         return _single(name, f)
     return _dpm_solver(f) if kind.options is DPM else (kind.sampler, read_rows(f, kind.options))

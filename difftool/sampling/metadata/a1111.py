@@ -119,6 +119,7 @@ def from_parameters(text: str, source: str) -> Request:
     request = request_of(spelled(read), model_hash=words.get("Model hash", ""))
     return replace(
         request, missed=tuple(found.missed), loras=tuple(found.loras), named=tuple(found.named),
+        sought=tuple(found.sought),
         made_by=_tool(words.get("Version", "")), model=words.get("Model", ""),
     )  # fmt: skip
 

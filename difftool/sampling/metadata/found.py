@@ -21,6 +21,7 @@ from difftool.sampling.metadata.named import (
     MAX_HASHED,
     digest_of,
     files_in,
+    lacking,
     lies_in,
 )
 from difftool.sampling.requests import NamedFile, Request, from_json
@@ -47,6 +48,8 @@ class Found:
     """Name of the model."""
     named: list[NamedFile] = field(default_factory=list)
     """LoRAs of the name that links lead to, out of the folders that are looked through."""
+    sought: list[NamedFile] = field(default_factory=list)
+    """Those that are not there."""
 
     def miss(self, text: str, option: str = "") -> None:
         """List what is not taken over; `option` would ask for it."""
@@ -61,8 +64,8 @@ class Found:
         elif path := next((path for path in self.links if path.stem == stem), None):
             self.named.append(NamedFile("lora", os.path.abspath(path), weight=weight))
         else:
-            known = f" ({digest})" if digest else ""
-            self.miss(f"the LoRA {stem}{known} at {weight:g}, which is not here: --lora", "lora")
+            self.sought.append(NamedFile("lora", stem, digest.lower(), weight))
+            self.miss(lacking(self.sought[-1]), "lora")
 
     def _file(self, stem: str, digest: str) -> Path | None:
         """The file of a LoRA: of that name, unless its hash is another, else of that hash."""
@@ -122,7 +125,8 @@ class Found:
             settings["size"] = tuple(sides)
         return replace(
             request, settings=settings, missed=missed, loras=tuple(self.loras),
-            named=tuple(self.named), made_by=self.made_by, model=self.model,
+            named=tuple(self.named), sought=tuple(self.sought), made_by=self.made_by,
+            model=self.model,
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from difftool.storage.commit import sha256_of
 
 LORA_FOLDERS = ("", "lora", "loras", "models/Lora", "models/loras")
 """Where files of LoRAs are looked for, below the working folder and the picture's."""
+ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 MAX_HASHED = 64
 """So many files are looked through for one of another name."""
 MAX_SHOWN = 200
@@ -101,9 +102,39 @@ def locate(
     loras = [(path, file.weight) for file, path in found if file.option == "lora"]
     return replace(
         request, **images, embeddings=(*request.embeddings, *words), named=(), hashes=hashes,
-        loras=(*request.loras, *loras), changed=tuple(changed),
+        loras=(*request.loras, *loras), changed=(*request.changed, *changed),
         opened=f"opened because {picture} names them: {', '.join(told)}" if told else "",
     )  # fmt: skip
+
+
+def lacking(file: NamedFile) -> str:
+    """What is said of a LoRA that is not found."""
+    known = f" ({file.digest})" if file.digest else ""
+    return f"the LoRA {file.name}{known} at {file.weight:g}, which is not here: --lora"
+
+
+def sought_in(request: Request, folder: Path) -> Request:
+    """A request with the LoRAs that it seeks and that are below a folder of the user's: of the name
+    and the hash, else of the hash, else of the name, which is said."""
+    there = [path for _, path in files_below(folder)]
+    found, missed, changed = list(request.loras), list(request.missed), list(request.changed)
+    for file in request.sought:
+        named = [path for path in there if path.stem.casefold() == file.name.casefold()]
+        same = (
+            path
+            for path in (*named, *there[:MAX_HASHED])
+            if file.digest and digest_of("lora", path).startswith(file.digest[:12])
+        )
+        if (path := next(same, None) or next(iter(named), None)) is None:
+            continue
+        found.append((str(path), file.weight))
+        missed.remove(("lora", lacking(file)))
+        if file.digest and not digest_of("lora", path).startswith(file.digest[:12]):
+            told = f"its hash is {digest_of('lora', path)}, and not {file.digest}"
+            changed.append(f"{path} is not the LoRA that the picture was made with: {told}")
+    return replace(
+        request, loras=tuple(found), missed=tuple(missed), changed=tuple(changed), sought=()
+    )
 
 
 def described(file: NamedFile) -> str:
@@ -189,6 +220,17 @@ def files_in(places: Iterable[Path], folders: Iterable[str], ending: str) -> lis
         for path in sorted(each.glob("*"))
         if path.suffix == ending and path.is_file()
     ]
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files below a folder that may be LoRAs or words, by their paths in it without an
+    ending."""
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if name.endswith(ENDINGS):
+                path = Path(place, name)
+                yield path.relative_to(folder).with_suffix("").as_posix(), path
 
 
 def _below(path: str, folder: str) -> bool:

@@ -102,7 +102,8 @@ def from_dream(text: str, source: str) -> Request:
 
 def from_novelai(text: str, source: str, described: str = "", model: str = "") -> Request:
     """The request in NovelAI's `Comment`; the prompt of older ones is the `Description`."""
-    values, found = object_in(text, source), Found(source, made_by="NovelAI", model=model)
+    values, found = object_in(text, source), Found(source, {"prompt_syntax": "novelai"})
+    found.made_by, found.model = "NovelAI", model
     values.setdefault("prompt", described)
     for role in ("v4_prompt", "v4_negative_prompt"):
         for caption in _characters(values.get(role)):
