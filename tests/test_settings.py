@@ -53,7 +53,17 @@ def test_every_field_of_the_configuration_and_of_a_request_has_a_row():
         "missed",
     }
     assert own - given == others | {
-        *("found", "named", "hashes", "opened", "changed", "networks", "ignored", "place"),
+        *(
+            "found",
+            "named",
+            "sought",
+            "hashes",
+            "opened",
+            "changed",
+            "networks",
+            "ignored",
+            "place",
+        ),
     }
     assert given <= own
 

@@ -36,13 +36,13 @@ class _Group:
     samples: list[Sample]
 
 
-Batch = tuple[list[Sample], list[Planned]]
+Together = tuple[list[Sample], list[Planned]]
 """Pictures to make together; and the entries, in their order, that wait for no other then."""
 
 
 def batches(
     entries: Iterable[Planned | None], room: Callable[[SampleConfig], int]
-) -> Iterator[Batch]:
+) -> Iterator[Together]:
     """The pictures among entries in batches, each made alike and no more than `room` says.
 
     Pictures of one kind are gathered from among others, as far ahead as WINDOW says, and what is
@@ -52,7 +52,7 @@ def batches(
     queue: deque[tuple[float, Planned]] = deque()
     groups: list[_Group] = []  # that of the first picture that is to be made comes first
 
-    def batch(group: _Group | None = None) -> Batch:
+    def batch(group: _Group | None = None) -> Together:
         if group:
             groups.remove(group)
         first, due = groups[0].samples[0] if groups else None, []

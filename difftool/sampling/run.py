@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-Made = tuple["Tensor", "Tensor", float]
+Generated = tuple["Tensor", "Tensor", float]
 """x0 [C,h,w], image [3,H,W] and the seconds that it took."""
 MASKED = ("init", "mask")
 """Pictures that are needed where what is drawn is put back into one."""
@@ -114,7 +114,7 @@ class SampleRun:
 
     def events(self, requests: Lines) -> Iterator[Event]:
         """What happens, as it happens; results are in the order of the requests."""
-        made: dict[int, Made] = {}
+        made: dict[int, Generated] = {}
         for samples, due in batches(self.entries(requests), self._room):
             started = time.perf_counter()
             images = yield from self._make(samples)
