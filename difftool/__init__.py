@@ -27,7 +27,17 @@ if TYPE_CHECKING:
         Stopped,
         UsageError,
     )
-    from difftool.library import Pipeline, SampleStep, convert, inspect, load, noise, train
+    from difftool.evaluation.judge import Judgement
+    from difftool.library import (
+        Pipeline,
+        SampleStep,
+        convert,
+        evaluate,
+        inspect,
+        load,
+        noise,
+        train,
+    )
     from difftool.plugins import load_plugins
     from difftool.training.step.optim import OPTIMIZERS
 
@@ -43,6 +53,7 @@ __all__ = [
     "CheckError",
     "DifftoolError",
     "InputError",
+    "Judgement",
     "Pipeline",
     "ResourceError",
     "SampleStep",
@@ -50,6 +61,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "convert",
+    "evaluate",
     "inspect",
     "load",
     "load_plugins",
@@ -64,7 +76,8 @@ _HOMES = {
     "diffusion.prediction": "TARGETS",
     "diffusion.samplers": "SAMPLERS",
     "errors": "CheckError DifftoolError InputError ResourceError Stopped UsageError",
-    "library": "Pipeline SampleStep convert inspect load noise train",
+    "evaluation.judge": "Judgement",
+    "library": "Pipeline SampleStep convert evaluate inspect load noise train",
     "plugins": "load_plugins",
     "training.step.optim": "OPTIMIZERS",
 }

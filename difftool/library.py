@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from difftool.conversion.ledger import Ledger
+    from difftool.evaluation.judge import Judgement
     from difftool.pipeline.model import Model
     from difftool.sampling.command import SampleTask
     from difftool.training.prepared import Training
@@ -306,6 +307,52 @@ def noise(picture: Image | str | Path, **options: Any) -> list[Image]:
     for warning in task.warnings:
         warnings.warn(warning, stacklevel=2)
     return noised(task, _image(picture))
+
+
+@in_words()
+def evaluate(
+    pictures: str | Path | Sequence[Image | str | Path],
+    reference: str | Path,
+    *,
+    features: str | Path | None = None,
+    device: str | None = None,
+) -> Judgement:
+    """How near pictures are to those of a reference: what `difftool sample --evaluate` says of what
+    it makes.
+
+        judgement = difftool.evaluate(noised, "photos")
+        assert judgement.frechet > 0 and 0 <= judgement.recall <= 1
+
+    pictures: a folder, or several, in the order that KID draws from. features: a file of weights,
+    or a folder of transformers; None is what needs no file. UsageError for wrong values and for too
+    few pictures, InputError for pictures or weights that cannot be read.
+    """
+    from difftool.config.options import DEVICE, read_options
+    from difftool.evaluation.features import open_describer
+    from difftool.evaluation.judge import Collected, open_reference
+    from difftool.evaluation.options import EVALUATION, check_evaluation
+    from difftool.images.fit import to_uint8
+    from difftool.pipeline.load import pick_device
+
+    given = {"evaluate": reference, "features": features, "device": device}
+    values = read_options((*EVALUATION, DEVICE), given)
+    check_evaluation(values["evaluate"], values["features"])
+    device = str(pick_device(values["device"] or "auto"))
+    made = Collected(open_describer(values["features"], device))
+    if isinstance(pictures, str | Path):
+        made.add_all(open_reference(str(pictures)))
+    elif isinstance(pictures, Sequence):
+        for picture in pictures:
+            made.add(to_uint8(_image(picture)))
+    else:
+        raise UsageError(f"pictures cannot be {pictures!r:.80}", hint="name a folder, or several")
+    notes: list[Note] = []
+    judgement = made.judged(
+        open_reference(values["evaluate"]), lambda *told: notes.append(Note(*told))
+    )
+    for note in notes:
+        _tell(note)
+    return judgement
 
 
 @in_words()

@@ -335,7 +335,7 @@ def session(tmp_path_factory) -> dict[str, Any]:
     """What a notebook's session of all examples of the docstrings leaves: names, what was printed
     (`said`), and `folder`, where it was."""
     folder, said = tmp_path_factory.mktemp("session"), io.StringIO()
-    lay(folder / "photos", pictures(*(f"{i}.png" for i in range(4))))
+    lay(folder / "photos", pictures(*(f"{i}.png" for i in range(5))))
     package = Path(difftool.__file__).parent
     blocks = [*examples(package / "__init__.py"), *examples(package / "library.py")]
     names: dict[str, Any] = {"difftool": difftool, "folder": folder, "said": said}

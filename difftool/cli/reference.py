@@ -58,9 +58,9 @@ ENVIRONMENT = {
 RESULTS = {
     "`sample --grid`, of each page": "`path`, `grid` (pictures on it), and on the first, "
     "where they have no files of their own, `pictures`, each as an object",
-    "`sample --evaluate`, at the end": "`evaluation`: `features`, `dimensions`, `made`, "
-    "`reference` (pictures), `frechet`, `kid`, `kid_deviation`, `kid_subset`, `precision`, "
-    "`recall`",
+    "`sample --evaluate`, at the end": "`evaluation`: `features`, `weights` (SHA-256 of "
+    "their file), `dimensions`, `made`, `reference` (pictures), `frechet`, `kid`, "
+    "`kid_deviation`, `kid_subset`, `precision`, `recall`",
     "`noise`, of each picture": "`path`, `image`, `width`, `height`, `seed`, `noise_path` and "
     "`levels`, or `noise_paths` where several are compared; of `--reverse` and `--likelihood` also "
     "`model`, `model_hash`, `prompt`, `label`, and of the latter `likelihood`",

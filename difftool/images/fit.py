@@ -70,6 +70,15 @@ def to_uint8(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def stretched(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures, uint8 [B,3,H,W] on the CPU, at another size (width, height), whatever their shape
+    (Pillow's bicubic)."""
+    import torch
+
+    whole = (Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images)
+    return torch.stack([to_uint8(each.resize(size, Image.Resampling.BICUBIC)) for each in whole])
+
+
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
     """A picture, or uint8 [..., H,W], as fp32 in [-1, 1] of shape [3,H,W] or the tensor's own."""
     pixels = to_uint8(image) if isinstance(image, Image.Image) else image

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from difftool.evaluation.features import open_describer
-from difftool.evaluation.judge import Collected, judge, open_reference, reference_features
+from difftool.evaluation.judge import Collected, open_reference
 from difftool.images.fit import to_uint8
 from difftool.images.read import read_picture
 from difftool.sampling.events import Event, Existing, Judged, Note, Result
@@ -28,8 +28,7 @@ def judged(
     if not made.count:
         yield Note("no picture was made that could be compared")
         return
-    if len(made.sizes) > 1:
-        width, height = made.size
-        yield Note(f"pictures of several sizes; the reference is compared at {width}x{height}")
-    known = reference_features(dataset, made.size, describer)
-    yield Judged(judge(made.features(), known, describer))
+    notes: list[Note] = []
+    judgement = made.judged(dataset, lambda words, warning: notes.append(Note(words, warning)))
+    yield from notes
+    yield Judged(judgement)
