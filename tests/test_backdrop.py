@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image, ImageDraw
 
+from difftool.diffusion.noise import ImageNoise
 from difftool.errors import UsageError
-from difftool.pipeline.backdrop import FITS, Fitting, grown, region_of, softened, started
+from difftool.pipeline.backdrop import FITS, Fitting, filled, grown, region_of, softened, started
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
 from difftool.pipeline.model import Model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.sampling.metadata.a1111 import from_parameters
 from difftool.sampling.settings import read_outpaint
 
 RNG = np.random.default_rng(0)
@@ -197,6 +204,59 @@ def test_the_masked_region_alone_is_drawn_at_the_model_s_size(draw, kind):
     kept = pixels("mask.png")[..., 0] == 0
     assert (found == pixels("photo.png"))[kept].all()
     assert (found != pixels("photo.png"))[~kept].mean() > 0.5
+
+
+def test_what_is_masked_is_filled_with_what_is_around_it():
+    picture = Image.new("RGB", (48, 24), (200, 30, 10))
+    picture.paste((10, 40, 220), (24, 0, 48, 24))
+    picture.paste((0, 255, 0), (4, 4, 12, 12))
+    mask = np.zeros((24, 48), np.float32)
+    mask[4:12, 4:12] = 1
+    found = np.asarray(filled(picture, mask), int)
+    assert (found == np.asarray(picture))[mask == 0].all()
+    assert abs(found[mask == 1] - (200, 30, 10)).max() < 40  # red, with some blue from far
+    assert (np.asarray(filled(picture, mask + 1 - mask)) == 0).all()
+
+
+def test_what_is_below_a_mask_is_noise_or_nothing(models):
+    """As a picture that has that there would be drawn."""
+    model = load_model(models["pixels"], device="cpu")
+    mask = torch.zeros(16, 16)
+    mask[4:12, 6:14] = 1
+    init = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    begun = ImageNoise([5], (3, 16, 16), model.device).start(None, 0.0)[0]
+
+    def drawn(picture: torch.Tensor, content: str) -> torch.Tensor:
+        asked = {"size": (16, 16), "steps": 4, "strength": 0.75, "mask_content": content}
+        asked |= {"posterior": "mean"}
+        plan = plan_sampling(model, resolve_settings(model, asked), from_picture=True)
+        *_, last = generate(plan, [SampleInput(seed=5, init=picture, mask=mask)])
+        return last.x[0]
+
+    for content, below in (("nothing", torch.zeros(3, 16, 16)), ("noise", begun)):
+        expected = drawn((1 - mask) * init + mask * below, "original")
+        torch.testing.assert_close(drawn(init, content), expected, rtol=1e-5, atol=1e-5)
+        assert not drawn(init, "original").allclose(expected, atol=0.05)
+
+
+def test_masked_content_is_in_the_metadata_by_a1111_s_words(draw, models, difftool):
+    given = ("--mask", "mask.png", "--strength", 0.6)
+    found, _ = draw("latents", *given, "--mask-content", "latent noise")
+    draw("latents", *given, "--mask-content", "fill,original", "-o", "[index].png")
+    kept = pixels("mask.png")[..., 0] == 0
+    assert (found == pixels("photo.png"))[kept].all()
+    assert len({each.tobytes() for each in (found, pixels("0.png"), pixels("1.png"))}) == 3
+    draw("latents", *given, "--mask-content", "noise")
+    with Image.open("out.png") as image:
+        assert "Masked content: latent noise" in image.info["parameters"]
+        request = from_parameters(image.info["parameters"], "it")
+    assert request.settings["mask_content"] == "noise"
+    common = ("sample", "-m", models["latents"], "--device", "cpu")
+    ran = difftool(*common, "--from-image", "out.png", "-o", "again.png")
+    assert ran.code == 0 and (pixels("again.png") == found).all(), ran.err
+    _, said = draw("latents", "--mask-content", "fill")
+    assert "--mask-content has no effect without --mask" in said
+    assert draw("latents", "--mask-content", "noise2", code=2).code == 2
 
 
 def test_more_is_drawn_beyond_a_picture_which_stays(draw):

@@ -29,6 +29,7 @@ Options = dict[str, Any]
 
 
 FitName = Literal["stretch", "crop", "pad"]
+MaskContent = Literal["original", "fill", "noise", "nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ class SampleConfig:
     """Deviation in pixels of the Gaussian that softens a mask's edges."""
     mask_invert: bool = False
     """Whether black is repainted in place of white."""
+    mask_content: MaskContent = "original"
+    """What is below a mask when the steps begin: the picture, its surroundings' colours drawn in,
+    the start noise, or a latent of zeros, as in A1111."""
     only_masked: bool = False
     """Whether only the masked region is drawn, at the whole size, and put back in its own."""
     mask_padding: Annotated[int, Within(low=0, high=4096)] = 32

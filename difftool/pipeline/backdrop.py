@@ -4,7 +4,8 @@
     outpaint         on a larger canvas, whose new parts are masked
     only masked      the masked region and what is around it, enlarged; put back in its own size
 
-What stays is the backdrop. Masks are grown and softened in its pixels.
+What stays is the backdrop. Masks are grown and softened in its pixels. What is masked may be filled
+with the colours around it before it is drawn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from difftool.errors import UsageError
 from difftool.images.fit import framed, scaled
@@ -71,6 +72,7 @@ class Fitting(NamedTuple):
     mask_invert: bool = False
     mask_grow: int = 0
     mask_blur: float = 0.0
+    mask_content: str = "original"
     only_masked: bool = False
     mask_padding: int = 0
 
@@ -78,6 +80,13 @@ class Fitting(NamedTuple):
 def started(picture: Image.Image, mask: Image.Image | None, settings: Fitting) -> Start:
     """A picture and maybe its mask, in grey and of any size, as settings say; UsageError where
     nothing is masked."""
+    start = _started(picture, mask, settings)
+    if start.mask is None or settings.mask_content != "fill":
+        return start
+    return start._replace(picture=filled(start.picture, start.mask))
+
+
+def _started(picture: Image.Image, mask: Image.Image | None, settings: Fitting) -> Start:
     size = settings.size
     if settings.outpaint is not None:
         picture, mask = _extended(picture, mask, settings.outpaint)
@@ -199,6 +208,22 @@ def _mask(image: Image.Image, settings: Fitting) -> NDArray[np.float32]:
     if not values.any():
         raise UsageError("the mask is all black", "nothing would be repainted")
     return values
+
+
+FILLS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
+"""Radii of the blurs that fill what is masked, from far to near, and how often each is laid on."""
+
+
+def filled(picture: Image.Image, mask: NDArray[np.float32]) -> Image.Image:
+    """A picture with the colours around what is masked drawn into it, as A1111's "fill" does."""
+    kept = picture.convert("RGBA")
+    kept.putalpha(Image.fromarray(((1 - mask) * 255).round().astype(np.uint8)))
+    kept, whole = kept.convert("RGBa"), Image.new("RGBA", picture.size)
+    for radius, times in FILLS:
+        layer = kept.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        for _ in range(times):
+            whole.alpha_composite(layer)
+    return whole.convert("RGB")
 
 
 def grown(mask: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:

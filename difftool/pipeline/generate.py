@@ -270,6 +270,8 @@ class _Pictures:
                 known = codec.encode(image, _posterior(settings, noise))
         self.noise = noise.start(_others(settings, inputs, noise), settings.vary)
         self.x = start_amplitude(settings, first) * self.noise
+        if known is not None and masks and settings.mask_content in ("noise", "nothing"):
+            known = self._uncovered(known, torch.stack(masks), settings.mask_content)
         if known is not None and not (masks and settings.strength == 1):
             self.x = first.mix(known, self.noise)
         if kind == "depth":
@@ -286,6 +288,11 @@ class _Pictures:
                 self.concat = torch.cat([(small >= 0.5).float(), hidden], dim=1)
             else:
                 self.known, self.mask = known, small
+
+    def _uncovered(self, known: Tensor, masks: Tensor, content: str) -> Tensor:
+        """x0 with noise, or nothing, where it is masked for the most part [B,H,W], as in A1111."""
+        hidden = F.interpolate(masks[:, None], size=known.shape[2:], mode="area").round()
+        return (1 - hidden) * known + (hidden * self.noise if content == "noise" else 0.0)
 
     def joined(self, conds: list[Cond]) -> list[Cond]:
         """The conditions with what is joined to x. A picture to edit makes three of two: with both,

@@ -28,11 +28,11 @@ from difftool.config.options import (
     assignments,
     option_layers,
 )
-from difftool.config.schema import FitName
+from difftool.config.schema import FitName, MaskContent
 from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.noise import GENERATORS, STEP_NOISE
 from difftool.diffusion.samplers import SAMPLERS, guides_apart, split_spelling
-from difftool.errors import UsageError
+from difftool.errors import UsageError, suggestion
 from difftool.images.formats import OUTPUT_FORMATS
 from difftool.pipeline.matches import MATCHES
 from difftool.pipeline.upscale import UPSCALERS, read_upscaler
@@ -257,6 +257,21 @@ def _known_schedule(name: str) -> str | None:
     of_a1111 = {row.a1111: own for own, row in GRIDS.items()}
     name = of_a1111.get(name) or {"Uniform": "normal", "DDIM": "ddim_uniform"}.get(name, name)
     return name if name in GRIDS or name == "Automatic" else None
+
+
+def _mask_content(given: Any) -> str:
+    """What is below a mask, by A1111's words and its interface's numbers too."""
+    names, word = get_args(MaskContent), canonical(given).removeprefix("latent")
+    numbered = dict(zip(map(str, range(4)), ("fill", "original", "noise", "nothing"), strict=True))
+    if (word := numbered.get(word, word)) not in names:
+        hint = suggestion(str(given), names)
+        raise UsageError(f'"{given}" is not what may be below a mask', hint=hint)
+    return word
+
+
+def _content_of_a1111(content: str) -> str | None:
+    words = {"fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
+    return words.get(content)
 
 
 RNGS = {"cpu": "CPU", "gpu": "NV"}
@@ -551,6 +566,11 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("mask_blur", "Pixels over which the mask's edges are softened", IMAGES, type=float,
         effect=_masked, without="without --mask", default="0",
         a1111=A1111("Mask blur", float, lambda blur: f"{blur:g}" if blur else None)),
+    _of_model("mask_content", "What is below the mask to start from: the picture, its "
+        "surroundings, noise, or nothing", IMAGES, listed=names, read=_mask_content,
+        choices=lambda: get_args(MaskContent), effect=_masked, without="without --mask",
+        default="original", also=("inpainting_fill",),
+        a1111=A1111("Masked content", _mask_content, _content_of_a1111)),
     _of_model("only_masked", "Draw the masked region alone, enlarged to the size", IMAGES,
         type=bool, effect=_masked, without="without --mask", a1111=A1111("Inpaint area",
         {"Only masked": True, "Whole picture": False}.get,

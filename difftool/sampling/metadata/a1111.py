@@ -20,7 +20,7 @@ ORDER = (
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model"),
     *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes"),
     *("Hires upscale", "Hires steps", "Hires upscaler"),
-    *("Mask mode", "Mask blur", "Inpaint area", "Masked area padding"),
+    *("Mask mode", "Masked content", "Mask blur", "Inpaint area", "Masked area padding"),
     *("Variation seed", "Variation seed strength", "RNG", "ENSD"),
     *("Class", "Tiling", "Template", "Negative Template", "Version"),
 )
