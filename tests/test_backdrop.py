@@ -188,6 +188,19 @@ def test_what_is_not_masked_stays_to_the_byte(draw, kind, more):
     assert (found != pixels("photo.png"))[~kept].mean() > 0.5
 
 
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+@pytest.mark.parametrize("more", [(), ("--tile", "both")])
+def test_it_does_so_at_every_strength(draw, models, difftool, kind, more):
+    steps = ("--steps", 3, "--sampler", "euler_a,ddim", "--strength", "0.34,0.5,0.67,0.99,1")
+    given = ("-m", models[kind], "--init", "photo.png", "--mask", "mask.png", "--seed", 5)
+    ran = difftool("sample", *given, *steps, *more, "-o", "[sampler]-[denoising].png")
+    assert ran.code == 0, ran.err
+    kept, made = pixels("mask.png")[..., 0] == 0, sorted(Path().glob("*-*.png"))
+    assert len(made) == 10 and len({pixels(each).tobytes() for each in made}) >= 5
+    for each in made:
+        assert (pixels(each) == pixels("photo.png"))[kept].all(), each
+
+
 def test_a_mask_that_is_grown_and_softened(draw):
     found, _ = draw("latents", "--mask", "mask.png", "--mask-grow", 2, "--mask-blur", 1)
     kept = (

@@ -19,7 +19,7 @@ from difftool.images.animation import gif
 from difftool.images.terminal import blocks, cells, escapes, protocol
 from difftool.networks.tiny import tiny_decoder
 from difftool.pipeline.decode import decode
-from difftool.sampling.preview import Previewer, colours, open_tiny
+from difftool.sampling.preview import Previewer, colours, open_tiny, probe
 from difftool.storage.safetensors import save_tensors
 
 
@@ -86,9 +86,9 @@ def test_a_decoder_is_opened_for_the_model_that_it_fits(tmp_path):
 
 def test_the_map_is_the_nearest_linear_one_to_the_decoder():
     model = latent_model()
-    weight, bias = colours(model)
+    weight, bias = colours(*probe(model))
     assert weight.shape == (3, 4) and bias.shape == (3,)
-    again = colours(model)
+    again = colours(*probe(model))
     torch.testing.assert_close(weight, again[0])
     torch.testing.assert_close(bias, again[1])
     # a decoder that is linear is found as it is

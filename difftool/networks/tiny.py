@@ -52,7 +52,6 @@ class TinyDecoder(nn.Module):
         doubling = (1 for each in self.layers if isinstance(each, nn.Conv2d) and each.bias is None)
         return 2 ** sum(doubling)
 
-    @torch.no_grad()
     def forward(self, x0: Tensor) -> Tensor:
         first, *rest = self.layers
         x = F.relu(first(3 * torch.tanh(x0 / 3)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import torch
@@ -22,9 +23,10 @@ from difftool.diffusion.noise import BrownianNoise, ImageNoise, step_noise
 from difftool.diffusion.path import Level, build_path
 from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
-from difftool.engine.tiles import tiled
+from difftool.engine.tiles import enlarged_round, tiled
 from difftool.errors import UsageError
 from difftool.images.fit import to_pil, to_tensor
+from difftool.networks.codecs import Codec
 from difftool.pipeline.condition import Term, shape_of, terms_of
 from difftool.pipeline.decode import decode
 from difftool.pipeline.inputs import SampleInput, check_input
@@ -65,14 +67,18 @@ def _larger(
     model, size, name = plan.model, second.settings.size, plan.settings.upscaler
     sides = size[1] // model.codec.factor, size[0] // model.codec.factor
     mode = UPSCALERS[name].latent if name in UPSCALERS else None
+    tile = plan.settings.tile
     if mode is None:
-        pictures = [to_pil(each, plan.settings.rounding) for each in decode(model, x0)]
-        made = [to_tensor(upscaled(each, name, size, model.device)) for each in pictures]
+        with tiled(model.codec, tile):
+            images = decode(model, x0)
+        pictures = [to_pil(each, plan.settings.rounding) for each in images]
+        made = [to_tensor(upscaled(each, name, size, model.device, tile)) for each in pictures]
         return [i._replace(init=each) for i, each in zip(inputs, made, strict=True)]
+    enlarge = partial(F.interpolate, mode=mode)
     if model.codec.learned:
-        latents = F.interpolate(x0.float(), size=sides, mode=mode)
+        latents = enlarged_round(x0.float(), sides, tile, enlarge)
     else:  # whose channels may be neighbouring pixels
-        images = F.interpolate(model.codec.decode(x0), size=size[::-1], mode=mode)
+        images = enlarged_round(model.codec.decode(x0), size[::-1], tile, enlarge)
         latents = model.codec.encode(images)
     return [i._replace(init=None, latent=each) for i, each in zip(inputs, latents, strict=True)]
 
@@ -222,6 +228,14 @@ def _posterior(settings: SampleConfig, noise: ImageNoise) -> Tensor | None:
     return noise.draw() if settings.posterior == "drawn" else None
 
 
+def _encoded(
+    codec: Codec, image: Tensor, settings: SampleConfig, noise: Tensor | None = None
+) -> Tensor:
+    """x0 of pictures, whose borders may meet."""
+    with tiled(codec, settings.tile):
+        return codec.encode(image, noise)
+
+
 def _others(
     settings: SampleConfig, inputs: Sequence[SampleInput], noise: ImageNoise
 ) -> ImageNoise | None:
@@ -267,7 +281,7 @@ class _Pictures:
         elif image is not None:
             model.load_part("vae")
             if kind in ("none", "depth") or (kind == "inpaint" and settings.strength < 1):
-                known = codec.encode(image, _posterior(settings, noise))
+                known = _encoded(codec, image, settings, _posterior(settings, noise))
         self.noise = noise.start(_others(settings, inputs, noise), settings.vary)
         self.x = start_amplitude(settings, first) * self.noise
         if known is not None and masks and settings.mask_content in ("noise", "nothing"):
@@ -277,14 +291,14 @@ class _Pictures:
         if kind == "depth":
             self.concat = torch.cat([_depth(i, self.x.shape[2:]) for i in inputs]).to(device)
         if kind == "edit" and image is not None:
-            self.concat, self.edits = codec.raw(codec.encode(image)), True
+            self.concat, self.edits = codec.raw(_encoded(codec, image, settings)), True
         if masks and image is not None:
             # Of the masked picture's latents, which not every model has.
             drawn = _posterior(settings, noise)
             mask = torch.stack(masks)[:, None]
             small = F.interpolate(mask, size=self.x.shape[2:])
             if kind == "inpaint":
-                hidden = codec.encode(image * (mask < 0.5), drawn)
+                hidden = _encoded(codec, image * (mask < 0.5), settings, drawn)
                 self.concat = torch.cat([(small >= 0.5).float(), hidden], dim=1)
             else:
                 self.known, self.mask = known, small

@@ -102,7 +102,7 @@ def load_start(
         return None, None, None
     names = [name for name in Fitting._fields if name != "factor"]
     fitting = Fitting(factor=factor, **{name: getattr(settings, name) for name in names})
-    larger = settings.upscale, settings.upscaler, device
+    larger = settings.upscale, settings.upscaler, device, settings.tile
     found = _start(_file(init), None if mask is None else _file(mask), fitting, larger)
     values = None if found.mask is None else torch.from_numpy(found.mask)
     return to_tensor(found.picture), values, found.backdrop
@@ -129,11 +129,11 @@ def _read(file: Stamped) -> Image.Image:
 
 @lru_cache(maxsize=4)
 def _start(
-    init: Stamped, mask: Stamped | None, fitting: Fitting, larger: tuple[float, str, str]
+    init: Stamped, mask: Stamped | None, fitting: Fitting, larger: tuple[float, str, str, str]
 ) -> Start:
-    picture, (scale, upscaler, device) = _read(init), larger
+    picture, (scale, upscaler, *rest) = _read(init), larger
     if scale > 1:
-        picture = upscaled(picture, upscaler, enlarged(picture.size, scale), device)
+        picture = upscaled(picture, upscaler, enlarged(picture.size, scale), *rest)
     return started(picture, None if mask is None else read_mask(mask.path), fitting)
 
 

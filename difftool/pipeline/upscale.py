@@ -65,14 +65,24 @@ def enlarged(size: tuple[int, int], scale: float, factor: int = 1) -> tuple[int,
     return width, height
 
 
-def upscaled(image: Image.Image, name: str, size: tuple[int, int], device: Any) -> Image.Image:
+def upscaled(
+    image: Image.Image, name: str, size: tuple[int, int], device: Any, tile: str = "none"
+) -> Image.Image:
     """A picture at a larger size, by a name in UPSCALERS or by the network of a file; latents'
-    interpolation is Lanczos here. UsageError without spandrel, InputError for a file that holds no
-    such network."""
+    interpolation is Lanczos here. tile: which of its borders meet. UsageError without spandrel,
+    InputError for a file that holds no such network."""
     from PIL import Image
 
     from difftool.images.fit import scaled
 
+    if tile != "none":
+        from difftool.engine.tiles import enlarged_round
+        from difftool.images.fit import to_pil, to_tensor
+
+        def larger(x: Tensor, sides: tuple[int, int]) -> Tensor:
+            return to_tensor(upscaled(to_pil(x[0]), name, (sides[1], sides[0]), device))[None]
+
+        return to_pil(enlarged_round(to_tensor(image)[None], (size[1], size[0]), tile, larger)[0])
     row = UPSCALERS.get(name)
     if row is None:
         return scaled(_by_network(image, name, str(device)), size)

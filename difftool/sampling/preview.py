@@ -1,13 +1,14 @@
 """What pictures look like while they are made: shown, in a file that is renewed, animated.
 
-x0 is seen through a tiny decoder, or a linear map from latents to colours that is fitted to the
-decoder itself, at little cost; codecs that learn nothing decode.
+x0 is seen through a tiny decoder, at little cost; where none is near to the model's own, through a
+linear map from latents to colours that is fitted to it. Codecs that learn nothing decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from difftool.config.layers import preset_folder
 from difftool.errors import UsageError
 from difftool.formats.diffusers.components import component_tensors
 from difftool.images.animation import gif
@@ -50,16 +52,26 @@ def open_tiny(path: Path, model: Model) -> TinyDecoder:
     return decoder.to(model.device)
 
 
+def smooth(count: int, channels: int, side: int, seed: int) -> Tensor:
+    """Smooth random latents [count,channels,side,side] of unit deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, channels, COARSE, COARSE, generator=generator)
+    x0 = F.interpolate(noise, size=(side, side), mode="bicubic", align_corners=True)
+    return x0 / x0.std()
+
+
 @torch.no_grad()
-def colours(model: Model) -> tuple[Tensor, Tensor]:
-    """(weight [3,c], bias [3]) by which x0 is about the mean colour, in [-1, 1], of each of its
-    places: least squares over smooth random latents that the model's decoder decodes."""
-    channels, factor = model.codec.channels, model.codec.factor
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(FIELDS, channels, COARSE, COARSE, generator=generator)
-    x0 = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic", align_corners=True)
-    x0 = (x0 / x0.std()).to(model.device)
-    images = F.avg_pool2d(decode(model, x0).nan_to_num(), factor)
+def probe(model: Model) -> tuple[Tensor, Tensor]:
+    """Smooth random latents x0 [B,c,h,w], and what the model's decoder makes of them."""
+    x0 = smooth(FIELDS, model.codec.channels, SIDE, seed=0).to(model.device)
+    return x0, decode(model, x0).nan_to_num().float()
+
+
+@torch.no_grad()
+def colours(x0: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight [3,c], bias [3]) by which x0 [B,c,h,w] is about the mean colour of each of its places
+    in images [B,3,H,W]: least squares."""
+    images = F.avg_pool2d(images, images.shape[-1] // x0.shape[-1])
     places = x0.float().movedim(1, -1).flatten(0, 2).cpu()
     inputs = torch.cat([places, torch.ones(len(places), 1)], dim=1)
     targets = images.float().movedim(1, -1).flatten(0, 2).cpu()
@@ -67,28 +79,52 @@ def colours(model: Model) -> tuple[Tensor, Tensor]:
     return solved[:-1].T, solved[-1]
 
 
+def linear(weight: Tensor, bias: Tensor, factor: int, x0: Tensor) -> Tensor:
+    """Pictures of x0 [B,c,h,w] by the linear map, factor times larger unless that is large."""
+    weight, bias = weight.to(x0.device), bias.to(x0.device)
+    made = torch.einsum("oc,bchw->bohw", weight, x0) + bias[:, None, None]
+    zoom = min(factor, max(1, SEEN // min(made.shape[2:])))
+    return F.interpolate(made, scale_factor=float(zoom), mode="bicubic")
+
+
+def shipped(model: Model) -> Iterator[TinyDecoder]:
+    """The tiny decoders that ship whose latents have the shape of a model's."""
+    for path in sorted(preset_folder().glob("*/preview.safetensors")):
+        decoder = tiny_decoder(open_source(path).load(dtype=torch.float32), str(path))
+        if (decoder.channels, decoder.factor) == (model.codec.channels, model.codec.factor):
+            yield decoder.to(model.device)
+
+
+@torch.no_grad()
+def nearest(model: Model) -> Callable[[Tensor], Tensor]:
+    """What sees x0 most nearly as the model's decoder: the linear map or one of the decoders that
+    ship, whichever model they were made for."""
+    x0, images = probe(model)
+    factor = model.codec.factor
+    ways = [partial(linear, *colours(x0, images), factor), *shipped(model)]
+
+    def error(way: Callable[[Tensor], Tensor]) -> float:
+        made = F.interpolate(way(x0), size=images.shape[2:])
+        return (made - images).square().mean().item()
+
+    return min(ways, key=error)
+
+
 class Previewer:
     """Makes small pictures of x0."""
 
-    def __init__(self, model: Model, tiny: TinyDecoder | None = None):
+    def __init__(self, model: Model, tiny: Callable[[Tensor], Tensor] | None = None):
+        """tiny: what makes pictures of x0; None: the `nearest`, found when it is needed."""
         self.model, self.tiny = model, tiny
-        self._map: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def pictures(self, x0: Tensor) -> Tensor:
         """Pictures [B,3,H,W] in [-1, 1], on the CPU, of x0 [B,c,h,w]; those of large latents are
         smaller than what they become."""
-        if self.tiny is not None:
-            made = self.tiny(x0.float())
-        elif not self.model.codec.learned:
-            made = decode(self.model, x0)
-        else:
-            self._map = self._map or colours(self.model)
-            weight, bias = (each.to(x0.device) for each in self._map)
-            made = torch.einsum("oc,bchw->bohw", weight, x0.float()) + bias[:, None, None]
-            zoom = min(self.model.codec.factor, max(1, SEEN // min(made.shape[2:])))
-            made = F.interpolate(made, scale_factor=float(zoom), mode="bicubic")
-        return made.nan_to_num().clamp(-1, 1).cpu()
+        if self.tiny is None and not self.model.codec.learned:
+            return decode(self.model, x0).cpu()
+        self.tiny = self.tiny or nearest(self.model)
+        return self.tiny(x0.float()).nan_to_num().clamp(-1, 1).cpu()
 
 
 @dataclass
