@@ -41,6 +41,20 @@ def rolled(x: Tensor, shift: tuple[int, int], by: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_in_pixels_what_is_moved_round_is_made_moved_round(way):
+    unet = {"depth": [0, 1], "in_channels": 12, "out_channels": 12}
+    model = tiny.model(tiny.preset(12, codec=tiny.BLOCKS, unet=unet), seed=3)
+    x = torch.randn(1, 12, 16, 12, generator=torch.Generator().manual_seed(1))
+    halves = 8 * bool(WAYS[way][0]), 6 * bool(WAYS[way][1])  # half its height, half its width
+    level = model.denoiser.path.level(300)
+    with torch.no_grad(), tiled(model.network, way), tiled(model.codec, way):
+        made, of_moved = (model.denoiser(each, level, Cond()) for each in (x, rolled(x, halves)))
+        torch.testing.assert_close(of_moved, rolled(made, halves), rtol=1e-4, atol=1e-5)
+        pictures = [decode(model, each) for each in (made, rolled(made, halves))]
+    assert torch.equal(pictures[1], rolled(pictures[0], halves, model.codec.factor))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_what_is_moved_round_is_made_moved_round(model, way):
     x = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(1))
     moved, level = rolled(x, WAYS[way]), model.denoiser.path.level(300)
