@@ -50,6 +50,8 @@ ENVIRONMENT = {
     "HF_HUB_CACHE": "Where models of the hub lie; also `HUGGINGFACE_HUB_CACHE`, `HF_HOME`, "
     "`XDG_CACHE_HOME`.",
     "CI": "Set: progress is told in lines, as where stderr is no terminal; `TERM=dumb` likewise.",
+    "DIFFTOOL_FONTS": "Files of fonts for what DejaVu Sans lacks on grids and sheets, before the "
+    "system's own.",
     "NO_COLOR": "Set: no colours.",
     "COLUMNS": "The terminal's width, where it does not tell.",
     "WORLD_SIZE": "Set by torchrun with `RANK` and `LOCAL_RANK`: training in several processes.",

@@ -153,8 +153,8 @@ class _Show:
                 self.due -= 1
                 if self.due == 0:
                     display.update(self.work, images=self.finished())
-            case events.Drawing(images):
-                display.during(f"drawing a grid of {images} pictures")
+            case events.Finishing(work):
+                display.during(work)
             case events.Sheet():
                 if console.mode.json or not event.existing:
                     emit(event.path, event.report())

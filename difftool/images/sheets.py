@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from difftool.images.fit import tile, to_pil, zoom_of
-from difftool.images.lettering import font, wrapped
+from difftool.images.lettering import face, wrapped
 from difftool.images.theme import CAPTION, PAPER, RULE
 
 SIDE = 144
@@ -36,7 +36,7 @@ def enlarged(image: Tensor) -> Image.Image:
 def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
     """The cells in rows, about as many across as down where it is not said."""
     width = max(p.width for cell in cells for p in cell.pictures)
-    texts = [wrapped(cell.caption, width, LINES, font(TEXT)) for cell in cells]
+    texts = [wrapped(cell.caption, width, LINES, face(TEXT)) for cell in cells]
     words = LEADING * max(len(lines) for lines in texts)
     margin = GAP // 2
     drawn = []
@@ -51,7 +51,7 @@ def sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
         draw = ImageDraw.Draw(page)
         draw.rectangle((margin - 1, margin - 1, margin + width, top - 2), outline=RULE)
         for i, line in enumerate(lines):
-            draw.text((margin, top + 14 + i * LEADING), line, CAPTION, font(TEXT), anchor="ls")
+            face(TEXT).write(page, (margin, top + 14 + i * LEADING), line, CAPTION)
         drawn.append(page)
     inner = tile(drawn, columns)
     page = Image.new("RGB", (inner.width + GAP, inner.height + GAP), PAPER)

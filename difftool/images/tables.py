@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from difftool.images.fit import zoom_of
-from difftool.images.lettering import font, wrapped
+from difftool.images.lettering import face, wrapped
 from difftool.images.theme import CAPTION, INK, MUTED, PAPER, RULE
 
 TEXT = (13, 44)
@@ -88,16 +88,16 @@ class _Measures:
         self.titled = round(self.text * 2) if any(table.title for table in tables) else 0
 
     def caption(self, cell: TableCell) -> list[str]:
-        face = font(self.small)
+        small = face(self.small)
         parts = cell.caption.split("\n")
-        return [ln for part in parts for ln in wrapped(part, self.cell[0], CAPTION_LINES, face)]
+        return [ln for part in parts for ln in wrapped(part, self.cell[0], CAPTION_LINES, small)]
 
     def column(self, text: str) -> list[str]:
-        return wrapped(text, self.cell[0], 3, font(self.text))
+        return wrapped(text, self.cell[0], 3, face(self.text))
 
     def row(self, text: str) -> list[str]:
         most = max(1, int(self.cell[1] / (self.text * 1.3)))
-        return wrapped(text, self.text * 11, min(8, most), font(self.text))
+        return wrapped(text, self.text * 11, min(8, most), face(self.text))
 
     def _heads(self, tables: Sequence[PictureTable]) -> int:
         return max((len(self.column(text)) for t in tables for text in t.columns), default=0)
@@ -107,8 +107,8 @@ class _Measures:
         lines = [line for t in tables for text in t.rows for line in self.row(text)]
         if not lines:
             return 0
-        wide = max(font(self.text).getlength(line) for line in lines)
-        return round(max(wide, font(self.small).getlength(self.page.rows)) + self.text)
+        wide = max(face(self.text).length(line) for line in lines)
+        return round(max(wide, face(self.small).length(self.page.rows)) + self.text)
 
     def table(self, table: PictureTable) -> tuple[int, int]:
         """Width and height of a table."""
@@ -140,19 +140,18 @@ def drawn(page: Page) -> Image.Image:
     width, height, between = _extent(m)
     width = max(width, round(m.text * 18))
     inner = width - 2 * m.margin
-    large, small = font(round(m.text * 1.45), bold=True), font(m.small)
+    large, small = face(round(m.text * 1.45), bold=True), face(m.small)
     title = wrapped(page.title, inner, TITLE_LINES, large)
     about = wrapped(page.about, inner, 3, small)
     head = round(len(title) * m.text * 1.85 + len(about) * m.small * 1.4)
     head += round(m.text * 0.9) if head else 0
     picture = Image.new("RGB", (width, height + head), PAPER)
-    draw = ImageDraw.Draw(picture)
     y = m.margin
     for line in title:
-        draw.text((m.margin, y + m.text * 1.3), line, INK, large, anchor="ls")
+        large.write(picture, (m.margin, y + m.text * 1.3), line, INK)
         y += round(m.text * 1.85)
     for line in about:
-        draw.text((m.margin, y + m.small), line, MUTED, small, anchor="ls")
+        small.write(picture, (m.margin, y + m.small), line, MUTED)
         y += round(m.small * 1.4)
     y = m.margin + head
     for row in page.tables:
@@ -167,26 +166,26 @@ def drawn(page: Page) -> Image.Image:
 def _draw_table(
     picture: Image.Image, m: _Measures, table: PictureTable, at: tuple[int, int]
 ) -> None:
-    draw, text, small = ImageDraw.Draw(picture), font(m.text), font(m.small)
+    text, small = face(m.text), face(m.small)
     x, y = at
     if table.title:
-        bold = font(m.text, bold=True)
+        bold = face(m.text, bold=True)
         width = m.table(table)[0]
         (line,) = wrapped(table.title, width, 1, bold) or [""]
-        draw.text((x, y + m.text), line, INK, bold, anchor="ls")
+        bold.write(picture, (x, y + m.text), line, INK)
     y += m.titled
     left, step = x + m.left, (m.cell[0] + m.gap, m.cell[1] + m.below + m.gap)
     if m.above and m.page.columns:
-        draw.text((left, y + m.small), m.page.columns, MUTED, small, anchor="ls")
+        small.write(picture, (left, y + m.small), m.page.columns, MUTED)
     if m.left and m.page.rows:
         base = y + m.above - round(m.text * 0.45) if m.above else y - m.gap
-        draw.text((x, base), m.page.rows, MUTED, small, anchor="ls")
+        small.write(picture, (x, base), m.page.rows, MUTED)
     for number, heading in enumerate(table.columns):
         lines = m.column(heading)
         base = y + m.above - round(m.text * 0.45)
         middle = left + number * step[0] + m.cell[0] / 2
         for i, line in enumerate(reversed(lines)):
-            draw.text((middle, base - i * m.text * 1.3), line, INK, text, anchor="ms")
+            text.write(picture, (middle, base - i * m.text * 1.3), line, INK, middle=True)
     y += m.above
     for number, cells in enumerate(table.cells):
         top = y + number * step[1]
@@ -194,7 +193,7 @@ def _draw_table(
             lines = m.row(table.rows[number])
             first = top + m.cell[1] / 2 - (len(lines) - 1) * m.text * 0.65 + m.text * 0.35
             for i, line in enumerate(lines):
-                draw.text((x, first + i * m.text * 1.3), line, INK, text, anchor="ls")
+                text.write(picture, (x, first + i * m.text * 1.3), line, INK)
         for column, cell in enumerate(cells):
             _draw_cell(picture, m, cell, (left + column * step[0], top))
 
@@ -213,4 +212,4 @@ def _draw_cell(
     draw.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=RULE)
     for i, line in enumerate(m.caption(cell)):
         base = y + m.cell[1] + m.small * 1.35 + i * m.small * 1.3
-        draw.text((x + m.cell[0] / 2, base), line, CAPTION, font(m.small), anchor="ms")
+        face(m.small).write(picture, (x + m.cell[0] / 2, base), line, CAPTION, middle=True)

@@ -9,7 +9,7 @@ from difftool.evaluation.features import open_describer
 from difftool.evaluation.judge import Collected, open_reference
 from difftool.images.fit import to_uint8
 from difftool.images.read import read_picture
-from difftool.sampling.events import Event, Existing, Judged, Note, Result
+from difftool.sampling.events import Event, Existing, Finishing, Judged, Note, Result
 
 
 def judged(
@@ -28,6 +28,7 @@ def judged(
     if not made.count:
         yield Note("no picture was made that could be compared")
         return
+    yield Finishing(f"comparing them with {reference}")
     notes: list[Note] = []
     judgement = made.judged(dataset, lambda words, warning: notes.append(Note(words, warning)))
     yield from notes

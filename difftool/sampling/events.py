@@ -75,10 +75,11 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """All pictures are made, and a grid of so many of them is drawn."""
+class Finishing:
+    """All pictures are made, and something is made of them."""
 
-    images: int
+    work: str
+    """What, as "drawing a grid"."""
 
 
 @dataclass(frozen=True)
@@ -141,4 +142,6 @@ class Judged:
     judgement: Judgement
 
 
-Event = Started | Loading | Working | Result | Drawing | Sheet | Failure | Existing | Note | Judged
+Event = (
+    Started | Loading | Working | Result | Finishing | Sheet | Failure | Existing | Note | Judged
+)

@@ -11,12 +11,14 @@ from typing import Any
 from PIL import Image
 
 from difftool.errors import DifftoolError
+from difftool.images.fonts import VARIABLE
 from difftool.images.formats import OWN
+from difftool.images.lettering import without_font
 from difftool.images.read import read_picture
 from difftool.images.tables import drawn
 from difftool.sampling.compare.layout import Arrangement, Exhibit, arranged, facts_of, pages
 from difftool.sampling.compare.page import Embedded, page
-from difftool.sampling.events import Drawing, Event, Existing, Failure, Result, Sheet
+from difftool.sampling.events import Event, Existing, Failure, Finishing, Note, Result, Sheet
 from difftool.sampling.metadata.a1111 import parameters
 from difftool.sampling.metadata.chunk import chunk
 from difftool.sampling.metadata.files import encode, texts
@@ -26,6 +28,8 @@ from difftool.sampling.sample import Sample
 
 ONE_PAGE = 1 << 30
 """A side that no grid has."""
+SAID = 20
+"""Characters without a font that are said."""
 
 
 class Gallery:
@@ -87,11 +91,16 @@ class Gallery:
         """Write the grid, page by page."""
         if not self._shown:
             return
-        yield Drawing(len(self._shown))
+        what = "a page" if self.output.page else "a grid"
+        yield Finishing(f"drawing {what} of {len(self._shown)} pictures")
         arrangement = arranged(self._shown, self._failed)
         if self.output.page:
             yield self._page(arrangement)
             return
+        if lacking := without_font(t for shown in self._shown for t in shown.facts.values()):
+            hint = f"{VARIABLE}=FILE names a font that has them"
+            few = lacking if len(lacking) <= SAID else f"{lacking[:SAID]} and others"
+            yield Note(f"no font here has {few}: a grid shows their names or numbers; {hint}")
         made = pages(arrangement, ONE_PAGE if self.output.stdout else None)
         for number, each in enumerate(made, 1):
             try:

@@ -19,6 +19,10 @@ const roles = {
   shown: axes.map(() => -1),  // of each other axis: one value, or all, a table each
 };
 
+/* Few pictures are shown larger. */
+const WIDE = pictures.length == 1 ? 32 : pictures.length <= 4 ? 18 : 12;
+if (WIDE > 12) document.documentElement.style.setProperty("--wide", `${WIDE}rem`);
+
 function tools() {
   const form = $("tools"), choose = (name, value, options, change) => {
     const list = made("select", {}, ...options.map(([text, v]) => new Option(text, v)));
@@ -41,9 +45,9 @@ function tools() {
     parts.push(choose(axis.name, roles.shown[i], options, (v) => { roles.shown[i] = v; }));
   });
   const style = document.documentElement.style, now = parseFloat(style.getPropertyValue("--wide"));
-  const size = made("input", { type: "range", min: 4, max: 40, step: .5, value: now || 12 });
+  const size = made("input", { type: "range", min: 4, max: 40, step: .5, value: now || WIDE });
   size.addEventListener("input", () => style.setProperty("--wide", `${size.value}rem`));
-  const help = made("button", { type: "button", textContent: "compare", title: "or click a picture" });
+  const help = made("button", { type: "button", textContent: pictures.length > 1 ? "compare" : "open", title: "or click a picture" });
   help.addEventListener("click", () => open(current));
   form.replaceChildren(...parts, made("label", {}, "size", size), made("span", { className: "more" }, help));
   form.hidden = false;
@@ -132,8 +136,11 @@ function neighbour(role, step) {
   return places.get(String(next));
 }
 
+const behind = () => document.querySelectorAll("header, #tools, #tables");
+
 function open(index) {
   $("viewer").hidden = false;
+  behind().forEach((part) => { part.inert = true; });
   document.body.style.overflow = "hidden";
   go(index);
   $("stage").focus();
@@ -141,6 +148,7 @@ function open(index) {
 
 function close() {
   $("viewer").hidden = true;
+  behind().forEach((part) => { part.inert = false; });
   document.body.style.overflow = "";
   history.replaceState(null, "", " ");
   const button = figures[current].querySelector("button");
@@ -198,11 +206,25 @@ function tell() {
   for (const [name, value] of Object.entries(facts))
     if (value !== null && value !== "") list.append(made("dt", {}, name), made("dd", {}, String(value)));
   const copy = made("button", { type: "button", textContent: "copy as a line for --prompts" });
-  copy.addEventListener("click", () => {
-    navigator.clipboard?.writeText(JSON.stringify({ schema: 1, ...facts }));
-    copy.textContent = "copied";
+  copy.addEventListener("click", async () => {
+    copy.textContent = await copied(JSON.stringify({ schema: 1, ...facts })) ? "copied" : "not copied";
   });
   $("facts").replaceChildren(list, copy);
+}
+
+/* Put a text on the clipboard, on pages too that the browser does not trust with it. */
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = made("textarea", { value: text });
+    $("facts").append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
 }
 
 /* --- where a picture lies in its pane --- */
@@ -330,6 +352,7 @@ document.querySelector(".modes").append(...Object.entries(MODES).map(([name, tex
   });
   return button;
 }));
+document.querySelector(".modes").hidden = document.querySelector("[data-do=keep]").hidden = pictures.length < 2;
 for (const button of document.querySelectorAll("[data-do]"))
   button.addEventListener("click", () => ACTIONS[button.dataset.do]());
 
@@ -358,6 +381,7 @@ addEventListener("resize", () => { if (!$("viewer").hidden) place(); });
 
 figures.forEach((figure, i) => {
   const button = figure.querySelector("button");
+  button.setAttribute("aria-label", named(i));
   button.addEventListener("click", () => open(i));
 });
 tools();
