@@ -39,10 +39,10 @@ from difftool.sampling.preview import Previewer, colours, linear, probe, smooth
 from difftool.storage.safetensors import save_tensors
 from difftool.training.step.muon import Muon, fused_adamw
 
-WIDTHS = (40, 32, 24, 16)
+WIDTHS = (40, 32, 20, 8)
 """Channels at each size, from that of the latents to that of the pictures."""
-BATCH, LR, WARMUP = 24, 0.01, 50
-SMOOTH = 256
+BATCH, LR, WARMUP = 16, 0.01, 50
+SMOOTH = 128
 """Fields of smooth noise that are learned from too."""
 
 
@@ -157,9 +157,9 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="what emoji.py laid out")
     parser.add_argument("--model", help="the bundled one where it is not said")
     parser.add_argument("--out", type=Path, required=True, help="the file of the tiny decoder")
-    parser.add_argument("--captions", type=int, default=512, help="how many pictures are made")
+    parser.add_argument("--captions", type=int, default=128, help="how many pictures are made")
     parser.add_argument("--drawn-in", type=int, default=10, help="steps that each is made in")
-    parser.add_argument("--steps", type=int, default=2000, help="of training")
+    parser.add_argument("--steps", type=int, default=1500, help="of training")
     parser.add_argument("--kept", type=Path, help="file of the latents, made if it is not there")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def main() -> None:
     tensors = {name.removeprefix("layers."): t.half() for name, t in decoder.state_dict().items()}
     save_tensors(options.out, tensors, {"made_for": model.name}, overwrite=True)
     decoder.load_state_dict({f"layers.{name}": t.float() for name, t in tensors.items()})
-    held = zip(*steps(plan, captions(options.data / "heldout", 128)), strict=True)
+    held = zip(*steps(plan, captions(options.data / "heldout", 48)), strict=True)
     print(report(model, decoder, [lesson(model, torch.cat(each)) for each in held]))
 
 

@@ -374,7 +374,7 @@ def attempt(make: Make, seed: int, watch: Watch, verbose: bool = False) -> list[
         if verbose:
             cost = f"{time.process_time() - start:.1f} s, {more >> 20} MB"
             print(f"{seed} {case.name} {code} {cost} {case.words}\n{said[-2000:]}", flush=True)
-        some = code == 1 and re.search(r"^\d+ made, .* \d+ failed$", said, re.MULTILINE)
+        some = code == 1 and re.search(r"^\d+ made(, .*)?, \d+ failed$", said, re.MULTILINE)
         if not (some or code in (0, 2, 3, 4, 5)) or "went wrong inside" in said:
             found.append(("internal", said))
         if more > MEMORY or "\nerror: out of memory" in f"\n{said}":

@@ -12,6 +12,7 @@ from commands import ENVIRONMENT, add_command
 
 from difftool.cli import console
 from difftool.cli.console import PlainProgress, RichProgress, clock
+from difftool.errors import UsageError
 
 FIELDS = {"loss": "0.1370", "images": "145.3/s", "lr": "7.6e-04"}
 
@@ -160,6 +161,30 @@ def test_speed_is_told_where_it_is_counted(now, capsys):
     now[0] = 100.0
     assert "2.5 s/it" in str(display.line(80)) and "it/s" not in str(display.line(30))
     assert "/s" not in str(RichProgress("training", 80).line(80))
+
+
+def test_what_is_said_meanwhile_goes_above_the_moving_line(monkeypatch):
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    said = []
+    with console.progress("sampling", 4) as display:
+        assert isinstance(display, RichProgress)
+        monkeypatch.setattr(display.bar.console, "print", lambda text, **_: said.append(text))
+        console.warn("that")
+        console.fail(UsageError("this", "so", "do"))
+    assert said[:2] == ["warning: that", "error: this"] and console.mode.moving is None
+
+
+def test_what_has_no_end_is_counted_in_its_unit(now):
+    display = RichProgress("sampling", None, "it")
+    display.update(3, images="1")
+    now[0] = 9.0
+    display.update(12, images="2")
+    assert "12 it  images 2  1.0 s/it" in str(display.line(80))
+    done = RichProgress("sampling", 4, "it")
+    for number in (1, 4):
+        now[0] += 1
+        done.update(number)
+    assert "eta" not in str(done.line(80))
 
 
 def test_what_follows_the_last_step_is_told(now, capsys):

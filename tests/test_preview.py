@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from difftool.cli.console import PlainProgress, RichProgress
+from difftool.config.layers import preset_folder
 from difftool.errors import InputError, UsageError
 from difftool.images.animation import gif
 from difftool.images.terminal import blocks, cells, escapes, protocol
-from difftool.networks.tiny import tiny_decoder
+from difftool.networks.tiny import TinyDecoder, tiny_decoder
 from difftool.pipeline.decode import decode
-from difftool.sampling.preview import Previewer, colours, open_tiny, probe
+from difftool.pipeline.generate import generate
+from difftool.pipeline.inputs import SampleInput
+from difftool.pipeline.load import load_model
+from difftool.pipeline.settings import plan_sampling, resolve_settings
+from difftool.sampling.preview import (
+    Previewer,
+    colours,
+    linear,
+    nearest,
+    open_tiny,
+    probe,
+    shipped,
+)
 from difftool.storage.safetensors import save_tensors
 
 
@@ -76,10 +90,16 @@ def test_a_decoder_is_opened_for_the_model_that_it_fits(tmp_path):
     theirs = oracle(stages=1)
     save_tensors(tmp_path / "taesd.safetensors", published(theirs.state_dict()), {})
     theirs.save_pretrained(tmp_path / "folder")
-    model = latent_model()
-    for place in (tmp_path / "taesd.safetensors", tmp_path / "folder"):
+    torch.save(published(theirs.state_dict()), tmp_path / "taesd_decoder.pth")
+    whole = {f"taesd_{name.replace('layers.', '')}": t for name, t in theirs.state_dict().items()}
+    save_tensors(tmp_path / "both.safetensors", whole, {})
+    model, x0 = latent_model(), torch.randn(2, 4, 3, 5)
+    made = []
+    for place in ("taesd.safetensors", "taesd_decoder.pth", "both.safetensors", "folder"):
+        place = tmp_path / place
         previewer = Previewer(model, open_tiny(place, model))
-        assert previewer.pictures(torch.zeros(2, 4, 3, 5)).shape == (2, 3, 6, 10)
+        made.append(previewer.pictures(x0))
+        assert made[-1].shape == (2, 3, 6, 10) and made[-1].equal(made[0])
         with pytest.raises(UsageError, match="does not fit"):
             open_tiny(place, latent_model(channels=2))
 
@@ -99,6 +119,32 @@ def test_the_map_is_the_nearest_linear_one_to_the_decoder():
     made = Previewer(model).pictures(flat)
     assert made.shape == (1, 3, 8, 8)
     torch.testing.assert_close(made[:, :, 0, 0], decode(model, flat)[:, :, 0, 0], atol=5e-2, rtol=0)
+
+
+def psnr(made: Tensor, wanted: Tensor) -> float:
+    return float((4 / (made - wanted).square().flatten(1).mean(1)).log10().mul(10).mean())
+
+
+def test_the_bundled_model_has_a_tiny_decoder_that_is_nearer_than_the_map():
+    model = load_model(None)
+    plan = plan_sampling(model, resolve_settings(model, {"steps": 4}))
+    inputs = [SampleInput("a smiling fox", seed=7), SampleInput("red heart, flat style", seed=8)]
+    seen = Previewer(model, nearest(model))
+    assert isinstance(seen.tiny, TinyDecoder)
+    fitted = Previewer(model, partial(linear, *colours(*probe(model)), model.codec.factor))
+    for step in generate(plan, inputs):
+        wanted = decode(model, step.x0).cpu()
+        assert psnr(seen.pictures(step.x0), wanted) > psnr(fitted.pictures(step.x0), wanted) + 3
+    (path,) = preset_folder().glob("*/preview.safetensors")
+    assert path.stat().st_size < 400_000
+
+
+def test_it_is_of_no_use_to_other_latents_of_the_same_shape():
+    codec = tiny.VAE | {"patch": 2, "latent_channels": 8, "widths": [8] * 3}
+    other = tiny.model(tiny.preset(8, codec=codec, sample={"size": [16, 16]}))
+    assert (other.codec.channels, other.codec.factor) == (8, 8) and len([*shipped(other)]) == 1
+    assert not isinstance(nearest(other), TinyDecoder)
+    assert not [*shipped(latent_model())]
 
 
 def test_codecs_that_learn_nothing_decode():

@@ -37,6 +37,8 @@ class Mode:
     debug: bool = False
     follower: bool = int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("RANK") != "0"
     """Another process of a parallel run speaks for this one."""
+    moving: Any = None
+    """The console of a line that moves in place: what is said meanwhile goes above it."""
 
 
 mode = Mode()
@@ -66,7 +68,8 @@ def _print(text: str, style: str | None = None) -> None:
             return
         from rich.console import Console
 
-        Console(stderr=True).print(plain(text), style=style, markup=False, highlight=False)
+        shell = mode.moving or Console(stderr=True)
+        shell.print(plain(text), style=style, markup=False, highlight=False)
     except BrokenPipeError:
         raise
     except OSError:
@@ -236,7 +239,7 @@ class Pace:
     def count(self) -> str:
         """ "  400/2000" """
         if not self.total:
-            return f"{self.done:g}"
+            return f"{self.done:g} {self.unit}".rstrip()
         return f"{self.done:>{len(str(self.total))}g}/{self.total}"
 
     def elapsed(self) -> str:
@@ -250,9 +253,11 @@ class Pace:
         return (time.monotonic() - self.first[0]) / (self.done - self.first[1])
 
     def left(self) -> str | None:
-        """What is left, at the pace so far; None before there is one."""
+        """What is left, at the pace so far; None before there is one, and in the end."""
         each = self.each()
-        return None if not self.total or each is None else clock(each * (self.total - self.done))
+        if not self.total or self.done == self.total or each is None:
+            return None
+        return clock(each * (self.total - self.done))
 
     def rate(self) -> str | None:
         """ "3.2 it/s" or "1.6 s/it"; None where it is not counted, or not yet known."""
@@ -282,7 +287,7 @@ class PlainProgress:
             return
         self.said = done, fields
         self.said_at, self.said_share = now, share
-        left, rate = None if done == pace.total else pace.left(), pace.rate()
+        left, rate = pace.left(), pace.rate()
         words = [f"{name} {value}" for name, value in fields.items()]
         words += [pace.elapsed(), *([rate] if rate else []), *([f"eta {left}"] if left else [])]
         say("  ".join([f"{pace.description} {pace.count()}", *words]))
@@ -422,5 +427,9 @@ def progress(
         return
     display = RichProgress(description, total, unit)
     with display.bar:
-        yield display
+        mode.moving = display.bar.console
+        try:
+            yield display
+        finally:
+            mode.moving = None
         display.bar.transient = display.pace.first is None  # of no work no trace is left

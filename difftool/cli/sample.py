@@ -86,6 +86,8 @@ class _Show:
 
     def __init__(self, task: SampleTask):
         self.total, self.shows = task.total, bool(task.values["preview"])
+        self.varied = {axis.name for axis in task.product.axes}
+        """Settings of which there are several, said before."""
         self.made = self.drawn = self.skipped = self.work = 0
         self.due = 0
         """Pictures whose steps are done, and that are not written yet."""
@@ -110,8 +112,9 @@ class _Show:
             return self.interrupted(code_of(stop))
         self.say_rest()
         if self.skipped or (self.errors and self.made):
-            failed = f"{len(self.errors)} failed"
-            console.say(f"{self.made} made, {self.skipped} there already, {failed}")
+            counts = {"there already": self.skipped, "failed": len(self.errors)}
+            rest = [f"{count} {what}" for what, count in counts.items() if count]
+            console.say(", ".join([f"{self.made} made", *rest]))
         codes = {error.code for error in self.errors}
         if not codes:
             return 0
@@ -124,8 +127,16 @@ class _Show:
         for note in event.notes:
             console.detail(note)
         width, height = settings.size
-        how = f"{settings.steps} steps of {settings.sampler}, schedule {settings.schedule}"
-        console.say(f"{how}, guidance {settings.guidance:g}, {width}x{height}")
+        of = {"steps": f"{settings.steps} steps", "sampler": settings.sampler}
+        how = {
+            "": " of ".join(text for name, text in of.items() if name not in self.varied),
+            "schedule": f"schedule {settings.schedule}",
+            "guidance": f"guidance {settings.guidance:g}",
+            "size": f"{width}x{height}",
+        }
+        common = [text for name, text in how.items() if text and name not in self.varied]
+        if common:
+            console.say(", ".join(common))
         return event.work
 
     def event(self, event: events.Event, display: Any) -> None:
@@ -144,15 +155,16 @@ class _Show:
                 if step < last:
                     display.update(self.work, images=self.finished())
                 else:
-                    self.due += images
+                    self.due = images
                     display.during("decoding")
             case events.Result():
                 self.made += 1
                 self.drawn += 1
                 emit(event.path, event.report())
                 self.due -= 1
-                if self.due == 0:
-                    display.update(self.work, images=self.finished())
+                display.update(self.work - max(0, self.due), images=self.finished())
+                if self.due > 0:
+                    display.during("writing")
             case events.Finishing(work):
                 display.during(work)
             case events.Sheet():

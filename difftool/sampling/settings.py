@@ -650,7 +650,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("preview_decoder", "Tiny decoder of these: TAESD's file, or diffusers' folder", OUTPUT,
         type=Path, metavar="FILE", file="tiny decoder", folder=True,
         needs=("preview", "preview_path", "gif"), why="is about previews",
-        default="a linear map"),
+        default="the bundled one, or a linear map"),
     _setting("no_metadata", "Pictures say nothing about themselves", OUTPUT, type=bool),
     _setting("skip_existing", "Leave out pictures that are there already, by content", OUTPUT,
         type=bool, excludes=("overwrite",)),
