@@ -1,44 +1,50 @@
-"""3x3 convolutions on a CPU with fewer multiplications, the fastest kind for each shape by trial.
+"""Ways to convolve on a CPU in fp32, all of the same sums: with weights laid out once, in another
+order, or by fewer multiplications.
 
-A network's own convolutions stay what they are: `quicken` gives them another class, which computes
-the same sums in another order where nothing is learned, in fp32, on a CPU. What an output differs
-by is below 1e-4 of the outputs' deviation.
+A linear layer of tokens [B,N,C] is here a 1x1 convolution of pictures [B,C,1,N], whose channels are
+innermost.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from difftool.errors import DifftoolError, InputError
-from difftool.storage.commit import write_whole
-from difftool.storage.places import user_cache
-from difftool.storage.strict_json import read_json
+CHUNK = 16 << 20
+"""Bytes of tiles that are transformed at once, so that they are still in the cache after it."""
+STRIP = 32 << 20
+"""Bytes of a picture that NNPACK is given at once; it takes four times as many besides."""
 
-SMALL = 64 * 64
-"""Of a kernel's channels: below, what is done besides costs more than the sums."""
-TRIALS = 3
+
+class Case(NamedTuple):
+    """What is convolved."""
+
+    x: torch.Size
+    """[B,I,H,W]."""
+    weight: torch.Size
+    """[O,I,k,k]."""
+    stride: int = 1
+    padding: int = 0
+    last: bool = False
+    """Whether channels are innermost in x, as they then are in what is made of it."""
 
 
 class Kind(NamedTuple):
-    """A way to convolve: what is made of the weights [O,I,3,3] once, and used in their place."""
+    """A way to convolve: what is made of the weights once, and used in their place."""
 
-    prepare: Callable[[Tensor], Tensor]
-    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    """(x [B,I,H,W], prepared weights, bias [O]) -> [B,O,H,W]."""
-    fits: Callable[[torch.Size], bool] = lambda shape: True
-    """Whether it is worth a trial for pictures of a shape."""
+    fits: Callable[[Case], bool]
+    """Whether a case is computed, and worth a trial."""
+    convolve: Callable[[Tensor, Tensor, Tensor | None, Case], Tensor]
+    """(x, prepared weights, bias [O], case) -> [B,O,H',W']."""
+    prepare: Callable[[Tensor, Case], Tensor] | None = None
+    """Of the weights [O,I,k,k]; None: nothing is made of them."""
+    size: float = 0
+    """Of what is made, in sizes of the weights."""
 
 
 class Winograd(NamedTuple):
@@ -53,22 +59,32 @@ class Winograd(NamedTuple):
     outputs: Tensor
     """A' [m,m+2]."""
 
-    def prepare(self, weight: Tensor) -> Tensor:
-        """[(m+2)^2,O,I]."""
+    def prepare(self, weight: Tensor, case: Case) -> Tensor:
+        """[(m+2)^2,I,O], inputs innermost."""
         made = torch.kron(self.kernel, self.kernel) @ weight.reshape(-1, 9).T
-        return made.view(-1, *weight.shape[:2])
+        return made.view(-1, *weight.shape[:2]).transpose(1, 2)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (m, n), (batch, _, height, width) = self.outputs.shape, x.shape
-        rows, columns = -(-height // m), -(-width // m)
-        padded = F.pad(x, (1, columns * m + 1 - width, 1, rows * m + 1 - height))
-        tiles = padded.unfold(2, n, m).unfold(3, n, m).permute(4, 5, 1, 0, 2, 3)
-        made = torch.kron(self.inputs, self.inputs) @ tiles.reshape(n * n, -1)
-        products = torch.bmm(weight, made.view(n * n, weight.shape[2], -1))
-        sums = torch.kron(self.outputs, self.outputs) @ products.flatten(1)
-        sums = sums.view(m, m, -1, batch, rows, columns).permute(3, 2, 4, 0, 5, 1)
-        y = sums.reshape(batch, -1, rows * m, columns * m)[:, :, :height, :width]
-        return y if bias is None else y + bias[:, None, None]
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+        (m, n), (batch, wide, *size), p = self.outputs.shape, x.shape, case.padding
+        height, width = (side + 2 * p - 2 for side in size)
+        rows, columns, out = -(-height // m), -(-width // m), weight.shape[2]
+        beyond = columns * m + 2 - p - size[1], rows * m + 2 - p - size[0]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, p, beyond[0], p, beyond[1]))
+        tiles = padded.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)
+        inputs, outputs = (torch.kron(each, each) for each in (self.inputs, self.outputs))
+        form = torch.channels_last if case.last else torch.contiguous_format
+        shape = batch, out, rows * m, columns * m
+        y = torch.empty(shape, memory_format=form)
+        split = y.permute(0, 2, 3, 1).unflatten(2, (-1, m)).unflatten(1, (-1, m))
+        step = max(1, CHUNK // (x.itemsize * n * n * batch * columns * max(wide, out)))
+        for start in range(0, rows, step):
+            some = tiles[:, :, :, start : start + step].reshape(n * n, -1)
+            products = torch.bmm((inputs @ some).view(n * n, -1, wide), weight)
+            if bias is not None:
+                products[n + 1] += bias  # the point (1, 1) goes into each output once
+            sums = (outputs @ products.flatten(1)).view(m, m, batch, -1, columns, out)
+            split[:, start : start + step] = sums.permute(2, 3, 0, 4, 1, 5)
+        return y[:, :, :height, :width]
 
 
 TWO = Winograd(
@@ -96,102 +112,73 @@ FOUR = Winograd(
 )  # fmt: skip
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1)
+def _three(case: Case) -> bool:
+    return case.weight[2:] == (3, 3) and case.stride == 1
 
 
-def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """NNPACK's Winograd, one picture after the other, which is faster there."""
+def _one(case: Case) -> bool:
+    return case.weight[2:] == (1, 1) and case.stride == 1 and case.padding == 0 and case.last
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    return F.conv2d(x, weight, bias, case.stride, case.padding)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _laid_out(weight: Tensor, case: Case) -> Tensor:
+    """Weights as oneDNN's convolution of a case wants them, which else lays them out each time."""
+    stride, padding, x = [case.stride] * 2, [case.padding] * 2, list(case.x)
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    return reorder(weight.contiguous(), padding, stride, [1, 1], 1, x)
+
+
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    stride, padding = [case.stride] * 2, [case.padding] * 2
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    y = convolve(x, weight, bias, padding, stride, [1, 1], 1, "none", [], "")
+    return y.contiguous(memory_format=torch.channels_last if case.last else torch.contiguous_format)
+
+
+def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    """NNPACK's Winograd, in strips of one picture, which is faster there and takes less memory."""
     convolve = torch._nnpack_spatial_convolution  # pyright: ignore[reportPrivateImportUsage]
-    return torch.cat([convolve(one[None].contiguous(), weight, bias, 1) for one in x])
-
-
-def _large(shape: torch.Size) -> bool:
-    available = torch._nnpack_available  # pyright: ignore[reportPrivateImportUsage]
-    return min(shape[2:]) >= 32 and available()
-
-
-KINDS: dict[str, Kind] = {
-    "plain": Kind(lambda weight: weight, _plain),
-    "channels_last": Kind(
-        lambda weight: weight.contiguous(memory_format=torch.channels_last),
-        lambda x, w, bias: _plain(x.contiguous(memory_format=torch.channels_last), w, bias),
-    ),
-    "winograd_2": Kind(TWO.prepare, TWO.convolve),
-    "winograd_4": Kind(FOUR.prepare, FOUR.convolve),
-    "nnpack": Kind(lambda weight: weight.contiguous(), _nnpack, _large),
-}
-
-
-def kept() -> Path:
-    """Where choices are kept for the next process on this machine, with this torch and as many
-    threads."""
-    machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}"
-    name = f"convolutions-{machine}-{torch.__version__}-{torch.get_num_threads()}.json"
-    return user_cache() / "difftool" / name.replace(" ", "-")
+    p, (batch, wide, height, width), out = case.padding, x.shape, weight.shape[0]
+    size = height + 2 * p - 2, width + 2 * p - 2
+    form = torch.channels_last if case.last else torch.contiguous_format
+    y = torch.empty((batch, out, *size), memory_format=form)
+    count = -(-height * width * wide * x.itemsize // STRIP)
+    rows = -(-size[0] // count)
+    for start in range(0, size[0], rows):
+        end = min(start + rows, size[0])
+        above, below = max(p - start, 0), max(end + 2 - p - height, 0)
+        strip = x[:, :, start - p + above : end + 2 - p - below]
+        strip = F.pad(strip, (0, 0, above, below)) if above or below else strip
+        for one, made in zip(strip, y, strict=True):
+            made[:, start:end] = convolve(one[None].contiguous(), weight, bias, (0, p))[0]
+    return y
 
 
 @cache
-def chosen(x: torch.Size, weight: torch.Size) -> str:
-    """The fastest kind for inputs and a kernel of these shapes: as it was found before on this
-    machine, or by a trial."""
-    path, shapes, found = kept(), f"{list(x)} {list(weight)}", {}
-    with suppress(InputError):
-        found = read_json(path)
-    if (name := found.get(shapes)) in KINDS and KINDS[name].fits(x):
-        return name
-    name = _fastest(x, weight)
-    with suppress(DifftoolError, OSError):  # then it is tried again the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(found | {shapes: name}, indent=1), overwrite=True)
-    return name
+def _has_packed() -> bool:
+    names = ("_reorder_convolution_weight", "_convolution_pointwise")
+    there = torch.backends.mkldnn.is_available()
+    return there and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-def _fastest(x: torch.Size, weight: torch.Size) -> str:
-    generator = torch.Generator().manual_seed(0)
-    picture, kernel = (torch.randn(shape, generator=generator) for shape in (x, weight))
-    seconds = {}
-    for name, kind in KINDS.items():
-        if kind.fits(x):
-            prepared = kind.prepare(kernel)
-            seconds[name] = min(_timed(kind, picture, prepared) for _ in range(TRIALS))
-    return min(seconds, key=seconds.__getitem__)
+@cache
+def _has_nnpack() -> bool:
+    """NNPACK is asked whether it is there before it is used, which sets it up."""
+    return torch._nnpack_available()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _timed(kind: Kind, x: Tensor, weight: Tensor) -> float:
-    start = time.perf_counter()
-    kind.convolve(x, weight, None)
-    return time.perf_counter() - start
-
-
-class QuickConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 by the kind that is fastest for what it is given."""
-
-    prepared: tuple[object, Tensor] | None = None
-    """What was made of the weights, and of which."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            input.device.type != "cpu"
-            or not input.dtype == weight.dtype == torch.float32
-            or torch.is_grad_enabled()
-        ):
-            return super().forward(input)
-        name = chosen(input.shape, weight.shape)
-        of, made = (name, weight.data_ptr(), weight._version), self.prepared
-        if made is None or made[0] != of:
-            made = self.__dict__["prepared"] = of, KINDS[name].prepare(weight.detach())
-        return KINDS[name].convolve(input, made[1], self.bias)
-
-
-def quicken(network: nn.Module) -> None:
-    """Let a network's large 3x3 convolutions be computed by whatever kind is fastest."""
-    for module in network.modules():
-        if (
-            type(module) is nn.Conv2d
-            and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
-            and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
-            and module.in_channels * module.out_channels >= SMALL
-        ):
-            module.__class__ = QuickConv2d
+KINDS: dict[str, Kind] = {
+    "plain": Kind(lambda case: True, _plain),
+    "linear": Kind(_one, _linear),
+    "packed": Kind(lambda case: _has_packed(), _packed, _laid_out, 1),
+    "winograd_2": Kind(_three, TWO.convolve, TWO.prepare, 16 / 9),
+    "winograd_4": Kind(_three, FOUR.convolve, FOUR.prepare, 4),
+    "nnpack": Kind(lambda c: _three(c) and min(c.x[2:]) >= 32 and _has_nnpack(), _nnpack),
+}

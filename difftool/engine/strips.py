@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.engine.quick import convolve_padded
 from difftool.engine.tiles import tile_of
 from difftool.networks.codecs import VaeCodec
 from difftool.networks.layers import ResBlock
@@ -92,7 +93,7 @@ class _Strips:
             # One row beyond either end, of zeros beyond the map.
             cut = strip[:, :, top * (scale - 1) : strip.shape[2] - bottom * (scale - 1)]
             padded = F.pad(F.pad(cut, (1, 1, 0, 0), across), (0, 0, int(not top), int(not bottom)))
-            done = F.conv2d(padded, conv.weight, conv.bias)
+            done = convolve_padded(conv, padded)
             out[:, :, scale * start : scale * end] = done.to(out.device)
         return out
 

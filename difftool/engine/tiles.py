@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.engine.quick import convolve_padded
 from difftool.networks.layers import Downsample
 
 WAYS = {"none": "", "x": "x", "y": "y", "both": "xy"}
@@ -53,8 +54,7 @@ def tile_of(convolution: nn.Conv2d) -> str:
 def _round(convolution: nn.Conv2d, tile: str, input: Tensor) -> Tensor:
     height, width = (int(p) for p in convolution.padding)
     x = _bordered(input, tile, (width, width), (height, height))
-    weight, bias, stride = convolution.weight, convolution.bias, convolution.stride
-    return F.conv2d(x, weight, bias, stride, 0, convolution.dilation, convolution.groups)
+    return convolve_padded(convolution, x)
 
 
 def _round_far(down: Downsample, tile: str, x: Tensor, emb: Tensor | None = None) -> Tensor:

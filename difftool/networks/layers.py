@@ -39,6 +39,12 @@ def guidance_sinusoids(w: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of what is needed no more, in its place where nothing is learned: of a large picture
+    that saves a feature map."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """[B,C,H,W] -> [B,N,C]; a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
@@ -110,7 +116,7 @@ class ResBlock(nn.Module):
         self, x: Tensor, emb: Tensor | None = None, size: torch.Size | None = None
     ) -> Tensor:
         """x [B,C,H,W], emb [B,E] after its SiLU, size that of the result if it is upsampled."""
-        h = F.silu(self.norm1(x))
+        h = silu(self.norm1(x))
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
@@ -124,8 +130,9 @@ class ResBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv2(self.dropout(silu(h)))
+        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h + skip if torch.is_grad_enabled() or h.dtype != skip.dtype else h.add_(skip)
 
 
 class Downsample(nn.Module):

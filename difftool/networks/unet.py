@@ -23,6 +23,7 @@ from difftool.networks.layers import (
     Transformer,
     Upsample,
     guidance_sinusoids,
+    silu,
     sinusoids,
 )
 
@@ -195,7 +196,7 @@ class UNet(Network):
         x, skips, _ = self._down(x, emb, context)
         for level in self.up_blocks:
             x = level(x, emb, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
     @property
     def embedding_width(self) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.config.networks import VaeConfig
-from difftool.networks.layers import Downsample, PlainAttention, ResBlock, Upsample
+from difftool.networks.layers import Downsample, PlainAttention, ResBlock, Upsample, silu
 
 NORM_EPS = 1e-6
 
@@ -83,7 +83,7 @@ class _Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class _Decoder(nn.Module):
@@ -103,7 +103,7 @@ class _Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 def _resblocks(before: int, width: int, count: int, groups: int) -> nn.ModuleList:

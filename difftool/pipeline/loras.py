@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from difftool.adapters.lora.algebra import Applied
-from difftool.pipeline.model import Model
+from difftool.pipeline.model import Model, has_weights
 
 
 def use_loras(model: Model, loras: Sequence[Applied]) -> None:
@@ -18,5 +18,5 @@ def use_loras(model: Model, loras: Sequence[Applied]) -> None:
     model.loras = list(loras)
     for prefix, part in model.all_parts().items():
         changes = any(layer.startswith(f"{prefix}.") for layer in layers)
-        if changes and not next(part.parameters()).is_meta:
+        if changes and has_weights(part):
             model.loaders[prefix]()

@@ -23,7 +23,8 @@ from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
-from difftool.engine.cpu import adapt
+from difftool.engine.cpu import adapt, keep_memory
+from difftool.engine.quick import is_large, quicken
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats.native import write_native
 from difftool.networks.codecs import Codec
@@ -185,7 +186,7 @@ class Model:
                     load()
             return
         for prefix, part in self.all_parts().items():
-            loaded = not next(part.parameters()).is_meta
+            loaded = has_weights(part)
             if prefix.partition(".")[0] != kind:
                 if loaded:
                     part.to("meta")
@@ -197,6 +198,15 @@ class Model:
         are needed, and keep them."""
         for each in filter(None, (self, self.prior)):
             each.low_memory, each.deferred = False, True
+
+    def quicken(self, always: bool = False) -> None:
+        """On a CPU in fp32, let a large U-Net and its autoencoder, or always, be computed by
+        whatever way is the fastest there, within rounding."""
+        for each in filter(None, (self, self.prior)):
+            if each.device.type == "cpu" and (always or is_large(each.network)):
+                quicken(each.network, each.loaders.get("unet"))
+                quicken(each.codec, each.loaders.get("vae"), last=False)
+                keep_memory()
 
     def unload(self) -> None:
         """With little memory, drop all weights until they are needed again."""
@@ -297,6 +307,11 @@ class Model:
         """Read prompts as another tool does where that is not how the model was trained."""
         for tokenizer, config in zip(self.tokenizers, self.preset.text, strict=True):
             tokenizer.reads_padding = tool == "diffusers" and config.pad_id is not None
+
+
+def has_weights(part: nn.Module) -> bool:
+    """Whether the weights of a network are there: some, where layers have made others of theirs."""
+    return not all(each.is_meta for each in part.parameters())
 
 
 def no_loras(files: Iterable[tuple[Path, float]]) -> list[Applied]:

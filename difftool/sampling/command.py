@@ -421,7 +421,6 @@ def _previews(values: Mapping[str, Any], model: Model) -> LivePreviews | None:
 
 def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     """The model, and the refiner if there is one, with their words."""
-    from difftool.engine.convolutions import quicken
     from difftool.pipeline.load import load_model, sample_as
     from difftool.pipeline.words import add_embeddings
 
@@ -447,9 +446,8 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
             each.prior.set_padding(values["match"])
         if not values["low_memory"] and values["skip_existing"]:
             each.keep_weights()
-        if values["engine"] == "quick" and not (values["exact"] or each.low_memory):
-            for part in (each.network, each.codec):
-                quicken(part)
+        if values["engine"] != "plain" and not (values["exact"] or each.low_memory):
+            each.quicken(always=values["engine"] == "quick")
         add_embeddings(each, values["embedding"] or map(Path, task.base.embeddings))
     return model, refiner
 

@@ -416,6 +416,7 @@ def _of_model(
     return _setting(name, help, panel, key=f"sample.{name}", **more)
 
 
+ENGINES = ("auto", "plain", "quick")
 SIDES = ("left", "top", "right", "bottom")
 """Of a picture, in the order in which their pixels are listed."""
 TILES = ("both", "x", "y", "none")
@@ -657,9 +658,8 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("batch_size", "Images made together", RUN, type=int, within=COUNT, default="by size"),
     _setting("exact", "One image at a time: the same bits in any company", RUN, type=bool),
     _setting("low_memory", "Hold one network at a time; slower", RUN, type=bool),
-    _setting("engine", "How large convolutions are computed on a CPU: quick takes fewer "
-        "multiplications and more memory", RUN, choices=lambda: ("plain", "quick"),
-        default="plain"),
+    _setting("engine", "How networks are computed on a CPU: quick tries what is fastest on this "
+        "machine, auto does for large ones", RUN, choices=lambda: ENGINES, default="auto"),
 )
 # fmt: on
 

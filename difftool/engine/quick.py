@@ -1,0 +1,154 @@
+"""A network's layers by whichever way of computing them is the fastest on this CPU.
+
+A network's own layers stay what they are. `quicken` gives them other classes, which compute the
+same sums in another order where nothing is learned, in fp32, on a CPU: what an output differs by is
+below 1e-4 of the outputs' deviation. What is made of the weights for that takes their place, where
+they can be read again if they are ever needed as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from difftool.engine import trials
+from difftool.engine.convolutions import KINDS, Case, Kind
+from difftool.engine.cpu import CpuLinear
+from difftool.networks.layers import TokenLinear
+
+SMALL = 64 * 64
+"""Inputs times outputs: below, what is done besides costs more than the sums."""
+LARGE = 100e6
+"""Weights of a network whose pictures take long enough for trials."""
+
+
+class Prepared(NamedTuple):
+    """What was made of a layer's weights, and for which way of computing."""
+
+    weight: nn.Parameter
+    version: int
+    kind: Kind
+    made: Tensor
+
+
+class Reload:
+    """Reads the weights of a whole network again, in which layers are asked for theirs."""
+
+    def __init__(self, read: Callable[[], None]):
+        self.read, self.running = read, False
+
+    def __call__(self) -> None:
+        if not self.running:
+            self.running = True
+            try:
+                self.read()
+            finally:
+                self.running = False
+
+
+class Quick(nn.Module):
+    """What quick layers have in common: to be a convolution."""
+
+    bias: nn.Parameter | None
+    reload: Reload | None = None
+    """None: the weights are kept as they were."""
+    prepared: Prepared | None = None
+    last = True
+    """Whether channels are made the innermost; else where they are already."""
+
+    def convolve(self, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+        """Of pictures [B,I,H,W], by weights [O,I] or [O,I,k,k]."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if (
+            x.device.type != "cpu"
+            or not x.dtype == weight.dtype == torch.float32
+            or torch.is_grad_enabled()
+        ):
+            return F.conv2d(x, self._square(self.weight), self.bias, stride, padding)
+        shape = self._square(weight).shape
+        last = self.last or x.is_contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        case = Case(x.shape, shape, stride, padding, last)
+        prepared = self.prepared
+        if prepared and prepared.weight is weight and prepared.version == weight._version:
+            return prepared.kind.convolve(x, prepared.made, self.bias, case)
+        small = shape[:2].numel() < SMALL
+        kind = KINDS["plain" if small else trials.chosen(case)]
+        made = self._square(self.weight)
+        if kind.prepare is not None:
+            made = kind.prepare(made.detach(), case)
+            weight = self.weight
+            if self.reload is not None:
+                weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+                self._parameters["weight"] = weight
+            self.prepared = Prepared(weight, weight._version, kind, made)
+        return kind.convolve(x, made, self.bias, case)
+
+    @property
+    def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As it was, read again where what was made of it is all there is."""
+        weight = self._parameters["weight"]
+        if weight is not None and weight.is_meta and self.prepared and self.reload is not None:
+            self.reload()
+        return self._parameters["weight"]  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def _square(weight: Tensor) -> Tensor:
+        return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
+class QuickConv2d(Quick, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A convolution of square kernels, strides and padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.convolve(input, self.stride[0], int(self.padding[0]))
+
+
+class QuickLinear(Quick, CpuLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A linear layer of tokens [B,N,C]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 3 or torch.is_grad_enabled() or input.dtype != torch.float32:
+            return super().forward(input)
+        picture = input.contiguous().transpose(1, 2)[:, :, None]
+        return self.convolve(picture)[:, :, 0].transpose(1, 2)
+
+
+def convolve_padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of pictures that have their padding already."""
+    if isinstance(layer, QuickConv2d):
+        return layer.convolve(x, layer.stride[0])
+    return F.conv2d(x, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+
+
+def is_large(network: nn.Module) -> bool:
+    """Whether it is quickened where nothing is said."""
+    return sum(each.numel() for each in network.parameters()) >= LARGE
+
+
+def quicken(
+    network: nn.Module, reload: Callable[[], None] | None = None, last: bool = True
+) -> None:
+    """Let a network's large layers be computed by whatever way is the fastest. reload: reads its
+    weights again from their file. last: with channels innermost, which suits large weights and
+    small pictures."""
+    again = None if reload is None else Reload(reload)
+    for module in network.modules():
+        if isinstance(module, TokenLinear):
+            module.__class__ = QuickLinear
+        elif type(module) is nn.Conv2d and _square(module):
+            module.__class__ = QuickConv2d
+        else:
+            continue
+        module.__dict__.update(reload=again, last=last)
+
+
+def _square(layer: nn.Conv2d) -> bool:
+    sizes = (layer.kernel_size, layer.stride, layer.padding)
+    plain = (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+    return plain and all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
