@@ -42,9 +42,8 @@ MAKE = """
 import sys
 from pathlib import Path
 import torch
+import difftool
 from difftool.config.layers import load_preset
-from difftool.conversion.convert import convert
-from difftool.formats import open_model
 from difftool.pipeline.model import Model
 preset, whole = sys.argv[1:]
 native = Path(whole).with_suffix(".difftool")
@@ -55,7 +54,7 @@ for part in (model.network, model.codec):  # layers that begin at zero would hid
         if each.dim() > 1:
             each.data.normal_(std=each[0].numel() ** -0.5, generator=generator)
 model.save(native, dtype="fp16", overwrite=True)
-convert(open_model(native), Path(whole), "diffusers")
+difftool.convert(native, whole, to="diffusers")
 native.unlink()
 """
 PIPELINE = """

@@ -44,6 +44,7 @@ pipe("a fox", height=512, width=512, num_inference_steps=1, guidance_scale=1.0,
 MAKE = """
 import sys
 from pathlib import Path
+import difftool
 from difftool.config.layers import load_preset
 from difftool.formats import open_model
 from difftool.conversion.convert import convert
@@ -53,7 +54,7 @@ native = Path(single).with_suffix(".difftool")
 Model.fresh(load_preset(preset), seed=0).save(native, dtype="fp16", overwrite=True)
 for target, kind in ((Path(single), "ldm"), (Path(whole), "diffusers")):
     if not target.exists():
-        convert(open_model(native), target, kind)
+        difftool.convert(native, target, to=kind)
 native.unlink()
 """
 GB = 1e9
