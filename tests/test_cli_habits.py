@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
 import pytest
+from commands import add_command
 
 from difftool.cli import habits
 from difftool.cli.app import COMMANDS
-from difftool.config.options import Option
+from difftool.config.options import Option, read_options
 from difftool.errors import DifftoolError
+from difftool.sampling.settings import OPTIONS
 
 
 def row(name: str, **fields) -> Option:
@@ -63,6 +66,10 @@ def test_no_flag_means_two_things_in_one_place():
 ISSUE = """
 sample: --width --height --W --H --cfg --cfg-scale --negative-prompt --count --batch-count
 sample: --tiling --variation-seed --scheduler --ckpt --denoising-strength --num-inference-steps
+sample: --subseed --subseed-strength --hires-fix --enable-hr --hr-upscaler --upscale-by --plms
+sample: --inpainting-fill --inpaint-full-res --masked-content --randomness-source --xyz-plot
+sample: --karras
+sample: --s-churn --freeu --jpeg --stylize --niji --v --q --sref --weird --script --skip_grid
 sample: --guidance-scale --n_iter --prompt --fp16 --lowvram --xformers --controlnet
 train: --learning-rate --max_train_steps --train_batch_size --resolution --output_dir
 train: --mixed_precision --pretrained_model_name_or_path --train_data_dir --network_dim --report_to
@@ -106,3 +113,33 @@ def test_a_value_of_any_type_is_taken_or_refused_in_words(command):
         for value in values:
             with suppress(DifftoolError):
                 row.value(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"dtype": "half"}, "fp16"), ({"dtype": "Float32"}, "fp32"), ({"device": "gpu"}, "cuda"),
+        ({"tile": "horizontal"}, "x"), ({"format": "jpeg"}, "jpg"), ({"rng": "NV"}, "gpu"),
+        ({"seed": "random"}, ()), ({"mask_content": "latent nothing"}, "nothing"),
+    ],
+)  # fmt: skip
+def test_values_as_other_tools_call_them(given, meant):
+    ((name, _),) = given.items()
+    assert read_options(OPTIONS, given)[name] == meant
+
+
+def test_a_value_of_a_flag_that_may_stand_alone_is_no_prompt(monkeypatch, difftool):
+    seen: list[dict[str, Any]] = []
+    rows = [row for row in OPTIONS if row.name in ("prompt", "tile")]
+    add_command(monkeypatch, "draw", rows, seen.append)
+    for words in (["a fox", "--tile", "horizontal"], ["--tile", "a fox"]):
+        difftool("draw", *words)
+    assert [values["prompt"] for values in seen] == [["a fox"], ["a fox"]]
+    assert [values["tile"] for values in seen] == ["x", "both"]
+
+
+def test_values_that_became_prompts_are_said(difftool):
+    words = ("sample", "a fox", "--sampler", "euler", "heun", "--steps", "10", "20", "--tokens")
+    said = difftool(*words).err
+    assert 'the prompt "heun" is the name of a sampler' in said
+    assert 'the prompt "20" is a number' in said

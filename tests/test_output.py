@@ -265,6 +265,22 @@ def test_links_out_of_the_folder_are_refused(name):
     assert os.listdir("outside") == []
 
 
+@pytest.mark.parametrize(
+    ("where", "hint"),
+    [
+        ("out/{seed}.png", "[seed]"),
+        ("{index:04}.png", "[index]"),
+        ("%04d.png", "[index]"),
+        ("%(seed)d.png", "[seed]"),
+    ],
+)
+def test_fields_of_other_tools_are_answered(where, hint):
+    with pytest.raises(UsageError) as caught:
+        Output.parse(where)
+    assert caught.value.hint == f"write {hint}"
+    Output.parse("50% of {it}.png")
+
+
 def test_a_template_cannot_climb():
     output = Output.parse("out/[prompt]/../../[seed].png")
     with pytest.raises(UsageError, match="leads out of"):

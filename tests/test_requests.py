@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from difftool.errors import DifftoolError, UsageError
+from difftool.sampling.expand import applied
 from difftool.sampling.files.prompts import read_requests
 from difftool.sampling.requests import Request, parse_line
 from difftool.sampling.settings import (
@@ -145,6 +146,7 @@ def test_every_key_of_a_json_line():
         "rounding": "down",
         "fit": "pad",
         "mask_invert": True,
+        "mask_content": 0,
         "mask_grow": -2,
         "mask_blur": 1.5,
         "only_masked": True,
@@ -189,6 +191,7 @@ def test_every_key_of_a_json_line():
             "rounding": "down",
             "fit": "pad",
             "mask_invert": True,
+            "mask_content": "fill",
             "mask_grow": -2,
             "mask_blur": 1.5,
             "only_masked": True,
@@ -231,6 +234,27 @@ def test_every_key_of_a_json_line():
     assert parse_line('{"prompt": "x", "seed": "1,3-4", "steps": null}') == Request(
         prompt="x", seeds=(1, 3, 4)
     )
+
+
+def test_what_other_tools_call_a_key():
+    line = {"prompt": "a fox", "cfg": 5, "num_inference_steps": 9, "aspect_ratio": "3:2",
+            "tiling": False, "subseed": 3, "subseed_strength": 0.1,
+            "sampler_index": "Euler"}  # fmt: skip
+    found = parse_line(json.dumps(line))
+    assert found is not None and (found.ar, found.vary_seed) == ((3, 2), 3)
+    assert found.settings == {
+        "guidance": 5, "steps": 9, "tile": "none", "vary": 0.1, "sampler": "Euler"
+    }  # fmt: skip
+
+
+def test_a_line_of_midjourney_s_has_its_own_meaning():
+    """--s is its stylize beside what it alone has, and else sd-scripts' steps."""
+    found = parse_line("/imagine prompt: a fox --ar 3:2 --v 6 --s 250")
+    assert found is not None and "steps" not in found.settings
+    read = applied(found)
+    assert (read.prompt, read.ar, read.ignored) == ("a fox", (3, 2), ("--v 6", "--s 250"))
+    other = parse_line("a fox --ar 3:2 --s 25")
+    assert other is not None and other.settings == {"steps": 25}
 
 
 def test_options_on_a_line_of_text():

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from difftool.config.options import Option
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import UsageError
 
 COUNTERPARTS = {
@@ -33,6 +35,26 @@ COUNTERPARTS = {
     "--strength": "denoising-strength denoise denoise-strength img-strength init-strength",
     "--mask": "mask-image inpaint-mask",
     "--image-guidance": "image-guidance-scale image-cfg-scale",
+    "--vary": "variation-strength variation-amount subseed-strength vary-strength",
+    "--vary-seed": "variation-seed subseed",
+    "--hires": "hires-fix enable-hr hr hr-scale hires-scale hires-upscale highres-fix",
+    "--hires-strength": "hr-denoise hires-denoise hires-denoising-strength",
+    "--hires-steps": "hr-second-pass-steps hr-steps",
+    "--upscaler": "hr-upscaler hires-upscaler upscale-model",
+    "--upscale": "upscale-by upscale-factor resize-by",
+    "--mask-content": "inpainting-fill inpaint-fill masked-content mask-fill",
+    "--mask-invert": "inpainting-mask-invert invert-mask",
+    "--mask-padding": "inpaint-full-res-padding only-masked-padding",
+    "--only-masked": "inpaint-full-res inpaint-only-masked",
+    "--rng": "randomness-source randn-source noise-source noise-device rand-device",
+    "--ensd": "eta-noise-seed-delta",
+    "--window": "tiled-diffusion multidiffusion tile-size",
+    "--prompt-weighting": "emphasis prompt-arithmetic",
+    "--from-latents": "decode-latents",
+    "--wildcard-dir": "wildcards wildcard-path wildcards-dir",
+    "--skip-existing": "skip resume no-clobber",
+    "--grid": "xy-plot xyz-plot xyz contact-sheet make-grid montage",
+    "--preview": "live-preview show-progress preview-method",
     "--lora": "lora-path lora-model lora-weights loras",
     "--embedding": "textual-inversion embeddings ti",
     "--embedding-dir": "embeddings-dir textual-inversion-dir embd-dir",
@@ -51,7 +73,7 @@ COUNTERPARTS = {
     "--device": "gpu cpu cuda mps use-cpu device-id",
     "--offline": "local-files-only no-download",
     "--overwrite": "force f yes y",
-    "--quiet": "silent s",
+    "--quiet": "silent",
     # train
     "DATA": "data dataset data-dir train-data-dir dataset-name instance-data-dir input",
     "--from": "pretrained-model-name-or-path pretrained finetune init-from model m ckpt checkpoint "
@@ -92,10 +114,15 @@ COUNTERPARTS = {
 ANSWERS = {
     "--sampler": {
         "scheduler": "--sampler names the method, --schedule the levels that it visits",
-        "variation-seed variation-strength variation-amount subseed subseed-strength":
-            "the nearest is --init PICTURE --strength 0.3",
-        "hires-fix enable-hr hr-scale hr-upscaler upscale upscaler":
-            "there is no upscaler; --init PICTURE --size WxH --strength 0.4 works over a copy",
+        "script scripts": "lists are tried in turn: --steps 10,20 --guidance 4,7 --grid",
+        "skip-grid no-grid skip-save": "a grid is drawn with --grid alone",
+        "fixed-code": "--seed 7 begins each prompt with the same noise",
+        "karras-sigmas use-karras-sigmas": "--schedule karras",
+        "s-churn s-tmin s-tmax s-noise churn": "--set sample.sampler_options.s_churn=5, or s_noise",
+        "quality jpeg-quality": "JPEG and WebP are written at quality 95",
+        "jpeg jpg png webp": "--format jpg, or -o NAME.jpg",
+        "freeu pag-scale perturbed-attention-guidance sag-scale hypertile token-merging "
+        "tome-ratio deepcache": "no such change of the network is offered",
         "controlnet control control-image controlnet-model": "ControlNets are not read",
         "ip-adapter ip-adapter-scale": "IP-Adapters are not read",
         "hypernetwork hypernetworks": "hypernetworks are not read; LoRAs are, by --lora",
@@ -104,7 +131,6 @@ ANSWERS = {
         "xformers enable-xformers opt-sdp-attention attention-slicing flash-attention":
             "attention is torch's own, which needs no flag",
         "safety-checker no-safety-checker skip-safety-checker": "there is no filter to turn off",
-        "stylize weird quality niji iw": "this flag of Midjourney's has no counterpart",
     },
     "DATA": {
         "epochs num-train-epochs max-train-epochs num-epochs":
@@ -135,6 +161,8 @@ of the command that it is said in."""
 def answer(flag: str, rows: Sequence[Option], command: str) -> UsageError:
     """What is said of a flag that none of these rows has: what other tools mean by it, else the
     nearest flag. `command` is how the command is called."""
+    from difftool.text.midjourney import OTHERS
+
     what = f"there is no {flag} here"
     word = _word(flag)
     for row in rows:
@@ -144,6 +172,11 @@ def answer(flag: str, rows: Sequence[Option], command: str) -> UsageError:
         for words, said in ANSWERS.get(_name(row), {}).items():
             if word in words.split():
                 return UsageError(what, hint=said)
+    for name, registry in (("--sampler", SAMPLERS), ("--schedule", GRIDS)):
+        if word in registry and name in map(_name, rows):
+            return UsageError(what, hint=f"use {name} {word}")
+    if flag.startswith("--") and word in OTHERS and "--ar" in map(_name, rows):
+        return UsageError(what, hint="this parameter of Midjourney's has no counterpart")
     near = get_close_matches(flag, [name for row in rows for name in row.spellings], n=1)
     return UsageError(what, hint=f'did you mean "{near[0]}"?' if near else f"see {command} --help")
 

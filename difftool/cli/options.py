@@ -15,6 +15,7 @@ from difftool.cli import console, help
 from difftool.cli.completion import completer
 from difftool.cli.lists import KINDS
 from difftool.config.options import RUN, Option, read_options, switch
+from difftool.errors import UsageError
 from difftool.signals import code_of
 
 
@@ -37,12 +38,19 @@ def _completed(args: Sequence[str], rows: Sequence[Option]) -> list[str]:
     for i, arg in enumerate(args):
         row = alone.get(arg) if i < end else None
         following = args[i + 1 : i + 2]
-        values = ["", *(row.choices() if row and row.choices else ())]
-        if row is None or any(value in values for value in following):
+        if row is None or any(_is_value(value, row) for value in following):
             made.append(arg)
         else:
             made.append(f"{arg}={row.alone}")
     return made
+
+
+def _is_value(text: str, row: Option) -> bool:
+    """Whether it is one of the few values that an option has."""
+    try:
+        return not text or (row.read is not None and row.read(text) is not None)
+    except UsageError:
+        return False
 
 
 class Group(TyperGroup):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from difftool.cli import console
 from difftool.cli.options import PRINT_CONFIG, TALK
 from difftool.config.options import RUN, by_panels
+from difftool.diffusion.grids import GRIDS
+from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import DifftoolError
 from difftool.evaluation.options import EVALUATION
 from difftool.sampling import events
@@ -75,10 +78,19 @@ def _tell(found: Iterator[Reading | events.Note | events.Failure]) -> int:
 
 
 def _doubt(prompts: Sequence[str]) -> None:
-    """Say how one prompt is given where several of one word each look like the words of one."""
+    """Say how one prompt is given where several of one word each look like the words of one, and
+    how several values of an option are."""
     if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
         sentence = " ".join(prompts)
         console.warn(f'{len(prompts)} prompts of a word each; one prompt is given as "{sentence}"')
+        return
+    for prompt in prompts if len(prompts) > 1 else ():
+        kinds = ("sampler", prompt in SAMPLERS), ("schedule", prompt in GRIDS)
+        if kind := next((kind for kind, named in kinds if named), ""):
+            several = f"several are given with commas, --{kind} A,{prompt}"
+            console.warn(f'the prompt "{prompt}" is the name of a {kind}; {several}')
+        elif re.fullmatch(r"-?[\d.]+", prompt):
+            console.warn(f'the prompt "{prompt}" is a number; several are given with commas')
 
 
 class _Show:

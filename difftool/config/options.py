@@ -250,12 +250,33 @@ SET = Option(
     name="set", many=True, metavar="KEY.PATH=VALUE", panel=RUN,
     help="Change a value of the preset; repeatable", complete=assignments,
 )  # fmt: skip
+SAME = {
+    "gpu": "cuda", "nvidia": "cuda", "half": "fp16", "float16": "fp16", "bfloat16": "bf16",
+    "float32": "fp32", "float": "fp32", "full": "fp32",
+}  # fmt: skip
+"""Devices and arithmetic as other tools call them."""
+
+
+def _device(given: Any) -> str:
+    if not isinstance(given, str):
+        raise UsageError(f"--device {given!r} is not a text")
+    return SAME.get(given.lower(), given)
+
+
+def _dtype(given: Any) -> str:
+    word = SAME.get(str(given).lower(), given)
+    if word not in DTYPES:
+        hint = suggestion(str(given), DTYPES)
+        raise UsageError(f'--dtype "{given}" is not one of its values', hint=hint)
+    return word
+
+
 DEVICE = Option(
-    name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
+    read=_device, name="device", help="auto, cpu, cuda, cuda:1 or mps", panel=RUN, default="auto",
     complete=lambda: ("auto", "cpu", "cuda", "mps"),
 )  # fmt: skip
 DTYPE = Option(
-    name="dtype", help="Arithmetic of the networks", panel=RUN, default="auto",
+    read=_dtype, name="dtype", help="Arithmetic of the networks", panel=RUN, default="auto",
     choices=lambda: DTYPES,
 )  # fmt: skip
 OFFLINE = switch("offline", "Never use the network: models of the hub from its cache only")

@@ -51,7 +51,7 @@ for row in (
         options={"quality": 95},
     ),
 ):
-    OUTPUT_FORMATS.add(row.name, row)
+    OUTPUT_FORMATS.add(row.name, row, *(ending[1:] for ending in row.endings))
 
 
 def is_picture(path: str | Path) -> bool:

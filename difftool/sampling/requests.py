@@ -246,12 +246,14 @@ _LINE = 'a line is a prompt, or an object: {"prompt": "a fox", "seed": 7}'
 
 def _with_options(line: str) -> dict[str, Any]:
     """The values of a line in the manner of sd-scripts, `a fox --n bad --s 30`, or of A1111,
-    `--prompt "a fox" --steps 30`."""
+    `--prompt "a fox" --steps 30`. Beside a parameter that Midjourney alone has, --s is its own."""
     first, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     values: dict[str, Any] = {"prompt": first.strip()} if first.strip() else {}
+    names = {option.partition(" ")[0].lower() for option in options}
+    theirs = bool(names & OTHERS - SHORT.keys() - KEYS.keys())
     for option in options:
         name, _, text = option.partition(" ")
-        key = SHORT.get(name, name)
+        key = name if theirs and name in OTHERS else SHORT.get(name, name)
         if key not in KEYS and key.lower() in MIDJOURNEYS:
             values["prompt"] = f"{values.get('prompt', '')} --{option}".strip()
             continue

@@ -125,7 +125,7 @@ def read_seeds(given: Any) -> tuple[int, ...]:
     if isinstance(given, bool) or not isinstance(given, int | str):
         raise UsageError(f"{given!r} is not a list of seeds", hint=hint)
     text = str(given)
-    if text.strip() == "-1":
+    if text.strip().lower() in ("-1", "random"):
         return ()
     ranges: list[range] = []
     for part in text.split(","):
@@ -167,6 +167,7 @@ def read_ratio(given: Any) -> tuple[float, float]:
 def read_tile(given: Any) -> str:
     """Which way a picture repeats: both, if that is not said."""
     ways = {True: "both", "": "both", "xy": "both", "true": "both", False: "none", "false": "none"}
+    ways |= {"horizontal": "x", "vertical": "y"}
     way = ways.get(given.lower() if isinstance(given, str) else given, given)
     if way not in TILES:
         raise UsageError(f"--tile {given!r} is not one of its values", hint=", ".join(TILES))
@@ -280,6 +281,13 @@ RNGS = {"cpu": "CPU", "gpu": "NV"}
 
 def _known_rng(word: str) -> str | None:
     return {"cpu": "cpu", "gpu": "gpu", "nv": "gpu", "cuda": "gpu"}.get(word.lower())
+
+
+def _rng(given: Any) -> str:
+    if (word := _known_rng(str(given))) is None:
+        hint = suggestion(str(given), GENERATORS)
+        raise UsageError(f'there are no random numbers of "{given}"', hint=hint)
+    return word
 
 
 def _known_upscaler(name: str) -> str | None:
@@ -470,24 +478,25 @@ SETTINGS: tuple[Setting, ...] = (
         json=("seed",), always=True, short="d", a1111=A1111("Seed", lambda text: (int(text),)),
         default="drawn and printed"),
     _of_model("rng", "Whose random numbers: a CPU's, or a GPU's, as A1111's are", PICTURE,
-        listed=names, choices=lambda: GENERATORS, default="cpu",
+        listed=names, read=_rng, choices=lambda: GENERATORS, default="cpu",
         a1111=A1111("RNG", _known_rng, RNGS.get)),
     _of_model("vary", "How far the start noise is turned to another seed's, 0 to 1", PICTURE,
-        type=float, effect=_turned, without="without its strength",
+        type=float, effect=_turned, without="without its strength", also=("subseed_strength",),
         a1111=A1111("Variation seed strength", float)),
     _of_request("vary_seed", "That seed; image k has the same seed and the variation seed + k",
         PICTURE, type=int, within=Within(low=-1, high=MAX_SEED), needs=("vary",),
-        why="is the seed of a variation", a1111=A1111("Variation seed", int),
+        also=("subseed",), why="is the seed of a variation", a1111=A1111("Variation seed", int),
         default="drawn and printed"),
     _of_model("size", "Width and height in pixels", PICTURE, listed=sizes, metavar="WxH",
         read=read_size,
         a1111=A1111("Size", _size_of_text, lambda size: "x".join(map(str, size))), json=(),
         bundled=True),
     _of_request("ar", "Shape, such as 3:2, of as many pixels as the model's own", PICTURE,
+        also=("aspect_ratio",),
         listed=sizes,
         metavar="W:H", read=read_ratio, excludes=("size",)),
     _of_model("tile", "Repeats without a seam: both ways, or x, or y alone", PICTURE,
-        read=read_tile, choices=lambda: TILES, alone="both",
+        read=read_tile, choices=lambda: TILES, alone="both", also=("tiling",),
         a1111=A1111("Tiling", {"True": "both"}.get, lambda way: None if way == "none" else "True")),
     _of_model("chaos", "How unlike the pictures of a prompt are, 0 to 100", PICTURE, type=float,
         effect=_reads, without="without a prompt"),
@@ -499,7 +508,7 @@ SETTINGS: tuple[Setting, ...] = (
         option=False, read=read_id),
     _of_model("sampler", "Sampler", SAMPLER, listed=names, read=_sampler, choices=lambda: SAMPLERS,
         always=True,
-        short="ss", also=("sampler_name",), bundled=True,
+        short="ss", also=("sampler_name", "sampler_index"), bundled=True,
         a1111=A1111("Sampler", _known_sampler, lambda name: SAMPLERS[name].a1111 or name)),
     _of_model("schedule", "Grid of levels", SAMPLER, listed=names, read=_schedule,
         choices=lambda: GRIDS,
@@ -508,7 +517,8 @@ SETTINGS: tuple[Setting, ...] = (
         also=("scheduler",), bundled=True),
     _of_model("steps", "Sampler steps", SAMPLER, type=int, within=Within(low=1,
         high=100_000),
-        always=True, short="s", a1111=A1111("Steps", int), bundled=True),
+        always=True, short="s", a1111=A1111("Steps", int), also=("num_inference_steps",),
+        bundled=True),
     _of_model("prior_steps", "Steps of the prior", SAMPLER, type=int,
         within=Within(low=1, high=100_000), effect=_imagines, without="without a prior",
         default="the prior's"),
@@ -523,7 +533,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_model("start_noise", "Amplitude of the start noise", SAMPLER, option=False),
     _of_model("guidance", "Classifier-free guidance scale; 1 = off", GUIDANCE, type=float,
         always=True, words=("cfg",), short="l", a1111=A1111("CFG scale", float),
-        also=("cfg_scale",), bundled=True),
+        also=("cfg_scale", "guidance_scale", "cfg"), bundled=True),
     _of_model("prior_guidance", "Guidance scale of the prior", GUIDANCE, type=float,
         within=NOT_NEGATIVE, effect=_imagines, without="without a prior", default="the prior's"),
     _of_model("guidance_rescale", "Share of rescaled guidance, 0 to 1; 0 = off", GUIDANCE,
@@ -559,6 +569,7 @@ SETTINGS: tuple[Setting, ...] = (
     _of_request("mask", "White is repainted, grey is soft; the rest of --init stays", IMAGES,
         read=read_path, file="picture", folder=True, metavar="PICTURE"),
     _of_model("mask_invert", "Black is repainted in place of white", IMAGES, type=bool,
+        also=("inpainting_mask_invert",),
         effect=_masked, without="without --mask", a1111=A1111("Mask mode",
         {"Inpaint not masked": True, "Inpaint masked": False}.get,
         lambda turned: "Inpaint not masked" if turned else None)),
@@ -640,7 +651,8 @@ SETTINGS: tuple[Setting, ...] = (
         type=Path, metavar="FILE", many=True, file="embedding"),
     _setting("output", "File, folder/, name with [seed] [prompt]..., page.html, or - for stdout",
         OUTPUT, flags=("--output", "-o"), metavar="PATH", default="outputs/NNNNN-SEED.png"),
-    _setting("format", "Pictures", OUTPUT, choices=lambda: OUTPUT_FORMATS, default="png"),
+    _setting("format", "Pictures", OUTPUT, read=OUTPUT_FORMATS.resolve,
+        choices=lambda: OUTPUT_FORMATS, default="png"),
     _setting("grid", "One sheet of all pictures, what they differ in at its edges", OUTPUT,
         type=bool),
     _setting("save_latents", "Also PICTURE.latents.safetensors", OUTPUT, type=bool),

@@ -24,6 +24,8 @@ _DASHED = r"\u2014(?=(?:ar|aspect|chaos|seed|stop|repeat|stylize|iw|v)\s+\d)"
 _PARAMETER = re.compile(rf"(?:^|(?<=\s))(?:--|{_DASHED})([A-Za-z]+)(?![\w-])")
 _NEXT = re.compile(r"\s(?:--|\u2014)[A-Za-z]")
 _VALUE = re.compile(r"\s+([^\s{}|]+)")
+_COMMAND = re.compile(r"^\s*/imagine\s+(?:prompt\s*:\s*)?")
+"""By which a prompt is given to it."""
 _WAY = re.compile(r"\s+(x|y|both|none)(?!\S)")
 
 
@@ -39,6 +41,7 @@ class Parameters(NamedTuple):
 
 def parameters(prompt: str) -> Parameters:
     """What the parameters of a prompt say; those within braces are left, for what is chosen."""
+    prompt = _COMMAND.sub("", prompt)
     values: dict[str, str] = {}
     others: list[str] = []
     kept, position = list[str](), 0

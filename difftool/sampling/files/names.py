@@ -169,6 +169,7 @@ def _today(name: str) -> str:
 def check_template(template: str) -> None:
     """UsageError for a word that there is not, that has no digits to pad, or whose arguments mean
     nothing."""
+    _check_others(template)
     for match in _FIELD.finditer(template):
         name, digits, arguments = match[1].lower(), match[2], _arguments(match[3])
         if name not in (*FIELDS, *ALIASES):
@@ -181,6 +182,19 @@ def check_template(template: str) -> None:
             raise UsageError(f"{match[0]} has arguments that mean nothing", hint=f"[{name}]")
         if word and word.arguments:
             word.value({"prompt": "", "negative": ""}, arguments)
+
+
+_OTHERS = re.compile(r"\{(\w+)(?:[:!][^{}]*)?\}|%(?:\((\w+)\))?\d*[dis](?![a-z])")
+"""Fields as other tools write them."""
+
+
+def _check_others(template: str) -> None:
+    """UsageError for a field that is written as Python, C or a shell has it."""
+    for match in _OTHERS.finditer(template):
+        word = match[1] or match[2] or "index"
+        if word.lower() in FIELDS or not match[1]:
+            what = f"{match[0]} stands for nothing in names of pictures"
+            raise UsageError(what, hint=f"write [{word.lower()}]")
 
 
 def _arguments(text: str) -> list[str]:
