@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from difftool.cli import console
 from difftool.cli.console import PlainProgress, RichProgress
 from difftool.config.layers import preset_folder
 from difftool.errors import InputError, UsageError
@@ -204,6 +205,16 @@ def test_progress_shows_a_picture_above_its_line(monkeypatch, capsys):
     assert len(lines) > 5 and set(lines[0].strip()) == {"▀"} and "sampling" in lines[-1]
     PlainProgress("sampling", 4).show(Image.new("RGB", (16, 16)))
     assert capsys.readouterr().err == ""
+
+
+def test_why_no_picture_is_shown_is_told(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(console, "interactive", lambda: False)
+    assert "terminals alone" in console.blind()
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    assert console.blind() == ""
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "NO_COLOR forbids" in console.blind()
 
 
 def test_an_animation_ends_with_the_picture(tmp_path, monkeypatch):

@@ -61,6 +61,13 @@ def interactive() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
 
 
+def blind() -> str:
+    """Why no picture can be shown; "" where one can."""
+    if not interactive():
+        return "shows on terminals alone"
+    return "shows in colours, which NO_COLOR forbids" if "NO_COLOR" in os.environ else ""
+
+
 def _print(text: str, style: str | None = None) -> None:
     try:
         if style is None or not interactive():

@@ -111,8 +111,8 @@ class _Show:
     def all(self, made: Iterator[events.Event]) -> int:
         """Show all of it; the exit code."""
         try:
-            if self.shows and not console.interactive():
-                console.warn("--preview shows on terminals alone; --preview-path FILE is renewed")
+            if self.shows and (why := console.blind()):
+                console.warn(f"--preview {why}; --preview-path FILE is renewed")
             work = self.start(next(made))
             with console.progress("sampling", work, "it") as display:
                 for event in made:

@@ -68,6 +68,10 @@ class GridAxis(NamedTuple):
         """Its name for people."""
         return self.name.partition(".")[2].replace("_", " ") or NAMES.get(self.name, self.name)
 
+    def said(self, text: str) -> str:
+        """One of its texts for people: a prompt needs no name."""
+        return text if self.name in (*PROMPTS, "label") else f"{self.shown} {text}"
+
 
 NAMES = {"template": "prompt"}
 PROMPTS = ("prompt", "template")
@@ -256,8 +260,7 @@ def _in_turn(
         (axis,) = arrangement.axes
         for i, picture in enumerate(arrangement.pictures):
             own = picture.facts[axis.name]
-            said = own if axis.name in (*PROMPTS, "label") else f"{axis.shown} {own}"
-            captions[i] = "\n".join(filter(None, (said, captions[i])))
+            captions[i] = "\n".join(filter(None, (axis.said(own), captions[i])))
     arrangement = Arrangement(arrangement.pictures, arrangement.axes, captions)
     count = len(arrangement.pictures)
     each = min(count, room[0] * room[1])
@@ -306,7 +309,7 @@ def _in_tables(
                 index = arrangement.at([places[axis.name] for axis in kept])
                 line.append(_cell(arrangement, index))
             cells.append(line)
-        title = " · ".join(f"{a.shown} {t}" for a, t in at if a.name and a not in axes)
+        title = " · ".join(a.said(t) for a, t in at if a.name and a not in axes)
         return PictureTable(cells, column_texts, row_texts if rows.name else (), title)
 
     part = min(len(columns.texts), room[0]), min(len(rows.texts), room[1])
@@ -315,7 +318,7 @@ def _in_tables(
     for outer in product(*(axis.texts for axis in axes)):
         at = list(zip(axes, outer, strict=True))
         prompt = next((text for axis, text in at if axis.name in PROMPTS), "")
-        said = [f"{axis.shown} {text}" for axis, text in at if axis.name not in PROMPTS]
+        said = [axis.said(text) for axis, text in at if axis.name not in PROMPTS]
         fixed = prompt, "  ·  ".join(said)
         for row_texts, column_texts in product(
             _cut(rows.texts, part[1]), _cut(columns.texts, part[0])
