@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from difftool.diffusion.likelihood import (
     log_mass,
     log_snr_range,
     mean_bits,
+    predict,
     sample_bits,
 )
 from difftool.diffusion.losses import WEIGHTS, training_loss
 from difftool.diffusion.path import PATHS
-from difftool.diffusion.prediction import TARGETS
+from difftool.diffusion.prediction import TARGETS, Prediction
+from difftool.diffusion.slack import slack_evaluations, tightened
 from difftool.images.fit import to_pil
 from difftool.training.metrics import Metrics
 from difftool.training.run.evaluation import Evaluation
 
-MEAN, DEVIATION = 0.1, 0.4
+MEAN, DEVIATION, SHRUNK = 0.1, 0.4, 0.5
 PATH_AND_TARGET = [
     ("sd15", "eps"), ("sd15", "x0"), ("cosine", "v"), ("sd21-zsnr", "v"), ("flow", "flow"),
     ("edm", "edm"), ("edm", "eps"),
@@ -87,6 +90,65 @@ def test_both_estimates_give_a_gaussians_own_density(path, target):
         assert abs(spent.total - exact) < 4 * spent.uncertainty
     apart, error = found.difference
     assert abs(apart) < 3 * error
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("steps", [64, 128])
+def test_a_gaussian_s_bound_has_no_slack(discrete, steps):
+    given: dict[str, Any] = {"cond": Cond(), "discrete": discrete, "steps": steps}
+    picture = Measured(denoiser=Exact("flow", "flow"), x0=pixels(13), **given)
+    found, calls = likelihood(picture), []
+    tight = tightened(picture, found, calls.append)
+    assert calls[-1] == slack_evaluations(picture)
+    assert tight.total == pytest.approx(found.flow.total, abs=0.01)  # both from the same z
+    assert abs(tight.total - found.bound.total) < 4 * found.difference[1]
+
+
+class Shrunk(Exact):
+    """A denoiser whose x0 is too small where there is much noise: what its steps draw is a Gaussian
+    again, but no bound of it by them is tight."""
+
+    def predict(self, x_t: Tensor, level: Any, cond: Cond = UNCONDITIONAL) -> Any:
+        alpha, sigma = (part.view(-1, 1, 1, 1) for part in (level.alpha, level.sigma))
+        x0 = super().predict(x_t, level, cond).x0
+        x0 = x0 * (1 - SHRUNK * sigma / (alpha**2 + sigma**2) ** 0.5)
+        return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+def drawn_by(denoiser: Denoiser, low: float, high: float, steps: int = 1000) -> tuple[float, float]:
+    """Mean and variance of each value of the z that ancestral steps draw from noise, which are
+    linear for these denoisers."""
+    mean, variance = 0.0, 1.0
+    levels = torch.linspace(low, high, steps + 1, dtype=torch.float64).tolist()
+    probe = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    for noisy, clean in pairwise(levels):
+        (a, s), (a_s, s_s) = (
+            (math.sqrt(1 / (1 + math.exp(-v))), math.sqrt(1 / (1 + math.exp(v))))
+            for v in (noisy, clean)
+        )
+        at_0, at_1 = predict(denoiser, probe, torch.full((2,), noisy), Cond())[0].flatten().tolist()
+        added = s**2 - (a / a_s * s_s) ** 2
+        share, rest = a_s * added / s**2, a / a_s * (s_s / s) ** 2
+        slope = share * (at_1 - at_0) + rest
+        mean, variance = slope * mean + share * at_0, slope**2 * variance + added * (s_s / s) ** 2
+    return mean, variance
+
+
+def test_the_slack_of_a_bound_is_what_it_is_above_the_density_of_its_steps():
+    picture = Measured(
+        denoiser=Shrunk("flow", "flow"), x0=pixels(13), cond=Cond(), discrete=False, steps=256
+    )
+    found = likelihood(picture)
+    tight = tightened(picture, found)
+    low, high = found.edges[0], found.edges[-1]
+    mean, variance = drawn_by(picture.denoiser, low, high)
+    alpha, noise = 1 / math.sqrt(1 + math.exp(-high)), 1 / (1 + math.exp(high))
+    square = (alpha * picture.x0.double() - mean).square().mean().item() + noise
+    nats = (math.log(2 * math.pi * variance) + square / variance) / 2 - math.log(alpha)
+    exact = nats / math.log(2)
+    assert abs(tight.total - exact) < 3 * tight.uncertainty
+    assert found.bound.total - exact > 3 * found.bound.uncertainty
+    assert found.bound.total - tight.total > 2 * tight.uncertainty
 
 
 @pytest.mark.parametrize(("path", "target"), [("sd15", "eps"), ("edm", "edm")])

@@ -65,7 +65,8 @@ RESULTS = {
     "`kid_deviation`, `kid_subset`, `precision`, `recall`",
     "`noise`, of each picture": "`path`, `image`, `width`, `height`, `seed`, `noise_path` and "
     "`levels`, or `noise_paths` where several are compared; of `--reverse` and `--likelihood` also "
-    "`model`, `model_hash`, `prompt`, `label`, and of the latter `likelihood`",
+    "`model`, `model_hash`, `prompt`, `label`, and of the latter `likelihood`: `bound`, `flow`, "
+    "`tight` (the bound without its slack, where it was measured) and more",
     "`noise --curve`": "`path` if there is one, `noise_path` and `rows`, or `noise_paths`",
     "`convert`": "`version`, `counts`, `source`, `target`, `kinds`, `evidence`, `casts`, `loras`, "
     "`verified`, `warnings`, `family`, `layers`, `path`; in the file of `--report` `entries`",

@@ -10,8 +10,8 @@ With z the point at the cleanest level that is used, drawn as x_t is, and l = lo
                                         its divergence by Hutchinson's estimator
 
 Both depend on the noise path by log SNR alone, so all is computed where alpha^2 + sigma^2 = 1, of
-any path and target. They are the same where the network's eps* is that of a density; by how much
-they differ says how far it is from one.
+any path and target. They are the same where the network's eps* is that of a density. Else the bound
+has a slack, which `slack` measures, and the ODE's density is another one than the bound's.
 
 The last term, of values that are one of 256 (pixels): z dequantises them, by the path's own noise
 (2305.03935), and a Gaussian around the network's x0 reads them from it, discretised as in DDPM
@@ -90,6 +90,16 @@ class Spent(NamedTuple):
         return {"bits": self.total, "error": self.uncertainty} | parts
 
 
+class Tight(NamedTuple):
+    """Bits per dimension of a picture by the bound without its slack; see `slack`."""
+
+    total: float
+    uncertainty: float
+
+    def __str__(self) -> str:
+        return f"{self.total:.3f} ± {self.uncertainty:.3f}"
+
+
 class Likelihood(NamedTuple):
     """Of a picture under a model."""
 
@@ -104,6 +114,8 @@ class Likelihood(NamedTuple):
     """Of x0."""
     discrete: bool
     """Whether they are one of 256 values, as pixels are; else their bits are those of a density."""
+    tight: Tight | None = None
+    """Measured where the bound is above the ODE by more than chance."""
 
     @property
     def difference(self) -> tuple[float, float]:
@@ -122,6 +134,7 @@ class Likelihood(NamedTuple):
             "flow": self.flow.facts(),
             "difference": apart,
             "difference_error": error,
+            "tight": self.tight and {"bits": self.tight.total, "error": self.tight.uncertainty},
         }
 
 

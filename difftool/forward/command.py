@@ -254,8 +254,7 @@ def figure_of(
             facts |= {"prompt": prompt, "label": label}
             if values["likelihood"]:
                 steps = values["steps"] or EVALUATIONS
-                with progress("measuring", space.measured(cond, steps, seed).evaluations) as bar:
-                    found = space.likelihood(cond, steps, seed, bar.update)
+                found = space.likelihood(cond, steps, seed, progress)
                 figure = figures.likelihood_figure(space, found, seed, given)
                 return figure, facts | {"likelihood": found.facts()}
             with progress("predicting", len(levels)) as bar:

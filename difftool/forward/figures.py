@@ -200,7 +200,9 @@ def likelihood_figure(
         Strip("𝑥ₜ", "in the middle of each interval", levels, _frames(space, x_ts, levels)),
         Strip("bits", note, levels, [_tinted(np.asarray(share)) for share in shares], spent=spent),
     ]
-    caption = f"{bound} bits/dim by the variational bound, {flow} by the ODE · seed {seed}"
+    less = f", {found.tight} without its slack" if found.tight else ""
+    caption = f"{bound} bits/dim by the variational bound{less}, {flow} by the ODE · seed {seed}"
+    caption = caption.replace("-", "−")
     about = f"{model.denoiser.target}-prediction, {describe(path)}"
     about += f" · {brief(condition)}" if condition else ""
     return Figure(brief(model.name), about, strips, caption, whole=_whole(path))

@@ -128,16 +128,28 @@ def likelihood_table(
     lines.append(("beyond", typeset(bound["prior"], 4), typeset(flow["prior"], 4)))
     by_bound, by_flow = (f"{typeset(e['bits'], 3)} ± {e['error']:.3f}" for e in (bound, flow))
     lines.append(("in all", by_bound, by_flow))
+    if tight := facts["tight"]:
+        less = f"{typeset(tight['bits'], 3)} ± {tight['error']:.3f}"
+        lines.append(("less slack", less, by_flow))
     return lines
 
 
 def likelihood_words(facts: Mapping[str, Any]) -> list[str]:
     """What the numbers are of, and how far the two agree."""
     apart, error = facts["difference"], facts["difference_error"]
+    lines = [TOLD[facts["of"]].format(facts["dimensions"], facts["log_snr"])]
     words = f"bound less ODE: {typeset(apart, 3)} ± {error:.3f}"
+    if tight := facts["tight"]:
+        slack = facts["bound"]["bits"] - tight["bits"]
+        lines.append(f"{words}; slack of the bound: {typeset(slack, 3)} ± {tight['error']:.3f}")
+        apart, error = (
+            tight["bits"] - facts["flow"]["bits"],
+            math.hypot(tight["error"], facts["flow"]["error"]),
+        )
+        words = f"bound without slack less ODE: {typeset(apart, 3)} ± {error:.3f}"
     if abs(apart) > 2 * error:
         words += ", more than by chance: the network's noise is not quite that of a density"
-    return [TOLD[facts["of"]].format(facts["dimensions"], facts["log_snr"]), words]
+    return [*lines, words]
 
 
 def _bits(row: LevelRow, which: str) -> str:

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from difftool.config.families import family
 from difftool.diffusion.denoiser import Cond
-from difftool.diffusion.likelihood import Done, Likelihood, Measured, likelihood
+from difftool.diffusion.likelihood import Likelihood, Measured, likelihood
 from difftool.diffusion.path import Level
+from difftool.diffusion.slack import slack_evaluations, tightened
 from difftool.errors import ResourceError, UsageError
 from difftool.forward.process import Pixels, Signal
 from difftool.images.fit import framed, to_pixels, to_tensor
 from difftool.pipeline.condition import build_cond, encode_prompts
 from difftool.pipeline.decode import decode
 from difftool.pipeline.model import Model
+from difftool.progress import Progress, silent
 
 
 class ModelSpace:
@@ -60,16 +62,21 @@ class ModelSpace:
                 raise ResourceError("the model's prediction is not finite", why, "try --dtype fp32")
             yield _array(x0)
 
-    def likelihood(self, cond: Cond, steps: int, seed: int, done: Done) -> Likelihood:
-        """Of the picture, in about so many `steps`; `done` is called with calls of the network.
-
-        ResourceError if it is not finite.
-        """
-        found = likelihood(self.measured(cond, steps, seed), done)
+    def likelihood(
+        self, cond: Cond, steps: int, seed: int, progress: Progress = silent
+    ) -> Likelihood:
+        """Of the picture, in about so many `steps`. ResourceError if it is not finite."""
+        measured = self.measured(cond, steps, seed)
+        with progress("measuring", measured.evaluations) as shown:
+            found = likelihood(measured, shown.update)
         if not math.isfinite(found.bound.total + found.flow.total):
             what = "the likelihood under the model is not finite"
             raise ResourceError(what, hint="try --dtype fp32")
-        return found
+        apart, error = found.difference
+        if apart <= 2 * error:
+            return found
+        with progress("measuring the slack of the bound", slack_evaluations(measured)) as shown:
+            return found._replace(tight=tightened(measured, found, shown.update))
 
     def measured(self, cond: Cond, steps: int, seed: int) -> Measured:
         """The picture as its likelihood is measured."""
