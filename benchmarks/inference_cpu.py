@@ -88,7 +88,7 @@ def prepared(tool: str, part: str, side: int, folder: Path):
     if part == "vae":
         latent = noise(1, 4, side, side)
         if tool in ("diffusers", "openvino"):
-            from diffusers import AutoencoderKL
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
             vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
             vae.forward = lambda x: vae.decode(x, return_dict=False)[0]  # type: ignore[method-assign]
@@ -101,7 +101,7 @@ def prepared(tool: str, part: str, side: int, folder: Path):
     wide = told.get("addition_embed_type") == "text_time"
     pooled, sizes = noise(2, 1280), torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]] * 2)
     if tool in ("diffusers", "openvino"):
-        from diffusers import UNet2DConditionModel
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         more = {"text_embeds": pooled, "time_ids": sizes} if wide else None
@@ -140,7 +140,7 @@ def run_by(tool: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...])
     module.eval()
     if tool == "diffusers":
         return lambda: module(*inputs)
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     compiled = openvino.compile_model(openvino.convert_model(module, example_input=inputs), "CPU")
     return lambda: torch.from_numpy(compiled([x.numpy() for x in inputs])[0])
@@ -205,7 +205,7 @@ def difference(case: str, tool: str, scratch: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     usual = [tool for tool in TOOLS if tool != "openvino" or find_spec("openvino")]

@@ -17,7 +17,7 @@ from difftool.engine.convolutions import CHUNK, KINDS, STRIP, Case
 from difftool.engine.quick import convolve_padded, quicken
 from difftool.engine.tiles import tiled
 from difftool.engine.trials import chosen
-from difftool.networks.layers import TokenLinear
+from difftool.networks.layers import Attention, TokenLinear
 
 CASES = [
     Case(torch.Size((1, 5, 8, 8)), torch.Size((3, 5, 3, 3)), 1, 1),
@@ -184,3 +184,24 @@ def test_auto_leaves_a_small_model_as_it_is():
         for engine in ("auto", "plain", "quick")
     }
     assert kinds["auto"] is kinds["plain"] is nn.Conv2d is not kinds["quick"]
+
+
+def test_keys_and_values_of_a_context_are_computed_once(tried):
+    tried("packed")
+    torch.manual_seed(0)
+    layer, told = Attention(64, 4, context_dim=64), torch.randn(1, 7, 64)
+    x, twice = torch.randn(1, 9, 64), 2 * torch.randn(1, 7, 64)
+    plain = {of: layer(x, of) for of in (told, twice)}
+    calls = []
+    quicken(layer)
+    layer.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for of, count in ((told, 1), (told, 1), (told.clone(), 1), (twice, 2)):
+            wanted = plain[twice if of is twice else told]
+            torch.testing.assert_close(layer(x, of), wanted, rtol=0, atol=1e-5)
+            assert len(calls) == count
+        twice.copy_(told)  # in its place
+        torch.testing.assert_close(layer(x, twice), plain[told], rtol=0, atol=1e-5)
+        layer.to_v.load_state_dict({"weight": -layer.to_v.weight}, assign=True)
+        assert (layer(x, told) - plain[told]).abs().max() > 1e-3
+    assert layer(x, told).requires_grad

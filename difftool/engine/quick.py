@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from difftool.engine import trials
 from difftool.engine.convolutions import KINDS, Case, Kind
-from difftool.engine.cpu import CpuLinear
-from difftool.networks.layers import TokenLinear
+from difftool.engine.cpu import CpuAttention, CpuLinear
+from difftool.networks.layers import Attention, PlainAttention, TokenLinear
 
 SMALL = 64 * 64
 """Inputs times outputs: below, what is done besides costs more than the sums."""
@@ -33,6 +33,15 @@ class Prepared(NamedTuple):
     version: int
     kind: Kind
     made: Tensor
+
+
+class Told(NamedTuple):
+    """A context, and what was made of it by which weights."""
+
+    context: Tensor
+    version: int
+    weights: list[nn.Parameter | None]
+    keys_values: tuple[Tensor, Tensor]
 
 
 class Reload:
@@ -113,10 +122,39 @@ class QuickLinear(Quick, CpuLinear):  # pyright: ignore[reportIncompatibleVariab
     """A linear layer of tokens [B,N,C]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 3 or torch.is_grad_enabled() or input.dtype != torch.float32:
+        if input.dim() not in (2, 3) or torch.is_grad_enabled() or input.dtype != torch.float32:
             return super().forward(input)
-        picture = input.contiguous().transpose(1, 2)[:, :, None]
-        return self.convolve(picture)[:, :, 0].transpose(1, 2)
+        tokens = input if input.dim() == 3 else input[None]
+        picture = tokens.contiguous().transpose(1, 2)[:, :, None]
+        return self.convolve(picture)[:, :, 0].transpose(1, 2).view(*input.shape[:-1], -1)
+
+
+class QuickAttention(CpuAttention):
+    """Attention that computes the keys and values of a context once."""
+
+    told: Told | None = None
+
+    def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        told, weights = self.told, self._weights()
+        if (
+            told is None
+            or torch.is_grad_enabled()
+            or any(mine is not own for mine, own in zip(told.weights, weights, strict=True))
+            or told.version != told.context._version
+            or not (told.context is context or _equal(told.context, context))
+        ):
+            made = super().of_context(context)
+            if torch.is_grad_enabled():
+                return made
+            told = self.told = Told(context, context._version, self._weights(), made)
+        return told.keys_values
+
+    def _weights(self) -> list[nn.Parameter | None]:
+        return [each._parameters["weight"] for each in (self.to_k, self.to_v)]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.equal(b)
 
 
 def convolve_padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -139,7 +177,9 @@ def quicken(
     small pictures."""
     again = None if reload is None else Reload(reload)
     for module in network.modules():
-        if isinstance(module, TokenLinear):
+        if isinstance(module, Attention) and not isinstance(module, PlainAttention):
+            module.__class__ = QuickAttention
+        if isinstance(module, TokenLinear) or type(module) is nn.Linear:
             module.__class__ = QuickLinear
         elif type(module) is nn.Conv2d and _square(module):
             module.__class__ = QuickConv2d

@@ -25,7 +25,7 @@ TIMES, ENOUGH = 3, 0.1
 """Tries of a kind, and the seconds after which there are no more."""
 HOPELESS = 1.5
 """A kind that took so much longer than the best is not tried again."""
-WORTH = 0.5e-9
+WORTH = 0.25e-9
 """Seconds that each byte must save by which prepared weights take more than the weights do."""
 
 

@@ -172,13 +172,20 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([TokenLinear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        source = x if context is None else context
+        told = self.keys_values(x) if context is None else self.of_context(context)
         q, k, v = (  # each [B,heads,N or L,C/heads]
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for y in (self.to_q(x), self.to_k(source), self.to_v(source))
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), *told)
         )
         y = self.attend(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [B,L,C]."""
+        return self.to_k(source), self.to_v(source)
+
+    def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a context, which may be the same step after step."""
+        return self.keys_values(context)
 
 
 class PlainAttention(Attention):
