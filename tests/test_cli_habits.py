@@ -68,7 +68,9 @@ sample: --width --height --W --H --cfg --cfg-scale --negative-prompt --count --b
 sample: --tiling --variation-seed --scheduler --ckpt --denoising-strength --num-inference-steps
 sample: --subseed --subseed-strength --hires-fix --enable-hr --hr-upscaler --upscale-by --plms
 sample: --inpainting-fill --inpaint-full-res --masked-content --randomness-source --xyz-plot
-sample: --karras
+sample: --karras --timestep-spacing --image-strength --resize-mode --save-intermediates --cfg-end
+sample: --dry-run --lora-scale --solver-order --sigma-max --flow-shift --zsnr --nsfw --watermark
+sample: --dynamic-thresholding --listen --show --threads --log --list-samplers -i
 sample: --s-churn --freeu --jpeg --stylize --niji --v --q --sref --weird --script --skip_grid
 sample: --guidance-scale --n_iter --prompt --fp16 --lowvram --xformers --controlnet
 train: --learning-rate --max_train_steps --train_batch_size --resolution --output_dir

@@ -23,7 +23,8 @@ COUNTERPARTS = {
     "--steps": "num-inference-steps ddim-steps sampling-steps num-steps inference-steps "
         "max-train-steps num-train-steps max-steps iterations train-steps",
     "--sampler": "sampler-name sampling-method sample-method method solver",
-    "--schedule": "schedule-type sigmas noise-schedule",
+    "--schedule": "schedule-type sigmas noise-schedule timestep-spacing sigma-schedule "
+        "scheduler-type",
     "--ar": "aspect-ratio aspect",
     "--tile": "tiling seamless",
     "--guidance": "cfg cfg-scale guidance-scale scale true-cfg-scale",
@@ -31,8 +32,9 @@ COUNTERPARTS = {
     "--eta": "ddim-eta",
     "--seed": "random-seed manual-seed noise-seed",
     "--model": "ckpt checkpoint ckpt-path model-path model-id model-name sd-model base-model",
-    "--init": "init-img init-image input-image img2img i2i image",
-    "--strength": "denoising-strength denoise denoise-strength img-strength init-strength",
+    "--init": "init-img init-image input-image img2img i2i image i I",
+    "--strength": "denoising-strength denoise denoise-strength img-strength init-strength "
+        "image-strength prompt-strength",
     "--mask": "mask-image inpaint-mask",
     "--image-guidance": "image-guidance-scale image-cfg-scale",
     "--vary": "variation-strength variation-amount subseed-strength vary-strength",
@@ -46,6 +48,11 @@ COUNTERPARTS = {
     "--mask-invert": "inpainting-mask-invert invert-mask",
     "--mask-padding": "inpaint-full-res-padding only-masked-padding",
     "--only-masked": "inpaint-full-res inpaint-only-masked",
+    "--fit": "resize-mode fit-mode",
+    "--gif": "save-intermediates save-steps save-each-step animation",
+    "--guidance-interval": "cfg-end cfg-start guidance-start guidance-end skip-cfg cfg-interval",
+    "--no-metadata": "no-exif no-pnginfo disable-metadata",
+    "--print-config": "dry-run show-config",
     "--rng": "randomness-source randn-source noise-source noise-device rand-device",
     "--ensd": "eta-noise-seed-delta",
     "--window": "tiled-diffusion multidiffusion tile-size",
@@ -114,6 +121,21 @@ COUNTERPARTS = {
 ANSWERS = {
     "--sampler": {
         "scheduler": "--sampler names the method, --schedule the levels that it visits",
+        "watermark no-watermark": "no mark is put into pictures",
+        "lora-scale lora-strength lora-weight": "--lora FILE:0.8",
+        "order solver-order": "--set sample.sampler_options.order=3",
+        "sigma-min sigma-max": "--set sample.schedule_options.sigma_max=10",
+        "shift flow-shift prediction-type v-prediction zsnr zero-snr beta-schedule":
+            "that is the model's own, which its file or its scheduler's says",
+        "dynamic-thresholding mimic-scale thresholding": "--set sample.clip=dynamic",
+        "web webui api listen port share gradio server": "there is no server; programs read what "
+            "--json prints, or import difftool",
+        "show open display": "--preview shows pictures in the terminal",
+        "interrogate caption": "pictures are not described in words",
+        "threads num-threads": "OMP_NUM_THREADS=4 before the command",
+        "log log-file logfile": "what is said goes to stderr: 2> log.txt",
+        "negative-prompt-file negative-file": "a line of a file has its own: a fox --n bad",
+        "list-samplers help-samplers list-schedulers": "difftool sample --list samplers",
         "script scripts": "lists are tried in turn: --steps 10,20 --guidance 4,7 --grid",
         "skip-grid no-grid skip-save": "a grid is drawn with --grid alone",
         "fixed-code": "--seed 7 begins each prompt with the same noise",
@@ -130,7 +152,8 @@ ANSWERS = {
         "styles style": "write the style into the prompt",
         "xformers enable-xformers opt-sdp-attention attention-slicing flash-attention":
             "attention is torch's own, which needs no flag",
-        "safety-checker no-safety-checker skip-safety-checker": "there is no filter to turn off",
+        "safety-checker no-safety-checker skip-safety-checker safety nsfw":
+            "there is no filter to turn off",
     },
     "DATA": {
         "epochs num-train-epochs max-train-epochs num-epochs":
