@@ -169,6 +169,9 @@ def test_what_is_said_meanwhile_goes_above_the_moving_line(monkeypatch):
     with console.progress("sampling", 4) as display:
         assert isinstance(display, RichProgress)
         monkeypatch.setattr(display.bar.console, "print", lambda text, **_: said.append(text))
+        with console.progress("drawing samples", 4) as inner:
+            assert isinstance(inner, RichProgress)
+            assert inner.bar.console is display.bar.console is console.mode.moving
         console.warn("that")
         console.fail(UsageError("this", "so", "do"))
     assert said[:2] == ["warning: that", "error: this"] and console.mode.moving is None

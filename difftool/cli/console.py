@@ -323,7 +323,7 @@ class RichProgress:
         self.picture: tuple[Image, tuple[int, int], str] | None = None
         self.bar = Live(
             self,
-            console=Console(stderr=True),
+            console=mode.moving or Console(stderr=True),  # one draws all the lines that move
             refresh_per_second=4,
             # Results that go into a pipe must not be drawn above the bar, on stderr, instead.
             redirect_stdout=sys.stdout.isatty(),
@@ -434,9 +434,9 @@ def progress(
         return
     display = RichProgress(description, total, unit)
     with display.bar:
-        mode.moving = display.bar.console
+        before, mode.moving = mode.moving, display.bar.console
         try:
             yield display
         finally:
-            mode.moving = None
+            mode.moving = before
         display.bar.transient = display.pace.first is None  # of no work no trace is left
