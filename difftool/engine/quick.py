@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     made: Tensor
 
 
-class Told(NamedTuple):
+class KeysOfContext(NamedTuple):
     """A context, and what was made of it by which weights."""
 
     context: Tensor
@@ -132,7 +132,7 @@ class QuickLinear(Quick, CpuLinear):  # pyright: ignore[reportIncompatibleVariab
 class QuickAttention(CpuAttention):
     """Attention that computes the keys and values of a context once."""
 
-    told: Told | None = None
+    told: KeysOfContext | None = None
 
     def of_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         told, weights = self.told, self._weights()
@@ -146,7 +146,7 @@ class QuickAttention(CpuAttention):
             made = super().of_context(context)
             if torch.is_grad_enabled():
                 return made
-            told = self.told = Told(context, context._version, self._weights(), made)
+            told = self.told = KeysOfContext(context, context._version, self._weights(), made)
         return told.keys_values
 
     def _weights(self) -> list[nn.Parameter | None]:
