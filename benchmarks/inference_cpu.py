@@ -125,13 +125,16 @@ def prepared(tool: str, part: str, side: int, folder: Path):
 
 
 def opened(folder: Path, part: str, tool: str):
-    """A model of difftool with the weights of that part alone."""
+    """A model of difftool with the weights of that part alone, as `sample` opens it."""
+    from difftool.engine.cpu import keep_memory, return_memory
     from difftool.pipeline.load import load_model
 
+    return_memory()
     model = load_model(str(folder), device="cpu", dtype="fp32", low_memory=True)
     model.load_part(part)
+    keep_memory()
     if tool == "quick":
-        model.quicken(always=True)
+        model.quicken()
     return model
 
 

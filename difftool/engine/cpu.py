@@ -7,6 +7,7 @@ have the same weights under the same names, and compute as the plain ones do on 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -126,7 +127,16 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 def keep_memory() -> None:
     """Keep freed memory for the next step: giving it back to the system and having new pages
     zeroed takes a tenth of a step on a CPU. Where the C library is not glibc nothing is done."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 1 << 30)
-        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+    _allocate(MMAP_THRESHOLD, 1 << 30)
+    _allocate(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def return_memory() -> None:
+    """Give large blocks back to the system when they are freed, until `keep_memory`: weights that
+    others will replace."""
+    _allocate(MMAP_THRESHOLD, 1 << 16)
+
+
+def _allocate(option: int, value: int) -> None:
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(option, value)

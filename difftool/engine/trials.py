@@ -25,8 +25,9 @@ TIMES, ENOUGH = 3, 0.1
 """Tries of a kind, and the seconds after which there are no more."""
 HOPELESS = 1.5
 """A kind that took so much longer than the best is not tried again."""
-WORTH = 0.25e-9
-"""Seconds that each byte must save by which prepared weights take more than the weights do."""
+FREE, WORTH = 16 << 20, 0.75e-9
+"""Bytes by which what is made of a layer's weights may be larger than these; and the seconds that
+each byte beyond must save."""
 
 
 def kept() -> Path:
@@ -75,7 +76,7 @@ def _fastest(case: Case) -> str:
     x, weight, bias = (torch.full(shape, 0.5) for shape in shapes)
     x, best, fastest = x.contiguous(memory_format=form), float("inf"), "plain"
     for name, kind in KINDS.items():
-        held = max(kind.size - 1, 0) * weight.nbytes * WORTH
+        held = max((kind.size - 1) * weight.nbytes - FREE, 0) * WORTH
         if held < best and kind.fits(case):
             seconds = held + _seconds(kind, (x, weight, bias), case, HOPELESS * best - held)
             if seconds < best:

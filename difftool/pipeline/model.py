@@ -23,7 +23,7 @@ from difftool.config.schema import Preset
 from difftool.config.validate import to_values
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
-from difftool.engine.cpu import adapt, keep_memory
+from difftool.engine.cpu import adapt
 from difftool.engine.quick import is_large, quicken
 from difftool.errors import InputError, UsageError, suggestion
 from difftool.formats.native import write_native
@@ -206,7 +206,6 @@ class Model:
             if each.device.type == "cpu" and (always or is_large(each.network)):
                 quicken(each.network, each.loaders.get("unet"))
                 quicken(each.codec, each.loaders.get("vae"), last=False)
-                keep_memory()
 
     def unload(self) -> None:
         """With little memory, drop all weights until they are needed again."""

@@ -421,6 +421,7 @@ def _previews(values: Mapping[str, Any], model: Model) -> LivePreviews | None:
 
 def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     """The model, and the refiner if there is one, with their words."""
+    from difftool.engine.cpu import keep_memory, return_memory
     from difftool.pipeline.load import load_model, sample_as
     from difftool.pipeline.words import add_embeddings
 
@@ -428,6 +429,8 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
     recipe = None if values["preset"] is None else load_preset(values["preset"])
     common: dict[str, Any] = {name: values[name] or "auto" for name in ("device", "dtype")}
     common["low_memory"] = bool(values["low_memory"] or values["skip_existing"])
+    if not common["low_memory"]:
+        return_memory()
     model = load_model(
         values["model"],
         vae=values["vae"],
@@ -440,6 +443,8 @@ def load_models(task: SampleTask) -> tuple[Model, Model | None]:
         sample_as(model, recipe)
     if values["refiner"]:
         refiner = load_model(values["refiner"], **common)
+    if not values["low_memory"]:
+        keep_memory()
     for each in filter(None, (model, refiner)):
         each.set_padding(values["match"])
         if each.prior is not None:
