@@ -27,6 +27,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,9 +92,10 @@ def prepared(tool: str, part: str, side: int, folder: Path):
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
             vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-            vae.forward = lambda x: vae.decode(x, return_dict=False)[0]  # type: ignore[method-assign]
+            vae.forward = lambda x: vae.decode(x, return_dict=False)[0]  # pyright: ignore
             return run_by(tool, vae, (latent,))
-        vae = opened(folder, part, tool).codec.network()
+        codec: Any = opened(folder, part, tool).codec
+        vae = codec.network()
         return lambda: vae.decode(latent)
     sample, times = noise(2, 4, side, side), torch.tensor([500.0, 500.0])
     told = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))

@@ -118,7 +118,7 @@ def failures_of(events: Sequence[Event]) -> list[str]:
 def test_like_settings_share_batches_and_order_is_kept():
     requests = [ask("a", 1), ask("b", 2, 3), ask("c", 4, steps=5), ask("d", 5), ask("e", 6)]
     events, model = make(requests, batch_size=2)
-    assert model.batches == [[1, 2], [3], [4], [5, 6]]
+    assert model.batches == [[1, 2], [3, 5], [4], [6]]
     assert seeds_of(events) == [1, 2, 3, 4, 5, 6]
     assert [e.index for e in events if isinstance(e, Result)] == [0, 1, 2, 3, 4, 5]
     assert [e.sample.request.prompt for e in events if isinstance(e, Result)] == list("abbcde")
