@@ -202,6 +202,9 @@ def test_a_gaussian_s_distance_is_known():
     mean, deviation = kernel_distance(made[:300], rng.normal(size=(300, 4)))
     assert abs(mean) < deviation
     assert precision_recall(made[:500], made[:500]) == (1, 1)
+    for seed in range(8):  # of the same pictures it is nothing, and never below
+        few = np.random.default_rng(seed).normal(size=(6, 32))
+        assert 0 <= frechet_distance(few, few) < 1e-9
     assert precision_recall(made[:500], 0.1 * made[:500])[0] < 0.5
 
 

@@ -27,7 +27,7 @@ def frechet_distance(made: Features, reference: Features) -> float:
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     # (S T)^1/2 has the eigenvalues of (S^1/2 T S^1/2)^1/2, which is symmetric
     both = np.sqrt(np.linalg.eigvalsh(root @ t @ root).clip(min=0)).sum()
-    return float(apart @ apart + np.trace(s) + np.trace(t) - 2 * both)
+    return max(0.0, float(apart @ apart + np.trace(s) + np.trace(t) - 2 * both))
 
 
 def kernel_distance(
