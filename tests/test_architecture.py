@@ -17,6 +17,7 @@ ROOMS = (
     *(
         "version",
         "errors",
+        "devices",
         "signals",
         "progress",
         "registry",
@@ -33,7 +34,16 @@ ROOMS = (
 COMMANDS = {"conversion", "sampling", "training", "forward"}
 """The rooms of the four commands, none of which imports another."""
 TORCH_FREE = (
-    *("errors", "signals", "progress", "registry", "config.layers", "config.options", "diffusion"),
+    *(
+        "errors",
+        "devices",
+        "signals",
+        "progress",
+        "registry",
+        "config.layers",
+        "config.options",
+        "diffusion",
+    ),
     *sorted(f"storage.{f.stem}" for f in PACKAGE.glob("storage/[a-z]*.py")),
     *sorted({f"forward.{f.stem}" for f in PACKAGE.glob("forward/[a-z]*.py")} - {"forward.reverse"}),
     *("formats", "images.read", "cli.app"),

@@ -9,8 +9,8 @@ from folders import audit, captions_of, lay, pictures
 
 from difftool.data import open_dataset
 from difftool.data.captions import Syntax
-from difftool.data.dice import Dice
 from difftool.errors import InputError
+from difftool.text.dice import Dice
 
 
 def drawn(text: str, syntax: Syntax, n: int = 600) -> Counter[str]:

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from hangs import ends
 
-from difftool.data.dice import Dice
 from difftool.errors import UsageError
+from difftool.text.dice import Dice
 from difftool.text.dynamic import Dynamic, is_dynamic
 from difftool.text.wildcards import Wildcards
 

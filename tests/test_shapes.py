@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from slices import slow_but
 
 from difftool.data import open_dataset, shapes
-from difftool.data.dice import coarse_uniforms
 from difftool.data.shapes import ShapePlace
 from difftool.errors import UsageError
+from difftool.text.dice import coarse_uniforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import shapes_eval

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difftool.data.dice import Dice
 from difftool.errors import InputError
+from difftool.text.dice import Dice
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from difftool.data.buckets import Buckets, Size
-from difftool.data.dice import uniforms
 from difftool.data.phrases import count
 from difftool.errors import UsageError
+from difftool.text.dice import uniforms
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,10 +11,10 @@ from difftool.config.schema import DataConfig
 from difftool.data.buckets import Size
 from difftool.data.captions import Syntax
 from difftool.data.dataset import Audit, Dataset
-from difftool.data.dice import Dice
 from difftool.data.listing import MAX_CAPTION, MAX_METADATA, sound_text
 from difftool.errors import InputError
 from difftool.storage.read import read_bytes
+from difftool.text.dice import Dice
 
 if TYPE_CHECKING:
     from torch import Tensor

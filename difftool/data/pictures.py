@@ -17,12 +17,12 @@ from difftool.data.archive import Files
 from difftool.data.buckets import Buckets, Size
 from difftool.data.captions import Caption, Syntax
 from difftool.data.dataset import MEMORY_CAP, Audit, DataKind, Dataset, OnProgress, SkippedFile
-from difftool.data.dice import Dice, uniforms
 from difftool.data.phrases import count, named
 from difftool.errors import InputError, unreadable
 from difftool.images.fit import Fit, fit, framed, scaled, to_uint8
 from difftool.images.formats import SUFFIXES
 from difftool.images.read import MAX_BYTES, probe, read_picture
+from difftool.text.dice import Dice, uniforms
 
 if TYPE_CHECKING:
     from PIL import Image

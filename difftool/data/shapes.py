@@ -19,8 +19,8 @@ import numpy as np
 
 from difftool.data.buckets import Size
 from difftool.data.dataset import Audit, Dataset
-from difftool.data.dice import coarse_uniforms
 from difftool.errors import UsageError, suggestion
+from difftool.text.dice import coarse_uniforms
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -50,7 +50,9 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's own."""
+        """The network's own, in which it computes."""
+        if (own := getattr(self.network, "computes_in", None)) is not None:
+            return own
         parameters = self.network.parameters()
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from difftool.devices import on_device
 from difftool.diffusion.path import Level
 from difftool.diffusion.philox import MASK, CudaGenerator
 
@@ -65,7 +66,7 @@ class ImageNoise:
         import torch
 
         each = self.shape if shape is None else shape
-        return torch.stack([g.normal(each) for g in self.generators]).to(self.device)
+        return on_device(torch.stack([g.normal(each) for g in self.generators]), self.device)
 
     def start(self, others: ImageNoise | None = None, strength: float = 0.0) -> Tensor:
         """The noise that images begin with, turned by that share of the way to others' of theirs
@@ -167,7 +168,7 @@ class BrownianNoise:
 
         start, end = _fp32(here.rho), _fp32(there.rho)
         images = [tree.unit(start, end) for tree in self.trees]
-        return (images[0] if self.whole else torch.stack(images)).to(self.device)
+        return on_device(images[0] if self.whole else torch.stack(images), self.device)
 
 
 class _Tree:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from difftool.devices import on_device
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,20 +24,25 @@ CIRCLE = 6.2831855 * 2.3283064e-10
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four int64 tensors holding 32-bit words to four of the same shape."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    """Philox4x32-10: four int64 tensors holding 32-bit words to four of the same shape.
+
+    Both halves of a round are one tensor, which halves the kernels on a GPU. They change places in
+    each: (c0, c2) becomes (c2, c0), and after ten rounds they are where they were.
+    """
+    import torch
+
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    multiplied, other = torch.stack([c0, c2]), torch.stack([c1, c3])
+    keys = [[(k + r * weyl) & MASK for k, weyl in zip(key, WEYL, strict=True)] for r in range(10)]
+    swapped = [pair[:: (1 if r % 2 else -1)] for r, pair in enumerate(keys)]
+    shape = (-1, 2, *[1] * c0.dim())
+    factors = on_device([MULTIPLIERS, MULTIPLIERS[::-1]], c0.device).view(shape)
+    for r, pair in enumerate(on_device(swapped, c0.device).view(shape)):
         # The product wraps to 64 bits; its bits are right, which is all that is used.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
-        )
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+        product = multiplied * factors[r % 2]
+        multiplied = ((product >> 32) & MASK) ^ other.flip(0) ^ pair
+        other = product & MASK
+    return multiplied[0], other[0], multiplied[1], other[1]
 
 
 class CudaGenerator:

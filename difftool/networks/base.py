@@ -23,6 +23,8 @@ class Network(nn.Module, ABC):
     neutral: tuple[str, ...] = ()
     """Weights that change nothing while they are zero, which a network that is to start from
     another may have beyond that one's."""
+    computes_in: torch.dtype | None = None
+    """The type of the numbers that it works with, where that is not its weights'."""
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from difftool.config.kinds import CodecConfig
 from difftool.config.networks import SpaceToDepthConfig, VaeConfig
+from difftool.devices import on_device
 from difftool.networks.vae import Vae
 
 
@@ -122,7 +123,6 @@ class VaeCodec(Codec):
         std = 1.0 if c.latents_std is None else c.latents_std
 
         def column(values: float | tuple[float, ...]) -> Tensor:
-            tensor = torch.tensor(values, dtype=torch.float32, device=like.device)
-            return tensor.reshape(-1, 1, 1)
+            return on_device(values, like.device, torch.float32).reshape(-1, 1, 1)
 
         return column(offset), c.scale / column(std)

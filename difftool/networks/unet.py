@@ -87,7 +87,8 @@ class Up(UNetLevel):
         self, x: Tensor, emb: Tensor, context: Tensor | None, skips: list[Tensor]
     ) -> Tensor:
         for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), emb, context)
+            x = torch.cat([x, skips.pop()], dim=1)  # lets go of what it is made of
+            x = self.layer(index, x, emb, context)
         for upsample in self.upsamplers:
             x = upsample(x, emb, skips[-1].shape[2:])  # not always twice: odd sizes were rounded
         return x
@@ -225,7 +226,7 @@ class UNet(Network):
     ) -> tuple[Tensor, Tensor | None]:
         """The embedding [B,E] of the time and of what is told with it, and the context."""
         self._check(x, context=context, vector=vector, label=label, guidance=guidance)
-        emb = self._embed(t, vector, label, guidance)
+        emb = self._embed(t, x.dtype, vector, label, guidance)
         emb = F.silu(emb if augment is None else emb + augment.to(emb.dtype))
         return emb, None if context is None else context.to(x.dtype)
 
@@ -249,10 +250,15 @@ class UNet(Network):
                 module.checkpointing = on
 
     def _embed(
-        self, t: Tensor, vector: Tensor | None, label: Tensor | None, guidance: Tensor | None
+        self,
+        t: Tensor,
+        dtype: torch.dtype,
+        vector: Tensor | None,
+        label: Tensor | None,
+        guidance: Tensor | None,
     ) -> Tensor:
         """The embedding [B,E] of the time and of all that is told with it."""
-        config, dtype = self.config, self.conv_in.weight.dtype
+        config = self.config
         waves = sinusoids(
             t, config.channels[0], cosines_first=config.flip_sin_to_cos, shift=config.freq_shift
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from difftool.config.schema import SampleConfig
+from difftool.devices import on_device
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.samplers import Sampler
 from difftool.errors import UsageError
@@ -38,7 +39,7 @@ def _zeroed(model: Model, texts: EncodedPrompts, prompts: Sequence[str]) -> Enco
     def masked(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        mask = torch.tensor(kept, device=tensor.device).to(tensor.dtype)
+        mask = on_device(kept, tensor.device, tensor.dtype)
         return tensor * mask.view(-1, *[1] * (tensor.ndim - 1))
 
     return EncodedPrompts(masked(texts.context), masked(texts.pooled))
@@ -49,7 +50,7 @@ def pooled_texts(model: Model, prompts: Sequence[str]) -> list[Tensor]:
     pairs = zip(model.text, model.tokenizers, model.preset.text, strict=True)
     found = []
     for encoder, tokenizer, config in pairs:
-        ids = torch.tensor(tokenizer.encode(list(prompts), config.length), device=model.device)
+        ids = on_device(tokenizer.encode(list(prompts), config.length), model.device)
         found.append(encoder.pooled(ids))
     return found
 
@@ -67,7 +68,7 @@ def context_lengths(model: Model, prompts: Sequence[str]) -> Tensor | None:
         return None
     (tokenizer,), (config,) = model.tokenizers, model.preset.text
     counts = [min(tokenizer.count(prompt) + 2, config.length) for prompt in prompts]
-    return torch.tensor(counts, device=model.device)
+    return on_device(counts, model.device)
 
 
 def build_cond(
@@ -97,7 +98,7 @@ def build_cond(
         numbers = numbers[: model.preset.size_numbers]
         if model.preset.size_numbers == 5:
             numbers[4] = aesthetic
-        values = torch.tensor(numbers, device=model.device, dtype=torch.float32)
+        values = on_device(numbers, model.device, torch.float32)
         sizes = sinusoids(values, 256).flatten().expand(count, -1)
         vector = torch.cat([texts.pooled, sizes.to(texts.pooled.dtype)], dim=1)
     if unet.num_classes and model.concat != "low_res":  # whose label is a level of noise
@@ -105,7 +106,7 @@ def build_cond(
         filled = [null if value is None else value for value in labels]
         if None in filled:
             raise UsageError(f"the model {model.name} needs a class", hint="give --label")
-        label = torch.tensor(filled, device=model.device)
+        label = on_device(filled, model.device)
     if unet.guidance_dim:
         scale = torch.full((count,), guidance - 1.0, device=model.device)
     return Cond(context=texts.context, vector=vector, label=label, guidance=scale, length=length)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difftool.config.families import LOW_RES_PATH
 from difftool.config.schema import SampleConfig
+from difftool.devices import on_device
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.guidance import Denoise, guided
 from difftool.diffusion.noise import BrownianNoise, ImageNoise, step_noise
@@ -95,9 +96,10 @@ def _grouped(plan: SamplePlan, inputs: Sequence[SampleInput]) -> Iterator[Step]:
         return
     places = [i for members in groups.values() for i in members]
     order = sorted(range(len(places)), key=places.__getitem__)
+    at = on_device(order, plan.model.device)
     parts = [_generate(plan, [inputs[i] for i in members]) for members in groups.values()]
     for steps in zip(*parts, strict=True):
-        x, x0 = (torch.cat([getattr(s, name) for s in steps])[order] for name in ("x", "x0"))
+        x, x0 = (torch.cat([getattr(s, name) for s in steps])[at] for name in ("x", "x0"))
         yield steps[0]._replace(x=x, x0=x0)
 
 

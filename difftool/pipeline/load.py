@@ -15,6 +15,7 @@ from difftool.config.families import family
 from difftool.config.kinds import CodecConfig
 from difftool.config.networks import VaeConfig
 from difftool.config.schema import Preset
+from difftool.engine.resident import hold
 from difftool.errors import InputError, UsageError, first_line
 from difftool.formats import open_model
 from difftool.formats.autoencoder import open_autoencoder
@@ -265,7 +266,9 @@ def _load_weights(
         dtype = torch.float32
     # what LoRAs change they change before it is cast
     changed = changed_by(applied.lora for applied in model.loras)
-    tensors = source.load(theirs, str(model.device), dtype, changed)
+    resident = model.low_memory and model.device.type == "cpu" and dtype == torch.float32
+    kept = resident and isinstance(part, Network)
+    tensors = source.load(theirs, str(model.device), None if kept else dtype, changed)
     if isinstance(part, Normalizer):  # OpenCLIP's embeddings are not normed
         tensors = tensors or part.nothing()
     if prefix == ENCODER:
@@ -274,7 +277,9 @@ def _load_weights(
     if neutral:
         tensors = {n: torch.zeros(s) for n, s in _neutral_shapes(model, prefix).items()} | tensors
     apply(tensors, theirs, model.loras)
-    model.set_weights(prefix, tensors, dtype, str(source.path))
+    model.set_weights(prefix, tensors, None if kept else dtype, str(source.path))
+    if kept and isinstance(part, Network):
+        hold(part)
 
 
 def _vision_name(name: str) -> str:

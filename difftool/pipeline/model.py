@@ -21,6 +21,7 @@ from difftool.adapters.lora.algebra import Applied
 from difftool.config.families import concat_of
 from difftool.config.schema import Preset
 from difftool.config.validate import to_values
+from difftool.devices import ByDevice
 from difftool.diffusion.denoiser import Denoiser
 from difftool.diffusion.path import build_path
 from difftool.engine.cpu import adapt
@@ -39,6 +40,9 @@ DECIDES = (
     *("zero_negative", "classes"),
 )
 """Parts of a preset that decide what weights make."""
+LAYOUTS = ByDevice(cpu=torch.preserve_format, cuda=torch.channels_last, mps=torch.preserve_format)
+"""In which the kernels of convolutions lie, and so pictures within a network: as the matrix units
+of a GPU read them, which saves two copies a convolution."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -229,13 +233,21 @@ class Model:
                 raise InputError(f"{source} {problem} tensor {prefix}.{names[0]}{more}")
 
     def set_weights(
-        self, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str
+        self, prefix: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str
     ) -> None:
         """Weights for the part of that prefix, strictly: InputError, naming the source, for
-        missing, unknown or misshapen ones."""
+        missing, unknown or misshapen ones. dtype: that they are kept in; None: their own."""
         self.check_weights(prefix, {name: t.shape for name, t in tensors.items()}, source)
         part = self.all_parts()[prefix]
-        moved = {name: t.to(self.device, dtype) for name, t in tensors.items()}
+        kernels = LAYOUTS[self.device.type]
+        moved = {
+            name: t.to(
+                self.device,
+                dtype or t.dtype,
+                memory_format=kernels if t.dim() == 4 else torch.preserve_format,
+            )
+            for name, t in tensors.items()
+        }
         part.load_state_dict(moved, assign=True)
         part.eval().requires_grad_(False)
 

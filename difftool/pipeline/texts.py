@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difftool.devices import on_device
 from difftool.errors import UsageError
 from difftool.networks.base import TextEncoder
 from difftool.pipeline.model import Model
@@ -72,7 +73,7 @@ class EncodedPrompts(NamedTuple):
         """Some of them, in another order."""
         if list(rows) == list(range(len(self.context if self.context is not None else rows))):
             return self
-        chosen = (None if t is None else t[list(rows)] for t in self)
+        chosen = (None if t is None else t[on_device(list(rows), t.device)] for t in self)
         return EncodedPrompts(*chosen)
 
 
@@ -166,7 +167,7 @@ def _runner(model: Model, encoder: TextEncoder, hidden: int | None) -> EncodeChu
     """What a text encoder makes of chunks."""
 
     def run(given: Sequence[Chunk], seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        ids = torch.tensor([chunk.ids for chunk in given], device=model.device)
+        ids = on_device([chunk.ids for chunk in given], model.device)
         return encoder(ids, hidden, None if seen is None else seen.to(model.device))
 
     return run

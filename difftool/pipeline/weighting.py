@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from math import pi, tan
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from difftool.devices import on_device
 from difftool.registry import Registry
 from difftool.text.chunks import Chunk
 
@@ -42,10 +43,8 @@ class Encoded(NamedTuple):
     @property
     def weights(self) -> Tensor:
         """[N,K,L,1]."""
-        import torch
-
         values = [[chunk.weights for chunk in row] for row in self.rows]
-        return torch.tensor(values, device=self.context.device)[..., None].to(self.context.dtype)
+        return on_device(values, self.context.device, self.context.dtype)[..., None]
 
 
 Weighting = Callable[[Encoded], "Tensor"]
@@ -60,7 +59,8 @@ def a1111(texts: Encoded) -> Tensor:
     context = texts.context
     scaled = context * texts.weights
     for prompt in set(texts.prompts):
-        rows = [row for row, of in enumerate(texts.prompts) if of == prompt]
+        numbers = [row for row, of in enumerate(texts.prompts) if of == prompt]
+        rows = on_device(numbers, context.device)
         before, after = (t[rows].transpose(0, 1).flatten(1).mean(1) for t in (context, scaled))
         scaled[rows] *= (before / after).view(1, -1, 1, 1)
     return scaled

@@ -10,6 +10,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from difftool.devices import on_device
 from difftool.diffusion.prediction import Prediction
 
 OVERLAP = 0.25
@@ -30,7 +31,7 @@ def in_windows(
     for rows, columns in parts:
         part = x_t[:, :, rows, columns]
         weights = _ramp(part.shape[2])[:, None] * _ramp(part.shape[3])
-        weights = weights.to(x_t)
+        weights = on_device(weights, x_t.device, x_t.dtype)
         predicted = predict(part, (rows, columns))
         x0[:, :, rows, columns] += weights * predicted.x0
         eps[:, :, rows, columns] += weights * predicted.eps

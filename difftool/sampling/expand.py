@@ -14,11 +14,11 @@ from typing import TypeGuard, cast
 
 from difftool.config.options import by_name
 from difftool.config.schema import SampleConfig
-from difftool.data.dice import Dice
 from difftool.errors import UsageError
 from difftool.pipeline.matches import MATCHES
 from difftool.sampling.requests import Request, as_written, request_of
 from difftool.sampling.settings import SETTINGS, Setting
+from difftool.text.dice import Dice
 from difftool.text.dynamic import Dynamic, is_dynamic
 from difftool.text.midjourney import parameters
 from difftool.text.syntax import SYNTAXES

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from difftool.config.schema import Part
-from difftool.engine.devices import ByDevice
+from difftool.devices import ByDevice
 
 SHARE = 0.05
 """Of a run's work, for all measures and sheets together."""

@@ -13,8 +13,8 @@ from difftool.config.families import OWN, family
 from difftool.config.layers import Layer, preset_layers, resolve
 from difftool.config.schema import DENOISING, RECIPES, Part, Preset
 from difftool.data import Dataset
+from difftool.devices import ByDevice
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS
-from difftool.engine.devices import ByDevice
 from difftool.errors import UsageError
 from difftool.text.tokenizer import Tokenizer
 from difftool.training.step.frames import step_of

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.devices import on_device
 from difftool.training.step import rng
 from difftool.training.step.rng import Stream
 
@@ -26,7 +27,7 @@ def draw_labels(seed: int, slots: Tensor, share: float) -> Tensor:
     unit = rng.normal(seed, Stream.AUGMENT, 0, slots, (4,))
     words = rng.words(seed, Stream.AUGMENT, 1, slots, 8)
     uniform = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
-    shares = share * torch.tensor([0.5, 0.5, 1.0, 1.0, 1.0, 1.0], device=slots.device)
+    shares = share * on_device([0.5, 0.5, 1.0, 1.0, 1.0, 1.0], slots.device)
     done = (uniform[:, :6] < shares).float()
     turn, axis = (2 * math.pi * (uniform[:, 6:] - 0.5)).unbind(1)
     mirrored, upside, size, turned, stretched, moved = done.unbind(1)
@@ -46,8 +47,6 @@ def apply_labels(images: Tensor, labels: Tensor) -> Tensor:
     """Pictures [B,C,H,W] with that done to them, a function of the labels alone; those of zeros as
     they are. What comes in from beyond the edge is the picture mirrored there."""
     changed = labels.abs().sum(1) > 0
-    if not changed.any():
-        return images
     height, width = images.shape[-2:]
     mirrored, upside, size, cos, sin, stretch_x, stretch_y, across, down = labels.float().unbind(1)
     zero = torch.zeros_like(size)
@@ -68,7 +67,7 @@ def apply_labels(images: Tensor, labels: Tensor) -> Tensor:
     back = back * smaller[:, None, None]
     move = back @ torch.stack([-MOVE * across * width, -MOVE * down * height], 1)[..., None]
     # And in torch's units, where half a side is 1.
-    sides = torch.tensor([width / 2, height / 2], device=images.device)
+    sides = on_device([width / 2, height / 2], images.device)
     grid = torch.cat([back * sides / sides[:, None], move / sides[:, None]], dim=2)
     places = F.affine_grid(grid, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, places, padding_mode="reflection", align_corners=False)

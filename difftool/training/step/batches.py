@@ -27,6 +27,9 @@ class Batch(NamedTuple):
 
     slots: Tensor
     """[B] int64: the number of each sample in the whole run, the coordinate of what is drawn."""
+    times: Tensor
+    """[B], fp32 in (0, 1): at which quantile of the training times each is looked at. Drawn by the
+    host, for which so few numbers are less work than for a GPU to be told of it."""
     indices: list[int]
     """Which pictures of the dataset."""
     flips: list[bool]
@@ -109,13 +112,17 @@ class Batches:
             labels = list(data.labels(chosen))
         images = data.images(chosen, size, flips, keys) if pictures else None
         return Batch(
-            slots=self._pinned(slots).to(self.device, non_blocking=True),
+            slots=self._sent(slots),
+            times=self._sent(rng.uniform(seed, Stream.TIME, 0, slots)),
             indices=chosen,
             flips=flips,
             pictures=None if images is None else self._pinned(images),
             captions=["" if d else c for c, d in zip(captions, drops, strict=True)],
             labels=[null_label if d else v for v, d in zip(labels, drops, strict=True)],
         )
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return self._pinned(tensor).to(self.device, non_blocking=True)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         """Where a copy to the GPU is not waited for."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from difftool.data import Dataset
 from difftool.data.buckets import Buckets, Size
+from difftool.devices import on_device
 from difftool.errors import InputError, ResourceError, UsageError
 from difftool.pipeline.condition import EncodedPrompts, encode_prompts
 from difftool.pipeline.model import Model
@@ -46,7 +47,7 @@ class Latents:
         table = self.tables[self.rows[indices[0]][0]]
         side = [int(flip) if table.shape[1] > 1 else 0 for flip in flips]
         chosen = table[[self.rows[i][1] for i in indices], side]
-        mean, std = chosen.to(device, non_blocking=True).float().chunk(2, dim=1)
+        mean, std = on_device(chosen, device).float().chunk(2, dim=1)
         return mean, std
 
     def moments(self) -> tuple[list[float], list[float]]:

@@ -150,8 +150,7 @@ class Distillation(DenoisingObjective):
     # --- losses --------------------------------------------------------------------------
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
-        u = rng.uniform(self.seed, Stream.TIME, 0, batch.slots)
-        return self.taught(self.pupil(batch, self.latents), batch.slots, u, step)
+        return self.taught(self.pupil(batch, self.latents), batch.slots, batch.times, step)
 
     def held_out(self, batch: Batch, latents: Latents | None = None) -> LossOutput:
         u = rng.spread(batch.slots).clamp(1e-4, 1 - 1e-4)

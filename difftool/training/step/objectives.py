@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from difftool.config.schema import ClipTrainConfig, Preset, TrainConfig, VaeTrainConfig
 from difftool.data import Dataset
+from difftool.devices import on_device
 from difftool.diffusion.denoiser import Cond
 from difftool.diffusion.likelihood import INTERVALS, Sampled, sample_bits
 from difftool.diffusion.losses import LOSSES, TIMES, WEIGHTS, Time, Weight, training_loss
@@ -207,7 +208,7 @@ class DenoisingObjective(Objective):
         return self.latents is None
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
-        u = rng.uniform(self.seed, Stream.TIME, 0, batch.slots)
+        u = batch.times
         if self.augment is None:
             x0 = self._x0(batch, self.latents)
             return self._errors(batch, x0, self._cond(batch, x0), u, Stream.NOISE)
@@ -403,7 +404,7 @@ class ClipObjective(Objective):
         total, right = torch.zeros_like(batch.slots, dtype=torch.float32), []
         # The same caption twice in a batch is no mistake: both pictures are its.
         numbers = {caption: i for i, caption in enumerate(dict.fromkeys(batch.captions))}
-        ids = torch.tensor([numbers[c] for c in batch.captions], device=self.model.device)
+        ids = on_device([numbers[c] for c in batch.captions], self.model.device)
         same = (ids[:, None] == ids[None]).float()
         wanted = same / same.sum(1, keepdim=True)
         for pictures, texts in zip(embedded, pooled_texts(self.model, batch.captions), strict=True):

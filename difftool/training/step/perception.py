@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difftool.devices import on_device
+
 BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)
 
 
@@ -18,7 +20,7 @@ def pyramid_distance(a: Tensor, b: Tensor, levels: int = 4) -> Tensor:
     2018, eq. 3): mean absolute differences of the bands, 4^-j of each a pixel of its own, so that
     edges and shapes count where a plain difference sees only shades."""
     difference, total = a - b, torch.zeros(len(a), device=a.device)
-    kernel = torch.tensor(BINOMIAL, device=a.device, dtype=a.dtype)
+    kernel = on_device(BINOMIAL, a.device, a.dtype)
     kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(a.shape[1], 1, 5, 5)
     for _ in range(levels):  # the pyramid is linear: that of the difference is the difference
         if min(difference.shape[2:]) < 4:
