@@ -79,7 +79,7 @@ def _larger(
     if model.codec.learned:
         latents = enlarged_round(x0.float(), sides, tile, enlarge)
     else:  # whose channels may be neighbouring pixels
-        images = enlarged_round(model.codec.decode(x0), size[::-1], tile, enlarge)
+        images = enlarged_round(model.codec.decode(x0), (size[1], size[0]), tile, enlarge)
         latents = model.codec.encode(images)
     return [i._replace(init=None, latent=each) for i, each in zip(inputs, latents, strict=True)]
 
