@@ -132,8 +132,10 @@ def opened(folder: Path, part: str, tool: str):
     from difftool.pipeline.load import load_model
 
     return_memory()
-    model = load_model(str(folder), device="cpu", dtype="fp32", low_memory=True)
-    model.load_part(part)
+    model = load_model(str(folder), device="cpu", dtype="fp32")
+    for prefix, each in model.all_parts().items():
+        if prefix != part:
+            each.to("meta")
     keep_memory()
     if tool == "quick":
         model.quicken()
