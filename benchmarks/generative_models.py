@@ -41,13 +41,13 @@ from typing import Any, NamedTuple
 
 import torch
 from generative_networks import MODELS, Generative, parameters  # the script beside this one
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difftool.evaluation.features import gradients
 from difftool.evaluation.measures import frechet_distance, precision_recall
 from difftool.images.fit import to_pixels, to_tensor
-from difftool.images.lettering import font
+from difftool.images.fonts import opened, own_path
 from difftool.images.theme import CAPTION, COLORS, INK, MUTED, PAPER, RULE
 from difftool.storage.safetensors import load_tensors, save_tensors
 from difftool.training.step.ema import Ema, exponential
@@ -388,6 +388,11 @@ def shown(picture: Tensor) -> Image.Image:
     """A picture, uint8 [C,S,S], PICTURE pixels wide."""
     pixels = picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels).resize((PICTURE, PICTURE), Image.Resampling.BOX)
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """That of grids and sheets."""
+    return opened(own_path(bold), size)[0]
 
 
 def draw_sheet(title: str, rows: Sequence[Row]) -> Image.Image:

@@ -1184,13 +1184,15 @@ def spread(name: str) -> list[dict[str, Any]]:
     for start, field in (
         ("DEIS", "algorithm_type"),
         ("DPM", "variance_type"),
+        ("SA", "variance_type"),
+        ("SA", "algorithm_type"),
         ("UniPC", "shift_terminal"),
         ("FlowMatch", "use_beta_sigmas"),
         ("FlowMatch", "use_karras_sigmas"),
         ("FlowMatch", "use_exponential_sigmas"),
     ):
         if name.startswith(start):
-            del ways[field]
+            ways.pop(field)
     found = [{}]
     for field in ways.keys() & known.keys():
         found += [{field: value} for value in ways[field] if value != known[field]]

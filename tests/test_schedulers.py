@@ -444,8 +444,7 @@ def test_a_class_name_is_a_sampler_or_unknown():
             assert name not in CLASSES or CLASSES[name].sampler == sampler, name
     assert SAMPLERS.resolve("DPMSolverSinglestepScheduler") == "dpmpp_single"
     read = {"SASolverScheduler": "sa_solver_bh1", "DDIMParallelScheduler": "ddim",
-            "DDPMParallelScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm",
-            "LTXEulerAncestralRFScheduler": "euler_a_rf"}  # fmt: skip
+            "DDPMParallelScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm"}  # fmt: skip
     for name, sampler in read.items():
         assert read_scheduler({"_class_name": name}, "it").sample["sampler"] == sampler
     orders = {"_class_name": "SASolverScheduler", "predictor_order": 3, "corrector_order": 0}

@@ -250,7 +250,8 @@ def _with_options(line: str) -> dict[str, Any]:
     first, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     values: dict[str, Any] = {"prompt": first.strip()} if first.strip() else {}
     names = {option.partition(" ")[0].lower() for option in options}
-    theirs = bool(names & OTHERS - SHORT.keys() - KEYS.keys())
+    own = names & SHORT.keys() - OTHERS - MEANT.keys()
+    theirs = bool(names & OTHERS - SHORT.keys() - KEYS.keys()) and not own
     for option in options:
         name, _, text = option.partition(" ")
         key = name if theirs and name in OTHERS else SHORT.get(name, name)

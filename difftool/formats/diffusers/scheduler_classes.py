@@ -277,12 +277,6 @@ CLASSES: dict[str, Class] = {
             "time_shift_type": "exponential", "scale_factors": None, "upscale_mode": "bicubic",
         },
     ),
-    "LTXEulerAncestralRFScheduler": Class(
-        "euler_a_rf",
-        "flow",
-        {"num_train_timesteps": 1000, "shift": 1.0, "eta": 1.0, "s_noise": 1.0},
-        (Row("eta", "eta", FLOAT), Row("s_noise", "s_noise", FLOAT)),
-    ),
     "FlowMatchHeunDiscreteScheduler": Class(
         "heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}
     ),

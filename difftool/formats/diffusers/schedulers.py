@@ -189,8 +189,7 @@ def _read_flow(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, 
         options["shift_terminal"] = f.number("shift_terminal")
     f.ignore("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     f.ignore("shift_terminal", "time_shift_type")
-    schedule = "trailing" if name.startswith("LTX") else "sd3"
-    return path, "flow", {"schedule": schedule, "schedule_options": options}
+    return path, "flow", {"schedule": "sd3", "schedule_options": options}
 
 
 def _read_flow_dpm(name: str, kind: Class, f: Fields) -> tuple[dict[str, Any], str, dict[str, Any]]:
