@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from difftool.config.options import Option
-from difftool.diffusion.grids import GRIDS
-from difftool.diffusion.samplers import SAMPLERS
 from difftool.errors import UsageError
 
 COUNTERPARTS = {
@@ -184,6 +182,8 @@ of the command that it is said in."""
 def answer(flag: str, rows: Sequence[Option], command: str) -> UsageError:
     """What is said of a flag that none of these rows has: what other tools mean by it, else the
     nearest flag. `command` is how the command is called."""
+    from difftool.diffusion.grids import GRIDS
+    from difftool.diffusion.samplers import SAMPLERS
     from difftool.text.midjourney import OTHERS
 
     what = f"there is no {flag} here"

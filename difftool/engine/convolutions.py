@@ -33,6 +33,11 @@ class Case(NamedTuple):
     last: bool = False
     """Whether channels are innermost in x, as they then are in what is made of it."""
 
+    @property
+    def form(self) -> torch.memory_format:
+        """How x lies, and what is made of it."""
+        return torch.channels_last if self.last else torch.contiguous_format
+
 
 class Kind(NamedTuple):
     """A way to convolve: what is made of the weights once, and used in their place."""
@@ -72,9 +77,7 @@ class Winograd(NamedTuple):
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, p, beyond[0], p, beyond[1]))
         tiles = padded.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)
         inputs, outputs = (torch.kron(each, each) for each in (self.inputs, self.outputs))
-        form = torch.channels_last if case.last else torch.contiguous_format
-        shape = batch, out, rows * m, columns * m
-        y = torch.empty(shape, memory_format=form)
+        y = torch.empty((batch, out, rows * m, columns * m), memory_format=case.form)
         split = y.permute(0, 2, 3, 1).unflatten(2, (-1, m)).unflatten(1, (-1, m))
         step = max(1, CHUNK // (x.itemsize * n * n * batch * columns * max(wide, out)))
         for start in range(0, rows, step):
@@ -139,7 +142,7 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tenso
     stride, padding = [case.stride] * 2, [case.padding] * 2
     convolve = torch.ops.mkldnn._convolution_pointwise
     y = convolve(x, weight, bias, padding, stride, [1, 1], 1, "none", [], "")
-    return y.contiguous(memory_format=torch.channels_last if case.last else torch.contiguous_format)
+    return y.contiguous(memory_format=case.form)
 
 
 def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
@@ -147,8 +150,7 @@ def _nnpack(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tenso
     convolve = torch._nnpack_spatial_convolution  # pyright: ignore[reportPrivateImportUsage]
     p, (batch, wide, height, width), out = case.padding, x.shape, weight.shape[0]
     size = height + 2 * p - 2, width + 2 * p - 2
-    form = torch.channels_last if case.last else torch.contiguous_format
-    y = torch.empty((batch, out, *size), memory_format=form)
+    y = torch.empty((batch, out, *size), memory_format=case.form)
     count = -(-height * width * wide * x.itemsize // STRIP)
     rows = -(-size[0] // count)
     for start in range(0, size[0], rows):

@@ -78,17 +78,17 @@ class Quick(nn.Module):
             or not x.dtype == weight.dtype == torch.float32
             or torch.is_grad_enabled()
         ):
-            return F.conv2d(x, self._square(self.weight), self.bias, stride, padding)
-        shape = self._square(weight).shape
+            return F.conv2d(x, _kernel(self.weight), self.bias, stride, padding)
+        shape = _kernel(weight).shape
         last = self.last or x.is_contiguous(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         case = Case(x.shape, shape, stride, padding, last)
+        x = x.contiguous(memory_format=case.form)
         prepared = self.prepared
         if prepared and prepared.weight is weight and prepared.version == weight._version:
             return prepared.kind.convolve(x, prepared.made, self.bias, case)
         small = shape[:2].numel() < SMALL
         kind = KINDS["plain" if small else trials.chosen(case)]
-        made = self._square(self.weight)
+        made = _kernel(self.weight)
         if kind.prepare is not None:
             made = kind.prepare(made.detach(), case)
             weight = self.weight
@@ -106,9 +106,10 @@ class Quick(nn.Module):
             self.reload()
         return self._parameters["weight"]  # pyright: ignore[reportReturnType]
 
-    @staticmethod
-    def _square(weight: Tensor) -> Tensor:
-        return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+def _kernel(weight: Tensor) -> Tensor:
+    """Weights [O,I] or [O,I,k,k] as those of a convolution."""
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
 class QuickConv2d(Quick, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]

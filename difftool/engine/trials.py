@@ -71,10 +71,9 @@ def _read(path: Path) -> dict[str, str]:
 
 def _fastest(case: Case) -> str:
     """The kind of the least seconds, those counted in that its memory must save."""
-    form = torch.channels_last if case.last else torch.contiguous_format
     shapes = case.x, case.weight, case.weight[:1]
     x, weight, bias = (torch.full(shape, 0.5) for shape in shapes)
-    x, best, fastest = x.contiguous(memory_format=form), float("inf"), "plain"
+    x, best, fastest = x.contiguous(memory_format=case.form), float("inf"), "plain"
     for name, kind in KINDS.items():
         held = max((kind.size - 1) * weight.nbytes - FREE, 0) * WORTH
         if held < best and kind.fits(case):

@@ -35,6 +35,18 @@ _CLIP = {
 }  # fmt: skip
 _TABLE = _BETAS | {"timestep_spacing": "leading", "rescale_betas_zero_snr": False}
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_FLOW = _SIGMAS | {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "time_shift_type": "exponential",
+}
 _K = _SD_BETAS | _SIGMAS | {"timestep_spacing": "linspace"}
 _THRESHOLD = {k: v for k, v in _CLIP.items() if not k.startswith("clip")}
 _DPM = _BETAS | _SIGMAS | _THRESHOLD | {
@@ -258,24 +270,12 @@ CLASSES: dict[str, Class] = {
     "FlowMatchEulerDiscreteScheduler": Class(
         "euler",
         "flow",
-        _SIGMAS
-        | {
-            "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
-            "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-            "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
-            "time_shift_type": "exponential", "stochastic_sampling": False,
-        },
+        _FLOW | {"stochastic_sampling": False},
     ),
     "FlowMatchLCMScheduler": Class(
         "lcm",
         "flow",
-        _SIGMAS
-        | {
-            "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
-            "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-            "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
-            "time_shift_type": "exponential", "scale_factors": None, "upscale_mode": "bicubic",
-        },
+        _FLOW | {"scale_factors": None, "upscale_mode": "bicubic"},
     ),
     "FlowMatchHeunDiscreteScheduler": Class(
         "heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}
