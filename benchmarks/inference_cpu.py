@@ -1,7 +1,7 @@
 """Sampling Stable Diffusion on a CPU, beside diffusers (and OpenVINO, if it is installed).
 
     python benchmarks/inference_cpu.py FOLDER [--cases unet32 unet64 vae64 sdxl64 whole]
-        [--tools diffusers plain quick openvino] [--repeats 5]
+        [--tools diffusers plain quick openvino deepcache tome] [--repeats 5]
 
 makes diffusers folders of random weights in FOLDER once (SD1.5: 2 GB in fp16, SDXL: 7 GB), and
 measures in fp32:
@@ -11,6 +11,7 @@ measures in fp32:
     vae64            decoding a latent of 64x64, a picture of 512x512
     whole            a command, from the start of Python to the PNG: 512x512, 20 steps, guided
 
+deepcache and tome are quick with `--deepcache 3` and `--tome 0.5`, whose outputs are other ones.
 Each tool runs in a process of its own, in turn, as often as there are repeats; in a process a call
 is made once untimed (which tries things out, compiles or lays out weights) and then timed. Given
 are medians, the ratios to diffusers', the most memory that a process had, and how far outputs are
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ CASES = {
     "vae64": ("sd15", "vae", 64),
     "whole": ("sd15", "whole", 64),
 }
-TOOLS = ("diffusers", "plain", "quick", "openvino")
+TOOLS = ("diffusers", "plain", "quick", "openvino", "deepcache", "tome")
+PERIOD = 3
+OPTIONAL = {"deepcache": ("--deepcache", str(PERIOD)), "tome": ("--tome", "0.5")}
+"""What is not measured unless it is asked for."""
 MAKE = """
 import sys
 from pathlib import Path
@@ -123,7 +128,31 @@ def prepared(tool: str, part: str, side: int, folder: Path):
         from difftool.networks.layers import sinusoids
 
         vector = torch.cat([pooled, sinusoids(sizes.flatten(), 256).view(2, -1)], dim=1)
-    return lambda: model.network(sample, times, context=context, vector=vector)
+
+    def called() -> torch.Tensor:
+        return model.network(sample, times, context=context, vector=vector)
+
+    return approximated(tool, called, model.network, side) if tool in OPTIONAL else called
+
+
+def approximated(tool: str, call: Callable[[], torch.Tensor], network: torch.nn.Module, side: int):
+    """A call of a network in which tokens join, or three of a network that keeps deep features."""
+    from difftool.engine.approximate import DeepFeatures, deep_features_kept, tokens_joined
+
+    kept = DeepFeatures(PERIOD)
+
+    def joined() -> torch.Tensor:
+        with tokens_joined(network, 0.5, (side, side), 0):
+            return call()
+
+    def one(evaluation: int) -> torch.Tensor:
+        with deep_features_kept(network, kept, evaluation):
+            return call()
+
+    def period() -> torch.Tensor:
+        return [one(evaluation) for evaluation in range(PERIOD)][-1]
+
+    return joined if tool == "tome" else period
 
 
 def opened(folder: Path, part: str, tool: str):
@@ -137,7 +166,7 @@ def opened(folder: Path, part: str, tool: str):
         if prefix != part:
             each.to("meta")
     keep_memory()
-    if tool == "quick":
+    if tool != "plain":
         model.quicken()
     return model
 
@@ -164,7 +193,8 @@ def work(tool: str, case: str, folder: Path, out: Path) -> None:
     start = time.perf_counter()
     call()
     torch.save(output, out)
-    print(json.dumps({"seconds": time.perf_counter() - start, "first": first}))
+    calls = PERIOD if tool == "deepcache" else 1
+    print(json.dumps({"seconds": (time.perf_counter() - start) / calls, "first": first}))
 
 
 # --- in turn ----------------------------------------------------------------------------------
@@ -178,7 +208,8 @@ def measured(tool: str, case: str, folder: Path, scratch: Path) -> dict[str, flo
         if tool != "diffusers":
             command = [sys.executable, "-m", "difftool", "sample", "a fox", "-m", folder]
             command += ["--dtype", "fp32", "--device", "cpu", "--size", "512x512", "--steps", "20"]
-            command += ["--guidance", "7.5", "--engine", tool, "-o", out, "--overwrite"]
+            command += ["--guidance", "7.5", "-o", out, "--overwrite"]
+            command += OPTIONAL.get(tool) or ("--engine", tool)
     else:
         command = [sys.executable, __file__, str(folder), "--work", tool, case, str(out)]
     start = time.perf_counter()
@@ -215,7 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    usual = [tool for tool in TOOLS if tool != "openvino" or find_spec("openvino")]
+    usual = [tool for tool in TOOLS if tool not in OPTIONAL]
+    if not find_spec("openvino"):
+        usual.remove("openvino")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=usual)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)

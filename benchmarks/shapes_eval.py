@@ -32,6 +32,8 @@ from difftool.data.shapes import COLOURS, RADII, RELATIONS, SHAPES, ShapePlace, 
 PARTS = ("number", "colour", "shape", "size", "relation", "all")
 CONTRAST = 0.35
 """A pixel belongs to a thing if it is at least this far on the way from the ground to a colour."""
+CHANGES = ("steps", "guidance", "sampler", "deepcache", "tome")
+"""Settings of the samples that may be others than the model's own."""
 LEAST = 0.3
 """A thing covers at least this share of the area of the smallest thing that is ever drawn."""
 SMALLEST = min(RADII["small"]) ** 2
@@ -276,6 +278,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--sampler")
+    parser.add_argument("--deepcache", type=int)
+    parser.add_argument("--tome", type=float)
     options = parser.parse_args()
 
     if options.samples:
@@ -288,7 +292,7 @@ def main() -> None:
     else:
         captions = prompts(options.count, options.seed)
         if options.model:
-            settings = {k: getattr(options, k) for k in ("steps", "guidance", "sampler")}
+            settings = {k: getattr(options, k) for k in CHANGES}
             pictures = generate(options.model, captions, options.batch, **settings)
         else:
             pictures = (shapes.draw(c, options.size, i) for i, c in enumerate(captions))

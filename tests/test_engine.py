@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from difftool import load
+from difftool.config.networks import UNetConfig
 from difftool.engine import trials
 from difftool.engine.convolutions import CHUNK, KINDS, STRIP, Case
 from difftool.engine.quick import convolve_padded, quicken
 from difftool.engine.tiles import tiled
 from difftool.engine.trials import chosen
 from difftool.networks.layers import Attention, TokenLinear
+from difftool.networks.unet import UNet
 
 CASES = [
     Case(torch.Size((1, 5, 8, 8)), torch.Size((3, 5, 3, 3)), 1, 1),
@@ -176,6 +178,35 @@ def test_what_is_learned_is_computed_plainly(tried):
     half = layer.bfloat16()
     with torch.no_grad():
         assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_guided_pair_is_one_until_it_is_told_apart(tried):
+    """The first layers see half of the batch, and what is put out is the same."""
+    tried("packed")
+    torch.manual_seed(0)
+    sizes = {"channels": (16, 16), "blocks": 1, "groups": 8, "depth": (1, 1), "head_dim": 8}
+    unet = UNet(UNetConfig(in_channels=4, out_channels=4, **sizes, attention="transformer",
+                           context_dim=16, vector_dim=8))  # fmt: skip
+    x, t = torch.randn(3, 4, 8, 8), torch.full((6,), 0.5)
+    told = {"context": torch.randn(6, 5, 16), "vector": torch.zeros(6, 8)}
+    pair, other = x.repeat(2, 1, 1, 1), torch.randn(6, *x.shape[1:])
+    with torch.no_grad():
+        plain = {of: unet(of, t, **told) for of in (pair, other)}
+    quicken(unet)
+    seen = []
+    block = "attentions.0.transformer_blocks.0"
+    for name in ("resnets.0.conv1", f"{block}.attn1.to_q", f"{block}.attn2.to_q"):
+        layer = unet.get_submodule(f"down_blocks.0.{name}")
+        layer.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    with torch.no_grad():
+        for of, counts in ((pair, [3, 3, 6]), (other, [6, 6, 6])):
+            seen.clear()
+            torch.testing.assert_close(unet(of, t, **told), plain[of], rtol=0, atol=1e-4)
+            assert seen == counts
+        apart = told | {"vector": torch.arange(6.0)[:, None].expand(6, 8)}
+        seen.clear()
+        unet(pair, t, **apart)
+        assert seen == [6, 6, 6]
 
 
 def test_auto_leaves_a_small_model_as_it_is():

@@ -158,6 +158,8 @@ def test_every_key_of_a_json_line():
         "hires_steps": 9,
         "upscaler": "Lanczos",
         "window": 512,
+        "cache_interval": 3,
+        "tome_ratio": 0.5,
     }
     assert {KEYS[key].name for key in values} == {row.name for row in KEYS.values()}
     request = parse_line(json.dumps(values))
@@ -203,6 +205,8 @@ def test_every_key_of_a_json_line():
             "hires_steps": 9,
             "upscaler": "lanczos",
             "window": 512,
+            "deepcache": 3,
+            "tome": 0.5,
             "strength": 0.5,
             "image_guidance": 2.5,
             "noise_level": 3,

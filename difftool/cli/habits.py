@@ -69,6 +69,8 @@ COUNTERPARTS = {
     "--prompts": "prompt-file prompts-file from-file",
     "--batch-size": "train-batch-size batch bs micro-batch-size",
     "--low-memory": "lowvram medvram low-vram cpu-offload offload enable-model-cpu-offload",
+    "--deepcache": "cache-interval deep-cache cache-mode",
+    "--tome": "tome-ratio token-merging token-merging-ratio",
     "--refiner": "refiner-model refiner-checkpoint",
     "--refiner-start": "refiner-switch-at switch-at denoising-start high-noise-frac",
     "--format": "image-format output-format ext extension",
@@ -141,8 +143,8 @@ ANSWERS = {
         "s-churn s-tmin s-tmax s-noise churn": "--set sample.sampler_options.s_churn=5, or s_noise",
         "quality jpeg-quality": "JPEG and WebP are written at quality 95",
         "jpeg jpg png webp": "--format jpg, or -o NAME.jpg",
-        "freeu pag-scale perturbed-attention-guidance sag-scale hypertile token-merging "
-        "tome-ratio deepcache": "no such change of the network is offered",
+        "freeu pag-scale perturbed-attention-guidance sag-scale hypertile":
+            "no such change of the network is offered",
         "controlnet control control-image controlnet-model": "ControlNets are not read",
         "ip-adapter ip-adapter-scale": "IP-Adapters are not read",
         "hypernetwork hypernetworks": "hypernetworks are not read; LoRAs are, by --lora",

@@ -137,6 +137,11 @@ class SampleConfig:
     """Which of 256 shades a pixel becomes: the nearest, or the one below."""
     stop: Annotated[int, Within(low=1, high=100)] = 100
     """Percent of the steps after which the picture is taken as it is then predicted."""
+    deepcache: Annotated[int, Within(low=1, high=1000)] = 1
+    """At every so many-th step the whole U-Net is computed, and between its first and last layers
+    (2312.00858); 1 = at every step all of it."""
+    tome: Annotated[float, Within(low=0, high=0.75)] = 0.0
+    """Share of the tokens that join others alike where most attend to each other (2303.17604)."""
 
 
 @dataclass(frozen=True, kw_only=True)

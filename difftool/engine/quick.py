@@ -9,6 +9,7 @@ they can be read again if they are ever needed as they were.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from difftool.engine import trials
 from difftool.engine.convolutions import KINDS, Case, Kind
 from difftool.engine.cpu import CpuAttention, CpuLinear
-from difftool.networks.layers import Attention, PlainAttention, TokenLinear
+from difftool.networks.layers import (
+    Attention,
+    PlainAttention,
+    ResBlock,
+    TokenLinear,
+    TransformerBlock,
+)
+from difftool.networks.unet import Down, UNet
 
 SMALL = 64 * 64
 """Inputs times outputs: below, what is done besides costs more than the sums."""
@@ -154,6 +162,55 @@ class QuickAttention(CpuAttention):
         return [each._parameters["weight"] for each in (self.to_k, self.to_v)]
 
 
+def of_pair(layer: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+    """What a layer makes of a batch; where its halves are alike, as a guided pair's are until a
+    context tells them apart, of one half alone."""
+    tensors = [each for each in given if each is not None]
+    half, rest = divmod(len(tensors[0]), 2)
+    single = rest or torch.is_grad_enabled() or tensors[0].device.type != "cpu"
+    if single or not all(each[:half].equal(each[half:]) for each in tensors):
+        return layer(*given)
+    made = layer(*(None if each is None else each[:half] for each in given))
+    return torch.cat([made, made])
+
+
+class PairConv2d(QuickConv2d):
+    """The convolution that x_t goes through first."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return of_pair(super().forward, input)
+
+
+class PairResBlock(ResBlock):
+    """The first residual block."""
+
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, size: torch.Size | None = None
+    ) -> Tensor:
+        return of_pair(partial(super().forward, size=size), x, emb)
+
+
+class PairAttention(QuickAttention):
+    """The first attention, before that to a context."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return of_pair(super().forward, x, context)
+
+
+def _share_start(network: UNet) -> None:
+    """Let the layers before the first attention to a context be computed once a guided pair."""
+    level = network.down_blocks[0]
+    assert isinstance(level, Down)
+    if type(network.conv_in) is QuickConv2d:
+        network.conv_in.__class__ = PairConv2d
+    if type(level.resnets[0]) is ResBlock:
+        level.resnets[0].__class__ = PairResBlock
+    for block in (each for each in level.modules() if isinstance(each, TransformerBlock)):
+        if type(block.attn1) is QuickAttention:  # where it sees no context
+            block.attn1.__class__ = PairAttention
+        break
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.equal(b)
 
@@ -187,6 +244,8 @@ def quicken(
         else:
             continue
         module.__dict__.update(reload=again, last=last)
+    if isinstance(network, UNet):
+        _share_start(network)
 
 
 def _square(layer: nn.Conv2d) -> bool:

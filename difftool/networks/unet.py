@@ -86,12 +86,36 @@ class Up(UNetLevel):
     def forward(
         self, x: Tensor, emb: Tensor, context: Tensor | None, skips: list[Tensor]
     ) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)  # lets go of what it is made of
-            x = self.layer(index, x, emb, context)
+        x = self.layers(x, emb, context, skips, 0, len(self.resnets))
         for upsample in self.upsamplers:
             x = upsample(x, emb, skips[-1].shape[2:])  # not always twice: odd sizes were rounded
         return x
+
+    def layers(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | None,
+        skips: list[Tensor],
+        first: int,
+        end: int,
+    ) -> Tensor:
+        """Some of its layers, one after the other."""
+        for index in range(first, end):
+            x = torch.cat([x, skips.pop()], dim=1)  # lets go of what it is made of
+            x = self.layer(index, x, emb, context)
+        return x
+
+
+class Deep:
+    """What the last layers of a U-Net start from, [B,C,h,w], which changes little from step to step
+    (DeepCache, 2312.00858). A forward pass that is given none puts its own here."""
+
+    features: Tensor | None = None
+
+
+SHALLOW = 2
+"""So many layers are computed where the deep features are given, on the way up."""
 
 
 class UNet(Network):
@@ -186,17 +210,33 @@ class UNet(Network):
         label: Tensor | None = None,
         guidance: Tensor | None = None,
         augment: Tensor | None = None,
+        deep: Deep | None = None,
     ) -> Tensor:
         """x [B,C,H,W], odd sizes too, and t [B] -> [B,C',H,W].
 
         context [B,L,D], vector [B,V], label [B] int, guidance [B] (LCM's w, which is the usual
         scale minus 1): each is given exactly if the config has it, else ValueError. augment [B,E]
-        joins the time embedding.
+        joins the time embedding. deep: takes the deep features, or gives them.
         """
         emb, context = self._told(x, t, context, vector, label, guidance, augment)
-        x, skips, _ = self._down(x, emb, context)
-        for level in self.up_blocks:
-            x = level(x, emb, context, skips)
+        last = self.up_blocks[len(self.up_blocks) - 1]
+        assert isinstance(last, Up)
+        first = max(len(last.resnets) - SHALLOW, 0)
+        if deep is None or deep.features is None:
+            x, skips, _ = self._down(x, emb, context)
+            for index in range(len(self.up_blocks) - 1):
+                x = self.up_blocks[index](x, emb, context, skips)
+            x = last.layers(x, emb, context, skips, 0, first)
+            if deep is not None:
+                deep.features = x
+        else:
+            skips = [self.conv_in(x)]
+            for index in range(SHALLOW - 1):
+                level = self.down_blocks[0]
+                assert isinstance(level, Down)
+                skips.append(level.layer(index, skips[-1], emb, context))
+            x = deep.features
+        x = last.layers(x, emb, context, skips, first, len(last.resnets))
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     @property

@@ -24,6 +24,7 @@ from difftool.diffusion.noise import BrownianNoise, ImageNoise, step_noise
 from difftool.diffusion.path import Level, build_path
 from difftool.diffusion.prediction import Prediction
 from difftool.diffusion.samplers import Step
+from difftool.engine.approximate import DeepFeatures, deep_features_kept, tokens_joined
 from difftool.engine.tiles import enlarged_round, tiled
 from difftool.errors import UsageError
 from difftool.images.fit import to_pil, to_tensor
@@ -146,7 +147,8 @@ def _guided(
 ) -> Denoise:
     """The guided network, whose conditions may change with each of its evaluations; unrest: the
     noise of `chaos`."""
-    settings = plan.settings
+    settings, network = plan.settings, plan.model.network
+    kept = DeepFeatures(settings.deepcache)
     weights, unguided = [term.weight for term in terms], [term.unguided for term in terms]
     if pictures.edits and len(terms) == 2:  # the second has the picture without the prompt
         scale, image = settings.guidance, settings.image_guidance
@@ -173,10 +175,11 @@ def _guided(
                 rederive_eps=rederives_eps(settings),
                 cfg_pp=bool(plan.sampler.cfg_pp),
             )
-            return of_all(part, level)
+            with tokens_joined(network, settings.tome, part.shape[2:], evaluation):
+                return of_all(part, level)
 
         window = settings.window and settings.window // plan.model.codec.factor
-        with tiled(plan.model.network, settings.tile):
+        with tiled(network, settings.tile), deep_features_kept(network, kept, evaluation):
             return in_windows(of_part, x_t, window)
 
     return denoise

@@ -22,9 +22,11 @@ from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.guidance import Clip, dynamic_threshold, static_threshold
 from difftool.diffusion.path import Discrete, Level
 from difftool.diffusion.samplers import SAMPLERS, Sampler, spelled
+from difftool.engine.approximate import finest_attention
 from difftool.engine.memory import free_memory
 from difftool.errors import ResourceError, UsageError, clash
 from difftool.formats.diffusers.scheduler_switch import switched
+from difftool.networks.unet import UNet
 from difftool.pipeline.matches import MATCHES, Match
 from difftool.pipeline.model import Model
 from difftool.pipeline.upscale import enlarged
@@ -172,6 +174,12 @@ def _check(model: Model, settings: SampleConfig) -> None:
         raise UsageError(f"--window {settings.window} does not fit", why, f"try {nearest}")
     if settings.window and settings.tile != "none":
         raise clash("--window", "--tile")
+    if settings.deepcache > 1 and not isinstance(model.network, UNet):
+        why = "its network is no U-Net, which has deep features"
+        raise UsageError(f"--deepcache does not fit the model {model.name}", why, "leave it out")
+    if settings.tome and not finest_attention(model.network):
+        why = "its network has no transformer in which tokens could join"
+        raise UsageError(f"--tome does not fit the model {model.name}", why, "leave it out")
     if settings.guidance > 1 and not model.preset.unet.guidance_dim and not model.guidable:
         why = "it was trained without an empty caption or label to guide from"
         raise UsageError(f"the model {model.name} cannot be guided", why, "use --guidance 1")

@@ -21,7 +21,7 @@ ORDER = (
     *("Image CFG scale", "Denoising strength", "Clip skip", "Refiner", "Lora hashes"),
     *("Hires upscale", "Hires steps", "Hires upscaler"),
     *("Mask mode", "Masked content", "Mask blur", "Inpaint area", "Masked area padding"),
-    *("Variation seed", "Variation seed strength", "RNG", "ENSD"),
+    *("Variation seed", "Variation seed strength", "RNG", "ENSD", "Token merging ratio"),
     *("Class", "Tiling", "Template", "Negative Template", "Version"),
 )
 """Of the words on the line; any other comes after them."""
