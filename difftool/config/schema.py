@@ -212,12 +212,15 @@ class DistillConfig:
     guidance: Annotated[tuple[float, float], Within(low=1)] = (1.0, 1.0)
     """Range of the teacher's guidance scale; a network that is told its scale is told it."""
     ode_steps: Annotated[int, COUNT] = 50
-    """Steps of the teacher's ODE, each of as many entries of the noise path (lcm); on their levels
-    the student is sampled."""
+    """Steps of the teacher's ODE, each of as many entries of the noise path (lcm, turbo); on their
+    levels the student is sampled."""
     target_ema: Annotated[float, Within(low=0, below=1)] = 0.95
     """Decay of the moving average that the student is to agree with (lcm); 0 = itself."""
     student_steps: Annotated[int, COUNT] = 4
     """Levels that the student is trained at (turbo)."""
+    consistency: Annotated[float, SHARE] = 0.4
+    """Share of the steps in which the student learns consistency (lcm) before anything else
+    (turbo)."""
     adversarial: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of fooling the heads on the teacher's features (turbo)."""
     matching: Annotated[float, NOT_NEGATIVE] = 2.5

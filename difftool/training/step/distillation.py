@@ -10,7 +10,7 @@ from __future__ import annotations
 import pathlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -179,9 +179,7 @@ class LcmObjective(Distillation):
 
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
-        steps = self.settings.ode_steps
-        levels = GRIDS["lcm"](model.denoiser.path, steps, original_steps=steps)
-        self.levels = LevelTable.of(levels, model.device)
+        self.levels = ode_levels(model, self.settings.ode_steps)
         decay = self.settings.target_ema
         named = ((prefix, part.named_parameters()) for prefix, part in self.trained().items())
         own = {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
@@ -195,19 +193,39 @@ class LcmObjective(Distillation):
             self.target.update()
 
     def taught(self, pupil: Pupil, slots: Tensor, u: Tensor, step: int) -> LossOutput:
-        count = len(self.levels.t) - 1
-        number = (u * count).long().clamp(max=count - 1)
-        here, there = self.levels.at(number), self.levels.at(number + 1)
-        x = here.mix(pupil.x0, self.noise(slots, step, pupil.x0.shape))
-        with self.asking():
-            x_s = ode_step(pupil.teacher, x, here, there)
-        student = self.model.denoiser
         # Held-out losses are of the averaged weights alone.
         average = self.target.swapped() if self.target and step >= 0 else nullcontext()
-        with held_still(), average:
-            wanted = consistency(student, x_s, there, pupil.cond)
-        losses = pseudo_huber(consistency(student, x, here, pupil.cond) - wanted)
+        noise = self.noise(slots, step, pupil.x0.shape)
+        losses, here = agreement(self, self.levels, pupil, u, noise, average)
         return LossOutput(losses, {}, log_snr(here))
+
+
+def ode_levels(model: Model, steps: int) -> LevelTable:
+    """The levels of a teacher's ODE in so many steps, the noisiest first."""
+    levels = GRIDS["lcm"](model.denoiser.path, steps, original_steps=steps)
+    return LevelTable.of(levels, model.device)
+
+
+def agreement(
+    distillation: Distillation,
+    levels: LevelTable,
+    pupil: Pupil,
+    u: Tensor,
+    noise: Tensor,
+    average: AbstractContextManager[object],
+) -> tuple[Tensor, Level]:
+    """The losses [B] of latent consistency distillation at those quantiles [B] of the levels, and
+    the levels. average: within it the student has the weights that it is to agree with."""
+    count = len(levels.t) - 1
+    number = (u * count).long().clamp(max=count - 1)
+    here, there = levels.at(number), levels.at(number + 1)
+    x = here.mix(pupil.x0, noise)
+    with distillation.asking():
+        x_s = ode_step(pupil.teacher, x, here, there)
+    student = distillation.model.denoiser
+    with held_still(), average:
+        wanted = consistency(student, x_s, there, pupil.cond)
+    return pseudo_huber(consistency(student, x, here, pupil.cond) - wanted), here
 
 
 class EctObjective(Distillation):

@@ -1,9 +1,15 @@
 """Adversarial distillation (ADD 2311.17042; in latents LADD 2403.12015): the student draws in one
-evaluation what small heads on the frozen teacher's features cannot tell from pictures."""
+evaluation what small heads on the frozen teacher's features cannot tell from pictures.
+
+It begins as a consistency model (LCM), as do students of Hyper-SD (2404.13686), CTM (2310.02279):
+a teacher's single step is the mean of all pictures, from which there is no way but to the likeliest
+one. A consistency model's step has decided already, by the noise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -17,7 +23,13 @@ from difftool.diffusion.losses import TIMES
 from difftool.diffusion.path import Level
 from difftool.pipeline.model import Model
 from difftool.training.step import rng
-from difftool.training.step.distillation import Distillation, Pupil, log_snr
+from difftool.training.step.distillation import (
+    Distillation,
+    Pupil,
+    agreement,
+    log_snr,
+    ode_levels,
+)
 from difftool.training.step.objectives import LossOutput
 from difftool.training.step.perception import init
 from difftool.training.step.rng import Stream
@@ -75,6 +87,7 @@ class TurboObjective(Distillation):
         steps = min(settings.student_steps, settings.ode_steps)
         levels = GRIDS["lcm"](model.denoiser.path, steps, original_steps=settings.ode_steps)
         self.levels = LevelTable.of(levels[:-1], model.device)
+        self.ode, self.first = ode_levels(model, settings.ode_steps), settings.consistency
         self.heads = Heads(model.network.feature_widths)
         init(self.heads, torch.Generator().manual_seed(config.seed))
         self.heads.to(model.device)
@@ -89,6 +102,10 @@ class TurboObjective(Distillation):
 
     def taught(self, pupil: Pupil, slots: Tensor, u: Tensor, step: int) -> LossOutput:
         settings, x0 = self.settings, pupil.x0
+        if 0 <= step < self.first * (self.config.steps or 1):
+            noise = self.noise(slots, step, x0.shape)
+            losses, here = agreement(self, self.ode, pupil, u, noise, nullcontext())
+            return LossOutput(losses, {"consistency": losses.detach().mean()}, log_snr(here))
         here = self.levels.at((u * len(self.levels.t)).long().clamp(max=len(self.levels.t) - 1))
         x = here.mix(x0, self.noise(slots, step, x0.shape))
         made = self.model.denoiser.predict(x, here, pupil.cond).x0
