@@ -39,6 +39,8 @@ TUNED_BATCH, TUNED_EPOCHS = 4, 100
 TUNED_STEPS = ByDevice(cpu=500, cuda=3000, mps=1500)
 """The same of published latent models, whose steps cost a thousand times as much and which need
 few: as the scripts of diffusers and kohya have it."""
+DISTILLED = 4
+"""A student takes so many times fewer, of which each costs two to four times as much."""
 MOST_DRAWN = 1024
 """Pictures that a teacher is to draw of captions alone, at most."""
 WARMUP = 0.1
@@ -205,6 +207,8 @@ def _steps(plan: TrainingPlan, part: Part, device: str, pictures: int) -> tuple[
     most, epochs = STEPS[part][device], EPOCHS
     if _is_large(plan.preset):
         most, epochs = TUNED_STEPS[device], TUNED_EPOCHS
+    if part == "unet" and plan.preset.train.distill.method != "none":
+        most //= DISTILLED
     longest = max(FEWEST_STEPS, epochs * len(plan.dataset) // pictures)
     return min(most, longest), f"{device} affords {most}, {epochs} epochs are {longest}"
 

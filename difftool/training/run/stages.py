@@ -188,6 +188,9 @@ def start_layers(model: Path, source: ModelSource) -> list[Layer]:
     return [Layer(f"--from {model}", values), Layer(origin, {"train": {"lr": lr}})]
 
 
+DISTILLED = 0.25
+"""Share of a recipe's learning rate by which a small model is distilled: in a tenth of the steps that
+it was trained in its student learns to draw otherwise."""
 DRAWS = {"lcm": 4, "turbo": 1, "ect": 2}
 """Steps that a distilled model is sampled in, by how it was distilled."""
 EMBEDDED = 2.0
@@ -226,6 +229,8 @@ def distill_layers(model: Path, source: ModelSource, asked: Preset) -> list[Laye
     sample = {key: value for key, value in sample.items() if value != before[key]}
     scheduler = {"original_inference_steps": steps} if preset.scheduler else {}
     recipe: dict[str, Any] = {"drop": 0.0, "ema": 0.99}
+    if family(preset.family).fine_tune_share is not None and not asked.train.lora_rank:
+        recipe["lr"] = DISTILLED * preset.train.lr
     if distill.method == "ect":
         recipe |= {"time": "log_normal", "time_options": {"mean": -1.1, "std": 2.0}}
     return [
