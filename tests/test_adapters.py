@@ -125,6 +125,7 @@ def test_what_is_learned_is_what_is_applied(place, difftool):
     assert ran.code == 3 and "--lora run/lora.safetensors" in ran.err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit_from_another_folder(place, difftool, monkeypatch):
     common = ("train", "photos", "--from", "base.safetensors", "--lora", *RUN)
     assert difftool(*common, "--out", "whole").code == 0

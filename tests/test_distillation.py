@@ -241,7 +241,7 @@ def values(bases, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [
-        LCM | {"data": "captions.txt"},
+        pytest.param(LCM | {"data": "captions.txt"}, marks=pytest.mark.slow),
         TURBO,
         pytest.param(LCM | {"lora": True, "rank": 2}, marks=pytest.mark.slow),
         pytest.param(LCM, marks=pytest.mark.slow),

@@ -303,6 +303,7 @@ def test_perturbed_pictures_differ_and_stay_near():
     assert torch.equal(images[0], to_tensor(to_uint8(white.convert("RGB"))))
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_and_its_judgement_tells_right_from_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

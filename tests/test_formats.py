@@ -1228,7 +1228,14 @@ def test_schedulers_are_read_and_written_back(name):
             assert again.sample == read.sample, given
 
 
-@pytest.mark.parametrize("name", [n for n in CLASS_NAMES if schedulers.CLASSES[n].grids != "edm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n.startswith("KDPM2") else [])
+        for n in CLASS_NAMES
+        if schedulers.CLASSES[n].grids != "edm"
+    ],
+)
 def test_the_noise_path_is_that_of_diffusers(name):
     for given in spread(name):
         if not {"final_sigmas_type", "solver_type", "algorithm_type"}.isdisjoint(given):

@@ -126,7 +126,7 @@ def killed(values, moment: str, **more) -> None:
     training.close()
 
 
-@pytest.mark.parametrize("moment", ["folder", "step"])
+@pytest.mark.parametrize("moment", [pytest.param("folder", marks=pytest.mark.slow), "step"])
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(values, moment):
     killed(values, moment)
     with pytest.raises(UsageError, match="not empty"):

@@ -247,6 +247,7 @@ def test_activations_are_counted_as_the_backward_pass_keeps_them():
     assert counted == pytest.approx(own, rel=0.1)
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_takes_less_memory():
     given = [Layer("test", {"train": {"checkpointing": True}})]
     counts = []

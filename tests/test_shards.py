@@ -367,6 +367,7 @@ def test_the_command_names_the_index(difftool):
     assert ran.code == 2 and "not a size" in ran.err
 
 
+@pytest.mark.slow
 def test_training_writes_shards_and_goes_on_from_them(difftool):
     Path("photos").mkdir()
     for i in range(3):

@@ -385,6 +385,7 @@ def test_a_batch_that_does_not_divide_is_refused(pictures):
     assert done.stderr.count("a batch of 3 does not divide among 2 processes") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_at_one_step(pictures):
     folder = pictures.parent
     line = command(2, "photos", *ARGUMENTS, "--out", "stopped", "--steps", "100000")
