@@ -52,6 +52,11 @@ class LevelTable(NamedTuple):
 
         return cls(*(torch.tensor(v, device=device) for v in zip(*levels, strict=True)))
 
+    def number(self, u: Tensor) -> Tensor:
+        """Which level but the last each quantile [B] falls on."""
+        count = len(self.t) - 1
+        return (u * count).long().clamp(max=count - 1)
+
     def at(self, numbers: Tensor) -> Level:
         """The levels of those numbers [B], as tensors [B,1,1,1]."""
         return Level(*(cast(Any, v[numbers].view(-1, 1, 1, 1)) for v in self))

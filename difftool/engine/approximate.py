@@ -11,6 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from difftool.devices import on_device
 from difftool.networks.layers import Attention, TransformerBlock
 from difftool.networks.unet import Deep, UNet
 
@@ -94,7 +95,9 @@ def _attend_joined(
     forward = type(attention).forward
     if context is not None or x.shape[1] not in places:
         return forward(attention, x, context)
-    joined = Joined(x, share, *(each.to(x.device) for each in places[x.shape[1]]))
+    fixed, movable = (on_device(each, x.device) for each in places[x.shape[1]])
+    places[x.shape[1]] = fixed, movable  # sent once an evaluation
+    joined = Joined(x, share, fixed, movable)
     return joined.apart(forward(attention, joined.together(x)))
 
 

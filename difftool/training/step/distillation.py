@@ -147,7 +147,33 @@ class Distillation(DenoisingObjective):
         alpha, sigma = self.model.denoiser.path.coefficients(t)
         return Level(*cast("tuple[float, ...]", (t.float().view(-1, 1, 1, 1), alpha, sigma)))
 
+    def ode_levels(self, steps: int) -> LevelTable:
+        """The levels of so many steps on the teacher's ODE, the noisiest first."""
+        most = self.settings.ode_steps
+        levels = GRIDS["lcm"](self.model.denoiser.path, steps, original_steps=most)
+        return LevelTable.of(levels, self.model.device)
+
     # --- losses --------------------------------------------------------------------------
+
+    def agreement(
+        self,
+        levels: LevelTable,
+        pupil: Pupil,
+        u: Tensor,
+        noise: Tensor,
+        average: AbstractContextManager[object],
+    ) -> tuple[Tensor, Level]:
+        """The losses [B] of latent consistency distillation at those quantiles [B] of the levels,
+        and the levels. average: within it the student has the weights that it is to agree with."""
+        number = levels.number(u)
+        here, there = levels.at(number), levels.at(number + 1)
+        x = here.mix(pupil.x0, noise)
+        with self.asking():
+            x_s = ode_step(pupil.teacher, x, here, there)
+        student = self.model.denoiser
+        with held_still(), average:
+            wanted = consistency(student, x_s, there, pupil.cond)
+        return pseudo_huber(consistency(student, x, here, pupil.cond) - wanted), here
 
     def losses(self, batch: Batch, step: int) -> LossOutput:
         return self.taught(self.pupil(batch, self.latents), batch.slots, batch.times, step)
@@ -179,7 +205,7 @@ class LcmObjective(Distillation):
 
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
-        self.levels = ode_levels(model, self.settings.ode_steps)
+        self.levels = self.ode_levels(self.settings.ode_steps)
         decay = self.settings.target_ema
         named = ((prefix, part.named_parameters()) for prefix, part in self.trained().items())
         own = {f"{prefix}.{name}": p for prefix, parameters in named for name, p in parameters}
@@ -196,36 +222,8 @@ class LcmObjective(Distillation):
         # Held-out losses are of the averaged weights alone.
         average = self.target.swapped() if self.target and step >= 0 else nullcontext()
         noise = self.noise(slots, step, pupil.x0.shape)
-        losses, here = agreement(self, self.levels, pupil, u, noise, average)
+        losses, here = self.agreement(self.levels, pupil, u, noise, average)
         return LossOutput(losses, {}, log_snr(here))
-
-
-def ode_levels(model: Model, steps: int) -> LevelTable:
-    """The levels of a teacher's ODE in so many steps, the noisiest first."""
-    levels = GRIDS["lcm"](model.denoiser.path, steps, original_steps=steps)
-    return LevelTable.of(levels, model.device)
-
-
-def agreement(
-    distillation: Distillation,
-    levels: LevelTable,
-    pupil: Pupil,
-    u: Tensor,
-    noise: Tensor,
-    average: AbstractContextManager[object],
-) -> tuple[Tensor, Level]:
-    """The losses [B] of latent consistency distillation at those quantiles [B] of the levels, and
-    the levels. average: within it the student has the weights that it is to agree with."""
-    count = len(levels.t) - 1
-    number = (u * count).long().clamp(max=count - 1)
-    here, there = levels.at(number), levels.at(number + 1)
-    x = here.mix(pupil.x0, noise)
-    with distillation.asking():
-        x_s = ode_step(pupil.teacher, x, here, there)
-    student = distillation.model.denoiser
-    with held_still(), average:
-        wanted = consistency(student, x_s, there, pupil.cond)
-    return pseudo_huber(consistency(student, x, here, pupil.cond) - wanted), here
 
 
 class EctObjective(Distillation):

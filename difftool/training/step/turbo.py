@@ -17,19 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftool.config.schema import TrainConfig
-from difftool.diffusion.consistency import LevelTable
-from difftool.diffusion.grids import GRIDS
 from difftool.diffusion.losses import TIMES
 from difftool.diffusion.path import Level
 from difftool.pipeline.model import Model
 from difftool.training.step import rng
-from difftool.training.step.distillation import (
-    Distillation,
-    Pupil,
-    agreement,
-    log_snr,
-    ode_levels,
-)
+from difftool.training.step.distillation import Distillation, Pupil, log_snr
 from difftool.training.step.objectives import LossOutput
 from difftool.training.step.perception import init
 from difftool.training.step.rng import Stream
@@ -84,10 +76,8 @@ class TurboObjective(Distillation):
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__(model, config)
         settings = self.settings
-        steps = min(settings.student_steps, settings.ode_steps)
-        levels = GRIDS["lcm"](model.denoiser.path, steps, original_steps=settings.ode_steps)
-        self.levels = LevelTable.of(levels[:-1], model.device)
-        self.ode, self.first = ode_levels(model, settings.ode_steps), settings.consistency
+        self.levels = self.ode_levels(min(settings.student_steps, settings.ode_steps))
+        self.ode, self.first = self.ode_levels(settings.ode_steps), settings.consistency
         self.heads = Heads(model.network.feature_widths)
         init(self.heads, torch.Generator().manual_seed(config.seed))
         self.heads.to(model.device)
@@ -104,9 +94,9 @@ class TurboObjective(Distillation):
         settings, x0 = self.settings, pupil.x0
         if 0 <= step < self.first * (self.config.steps or 1):
             noise = self.noise(slots, step, x0.shape)
-            losses, here = agreement(self, self.ode, pupil, u, noise, nullcontext())
+            losses, here = self.agreement(self.ode, pupil, u, noise, nullcontext())
             return LossOutput(losses, {"consistency": losses.detach().mean()}, log_snr(here))
-        here = self.levels.at((u * len(self.levels.t)).long().clamp(max=len(self.levels.t) - 1))
+        here = self.levels.at(self.levels.number(u))
         x = here.mix(x0, self.noise(slots, step, x0.shape))
         made = self.model.denoiser.predict(x, here, pupil.cond).x0
         level, eps = self._judged(slots, x0)
